@@ -1,0 +1,25 @@
+"""The whole recipe at laptop size: minutes on two cores, every feature of the report switched on."""
+
+from configs import v3_671b
+
+
+def get_config():
+    config = v3_671b.get_config()
+    config.model.update(
+        vocab=4096, layers=4, dense_layers=1, d_model=128, d_dense=384, heads=4,
+        q_latent=64, kv_latent=32, d_nope=32, d_rope=16, d_value=32,
+        experts=16, top_k=4, groups=4, top_groups=2, d_expert=64, init_std=0.02,
+    )  # fmt: skip
+    config.mesh.update(pipe=1, replica=1, node=1, gpu=-1, tensor=1)
+    config.layout.update(recompute="none", attention_block=128, loss_chunk=256)
+    config.precision.recipe = "float32"
+    v3_671b.scale_schedule(config, tokens=2_000_000)
+    config.schedule.update(
+        warmup_steps=20, learning_rate=3e-3, decayed_learning_rate=3e-4, final_learning_rate=1e-4,
+        bias_speed=0.01,
+    )  # fmt: skip
+    config.batch.update(length=256, sequences=16, ramp_sequences=8, micro_sequences=8)
+    config.optimizer.ema_decay = 0.99
+    config.checkpoint.every_steps = 100
+    config.evaluation.tokens = 1 << 16
+    return config

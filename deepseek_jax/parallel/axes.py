@@ -1,0 +1,156 @@
+"""Logical axes -> mesh axes, and the few collectives that model code may ask for by logical name.
+
+The model is written for one device. Under a `Layout` the same code runs inside one `shard_map` that
+is manual over every mesh axis: arrays are then a device's own part, and a contraction over a split
+axis needs the two functions that Megatron-LM calls f and g, here `fan_out` and `fan_in`. With no
+layout active every axis has size one and they do nothing.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("pipe", "replica", "node", "gpu", "tensor")  # outermost first
+DATA_AXES = ("replica", "node", "gpu")  # along these, devices see different tokens
+
+# Logical axes that a parameter or an activation may carry. A rule may only name one of these.
+LOGICAL_AXES = (
+    "batch", "layer", "model", "vocab", "heads", "q_latent", "kv_latent", "head_width",
+    "dense_width", "expert_width", "experts",
+)  # fmt: skip
+
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way to lay the model over a mesh.
+
+    Attributes:
+      rules: logical axis -> mesh axes it is split over, outermost first.
+      sizes: mesh axis -> number of devices along it.
+      zero: 0 every rank keeps whole weights; 1 float32 masters and moments are split over the ranks
+        that see different data; 3 the weights that compute uses are split too, gathered per layer.
+    """
+
+    rules: Mapping[str, tuple[str, ...]]
+    sizes: Mapping[str, int]
+    zero: int
+
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes, of more than one device, that this logical axis is split over."""
+        if axis is None:
+            return ()
+        if axis not in LOGICAL_AXES:
+            raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join(LOGICAL_AXES)}")
+        return tuple(name for name in self.rules.get(axis, ()) if self.sizes[name] > 1)
+
+    def spec(self, axes: Axes) -> P:
+        """Where compute wants an array with these logical axes."""
+        return P(*(self.mesh_axes(axis) or None for axis in axes))
+
+    def summed(self, axes: Axes) -> tuple[str, ...]:
+        """The data axes along which every rank holds this weight, so that its gradient is a sum."""
+        used = {name for axis in axes for name in self.mesh_axes(axis)}
+        return tuple(a for a in DATA_AXES if self.sizes[a] > 1 and a not in used)
+
+    def zero_split(self, axes: Axes, shape: tuple[int, ...]) -> tuple[int, tuple[str, ...]]:
+        """Which dimension ZeRO splits, and over which mesh axes; (0, ()) where nothing fits.
+
+        The longest dimension that divides wins; the stacked layer axis is never split, so that one
+        layer can be gathered at a time.
+        """
+        names = self.summed(axes) if self.zero else ()
+        while names:
+            parts = math.prod(self.sizes[name] for name in names)
+            fits = [
+                (size, -dim)
+                for dim, (axis, size) in enumerate(zip(axes, shape, strict=True))
+                if axis != "layer" and not self.mesh_axes(axis) and size % parts == 0
+            ]
+            if fits:
+                return -max(fits)[1], names
+            names = names[1:]
+        return 0, ()
+
+    def storage(self, axes: Axes, shape: tuple[int, ...]) -> P:
+        """Where masters, moments and reduced gradients live: `spec` plus the ZeRO split."""
+        dim, names = self.zero_split(axes, shape)
+        parts = [self.mesh_axes(axis) or None for axis in axes]
+        if names:
+            parts[dim] = names
+        return P(*parts)
+
+
+_active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def active(layout: Layout | None) -> Iterator[None]:
+    """Model code traced in this context runs as one device's part of `layout`."""
+    token = _active.set(layout)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def current() -> Layout | None:
+    return _active.get()
+
+
+def names(axis: str) -> tuple[str, ...]:
+    """Mesh axes that `axis` is split over here; empty outside a layout."""
+    layout = _active.get()
+    return layout.mesh_axes(axis) if layout else ()
+
+
+def size(axis: str) -> int:
+    """Number of parts that `axis` is split into here."""
+    layout = _active.get()
+    return math.prod(layout.sizes[name] for name in layout.mesh_axes(axis)) if layout else 1
+
+
+def index(axis: str) -> jax.Array | int:
+    """Which of those parts this device holds."""
+    return lax.axis_index(names(axis)) if names(axis) else 0
+
+
+def fan_out(x: jax.Array, axis: str) -> jax.Array:
+    """`x`, equal on all parts of `axis`, enters work that differs per part: the gradient is summed."""
+    return _fan_out(x, names(axis)) if names(axis) else x
+
+
+def fan_in(x: jax.Array, axis: str) -> jax.Array:
+    """Sums the parts' contributions; every part gets the sum, and the gradient as it is."""
+    return _fan_in(x, names(axis)) if names(axis) else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _fan_out(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    return x
+
+
+_fan_out.defvjp(lambda x, over: (x, None), lambda over, _, dy: (lax.psum(dy, over),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _fan_in(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    return lax.psum(x, over)
+
+
+_fan_in.defvjp(lambda x, over: (lax.psum(x, over), None), lambda over, _, dy: (dy,))
+
+
+def gather(weight: Any, axes: Axes, shape: tuple[int, ...], layout: Layout) -> Any:
+    """A weight from its ZeRO parts; the gradient is reduced and scattered back the same way."""
+    dim, over = layout.zero_split(axes, shape)
+    return lax.all_gather(weight, over, axis=dim, tiled=True) if over else weight
