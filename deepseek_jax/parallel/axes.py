@@ -18,14 +18,8 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("pipe", "replica", "node", "gpu", "tensor")  # outermost first
-DATA_AXES = ("replica", "node", "gpu")  # along these, devices see different tokens
-
-# Logical axes that a parameter or an activation may carry. A rule may only name one of these.
-LOGICAL_AXES = (
-    "batch", "layer", "model", "vocab", "heads", "q_latent", "kv_latent", "head_width",
-    "dense_width", "expert_width", "experts",
-)  # fmt: skip
+from deepseek_jax.config import DATA_AXES, LOGICAL_AXES
+from deepseek_jax.config import MESH_AXES as MESH_AXES
 
 Axes = tuple[str | None, ...]
 

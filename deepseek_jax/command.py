@@ -1,0 +1,113 @@
+"""What the command modules share: flags, start-up, and one clear message for bad input."""
+
+import difflib
+import runpy
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from deepseek_jax.config import Config, ConfigError, parse
+
+
+def define_config_flag() -> Any:
+    """--config=FILE.py with --config.any.key=value overrides; returns what `read_config` takes."""
+    return config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
+
+
+def read_config(holder: Any) -> Config:
+    if holder.value is None:
+        raise ConfigError("no config; pass --config=configs/v3_tiny.py or another file of configs/")
+    return parse(holder.value)
+
+
+def config_name() -> str:
+    """The file name of --config without its ending."""
+    path = _config_path(sys.argv)
+    return path.stem if path else "run"
+
+
+def define_process_flags() -> None:
+    flags.DEFINE_integer("emulate_devices", None, "Pretend to have this many CPU devices.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.")
+    flags.DEFINE_integer("processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process", None, "Which of them this one is.")
+
+
+def start_processes() -> None:
+    """Before anything asks JAX for a device."""
+    from deepseek_jax.parallel import processes
+
+    values = flags.FLAGS
+    processes.start(values.coordinator, values.processes, values.process, values.emulate_devices)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command: bad input is one message and exit code 2, never a traceback."""
+
+    def guarded(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            raise ConfigError(f"unexpected argument {arguments[1]!r}; flags look like --config=FILE")
+        logging.set_verbosity(logging.WARNING)
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        main()
+
+    try:
+        _check_overrides(sys.argv)
+        app.run(guarded, flags_parser=_parse_flags)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _config_path(arguments: list[str]) -> Path | None:
+    for position, argument in enumerate(arguments[1:], 1):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            following = arguments[position + 1 : position + 2]
+            return Path(value if equals else "".join(following))
+    return None
+
+
+def _check_overrides(arguments: list[str]) -> None:
+    """The config file exists and has every key that is overridden; the library's errors name neither."""
+    path = _config_path(arguments)
+    if path is None:
+        return
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: no such file; see configs/")
+    # A config file may import its neighbours as `configs.NAME` from any working directory.
+    sys.path.insert(0, str(path.resolve().parent.parent))
+    make = runpy.run_path(str(path)).get("get_config")
+    if make is None:
+        raise ConfigError(f"--config={path}: no get_config() in it; configs/v3_tiny.py shows one")
+    for argument in arguments[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and name.startswith("config."):
+            _check_key(make(), name.removeprefix("config."))
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    here: Any = config
+    *sections, last = key.split(".")
+    for depth, part in enumerate([*sections, last]):
+        if not isinstance(here, ConfigDict) or part not in here:
+            known = list(here.keys()) if isinstance(here, ConfigDict) else []
+            near = difflib.get_close_matches(part, known, n=1)
+            path = ".".join([*sections[:depth], near[0]]) if near else ", ".join(known)
+            hint = f"did you mean --config.{path}?" if near else f"known here: {path}"
+            raise ConfigError(f"unknown key --config.{key}; {hint}")
+        here = here[part]
+    if isinstance(here, ConfigDict):
+        raise ConfigError(f"--config.{key} is a section; set one of {', '.join(here.keys())}")

@@ -1,0 +1,29 @@
+"""Trains: python -m deepseek_jax.main --config=configs/v3_tiny.py [--workdir=DIR]."""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from deepseek_jax import command
+
+CONFIG = command.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/NAME of the config's name.")
+command.define_process_flags()
+
+
+def main() -> None:
+    config = command.read_config(CONFIG)
+    command.start_processes()
+    from deepseek_jax.train import loop  # after start-up: JAX must not have met its devices before
+
+    directory = Path(WORKDIR.value or f"runs/{command.config_name()}")
+    try:
+        loop.train(config, directory)
+    except loop.NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    command.run(main)

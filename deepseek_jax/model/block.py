@@ -1,0 +1,34 @@
+"""One decoder layer: norm, attention, norm, feed-forward, each with its residual."""
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.mla import LatentAttention
+from deepseek_jax.model.moe import FeedForward, MixtureOfExperts
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.router import Routing
+
+
+class Block(nnx.Module):
+    """x + MLA(norm x), then + FFN(norm x), where the FFN is dense or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, *, dense: bool, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = LatentAttention(config, rngs=rngs)
+        self.feed_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        if dense:
+            self.feed = FeedForward(config, ("dense_width", config.d_dense), rngs=rngs)
+        else:
+            self.feed = MixtureOfExperts(config, rngs=rngs)
+        self.dense = dense
+
+    def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
+        """x BSD -> BSD, and the routing of a mixture of experts."""
+        x = checkpoint_name(x + self.attention(self.attention_norm(x), how), "attended")
+        if self.dense:
+            return x + self.feed(self.feed_norm(x), how), None
+        out, routing = self.feed(self.feed_norm(x), how)
+        return x + out, routing

@@ -1,0 +1,59 @@
+"""How a forward pass runs, as opposed to what it computes: values handed to the model, never flags."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.dispatch import FLAT, Dispatch, by_name
+from deepseek_jax.precision.matmul import FLOAT32, Recipe, recipe
+
+# What the report's recomputation keeps (section 3.2.3): everything that costs a matmul or a message,
+# but not the outputs of norms, MLA up-projections and SwiGLU, which are made again from these.
+KEPT = (
+    "query_latent", "kv_latent", "key_rope", "attention", "attended", "gate_up", "arrived", "fed",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Attributes:
+    recipe: precision of the matmuls.
+    dispatch: how tokens reach their experts.
+    recompute: "none", "full" or "report": what backward makes again instead of keeping.
+    attention_block: query rows whose scores are held at once.
+    """
+
+    recipe: Recipe = FLOAT32
+    dispatch: Dispatch = FLAT
+    recompute: str = "none"
+    attention_block: int = 512
+
+    def layer(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, one layer, keeping for backward what this policy keeps."""
+        policies = jax.checkpoint_policies
+        layout = axes.current()
+        if self.recompute == "full":
+            return jax.checkpoint(fn, prevent_cse=False)
+        if self.recompute == "report":
+            kept = policies.save_only_these_names(*KEPT)
+            return jax.checkpoint(fn, prevent_cse=False, policy=kept)
+        if layout is not None and layout.zero == 3:
+            # Keeping everything would keep each layer's gathered weights: keep what matmuls made.
+            kept = policies.save_from_both_policies(
+                policies.dots_saveable, policies.save_only_these_names(*KEPT)
+            )
+            return jax.checkpoint(fn, prevent_cse=False, policy=kept)
+        return fn
+
+
+def of(config: Config) -> Execution:
+    return Execution(
+        recipe=recipe(config.precision.recipe),
+        dispatch=by_name(config.layout.dispatch),
+        recompute=config.layout.recompute,
+        attention_block=config.layout.attention_block,
+    )

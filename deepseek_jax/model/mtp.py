@@ -1,0 +1,38 @@
+"""Multi-token prediction: section 2.2 of the report, equations 21 to 23."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import params
+from deepseek_jax.model.block import Block
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.router import Routing
+
+
+class MTPModule(nnx.Module):
+    """Depth k: from what depth k-1 knew at position i and token i+k, predicts token i+k+1.
+
+    Table and head are the main model's. The projection reads [embedding ; hidden], the order of the
+    released weights; the hidden state of depth 0 is the main model's output after its final norm.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embedding_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.hidden_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        halves = ((None, 2), ("model", config.d_model), (None, config.d_model))
+        self.project = params.weight(rngs, *halves, std=config.init_std)  # 2DD, embedding first
+        self.block = Block(config, dense=False, rngs=rngs)
+        self.out_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+
+    def __call__(
+        self, hidden: jax.Array, embedding: jax.Array, how: Execution
+    ) -> tuple[jax.Array, jax.Array, Routing]:
+        """hidden and embedding BSD -> (state for the next depth, what the head reads), both BSD."""
+        halves = jnp.stack([self.embedding_norm(embedding), self.hidden_norm(hidden)])  # XBSD
+        joined = how.recipe.einsum("XBSD,XDY->BSY", halves, self.project[...])
+        state, routing = self.block(joined, how)
+        assert routing is not None
+        return state, self.out_norm(state), routing

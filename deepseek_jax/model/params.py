@@ -1,0 +1,154 @@
+"""Parameters with logical axes: the only module that touches Flax metadata.
+
+Every Variable records, for one layer, its logical axes and its whole (unsplit) sizes. A stack of
+layers has one more dimension in front.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.parallel import axes as mesh_axes
+from deepseek_jax.parallel.axes import Axes
+
+Dim = tuple[str | None, int]
+
+
+class RouterBias(nnx.Variable):
+    """Correction bias of a router: moved by expert load alone, never by a gradient."""
+
+
+def weight(rngs: nnx.Rngs, *dims: Dim, std: float, sensitive: bool = False) -> nnx.Param:
+    """A float32 parameter from (logical axis, size) pairs, normal with standard deviation `std`.
+
+    A `sensitive` one stays float32 in every recipe.
+    """
+    axes, sizes = zip(*dims, strict=True)
+    value = std * jax.random.normal(rngs.params(), sizes, jnp.float32)
+    return nnx.Param(value, axes=axes, sizes=sizes, sensitive=sensitive)
+
+
+def ones(*dims: Dim) -> nnx.Param:
+    """A norm's scale: starts at one, sensitive."""
+    axes, sizes = zip(*dims, strict=True)
+    return nnx.Param(jnp.ones(sizes, jnp.float32), axes=axes, sizes=sizes, sensitive=True)
+
+
+def router_bias(experts: int) -> RouterBias:
+    value = jnp.zeros((experts,), jnp.float32)
+    return RouterBias(value, axes=(None,), sizes=(experts,), sensitive=True)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Weights in the dtype that matmuls want; sensitive ones as they are."""
+
+    def one(variable):
+        if variable.get_metadata("sensitive"):
+            return variable
+        return variable.replace(variable[...].astype(dtype))
+
+    return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def stack(count: int, make: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
+    """`count` modules of one structure as one module, whose leaves have a layer axis in front."""
+    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), count))
+
+
+def is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """What is known of one parameter without its values.
+
+    Attributes:
+      path: attribute names from the model down, with dots.
+      axes: logical axes, "layer" in front for a stack.
+      shape: whole sizes, as stacked.
+      trained: moved by gradients (a router bias is not).
+    """
+
+    path: str
+    axes: Axes
+    shape: tuple[int, ...]
+    dtype: Any
+    trained: bool
+
+
+def describe(tree: Any) -> Iterator[Weight]:
+    """Every parameter of a module or state, abstract or real, in pytree order."""
+    for path, variable in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
+        name = ".".join(str(getattr(key, "name", getattr(key, "key", key))) for key in path)
+        axes, sizes = _meta(variable)
+        layers = variable.shape[: len(variable.shape) - len(sizes)]
+        trained = isinstance(variable, nnx.Param)
+        yield Weight(
+            name, ("layer",) * len(layers) + axes, (*layers, *sizes), variable.dtype, trained
+        )
+
+
+def place(tree: Any, where: Callable[[Axes, tuple[int, ...]], Any]) -> Any:
+    """The tree with each parameter replaced by `where(logical axes, whole shape)`, stack included."""
+    flat = list(describe(tree))
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(
+        structure, [where(w.axes, w.shape) for w, _ in zip(flat, leaves, strict=True)]
+    )
+
+
+def whole(module: Any) -> Any:
+    """This layer's weights, gathered from their ZeRO-3 parts; the module as it is in other layouts."""
+    layout = mesh_axes.current()
+    if layout is None or layout.zero < 3:
+        return module
+    return gather(module, layout)
+
+
+def gather(tree: Any, layout: mesh_axes.Layout) -> Any:
+    """Every weight from its ZeRO parts, on every rank that computes with it (inside shard_map)."""
+
+    def one(variable):
+        if isinstance(variable, RouterBias):
+            return variable  # small, whole everywhere
+        axes, shape = _stacked(variable)
+        return variable.replace(mesh_axes.gather(variable[...], axes, shape, layout))
+
+    return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def reduce_gradients(grads: Any, layout: mesh_axes.Layout, scattered: bool) -> Any:
+    """Sums each gradient over the ranks that hold its weight, into the layout of `storage`.
+
+    Args:
+      scattered: the weights were gathered inside the differentiated function (ZeRO-3), whose
+        transpose has already summed and split the gradients of those that ZeRO splits.
+    """
+
+    def one(variable):
+        axes, shape = _stacked(variable)
+        summed = layout.summed(axes)
+        dim, over = layout.zero_split(axes, shape)
+        value = variable[...]
+        if over and not scattered:
+            value = jax.lax.psum_scatter(value, over, scatter_dimension=dim, tiled=True)
+        if rest := tuple(name for name in summed if name not in over):
+            value = jax.lax.psum(value, rest)
+        return variable.replace(value)
+
+    return jax.tree.map(one, grads, is_leaf=is_variable)
+
+
+def _meta(variable: nnx.Variable) -> tuple[Axes, tuple[int, ...]]:
+    return variable.get_metadata("axes"), variable.get_metadata("sizes")
+
+
+def _stacked(variable: nnx.Variable) -> tuple[Axes, tuple[int, ...]]:
+    axes, sizes = _meta(variable)
+    layers = variable.shape[: len(variable.shape) - len(sizes)]
+    return ("layer",) * len(layers) + axes, (*layers, *sizes)

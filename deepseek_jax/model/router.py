@@ -1,0 +1,117 @@
+"""The gate: affinities, node-limited choice of experts, and the balance that steers it (section 2.1.2)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import params
+from deepseek_jax.precision.matmul import FLOAT32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What one layer's gate decided.
+
+    Attributes:
+      experts: BSK int32 in [0, E).
+      weights: BSK float32, final: normalised where the model does, times the routed scale.
+      load: E float32, tokens of this device sent to each expert.
+      balance: () float32, sequence-wise balance loss (equations 17 to 20) without its factor alpha,
+        summed over this device's sequences; 1 per sequence is perfect balance.
+    """
+
+    experts: jax.Array
+    weights: jax.Array
+    load: jax.Array
+    balance: jax.Array
+
+
+class Router(nnx.Module):
+    """Scores every expert in float32 and chooses top_k of them, on few groups."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dims = (("model", config.d_model), (None, config.experts))
+        self.centroids = params.weight(rngs, *dims, std=config.init_std, sensitive=True)  # DE
+        self.bias = params.router_bias(config.experts)  # E
+        self.config = config
+
+    def __call__(self, x: jax.Array) -> Routing:
+        """x BSD, the normalised input of the feed-forward layer."""
+        config = self.config
+        logits = FLOAT32.einsum("BSD,DE->BSE", x, self.centroids[...])
+        scores = jax.nn.sigmoid(logits) if config.score == "sigmoid" else jax.nn.softmax(logits)
+        experts, weights = select_experts(scores, self.bias[...], config)
+        load = _count(experts, config.experts)
+        return Routing(experts, weights, load.sum((0, 1)), sequence_balance(scores, config.top_k))
+
+
+def select_experts(
+    scores: jax.Array, bias: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses each token's experts (equation 16 and node-limited routing) and weighs them (13, 14).
+
+    Args:
+      scores: BSE float32 affinities.
+      bias: E float32, same unit; steers the choice, never the weight.
+
+    Returns:
+      experts BSK int32, and weights BSK float32: the affinities of the chosen, normalised to sum to
+      one where `normalise_weights`, times `routed_scale`.
+    """
+    steered = lax.stop_gradient(scores) + bias[None, None]
+    if config.groups > 1:
+        steered = _keep_best_groups(steered, config)
+    _, experts = lax.top_k(steered, config.top_k)
+    # A one-hot product instead of a gather: exact, and its gradient is dense.
+    chosen = jax.nn.one_hot(experts, config.experts, dtype=scores.dtype)  # BSKE
+    weights = jnp.sum(chosen * scores[:, :, None], axis=-1)
+    if config.normalise_weights:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return experts, weights * config.routed_scale
+
+
+def _keep_best_groups(steered: jax.Array, config: ModelConfig) -> jax.Array:
+    """-inf for every expert outside the `top_groups` best groups of its token."""
+    batch, length, experts = steered.shape
+    grouped = steered.reshape(batch, length, config.groups, -1)  # BSE -> BSG(E/G)
+    if config.group_score == "top2":
+        group_score = lax.top_k(grouped, 2)[0].sum(-1)
+    else:
+        group_score = grouped.max(-1)
+    _, best = lax.top_k(group_score, config.top_groups)
+    kept = jax.nn.one_hot(best, config.groups, dtype=jnp.bool_).any(2)  # BSG
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(batch, length, experts)
+
+
+def sequence_balance(scores: jax.Array, top_k: int) -> jax.Array:
+    """Sum over sequences of sum_e f_e P_e, equations 17 to 20 without alpha.
+
+    f counts the top-K of the unbiased affinities over all experts, as the equation says, not the
+    experts that the biased, group-limited choice took. It carries no gradient.
+    """
+    experts = scores.shape[-1]
+    _, best = lax.top_k(lax.stop_gradient(scores), top_k)
+    f = _count(best, experts).mean(1) * (experts / top_k)  # BE
+    p = (scores / scores.sum(-1, keepdims=True)).mean(1)  # BE
+    return jnp.sum(f * p)
+
+
+def _count(experts: jax.Array, total: int) -> jax.Array:
+    """How often each expert stands in each row: BSK -> BSE float32 of zeros and ones."""
+    return jax.nn.one_hot(experts, total, dtype=jnp.float32).sum(2)
+
+
+def max_violation(load: jax.Array) -> jax.Array:
+    """MaxVio per layer: (max load - mean load) / mean load; load LE -> L."""
+    mean = load.mean(-1)
+    return (load.max(-1) - mean) / mean
+
+
+def move_bias(bias: jax.Array, load: jax.Array, speed: jax.Array) -> jax.Array:
+    """b + gamma * sign(mean load - load): overloaded experts become less attractive; both (L)E."""
+    return bias + speed * jnp.sign(load.mean(-1, keepdims=True) - load)

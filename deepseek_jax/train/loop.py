@@ -1,0 +1,229 @@
+"""A training run from top to bottom, and the only place with side effects.
+
+The order of one turn, everywhere: data, step, check, log, save, stop.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from deepseek_jax import config as configs
+from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.data.loader import TrainData, held_out
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel import processes
+from deepseek_jax.train import evaluate, optimizer, pictures, schedule, state, workdir
+from deepseek_jax.train.report import Report
+from deepseek_jax.train.step import make_ema, make_step, tokens_spec
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradients stopped being numbers; the message names the last good step."""
+
+
+def train(config: Config, directory: Path, *, screen: bool = True) -> dict[str, Any]:
+    """Trains until `schedule.tokens` are consumed, from the newest checkpoint in `directory` if any.
+
+    Returns:
+      The summary that the screen ends with: steps, tokens, held-out bits per byte and gzip's.
+
+    Raises:
+      ConfigError: before anything is compiled or written.
+      NotFinite: a loss or gradient norm is NaN or infinite.
+    """
+    config = check_devices(config)
+    workdir.check(directory, config)
+    report = Report(
+        directory,
+        total_tokens=config.schedule.tokens,
+        screen=screen and processes.is_primary(),
+        primary=processes.is_primary(),
+    )
+    mesh, layout = meshes.build(config.mesh), meshes.layout(config)
+    place = NamedSharding(mesh, tokens_spec(layout))
+    rows, readers = _rows(place, config)
+    data = TrainData(
+        config.data,
+        vocab=config.model.vocab,
+        length=config.batch.length,
+        micro_sequences=config.batch.micro_sequences,
+        seed=config.seed,
+        process_index=rows,
+        process_count=readers,
+        say=report.say,
+    )
+    workdir.claim(directory, config)
+
+    adam = optimizer.build(config.optimizer)
+    store = Store(directory / "checkpoints", keep=config.checkpoint.keep)
+    stop = processes.StopSignal()
+    with jax.set_mesh(mesh):
+        places = state.shardings(config, layout, mesh, adam)
+        now, tokens = _start(config, places, adam, store, data, report)
+        step_places = dataclasses.replace(places, ema=None)
+        step = jax.jit(
+            make_step(config, layout, mesh, adam),
+            donate_argnums=0,
+            out_shardings=(step_places, None),
+        )
+        move_ema = make_ema(config, places)
+        done, finished = int(now.step), tokens >= config.schedule.tokens
+        report.begin(done, tokens)
+        report.say(_headline(config, data, done))
+        stop.install()
+
+        saved, logged_at, logged_tokens = done, time.perf_counter(), tokens
+        while not finished:
+            count = schedule.micro_batches(config.batch, tokens)
+            batch = _batch(data, config, place, count)
+            hyper = schedule.hyper(config.schedule, step=done, tokens=tokens)
+            moved, metrics = step(
+                dataclasses.replace(now, ema=None),
+                batch,
+                np.int32(count),
+                jax.tree.map(np.float32, hyper),
+            )
+            ema = now.ema if now.ema is None else move_ema(now.ema, moved.params)
+            now = dataclasses.replace(moved, ema=ema)
+            done, tokens = done + 1, tokens + count * schedule.tokens_per_micro_batch(config.batch)
+            finished = tokens >= config.schedule.tokens
+
+            values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+            _check_finite(values, done, saved, store)
+            stopping = stop.reached(done)
+            if done % config.log.every_steps == 0 or finished or stopping or done == 1:
+                elapsed = time.perf_counter() - logged_at
+                report.step(
+                    {
+                        "step": done,
+                        "tokens": tokens,
+                        **values,
+                        "max_violation": max(values["max_violation"], default=0.0),
+                        "layer_max_violation": values["max_violation"],
+                        "learning_rate": hyper.learning_rate,
+                        "mtp_weight": hyper.mtp_weight,
+                        "bias_speed": hyper.bias_speed,
+                        "sequences": count * config.batch.micro_sequences,
+                        "tokens_per_second": (tokens - logged_tokens) / elapsed,
+                    }
+                )
+                logged_at, logged_tokens = time.perf_counter(), tokens
+            if done % config.checkpoint.every_steps == 0 or finished or stopping:
+                store.save(done, state.to_dict(now), {"tokens": tokens, "data": data.state()})
+                saved = done
+            if stopping and not finished:
+                store.close()
+                data.close()
+                report.say(f"stopped by a signal after step {done}; the same command resumes")
+                report.close()
+                return {"step": done, "tokens": tokens, "stopped": True}
+
+        store.close()
+        data.close()
+        summary = {"step": done, "tokens": tokens} | _held_out(config, layout, mesh, now)
+    report.finish(summary)
+    if processes.is_primary():
+        for path in pictures.draw(directory):
+            report.say(f"picture: {path}")
+    report.close()
+    return summary
+
+
+def check_devices(config: Config) -> Config:
+    """The config with its mesh filled in and checked against the devices there are."""
+    mesh = meshes.resolve(config.mesh, jax.device_count())
+    config = dataclasses.replace(config, mesh=mesh)
+    configs.check(config)
+    if mesh.pipe > 1:
+        raise ConfigError(
+            f"mesh.pipe={mesh.pipe}: training runs without a pipeline so far; set mesh.pipe=1 and "
+            "give its devices to another axis"
+        )
+    return config
+
+
+def _start(config, places, adam, store, data, report) -> tuple[state.TrainState, int]:
+    """The newest checkpoint, or a fresh start."""
+    abstract = state.abstract(config, places, adam)
+    restored = store.restore(state.to_dict(abstract))
+    if restored is None:
+        return state.initialise(config, places, adam), 0
+    step, values, meta = restored
+    data.restore(meta["data"])
+    report.say(f"resumed from step {step}, {meta['tokens']:,} tokens in")
+    return state.from_dict(abstract, values), int(meta["tokens"])
+
+
+def _rows(place: NamedSharding, config: Config) -> tuple[int, int]:
+    """Which equal run of each micro-batch's rows this process reads, and how many runs there are."""
+    rows = config.batch.micro_sequences
+    index = place.addressable_devices_indices_map((1, rows, 1)).values()
+    spans = [part[1].indices(rows)[:2] for part in index]
+    first, end = min(span[0] for span in spans), max(span[1] for span in spans)
+    return first // (end - first), rows // (end - first)
+
+
+def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) -> jax.Array:
+    """The next `count` micro-batches as one global array, as long as the longest step needs."""
+    most = schedule.most_micro_batches(config.batch)
+    local = np.stack([next(data) for _ in range(count)])
+    local = np.pad(local, ((0, most - count), (0, 0), (0, 0)))
+    shape = (most, config.batch.micro_sequences, config.batch.length + 1)
+    spans = place.addressable_devices_indices_map(shape).values()
+    first = min(part[1].indices(shape[1])[0] for part in spans)
+
+    def part(index):
+        start, end, _ = index[1].indices(shape[1])
+        return local[:, start - first : end - first]
+
+    return jax.make_array_from_callback(shape, place, part)
+
+
+def _check_finite(values: dict[str, Any], step: int, saved: int, store: Store) -> None:
+    if np.isfinite([values["loss"], values["grad_norm"]]).all():
+        return
+    store.close()
+    good = f"the last good checkpoint is step {saved}" if store.steps() else "there is no checkpoint"
+    raise NotFinite(
+        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; {good}. Lower "
+        "schedule.learning_rate or look at the data of this step, then run the same command"
+    )
+
+
+def _held_out(config, layout, mesh, now: state.TrainState) -> dict[str, Any]:
+    """Bits per byte of the weights, and of their average, on text that training never saw."""
+    if not config.evaluation.tokens:
+        return {}
+    text = held_out(
+        config.data,
+        vocab=config.model.vocab,
+        length=config.batch.length,
+        tokens=config.evaluation.tokens,
+        seed=config.seed,
+    )
+    score = evaluate.make_score(config, layout, mesh)
+
+    def bits(params):
+        return score(params, now.bias, text.sequences, text.valid).bits_per_byte(text.bytes)
+
+    out = {
+        "held_out_bits_per_byte": bits(now.params),
+        "gzip_bits_per_byte": 8 * text.gzip_bytes / text.bytes,
+        "held_out_bytes": text.bytes,
+    }
+    if now.ema is not None:
+        on_device = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), now.ema)
+        out["ema_bits_per_byte"] = bits(jax.device_put(now.ema, on_device))
+    return out
+
+
+def _headline(config: Config, data: TrainData, done: int) -> str:
+    mesh = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config.mesh).items() if v > 1)
+    devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
+    return f"{devices}{': ' + mesh if mesh else ''}; {data.facts.tokens:,} tokens of text"

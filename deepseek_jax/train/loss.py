@@ -1,0 +1,111 @@
+"""What training minimises: next-token and MTP cross entropy (equations 23 to 25), a chunk at a time.
+
+The vocabulary times tokens is never held: logits exist for one chunk of one head at a time, forward
+and backward. The loss is the end of the graph, so its gradient with respect to the hidden states and
+the head is made in the same pass and kept (M + D V numbers), and no logits are made twice.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.parallel import axes
+
+
+def head_loss(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy of every row, and their weighted sum.
+
+    Args:
+      hidden: MD, what the head reads, in the recipe's dtype.
+      head: DV, this device's part of the vocabulary.
+      targets: M int32 over the whole vocabulary.
+      weights: M float32, what each row counts in the sum; 0 leaves it out.
+      chunk: rows whose logits are held at once.
+
+    Returns:
+      () float32 sum of weights * entropies, differentiable in `hidden` and `head`; and the entropies
+      M float32, in nats, for the record: no gradient flows through them.
+    """
+    rows = hidden.shape[0]
+    padding = -rows % chunk
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
+    targets, weights = (jnp.pad(part, (0, padding)) for part in (targets, weights))
+    total, entropies = _head_loss(hidden, head, targets, weights, chunk)
+    return total, lax.stop_gradient(entropies[:rows])
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    exact = "highest" if head.dtype == jnp.float32 else None
+    return jnp.matmul(hidden, head, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(cross entropy M, log of the normaliser M, target as a row of MV that is one-hot or zero)."""
+    over = axes.names("vocab")
+    here = targets - logits.shape[-1] * axes.index("vocab")
+    hit = here[:, None] == jnp.arange(logits.shape[-1])[None]
+    top = logits.max(-1)
+    top = lax.pmax(top, over) if over else top
+    normaliser = jnp.exp(logits - top[:, None]).sum(-1)
+    target = jnp.where(hit, logits, 0.0).sum(-1)
+    if over:
+        normaliser, target = lax.psum((normaliser, target), over)
+    log_normaliser = jnp.log(normaliser) + top
+    return log_normaliser - target, log_normaliser, hit
+
+
+def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(array.reshape(-1, chunk, *array.shape[1:]) for array in arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _head_loss(hidden, head, targets, weights, chunk):
+    def one(_, part):
+        rows, target = part
+        return None, _entropy(_logits(rows, head), target)[0]
+
+    _, entropies = lax.scan(one, None, _chunks(chunk, hidden, targets))
+    entropies = entropies.reshape(-1)
+    return jnp.sum(entropies * weights), entropies
+
+
+def _forward(hidden, head, targets, weights, chunk):
+    def one(d_head, part):
+        rows, target, weight = part
+        logits = _logits(rows, head)
+        entropy, log_normaliser, hit = _entropy(logits, target)
+        d_logits = (jnp.exp(logits - log_normaliser[:, None]) - hit) * weight[:, None]
+        d_logits = d_logits.astype(head.dtype)
+        exact = "highest" if head.dtype == jnp.float32 else None
+        matmul = functools.partial(
+            jnp.matmul, precision=exact, preferred_element_type=jnp.float32
+        )
+        return d_head + matmul(rows.T, d_logits), (entropy, matmul(d_logits, head.T))
+
+    start = jnp.zeros(head.shape, jnp.float32)
+    parts = _chunks(chunk, hidden, targets, weights)
+    d_head, (entropies, d_hidden) = lax.scan(one, start, parts)
+    d_hidden = d_hidden.reshape(hidden.shape)
+    if over := axes.names("vocab"):
+        d_hidden = lax.psum(d_hidden, over)
+    entropies = entropies.reshape(-1)
+    saved = d_hidden.astype(hidden.dtype), d_head.astype(head.dtype)
+    return (jnp.sum(entropies * weights), entropies), saved
+
+
+def _backward(chunk, saved, cotangents):
+    d_hidden, d_head = saved
+    scale = cotangents[0]
+    return (
+        (d_hidden * scale).astype(d_hidden.dtype),
+        (d_head * scale).astype(d_head.dtype),
+        None,
+        None,
+    )
+
+
+_head_loss.defvjp(_forward, _backward)

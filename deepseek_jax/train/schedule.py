@@ -1,0 +1,60 @@
+"""The recipe over time: pure functions of consumed tokens and steps, exact on the host (section 4.2)."""
+
+import dataclasses
+import math
+
+from deepseek_jax.config import BatchConfig, ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyper:
+    """What one optimiser step is told; every number float."""
+
+    learning_rate: float
+    mtp_weight: float
+    bias_speed: float
+
+
+def learning_rate(config: ScheduleConfig, *, step: int, tokens: int) -> float:
+    """Five phases: linear warm-up in steps, constant, cosine, constant, final constant.
+
+    Args:
+      step: optimiser steps taken before this one.
+      tokens: tokens consumed before this one.
+    """
+    warm = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    if tokens >= config.final_start:
+        rate = config.final_learning_rate
+    elif tokens >= config.decay_end:
+        rate = config.decayed_learning_rate
+    elif tokens >= config.decay_start:
+        done = (tokens - config.decay_start) / (config.decay_end - config.decay_start)
+        span = config.learning_rate - config.decayed_learning_rate
+        rate = config.decayed_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        rate = config.learning_rate
+    return warm * rate
+
+
+def hyper(config: ScheduleConfig, *, step: int, tokens: int) -> Hyper:
+    late = tokens >= config.mtp_switch
+    return Hyper(
+        learning_rate=learning_rate(config, step=step, tokens=tokens),
+        mtp_weight=config.late_mtp_weight if late else config.mtp_weight,
+        bias_speed=0.0 if tokens >= config.bias_stop else config.bias_speed,
+    )
+
+
+def micro_batches(config: BatchConfig, tokens: int) -> int:
+    """Micro-batches of the step that starts after `tokens`: the batch ramp, linear in tokens."""
+    done = min(tokens / config.ramp_tokens, 1.0) if config.ramp_tokens else 1.0
+    wanted = config.ramp_sequences + done * (config.sequences - config.ramp_sequences)
+    return max(round(wanted / config.micro_sequences), 1)
+
+
+def most_micro_batches(config: BatchConfig) -> int:
+    return max(config.sequences, config.ramp_sequences) // config.micro_sequences
+
+
+def tokens_per_micro_batch(config: BatchConfig) -> int:
+    return config.micro_sequences * config.length

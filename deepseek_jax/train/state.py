@@ -1,0 +1,154 @@
+"""Everything a training run is made of on the devices, and where each part of it lives."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.model import params as weights
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.axes import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Attributes:
+    step: () int32, optimiser steps taken.
+    params: float32 masters, moved by gradients.
+    bias: router biases, float32, moved by load alone.
+    opt_state: clipping, Adam's moments, decay.
+    ema: float32 average of `params` in host memory; None where it is switched off.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    bias: nnx.State
+    opt_state: optax.OptState
+    ema: nnx.State | None
+
+
+def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
+    return Transformer(config, rngs=nnx.Rngs(params=key))
+
+
+def abstract_model(config: ModelConfig) -> Transformer:
+    """Shapes, dtypes and logical axes of every parameter; nothing is allocated."""
+    return jax.eval_shape(lambda key: build_model(config, key), jax.random.key(0))
+
+
+def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
+    """(structure, trained parameters, router biases)."""
+    return nnx.split(model, nnx.Param, weights.RouterBias)
+
+
+def host_memory() -> str:
+    """The memory kind of this backend's host side, where the EMA is kept."""
+    kinds = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
+    return "pinned_host" if "pinned_host" in kinds else kinds[0]
+
+
+def shardings(
+    config: Config, layout: Layout, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """A TrainState of NamedShardings."""
+
+    def stored(kind=None):
+        extra = {"memory_kind": kind} if kind else {}
+        return lambda axes, shape: NamedSharding(mesh, layout.storage(axes, shape), **extra)
+
+    _, params, bias = split(abstract_model(config.model))
+    whole = NamedSharding(mesh, P())
+    masters = weights.place(params, stored())
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, params),
+        masters,
+        transform_non_params=lambda _: whole,
+    )
+    ema = weights.place(params, stored(host_memory())) if config.optimizer.ema_decay else None
+    return TrainState(
+        step=whole,
+        params=masters,
+        bias=jax.tree.map(lambda _: whole, bias),
+        opt_state=moments,
+        ema=ema,
+    )
+
+
+def _fresh(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    _, params, bias = split(build_model(config.model, key))
+    ema = params if config.optimizer.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params), ema)
+
+
+def initialise(
+    config: Config, places: TrainState, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """A fresh state, every part built where it lives; the same numbers on every layout."""
+    build = jax.jit(lambda key: _fresh(config, optimizer, key), out_shardings=places)
+    return build(jax.random.key(config.seed))
+
+
+def abstract(
+    config: Config, places: TrainState, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shapes, dtypes and places of a state: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda key: _fresh(config, optimizer, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        places,
+    )
+
+
+def to_dict(state: TrainState) -> dict[str, Any]:
+    """The state as nested dictionaries of arrays under plain names: what a checkpoint holds."""
+    adam = next(part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
+    out = {
+        "step": state.step,
+        "params": _named(state.params),
+        "bias": _named(state.bias),
+        "adam": {"count": adam.count, "mu": _named(adam.mu), "nu": _named(adam.nu)},
+    }
+    return out if state.ema is None else out | {"ema": _named(state.ema)}
+
+
+def from_dict(like: TrainState, values: dict[str, Any]) -> TrainState:
+    """The inverse of `to_dict`, with the structure of `like`."""
+
+    def adam(part):
+        if not isinstance(part, optax.ScaleByAdamState):
+            return part
+        mu, nu = (_renamed(getattr(part, m), values["adam"][m]) for m in ("mu", "nu"))
+        return optax.ScaleByAdamState(values["adam"]["count"], mu, nu)
+
+    return TrainState(
+        step=values["step"],
+        params=_renamed(like.params, values["params"]),
+        bias=_renamed(like.bias, values["bias"]),
+        opt_state=tuple(adam(part) for part in like.opt_state),
+        ema=None if like.ema is None else _renamed(like.ema, values["ema"]),
+    )
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """path -> array. Names of attributes and dictionary keys from the top down, with dots."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _renamed(like: Any, values: dict[str, Any]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: values[_name(path)], like)
+
+
+def _name(path: Any) -> str:
+    parts = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
+    return ".".join(part for part in parts if part != "value")

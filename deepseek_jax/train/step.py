@@ -1,0 +1,213 @@
+"""One optimiser step, pure: gradients over all micro-batches, then AdamW, router bias and EMA."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.config import Config
+from deepseek_jax.model import execution, params, router
+from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.axes import DATA_AXES, Layout
+from deepseek_jax.train.loss import head_loss
+from deepseek_jax.train.schedule import Hyper
+from deepseek_jax.train.state import TrainState, abstract_model, split
+
+jax.tree_util.register_dataclass(
+    Hyper, data_fields=["learning_rate", "mtp_weight", "bias_speed"], meta_fields=[]
+)
+
+# (state, tokens A B S+1, micro-batches that count, Hyper) -> (state, metrics)
+Step = Callable[[TrainState, jax.Array, jax.Array, Hyper], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What micro-batches add up, over one step and then over the ranks; all float32.
+
+    Attributes:
+      entropy: (1 + depth), nats of each head over its valid targets.
+      balance: () sequence-wise balance loss without alpha, over layers and sequences.
+      load: LE tokens that each expert of each MoE layer received, MTP blocks last.
+    """
+
+    entropy: jax.Array
+    balance: jax.Array
+    load: jax.Array
+
+
+def tokens_spec(layout: Layout) -> P:
+    """Where a step's tokens (micro-batch, sequence, position) live."""
+    return P(None, layout.mesh_axes("batch") or None, None)
+
+
+def head_weights(depth: int, length: int, mtp_weight: jax.Array | float) -> jax.Array:
+    """What each position of each head counts, per token: (1 + depth)S float32.
+
+    The main loss is a mean over S positions. Depth k has targets at the first S - k, means over
+    those, and counts mtp_weight / depth (equation 25).
+    """
+    k = jnp.arange(depth + 1)[:, None]
+    valid = jnp.arange(length)[None] < length - k
+    scale = jnp.where(k == 0, 1.0, mtp_weight / max(depth, 1)) / (length - k)
+    return jnp.where(valid, scale, 0.0).astype(jnp.float32)
+
+
+def objective(
+    model: Any,
+    tokens: jax.Array,
+    *,
+    how: execution.Execution,
+    chunk: int,
+    mtp_weight: jax.Array | float,
+    alpha: float,
+    sequences: jax.Array | float,
+) -> tuple[jax.Array, Sums]:
+    """This device's share of the loss of a step that holds `sequences` sequences in all.
+
+    Args:
+      tokens: B(S+1) int32: inputs and, one to the right, targets.
+      chunk: rows whose logits are held at once.
+
+    Returns:
+      () float32: summed over devices and micro-batches it is main + mtp_weight * mean of the MTP
+      losses + alpha * balance; and what to record.
+    """
+    depth, (batch, length) = model.config.mtp_depth, (tokens.shape[0], tokens.shape[1] - 1)
+    hidden = model.hidden(tokens, how, ahead=1)
+    padded = jnp.pad(tokens, ((0, 0), (0, depth)))
+    targets = jnp.stack([padded[:, 1 + k : 1 + k + length] for k in range(depth + 1)])  # MBS
+    weights = head_weights(depth, length, mtp_weight)
+    each = jnp.broadcast_to(weights[:, None] / sequences, targets.shape)
+    head = params.whole(model.head).table[...]
+    rows = hidden.heads.reshape(-1, hidden.heads.shape[-1])  # MBSD -> (MBS)D
+    loss, entropies = head_loss(
+        rows, head, targets.reshape(-1), each.reshape(-1), min(chunk, rows.shape[0])
+    )
+    entropies = entropies.reshape(depth + 1, batch, length)
+    entropy = jnp.where(weights[:, None] > 0, entropies, 0.0).sum((1, 2))
+
+    routings = [r for r in (hidden.routing, hidden.mtp_routing) if r is not None]
+    balance = sum((r.balance.sum() for r in routings), jnp.zeros(()))
+    loads = [r.load for r in routings] or [jnp.zeros((0, model.config.experts))]
+    sums = Sums(entropy, balance, jnp.concatenate(loads))
+    return loss + alpha * balance / sequences, lax.stop_gradient(sums)
+
+
+def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., Any]:
+    """(masters, biases, tokens, count, mtp_weight) -> (gradients as `storage`, Sums over everything).
+
+    One shard_map, manual over every mesh axis: all communication of the step is written out in it.
+    """
+    graph, abstract, abstract_bias = split(abstract_model(config.model))
+    stored = params.place(abstract, layout.storage)
+    how = execution.of(config)
+    per_layer = config.layout.zero == 3
+    data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)
+
+    def local(masters, bias, tokens, count, mtp_weight):
+        with axes.active(layout):
+            # Cast first: half the bytes to gather.
+            compute = params.cast(masters, how.recipe.compute)
+            compute = compute if per_layer else params.gather(compute, layout)
+            sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
+
+            def loss(weights, micro):
+                model = nnx.merge(graph, weights, bias)
+                return objective(
+                    model,
+                    micro,
+                    how=how,
+                    chunk=config.layout.loss_chunk,
+                    mtp_weight=mtp_weight,
+                    alpha=config.schedule.balance_alpha,
+                    sequences=sequences,
+                )
+
+            def one(micro):
+                grads, sums = jax.grad(loss, has_aux=True)(compute, micro)
+                return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
+
+            def add(i, total):
+                return jax.tree.map(jnp.add, total, one(tokens[i]))
+
+            # The first one outside the loop: a step of one micro-batch has no loop at all.
+            total = one(tokens[0])
+            if tokens.shape[0] > 1:
+                total = lax.fori_loop(1, count, add, total)
+            grads, sums = total
+            grads = params.reduce_gradients(grads, layout, scattered=per_layer)
+            sums = lax.psum(sums, data_axes) if data_axes else sums
+            return grads, sums
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(stored, jax.tree.map(lambda _: P(), abstract_bias), tokens_spec(layout), P(), P()),
+        out_specs=(stored, P()),
+        check_vma=False,  # fan_out and fan_in carry what the check would otherwise infer
+    )
+
+
+def make_step(
+    config: Config, layout: Layout, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> Step:
+    """The pure step; the caller jits it and donates the state."""
+    gradients = make_gradients(config, layout, mesh)
+    length, depth = config.batch.length, config.model.mtp_depth
+
+    def step(state, tokens, count, hyper):
+        grads, sums = gradients(state.params, state.bias, tokens, count, hyper.mtp_weight)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        stepped = jax.tree.map(lambda p, u: p - hyper.learning_rate * u, state.params, updates)
+        bias = _move_biases(state.bias, sums.load, hyper.bias_speed, config.model.moe_layers)
+
+        sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
+        losses = sums.entropy / (sequences * (length - jnp.arange(depth + 1)))
+        metrics = {
+            "loss": losses[0],
+            "mtp_loss": losses[1:].mean() if depth else jnp.zeros(()),
+            "mtp_losses": losses[1:],
+            "balance_loss": sums.balance / sequences,
+            "grad_norm": optax.global_norm(grads),
+            "max_violation": router.max_violation(sums.load),
+            "expert_load": sums.load / sums.load.sum(-1, keepdims=True),
+        }
+        return dataclasses.replace(
+            state, step=state.step + 1, params=stepped, bias=bias, opt_state=opt_state
+        ), metrics
+
+    return step
+
+
+def _move_biases(biases: nnx.State, load: jax.Array, speed: jax.Array, moe_layers: int) -> nnx.State:
+    """Each layer's bias by that layer's own load; load rows: MoE layers, then MTP blocks."""
+
+    def move(path, bias):
+        mtp = any(str(getattr(key, "key", "")) == "mtp" for key in path)
+        rows = load[moe_layers:] if mtp else load[:moe_layers]
+        return router.move_bias(bias, rows, speed)
+
+    return jax.tree_util.tree_map_with_path(move, biases)
+
+
+def make_ema(config: Config, places: TrainState) -> Callable[[nnx.State, nnx.State], nnx.State]:
+    """(average in host memory, parameters) -> the new average, in host memory; donates the old."""
+    decay = config.optimizer.ema_decay
+
+    def update(ema, new):
+        def one(average, value, place):
+            here = jax.device_put(average, place.with_memory_kind("device"))
+            return decay * here + (1 - decay) * value
+
+        return jax.tree.map(one, ema, new, places.ema)
+
+    return jax.jit(update, out_shardings=places.ema, donate_argnums=0)

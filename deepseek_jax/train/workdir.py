@@ -1,0 +1,66 @@
+"""The folder of one run: whose it is, and whether it can be written, before anything is."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.config import Config, ConfigError
+
+# What a run may not change on the way: its checkpoints and data position would mean something else.
+FIXED = ("seed", "model", "data", "batch.length", "batch.micro_sequences")
+
+
+def check(directory: Path, config: Config) -> None:
+    """Raises ConfigError where `directory` is another run's or cannot be written. Writes nothing."""
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--workdir={directory}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workdir={directory}: {existing} is not writable; give another folder")
+    kept = directory / "config.json"
+    if not kept.exists():
+        if (directory / "checkpoints").exists() and any((directory / "checkpoints").iterdir()):
+            raise ConfigError(
+                f"--workdir={directory} holds checkpoints but no config.json to tell whose they are; "
+                "give another folder"
+            )
+        return
+    try:
+        before = json.loads(kept.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{kept} is not readable JSON ({error}); give another --workdir") from error
+    now = json.loads(config.to_json())
+    for key in FIXED:
+        for name, was, is_now in _differences(_at(before, key), _at(now, key), key):
+            raise ConfigError(
+                f"--workdir={directory} holds a run with {name}={was!r}, and this config has "
+                f"{is_now!r}; give another --workdir, or set --config.{name}={was!r} to go on with it"
+            )
+
+
+def claim(directory: Path, config: Config) -> None:
+    """Makes the folder this run's: `config.json`, replaced in one move."""
+    import jax
+
+    if jax.process_index() != 0:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
+        file.write(config.to_json() + "\n")
+    os.replace(file.name, directory / "config.json")
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _differences(was: Any, now: Any, name: str):
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted(was.keys() | now.keys()):
+            yield from _differences(was.get(key), now.get(key), f"{name}.{key}")
+    elif was != now:
+        yield name, was, now
