@@ -1,10 +1,11 @@
 """Grouped matmul: rows sorted by expert, each multiplied by its own expert's weight.
 
-M rows, D width in, F width out, E experts. The rows are walked in blocks, each within one expert, by
-a loop whose length is the number of blocks there really are: cost follows the rows present, not E.
+M rows, D width in, F width out, E experts, J rows of an expert's even share.
 
-The last block of an expert may reach into the next expert's rows. Blocks are walked in order, so what
-it wrote there is overwritten by the right expert; no row is ever padded to a block boundary.
+Each expert's even share of the rows goes through one batched matmul. What an expert has beyond its
+share is walked in blocks, by a loop whose length is the number of blocks there really are. A balanced
+router leaves little for the loop, and the worst one (every row for one expert) costs twice the
+matmul of its rows, whatever E is.
 """
 
 import functools
@@ -13,21 +14,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK_ROWS = {"cpu": 128, "gpu": 512}  # measured on CPU; on GPU not yet
+# Rows of a block of the loop, and the smallest share worth a batched matmul. Measured on CPU.
+BLOCK_ROWS = 128
+LEAST_SHARE = 16
 
 
-def grouped_matmul(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped_matmul(
+    rows: jax.Array, weight: jax.Array, sizes: jax.Array, *, likely: int | None = None
+) -> jax.Array:
     """out[m] = rows[m] @ weight[expert of m]; float32 accumulation, `rows.dtype` out.
 
     Args:
       rows: MD, sorted by expert; rows past sum(sizes) belong to nobody.
       weight: EDF, same dtype.
       sizes: E int32, rows of each expert; may be zero.
+      likely: how many of the M rows there usually are; all of them if not given. Steers cost only.
 
     Returns:
       MF; rows past sum(sizes) are zero, in the gradient too.
     """
-    return _grouped(rows, weight, sizes, _block_rows(rows.shape[0]))
+    experts = weight.shape[0]
+    share = -(-min(likely or rows.shape[0], rows.shape[0]) // experts)
+    share = -(-share // 8) * 8 if share >= LEAST_SHARE else 0
+    return _grouped(rows, weight, sizes, share, min(BLOCK_ROWS, max(8, rows.shape[0])))
 
 
 def reference(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -38,75 +47,100 @@ def reference(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array
     return jnp.einsum("EM,MD,EDF->MF", mine, rows, weight)
 
 
-def _block_rows(rows: int) -> int:
-    return min(BLOCK_ROWS.get(jax.default_backend(), 128), max(8, rows))
+def _in_shares(sizes: jax.Array, share: int, rows: int) -> tuple[jax.Array, ...]:
+    """Row of each slot EJ and whether it holds one; slot of each row M and whether it has one."""
+    ends = jnp.cumsum(sizes)
+    slot = jnp.arange(share, dtype=sizes.dtype)[None]
+    row = jnp.minimum((ends - sizes)[:, None] + slot, rows - 1)
+    number = jnp.arange(rows, dtype=sizes.dtype)
+    expert = jnp.minimum(jnp.searchsorted(ends, number, side="right"), sizes.shape[0] - 1)
+    place = number - (ends - sizes)[expert]
+    has = (place < share) & (number < ends[-1])
+    return row, slot < sizes[:, None], expert * share + jnp.minimum(place, share - 1), has
 
 
-def _walk(sizes: jax.Array, block: int):
-    """(number of blocks, block number -> (expert, first row, rows that are the expert's own))."""
-    blocks = (sizes + block - 1) // block
+def _beyond(sizes: jax.Array, share: int, block: int, rows: int) -> tuple[jax.Array, ...]:
+    """The blocks of what exceeds the shares: how many there are, and expert and first row of each."""
+    experts = sizes.shape[0]
+    extra = jnp.maximum(sizes - share, 0)
+    blocks = (extra + block - 1) // block
     last = jnp.cumsum(blocks)
-    first_row = jnp.cumsum(sizes) - sizes
-
-    def locate(i):
-        expert = jnp.searchsorted(last, i, side="right").astype(jnp.int32)
-        within = (i - (last[expert] - blocks[expert])) * block
-        return expert, first_row[expert] + within, sizes[expert] - within
-
-    return last[-1], locate
+    number = jnp.arange(min(rows // block + experts, rows), dtype=sizes.dtype)
+    expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), experts - 1)
+    first = jnp.cumsum(sizes) - extra - (last - blocks) * block
+    return last[-1], expert, first[expert] + number * block
 
 
-def _pad(rows: jax.Array, block: int) -> jax.Array:
-    return jnp.pad(rows, ((0, block), (0, 0)))  # the last block may run over the end
+def _masked(mask: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="promise_in_bounds")
 
 
-def _product(rows, weight, sizes, block, transpose):
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _product(rows, weight, sizes, share, block, transpose):
     """rows @ weight[expert], or rows @ weight[expert]^T."""
-    count, locate = _walk(sizes, block)
-    padded = _pad(rows, block)
+    contract = "EJF,EDF->EJD" if transpose else "EJD,EDF->EJF"
     width = weight.shape[1 if transpose else 2]
+    if share:
+        row, _, slot, has = _in_shares(sizes, share, rows.shape[0])
+        product = _einsum(contract, _take(rows, row), weight).astype(rows.dtype)
+        out = _masked(has, _take(product.reshape(-1, width), slot))
+    else:
+        out = jnp.zeros((rows.shape[0], width), rows.dtype)
+    count, experts, starts = _beyond(sizes, share, block, rows.shape[0])
+    ends = jnp.cumsum(sizes)
 
     def body(i, out):
-        expert, row, _ = locate(i)
-        mine = lax.dynamic_slice_in_dim(padded, row, block)
-        matrix = lax.dynamic_index_in_dim(weight, expert, keepdims=False)
-        product = _dot(mine, matrix, (1, 1 if transpose else 0)).astype(out.dtype)
-        return lax.dynamic_update_slice_in_dim(out, product, row, 0)
+        # A block at the very end is moved back to fit; rows that are not its own stay as they are.
+        row = jnp.minimum(starts[i], rows.shape[0] - block)
+        number = row + jnp.arange(block)
+        own = (number >= starts[i]) & (number < ends[experts[i]])
+        matrix = lax.dynamic_index_in_dim(weight, experts[i])
+        mine = lax.dynamic_slice_in_dim(rows, row, block)[None]
+        product = _einsum(contract, mine, matrix)[0].astype(out.dtype)
+        before = lax.dynamic_slice_in_dim(out, row, block)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], product, before), row, 0)
 
-    out = lax.fori_loop(0, count, body, jnp.zeros((padded.shape[0], width), rows.dtype))
-    beyond = jnp.arange(rows.shape[0]) >= sizes.sum()
-    return jnp.where(beyond[:, None], jnp.zeros((), out.dtype), out[: rows.shape[0]])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(rows, weight, sizes, block):
-    return _product(rows, weight, sizes, block, transpose=False)
+    return lax.fori_loop(0, count, body, out)
 
 
-def _forward(rows, weight, sizes, block):
-    return _grouped(rows, weight, sizes, block), (rows, weight, sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped(rows, weight, sizes, share, block):
+    return _product(rows, weight, sizes, share, block, transpose=False)
 
 
-def _backward(block, saved, d_out):
+def _forward(rows, weight, sizes, share, block):
+    return _grouped(rows, weight, sizes, share, block), (rows, weight, sizes)
+
+
+def _backward(share, block, saved, d_out):
     rows, weight, sizes = saved
-    d_rows = _product(d_out, weight, sizes, block, transpose=True)
-    count, locate = _walk(sizes, block)
-    padded, d_padded = _pad(rows, block), _pad(d_out, block)
+    d_rows = _product(d_out, weight, sizes, share, block, transpose=True)
+    if share:
+        row, used, _, _ = _in_shares(sizes, share, rows.shape[0])
+        mine, theirs = _masked(used, _take(rows, row)), _take(d_out, row)
+        d_weight = _einsum("EJD,EJF->EDF", mine, theirs)
+    else:
+        d_weight = jnp.zeros(weight.shape, jnp.float32)
+    count, experts, starts = _beyond(sizes, share, block, rows.shape[0])
+    ends = jnp.cumsum(sizes)
 
     def body(i, total):
-        expert, row, own = locate(i)
-        mine = lax.dynamic_slice_in_dim(padded, row, block)
-        mine = jnp.where((jnp.arange(block) < own)[:, None], mine, jnp.zeros((), mine.dtype))
-        theirs = lax.dynamic_slice_in_dim(d_padded, row, block)
-        so_far = lax.dynamic_index_in_dim(total, expert, keepdims=False)
-        return lax.dynamic_update_index_in_dim(total, so_far + _dot(mine, theirs, (0, 0)), expert, 0)
+        row = jnp.minimum(starts[i], rows.shape[0] - block)
+        number = row + jnp.arange(block)
+        own = (number >= starts[i]) & (number < ends[experts[i]])
+        mine = _masked(own, lax.dynamic_slice_in_dim(rows, row, block))
+        theirs = lax.dynamic_slice_in_dim(d_out, row, block)
+        so_far = lax.dynamic_index_in_dim(total, experts[i], keepdims=False)
+        more = so_far + _einsum("MD,MF->DF", mine, theirs)
+        return lax.dynamic_update_index_in_dim(total, more, experts[i], 0)
 
-    d_weight = lax.fori_loop(0, count, body, jnp.zeros(weight.shape, jnp.float32))
+    d_weight = lax.fori_loop(0, count, body, d_weight)
     return d_rows, d_weight.astype(weight.dtype), None
 
 

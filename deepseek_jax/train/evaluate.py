@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import execution, params
+from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.train.loss import head_loss
-from deepseek_jax.train.state import abstract_model, split
+from deepseek_jax.train.state import split
 
 
 @dataclasses.dataclass(frozen=True)

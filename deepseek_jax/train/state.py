@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.config import Config
 from deepseek_jax.model import params as weights
-from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.model.transformer import Transformer, abstract_model, build_model
 from deepseek_jax.parallel.axes import Layout
 
 
@@ -32,15 +32,6 @@ class TrainState:
     bias: nnx.State
     opt_state: optax.OptState
     ema: nnx.State | None
-
-
-def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
-    return Transformer(config, rngs=nnx.Rngs(params=key))
-
-
-def abstract_model(config: ModelConfig) -> Transformer:
-    """Shapes, dtypes and logical axes of every parameter; nothing is allocated."""
-    return jax.eval_shape(lambda key: build_model(config, key), jax.random.key(0))
 
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:

@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import execution, params, router
+from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.train.loss import head_loss
 from deepseek_jax.train.schedule import Hyper
-from deepseek_jax.train.state import TrainState, abstract_model, split
+from deepseek_jax.train.state import TrainState, split
 
 jax.tree_util.register_dataclass(
     Hyper, data_fields=["learning_rate", "mtp_weight", "bias_speed"], meta_fields=[]

@@ -1,0 +1,121 @@
+"""Training speed: tokens per second, as a share of this machine's own matmul speed in the same run.
+
+The model has 10.8 million parameters: 4 layers of which 1 dense, width 256, 16 experts of width 128,
+top-4 in 4 groups, vocabulary 8192, batch 8 x 256, float32.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.plan.count import count
+from deepseek_jax.plan.flops import training_flops_per_token
+from deepseek_jax.train import optimizer, schedule, state
+from deepseek_jax.train.step import make_step, tokens_spec
+
+
+def sized(config: Config, **model: Any) -> Config:
+    """The config that is measured: `config` supplies the recipe, the sizes are the ones above."""
+    sizes = dict(
+        vocab=8192, layers=4, dense_layers=1, d_model=256, d_dense=768, heads=4,
+        q_latent=128, kv_latent=64, d_nope=64, d_rope=32, d_value=64,
+        experts=16, shared_experts=1, top_k=4, groups=4, top_groups=2, d_expert=128, mtp_depth=0,
+    )  # fmt: skip
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **sizes | model),
+        mesh=dataclasses.replace(config.mesh, pipe=1, replica=1, node=1, gpu=1, tensor=1),
+        batch=dataclasses.replace(
+            config.batch, length=256, sequences=8, ramp_sequences=8, ramp_tokens=0, micro_sequences=8
+        ),
+        optimizer=dataclasses.replace(config.optimizer, ema_decay=0.0, moments="float32"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepper:
+    """A compiled step with its state and data; `seconds` runs one and waits for it.
+
+    Attributes:
+      build_seconds, compile_seconds: making the state; tracing and compiling the step.
+    """
+
+    config: Config
+    run: Any
+    build_seconds: float
+    compile_seconds: float
+
+    @classmethod
+    def of(cls, config: Config) -> "Stepper":
+        start = time.perf_counter()
+        mesh, layout = meshes.build(config.mesh), meshes.layout(config)
+        adam = optimizer.build(config.optimizer)
+        with jax.set_mesh(mesh):
+            places = state.shardings(config, layout, mesh, adam)
+            now = jax.block_until_ready(state.initialise(config, places, adam))
+            built = time.perf_counter()
+            place = NamedSharding(mesh, tokens_spec(layout))
+            shape = (1, config.batch.micro_sequences, config.batch.length + 1)
+            drawn = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
+            tokens = jax.device_put(drawn, place)
+            hyper = jax.tree.map(np.float32, schedule.hyper(config.schedule, step=0, tokens=0))
+            step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
+            compiled = step.lower(now, tokens, np.int32(1), hyper).compile()
+            compile_seconds = time.perf_counter() - built
+
+        def run() -> float:
+            nonlocal now
+            begin = time.perf_counter()
+            now, metrics = compiled(now, tokens, np.int32(1), hyper)
+            jax.block_until_ready(metrics)
+            return time.perf_counter() - begin
+
+        run.compiled = compiled; return cls(config, run, built - start, compile_seconds)
+
+    @property
+    def tokens(self) -> int:
+        return schedule.tokens_per_micro_batch(self.config.batch)
+
+
+def matmul_flops_per_second(size: int = 2048, repeats: int = 5) -> float:
+    """The best of a few square float32 products: what this machine can do right now."""
+    a = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def measure(config: Config, *, steps: int = 20) -> dict[str, float]:
+    """Steps and matmuls by turns, so that both meet the same neighbours on a shared machine."""
+    config = sized(config)
+    stepper = Stepper.of(config)
+    first = stepper.run()
+    seconds, peaks = [], []
+    for _ in range(steps):
+        peaks.append(matmul_flops_per_second(repeats=2))
+        seconds.append(stepper.run())
+    tokens_per_second = stepper.tokens / float(np.median(seconds))
+    flops = training_flops_per_token(config.model, config.batch.length)
+    peak = float(np.median(peaks))
+    return {
+        "parameters": count(config.model).total,
+        "flops_per_token": flops,
+        "tokens_per_second": tokens_per_second,
+        "matmul_flops_per_second": peak,
+        "share_of_matmul": tokens_per_second * flops / peak,
+        "build_seconds": stepper.build_seconds,
+        "compile_seconds": stepper.compile_seconds,
+        "first_step_seconds": first,
+    }

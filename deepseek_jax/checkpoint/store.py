@@ -1,0 +1,324 @@
+"""A run's checkpoints: one directory per step, written by orbax in the background.
+
+A step appears under its number by one rename after its last byte, and loses that number by one
+rename before its first file is deleted: whatever kills the process, a numbered directory was once
+whole. What breaks it later (a lost file, a flipped bit) is found on reading, by orbax or by a sum
+of every leaf's bits, and the step before it is taken. Nothing else in the package knows orbax.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import shutil
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from deepseek_jax.config import ConfigError
+
+PyTree = Any
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class Store:
+    """The checkpoints of one run. All processes call every method with the same arguments."""
+
+    def __init__(self, directory: Path, *, keep: int):
+        """Reads and writes `directory/STEP`; nothing is written before the first `save`.
+
+        Args:
+          directory: on a file system that all processes share.
+          keep: how many of the newest steps stay.
+
+        Raises:
+          ConfigError: `keep` is below one.
+        """
+        if keep < 1:
+            raise ConfigError(f"checkpoint.keep is {keep}; expected at least 1")
+        self._directory = Path(directory).absolute()
+        self._keep = keep
+        self._broken: set[int] = set()  # found unreadable, set aside by the next save
+        self._held: set[int] = set()  # saved or restored here
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
+        """Writes a step in the background, after the step before it is done.
+
+        The state is copied before this returns, so the caller may donate it. A step that this store
+        has saved or restored is not written again: its number names one state.
+
+        Args:
+          step: larger than every step in the directory.
+          state: global arrays of any sharding, dtype and memory kind.
+          meta: a small dictionary that JSON can hold.
+
+        Raises:
+          ConfigError: the directory holds this step or a later one, which was not restored.
+          Exception: what stopped the step before from being written, a full disk for example.
+        """
+        self.wait()
+        if step in self._held:
+            return
+        newest = _from_primary(max(self.steps(), default=-1))
+        if newest >= step:
+            raise ConfigError(
+                f"{self._directory} already holds step {newest}, so step {step} cannot be saved; "
+                "resume from it or choose another --workdir"
+            )
+        leaves = _named(state)
+        described = zip(leaves, map(_describe, leaves.values()), _bit_sums(leaves), strict=True)
+        record = {
+            "step": step,
+            "meta": meta,
+            "leaves": {name: [kind, bits] for name, kind, bits in described},
+        }
+        if jax.process_index() == 0:
+            self._tidy()
+        self._broken.clear()
+        with _quiet():
+            response = ocp.save_async(
+                self._directory / str(step), leaves, custom_metadata=_sealed(record)
+            )
+        self._pending = self._worker.submit(self._finish, step, response)
+
+    def restore(
+        self, abstract: PyTree, *, partial: bool = False
+    ) -> tuple[int, PyTree, dict[str, Any]] | None:
+        """The newest step that can be read, laid out as `abstract` says.
+
+        Args:
+          abstract: jax.ShapeDtypeStruct leaves with shardings, on any mesh.
+          partial: read only these leaves; the checkpoint may hold others.
+
+        Returns:
+          (step, state, meta), or None where nothing was ever saved.
+
+        Raises:
+          ConfigError: the checkpoint holds other leaves, or none of the steps can be read.
+        """
+        self.wait()
+        wanted = _named(abstract)
+        for step, record in self._readable():
+            self._compare(step, record, wanted, partial)
+            leaves = self._attempt(step, functools.partial(self._load, step, wanted, partial))
+            if leaves is None:
+                continue
+            if not self._attempt(step, functools.partial(_verify, leaves, record)):
+                continue
+            self._held.add(step)
+            state = jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
+            return step, state, record["meta"]
+        return None
+
+    def newest_meta(self) -> dict[str, Any] | None:
+        """The `meta` of the newest step, without its arrays, which may yet prove unreadable.
+
+        Raises:
+          ConfigError: none of the steps can be read.
+        """
+        return next((record["meta"] for _, record in self._readable()), None)
+
+    def steps(self) -> list[int]:
+        """The steps on disk, oldest first, without those found unreadable."""
+        paths = self._directory.glob("*")
+        found = {int(path.name) for path in paths if path.name.isdigit() and path.is_dir()}
+        return sorted(found - self._broken)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises what went wrong while it was."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def close(self) -> None:
+        """Finishes what is being written; the store cannot save any more."""
+        self.wait()
+        self._worker.shutdown()
+
+    def _readable(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Steps whose record can be read, newest first; never nothing where there are steps."""
+        tried: set[int] = set()
+        while (step := _from_primary(max(set(self.steps()) - tried, default=-1))) >= 0:
+            tried.add(step)
+            record = self._attempt(step, functools.partial(self._record, step))
+            if record is not None:
+                yield step, record
+        if self._broken:
+            raise ConfigError(
+                f"{self._directory} holds {len(self._broken)} checkpoints and none can be read; "
+                "repair or remove it, or choose another --workdir"
+            )
+
+    def _attempt(self, step: int, read: Callable[[], T]) -> T | None:
+        """What `read` returns; None, and one warning, if it fails in any process."""
+        value, reason = None, "another process cannot read it"
+        try:
+            with _quiet():
+                value = read()
+        except Exception as error:  # orbax raises bare Exception for a lost data file
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if _in_all(value is not None):
+            return value
+        self._broken.add(step)
+        if jax.process_index() == 0:
+            path = self._directory / str(step)
+            _log.warning("checkpoint %s cannot be read, trying an older one (%s)", path, reason)
+        return None
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What `save` wrote beside the arrays; orbax gives {} for a record that was cut short."""
+        record = ocp.metadata(self._directory / str(step)).custom_metadata
+        if not isinstance(record, dict) or _sealed(record) != record or record["step"] != step:
+            raise ValueError("its metadata is damaged")
+        return record
+
+    def _compare(
+        self, step: int, record: dict[str, Any], wanted: dict[str, Any], partial: bool
+    ) -> None:
+        """Refuses a checkpoint of another model in words, where orbax has pages."""
+        found = {name: kind for name, (kind, _) in record["leaves"].items()}
+        expected = {name: _describe(leaf) for name, leaf in wanted.items()}
+        names = expected if partial else {**expected, **found}
+        differ = [
+            f"{name} (found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')})"
+            for name in names
+            if found.get(name) != expected.get(name)
+        ]
+        if differ:
+            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+            path = self._directory / str(step)
+            raise ConfigError(
+                f"{path} holds another model: {', '.join(differ[:3])}{more}; "
+                "choose another --workdir, or the config that wrote this one"
+            )
+
+    def _load(self, step: int, wanted: dict[str, Any], partial: bool) -> dict[str, jax.Array]:
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        # Orbax would wait for the other processes after reading: for ever, if one of them failed.
+        context.multiprocessing.active_processes = {jax.process_index()}
+        context.multiprocessing.primary_host = jax.process_index()
+        with context:
+            leaves = ocp.load(self._directory / str(step), wanted)
+        return {name: leaves[name] for name in wanted}
+
+    def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> None:
+        """In the background: waits for the commit, then removes what is too old."""
+        response.result()
+        self._held.add(step)
+        if jax.process_index() == 0:
+            for old in self.steps()[: -self._keep]:
+                gone = self._directory / f"{old}.deleted"
+                (self._directory / str(old)).rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _tidy(self) -> None:
+        """Makes room for a save: broken steps go aside, what killed processes left goes away."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for pattern in ("*.deleted", "*.orbax-checkpoint-tmp*"):
+            for path in self._directory.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+        for step in self._broken:
+            path, aside = self._directory / str(step), self._directory / f"{step}.broken"
+            if path.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    """Leaves by dotted path, in the tree's order: containers may change class between versions."""
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError("two leaves of the state have the same dotted path")
+    return named
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype.name}{list(leaf.shape)}"
+
+
+def _bit_sums(leaves: dict[str, jax.Array]) -> list[int]:
+    """Per leaf, the sum of its elements' bits modulo 2**32: the same for every sharding.
+
+    On the host, because compiling this for the devices takes a laptop longer than a save.
+    """
+    sums = np.array([_local_bits(leaf) for leaf in leaves.values()], np.uint32)
+    if jax.process_count() > 1:
+        sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
+    return sums.tolist()
+
+
+def _local_bits(leaf: jax.Array) -> int:
+    """This process's part of the sum; of equal copies, one counts."""
+    parts = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+    return sum(int(p.view(f"u{p.itemsize}").sum(dtype=np.uint32)) for p in parts) % 2**32
+
+
+def _verify(leaves: dict[str, jax.Array], record: dict[str, Any]) -> bool:
+    for name, bits in zip(leaves, _bit_sums(leaves), strict=True):
+        if bits != record["leaves"][name][1]:
+            raise ValueError(f"{name} is not what was saved: its bits do not add up")
+    return True
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as JSON keeps it, with a checksum of itself."""
+    text = json.dumps({key: record[key] for key in record if key != "crc"}, sort_keys=True)
+    return {**json.loads(text), "crc": zlib.crc32(text.encode())}
+
+
+def _from_primary(value: int) -> int:
+    """Process 0's value, in every process: a shared file system may show them different lists."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _in_all(fine: bool) -> bool:
+    if jax.process_count() == 1:
+        return fine
+    return bool(multihost_utils.process_allgather(np.bool_(fine)).all())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what orbax logs on its way to an exception, which is reported in one line instead."""
+    _forget_abandoned_reads()
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@functools.cache
+def _forget_abandoned_reads() -> None:
+    """When one leaf fails, orbax abandons the others, and Python reports each: pages, later."""
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+
+    def without_abandoned(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        abandoned = code is not None and "orbax" in code.co_filename
+        if not abandoned and str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = without_abandoned

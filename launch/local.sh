@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Starts N processes of the training command on this machine, as one run.
+set -um # -m: without it, processes started in the background would ignore SIGINT
+
+if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+  cat >&2 <<'USAGE'
+usage: launch/local.sh N [arguments of deepseek_jax.main ...]
+  Starts N processes under jax.distributed. Process 0 prints here; the others print to files, shown
+  if the run fails. SIGTERM and SIGINT reach all; if one process fails, all stop, with its code.
+example: launch/local.sh 2 --config=configs/v3_tiny.py --emulate_devices=4
+USAGE
+  exit 2
+fi
+
+count=$1
+shift
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 1
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+logs=$(mktemp -d "${TMPDIR:-/tmp}/deepseek_jax.XXXXXX") || exit 1
+
+# A port nobody listens on, below those that the system hands out by itself.
+port=$((20000 + RANDOM % 12000))
+while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do
+  port=$((20000 + RANDOM % 12000))
+done
+
+alive=()
+tell() { # SIGNAL: to every process that still runs
+  ((${#alive[@]})) && kill -s "$1" "${alive[@]}" 2>/dev/null
+}
+trap 'tell TERM' TERM
+trap 'tell INT' INT
+
+for ((process = 0; process < count; process++)); do
+  command=(python -m deepseek_jax.main "$@"
+    "--coordinator=localhost:$port" "--processes=$count" "--process=$process")
+  if ((process == 0)); then
+    "${command[@]}" &
+  else
+    "${command[@]}" >"$logs/$process.log" 2>&1 &
+  fi
+  alive+=($!)
+done
+
+code=0
+deadline=
+while ((${#alive[@]})); do
+  still=()
+  for pid in "${alive[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      still+=("$pid")
+    elif ! wait "$pid" && ((code == 0)); then
+      wait "$pid"
+      code=$?
+    fi
+  done
+  alive=(${still[@]+"${still[@]}"})
+  if ((code && ${#alive[@]})); then
+    # What waits for a dead peer inside a collective does not hear SIGTERM.
+    [[ -n $deadline ]] || { deadline=$((SECONDS + 10)) && tell TERM; }
+    ((SECONDS < deadline)) || tell KILL
+  fi
+  ((${#alive[@]})) && sleep 0.2
+done
+
+if ((code)); then
+  for log in "$logs"/*.log; do
+    [[ -s $log ]] && printf -- '--- process %s, last lines of %s\n' "$(basename "$log" .log)" \
+      "$log" && tail -n 20 "$log"
+  done >&2
+else
+  rm -rf "$logs"
+fi
+exit "$code"

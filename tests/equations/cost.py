@@ -1,0 +1,82 @@
+"""What a model costs by arithmetic alone: parameters, operations and cache per token."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Parameters.
+
+    Attributes:
+      main: all of the main model, its two tables included.
+      activated: those one token uses, its two tables included.
+      activated_without_table: the same without the input table.
+      mtp: what all MTP modules add of their own.
+    """
+
+    main: int
+    activated: int
+    activated_without_table: int
+    mtp: int
+
+
+def attention_parameters(settings: Settings) -> int:
+    """One layer: d q + q + q H (n + r) + d (c + r) + c + c H (n + v) + H v d."""
+    d, heads = settings["hidden_size"], settings["num_attention_heads"]
+    q, c = settings.get("q_lora_rank") or 0, settings["kv_lora_rank"]
+    n, r, v = (settings[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
+    query = d * q + q + q * heads * (n + r) if q else d * heads * (n + r)
+    return query + d * (c + r) + c + c * heads * (n + v) + heads * v * d
+
+
+def moe_layer_parameters(settings: Settings, routed: int) -> int:
+    """One block with `routed` of its routed experts; the correction bias counts as parameters."""
+    d, experts = settings["hidden_size"], settings["n_routed_experts"]
+    expert = 3 * d * settings["moe_intermediate_size"]
+    bias = experts if settings["topk_method"] == "noaux_tc" else 0
+    gate = experts * d + bias
+    chosen = (routed + settings["n_shared_experts"]) * expert
+    return attention_parameters(settings) + 2 * d + gate + chosen
+
+
+def parameters(settings: Settings) -> Counts:
+    d, table = settings["hidden_size"], settings["vocab_size"] * settings["hidden_size"]
+    dense_layers = settings["first_k_dense_replace"]
+    moe_layers = settings["num_hidden_layers"] - dense_layers
+    dense = attention_parameters(settings) + 2 * d + 3 * d * settings["intermediate_size"]
+    whole = moe_layer_parameters(settings, settings["n_routed_experts"])
+    used = moe_layer_parameters(settings, settings["num_experts_per_tok"])
+    rest = dense_layers * dense + 2 * table + d
+    return Counts(
+        main=rest + moe_layers * whole,
+        activated=rest + moe_layers * used,
+        activated_without_table=rest + moe_layers * used - table,
+        mtp=settings.get("num_nextn_predict_layers", 0) * (whole + 2 * d * d + 3 * d),
+    )
+
+
+def training_flops_per_token(settings: Settings, length: int, *, causal: bool = True) -> float:
+    """6 N_act + 6 L H (n + r + v) S c, N_act without the input table, c = 1/2 if causal.
+
+    Forward is one third. MTP, recompute and the choice of experts are not in it.
+    """
+    width = sum(settings[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
+    pairs = settings["num_hidden_layers"] * settings["num_attention_heads"] * width * length
+    return 6 * parameters(settings).activated_without_table + 6 * pairs * (0.5 if causal else 1.0)
+
+
+def cache_bytes_per_token(settings: Settings, bytes_each: int = 2) -> int:
+    """MLA: one latent and one rotary key per layer, (c + r) L numbers."""
+    each = settings["kv_lora_rank"] + settings["qk_rope_head_dim"]
+    return each * settings["num_hidden_layers"] * bytes_each
+
+
+def grouped_cache_bytes_per_token(
+    layers: int, key_heads: int, head_width: int, bytes_each: int = 2
+) -> int:
+    """GQA: 2 g d_h L numbers; MHA with g = H, MQA with g = 1."""
+    return 2 * key_heads * head_width * layers * bytes_each

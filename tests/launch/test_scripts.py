@@ -1,0 +1,172 @@
+"""The launch scripts: local.sh with a fake `python`, the others by their linters."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+# Stands in for `python`: writes down its arguments and signals, then acts as its process number
+# is told to by PEER_0, PEER_1 and so on.
+FAKE_PYTHON = """#!/usr/bin/env bash
+for argument in "$@"; do [[ $argument == --process=* ]] && rank=${argument#--process=}; done
+printf '%s\\n' "$@" > "$NOTES/$rank.args"
+trap 'echo TERM > "$NOTES/$rank.signal"; exit 0' TERM
+trap 'echo INT > "$NOTES/$rank.signal"; exit 0' INT
+echo "process $rank speaking"
+act=PEER_$rank
+eval "${!act:-:}"
+"""
+
+
+class Script:
+    """local.sh on a PATH where `python` is the fake."""
+
+    def __init__(self, folder: Path):
+        self.notes = folder / "notes"
+        self.logs = folder / "logs"
+        binaries = folder / "bin"
+        for path in (self.notes, self.logs, binaries):
+            path.mkdir()
+        (binaries / "python").write_text(FAKE_PYTHON)
+        (binaries / "python").chmod(0o755)
+        path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**os.environ, "PATH": path} | {
+            "NOTES": str(self.notes),
+            "TMPDIR": str(self.logs),
+        }
+
+    def start(self, *arguments: str, **peers: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [str(LAUNCH / "local.sh"), *arguments],
+            env=self.environment | peers,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **peers: str) -> tuple[int, str, str]:
+        script = self.start(*arguments, **peers)
+        out, err = script.communicate(timeout=30)
+        return script.returncode, out, err
+
+    def arguments(self, rank: int) -> list[str]:
+        return (self.notes / f"{rank}.args").read_text().splitlines()
+
+
+@pytest.fixture
+def script(tmp_path):
+    return Script(tmp_path)
+
+
+def test_every_process_gets_its_place_and_the_arguments(script):
+    code, out, err = script.run("3", "--config=some file.py", "--emulate_devices=4")
+    assert (code, out, err) == (0, "process 0 speaking\n", "")
+    coordinators = set()
+    for rank in range(3):
+        arguments = script.arguments(rank)
+        assert arguments[:2] == ["-m", "deepseek_jax.main"]
+        assert {"--config=some file.py", "--emulate_devices=4"} <= set(arguments)
+        assert {"--processes=3", f"--process={rank}"} <= set(arguments)
+        coordinators |= {a for a in arguments if a.startswith("--coordinator=")}
+    [coordinator] = coordinators
+    assert re.fullmatch(r"--coordinator=localhost:\d+", coordinator)
+    assert list(script.logs.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [(), ("0",), ("two",), ("--config=x",)])
+def test_without_a_number_of_processes_it_explains_itself(script, arguments):
+    code, out, err = script.run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: launch/local.sh N")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failed_process_stops_the_others_with_its_code(script, rank):
+    others = {f"PEER_{other}": "while :; do sleep 0.05; done" for other in range(3)}
+    code, _, err = script.run("3", **others | {f"PEER_{rank}": "echo my reason; exit 7"})
+    assert code == 7
+    for other in {0, 1, 2} - {rank}:
+        assert (script.notes / f"{other}.signal").read_text() == "TERM\n"
+    assert ("my reason" in err) == (rank == 1)  # process 0 printed it itself
+    assert "process 2 speaking" in err
+
+
+def test_a_killed_process_counts_as_failed(script):
+    code, _, _ = script.run("2", PEER_0="while :; do sleep 0.05; done", PEER_1="kill -9 $$")
+    assert code == 137
+    assert (script.notes / "0.signal").read_text() == "TERM\n"
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_signals_reach_all_and_a_clean_stop_is_no_failure(script, name):
+    forever = "touch $NOTES/$rank.ready; while :; do sleep 0.05; done"
+    running = script.start("2", PEER_0=forever, PEER_1=forever)
+    deadline = time.monotonic() + 20
+    while len(list(script.notes.glob("*.ready"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.Signals[f"SIG{name}"])
+    _, err = running.communicate(timeout=20)
+    assert (running.returncode, err) == (0, "")
+    assert [(script.notes / f"{rank}.signal").read_text() for rank in (0, 1)] == [f"{name}\n"] * 2
+
+
+def installed(command: str) -> str:
+    """The linter beside this Python or on the PATH."""
+    beside = Path(sys.executable).with_name(command)
+    found = str(beside) if beside.exists() else shutil.which(command)
+    if not found:
+        pytest.skip(f"{command} is not installed; the dev extra brings it")
+    return found
+
+
+@pytest.mark.parametrize("name", ["local.sh", "slurm.sbatch"])
+def test_shell_scripts_pass_shellcheck(name):
+    check = subprocess.run(
+        [installed("shellcheck"), str(LAUNCH / name)], capture_output=True, text=True
+    )
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_kubernetes_manifest_is_valid():
+    check = subprocess.run(
+        [installed("kubernetes-validate"), "--strict", str(LAUNCH / "kubernetes.yaml")],
+        capture_output=True,
+        text=True,
+    )
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_slurm_options_come_before_the_first_command():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    assert {"--nodes=256", "--gpus-per-node=8", "--requeue", "--signal=TERM@300"} <= options
+    first = next(i for i, line in enumerate(lines) if line and line[0] != "#")
+    assert not any(line.startswith("#SBATCH") for line in lines[first:])
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
+def test_slurm_puts_a_stopped_run_back_in_the_queue(tmp_path, code, requeued):
+    for name, body in {"srun": f'echo "$@"; exit {code}', "scontrol": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    job = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "--config=x"],
+        env={**os.environ, **slurm, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert job.returncode == code
+    started, *queue = job.stdout.splitlines()
+    assert started == "--kill-on-bad-exit=1 python -m deepseek_jax.main --stop_code=75 --config=x"
+    assert queue == (["requeue 42"] if requeued else [])
