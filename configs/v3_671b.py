@@ -57,7 +57,8 @@ def get_config() -> ConfigDict:
             zero=1,  # section 3.1
             dispatch="flat",
             recompute="report",  # section 3.2.3: norms, MLA up-projections and SwiGLU
-            attention_block=512,  # query rows whose scores are held at once
+            attention_block=512,  # query rows that are scored at once
+            unroll=1,  # layers compiled one after another; 1 is a plain loop, fast to compile
             loss_chunk=512,  # tokens whose logits are held at once, per device
             rules=dict(  # logical axis -> mesh axes; an axis that is not named here is never split
                 batch=("replica", "node", "gpu"),

@@ -11,7 +11,7 @@ def get_config():
         experts=16, top_k=4, groups=4, top_groups=2, d_expert=64, init_std=0.02,
     )  # fmt: skip
     config.mesh.update(pipe=1, replica=1, node=1, gpu=-1, tensor=1)
-    config.layout.update(recompute="none", attention_block=128, loss_chunk=256)
+    config.layout.update(recompute="none", attention_block=128, unroll=4, loss_chunk=256)
     config.precision.recipe = "float32"
     v3_671b.scale_schedule(config, tokens=2_000_000)
     config.schedule.update(

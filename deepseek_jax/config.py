@@ -105,6 +105,7 @@ class LayoutConfig:
     dispatch: str
     recompute: str
     attention_block: int
+    unroll: int
     loss_chunk: int
     rules: Mapping[str, tuple[str, ...]]
 

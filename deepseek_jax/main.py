@@ -9,6 +9,7 @@ from deepseek_jax import command
 
 CONFIG = command.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/NAME of the config's name.")
+STOP_CODE = flags.DEFINE_integer("stop_code", 0, "Exit code of a run that SIGTERM stopped early.")
 command.define_process_flags()
 
 
@@ -19,10 +20,12 @@ def main() -> None:
 
     directory = Path(WORKDIR.value or f"runs/{command.config_name()}")
     try:
-        loop.train(config, directory)
+        summary = loop.train(config, directory)
     except loop.NotFinite as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    if summary["stopped"]:
+        sys.exit(STOP_CODE.value)
 
 
 if __name__ == "__main__":

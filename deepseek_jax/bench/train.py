@@ -33,8 +33,17 @@ def sized(config: Config, **model: Any) -> Config:
         model=dataclasses.replace(config.model, **sizes | model),
         mesh=dataclasses.replace(config.mesh, pipe=1, replica=1, node=1, gpu=1, tensor=1),
         batch=dataclasses.replace(
-            config.batch, length=256, sequences=8, ramp_sequences=8, ramp_tokens=0, micro_sequences=8
+            config.batch,
+            length=256,
+            sequences=8,
+            ramp_sequences=8,
+            ramp_tokens=0,
+            micro_sequences=8,
         ),
+        layout=dataclasses.replace(
+            config.layout, recompute="none", attention_block=128, unroll=4, loss_chunk=512
+        ),
+        precision=dataclasses.replace(config.precision, recipe="float32"),
         optimizer=dataclasses.replace(config.optimizer, ema_decay=0.0, moments="float32"),
     )
 
@@ -77,7 +86,7 @@ class Stepper:
             jax.block_until_ready(metrics)
             return time.perf_counter() - begin
 
-        run.compiled = compiled; return cls(config, run, built - start, compile_seconds)
+        return cls(config, run, built - start, compile_seconds)
 
     @property
     def tokens(self) -> int:

@@ -24,13 +24,15 @@ class Execution:
     recipe: precision of the matmuls.
     dispatch: how tokens reach their experts.
     recompute: "none", "full" or "report": what backward makes again instead of keeping.
-    attention_block: query rows whose scores are held at once.
+    attention_block: query rows that are scored at once.
+    unroll: layers of a stack that are compiled one after another instead of as a loop's body.
     """
 
     recipe: Recipe = FLOAT32
     dispatch: Dispatch = FLAT
     recompute: str = "none"
     attention_block: int = 512
+    unroll: int = 1
 
     def layer(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn`, one layer, keeping for backward what this policy keeps."""
@@ -56,4 +58,5 @@ def of(config: Config) -> Execution:
         dispatch=by_name(config.layout.dispatch),
         recompute=config.layout.recompute,
         attention_block=config.layout.attention_block,
+        unroll=config.layout.unroll,
     )

@@ -26,13 +26,17 @@ class LatentAttention(nnx.Module):
         if config.q_latent:
             self.query_down = params.weight(rngs, model, q_latent, std=std)  # DQ, W^DQ
             self.query_norm = RMSNorm(config.q_latent, eps=LATENT_NORM_EPS, axis="q_latent")
-            self.query_up = params.weight(rngs, q_latent, heads, query, std=std)  # QH(N+R), W^UQ, W^QR
+            self.query_up = params.weight(
+                rngs, q_latent, heads, query, std=std
+            )  # QH(N+R), W^UQ, W^QR
         else:
             self.query = params.weight(rngs, model, heads, query, std=std)  # DH(N+R)
         latent_and_rope = (None, config.kv_latent + config.d_rope)
         self.kv_down = params.weight(rngs, model, latent_and_rope, std=std)  # D(C+R), W^DKV, W^KR
         self.kv_norm = RMSNorm(config.kv_latent, eps=LATENT_NORM_EPS, axis="kv_latent")
-        self.kv_up = params.weight(rngs, kv_latent, heads, key_value, std=std)  # CH(N+W), W^UK, W^UV
+        self.kv_up = params.weight(
+            rngs, kv_latent, heads, key_value, std=std
+        )  # CH(N+W), W^UK, W^UV
         value = ("head_width", config.d_value)
         self.out = params.weight(rngs, heads, value, model, std=std)  # HWD, W^O
         self.config = config
@@ -40,24 +44,25 @@ class LatentAttention(nnx.Module):
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
         """x BSD, already normalised -> BSD, before the residual is added."""
         config, einsum = self.config, how.recipe.einsum
-        cos, sin = rotary.cos_sin(config, jnp.arange(x.shape[1]))
-        cos, sin = cos[None, :, None], sin[None, :, None]  # SR -> 1S1R
+        positions = jnp.arange(x.shape[1])
 
-        query = self._query(x, how)  # BSH(N+R)
-        query_nope, query_rope = jnp.split(query, [config.d_nope], axis=-1)
-        query = jnp.concatenate([query_nope, rotary.rotate(query_rope, cos, sin)], axis=-1)
+        # The non-rotary part leads and turns by angle zero: no head is taken apart.
+        turn = rotary.cos_sin(config, positions, still=config.d_nope)
+        query = rotary.rotate(self._query(x, how), *(part[None, :, None] for part in turn))
 
         latent, key_rope = self.latent(x, how)  # BSC, BSR
         latent = axes.fan_out(self.kv_norm(latent), "heads")
         key_rope = axes.fan_out(key_rope, "heads")
         key_value = einsum("BSC,CHX->BSHX", latent, self.kv_up[...])
         key_nope, value = jnp.split(key_value, [config.d_nope], axis=-1)
-        key_rope = rotary.rotate(key_rope[:, :, None], cos, sin)  # BS1R
+        turn = rotary.cos_sin(config, positions)
+        key_rope = rotary.rotate(key_rope, *(part[None] for part in turn))[:, :, None]  # BS1R
         key_rope = jnp.broadcast_to(key_rope, (*key_nope.shape[:-1], config.d_rope))
         key = jnp.concatenate([key_nope, key_rope], axis=-1)
 
         scale = rotary.softmax_scale(config)
-        mixed = causal_attention(query, key, value, scale=scale, block=how.attention_block)
+        block, keep = how.attention_block, how.recompute == "none"
+        mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
         mixed = checkpoint_name(mixed, "attention")
         return axes.fan_in(einsum("BSHW,HWD->BSD", mixed, self.out[...]), "heads")
 
@@ -68,7 +73,7 @@ class LatentAttention(nnx.Module):
         return checkpoint_name(latent, "kv_latent"), checkpoint_name(key_rope, "key_rope")
 
     def _query(self, x: jax.Array, how: Execution) -> jax.Array:
-        """Equations 6 to 8, before rotation: BSH(N+R)."""
+        """Equations 6 to 8, before rotation: BSH(N+R), the rotary part last."""
         einsum = how.recipe.einsum
         if not self.config.q_latent:
             return einsum("BSD,DHX->BSHX", axes.fan_out(x, "heads"), self.query[...])
@@ -78,16 +83,23 @@ class LatentAttention(nnx.Module):
 
 
 def causal_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, block: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    block: int,
+    keep_scores: bool = False,
 ) -> jax.Array:
     """softmax(scale * query . key) value over the past, equations 10 and 11; softmax in float32.
 
-    Queries go `block` rows at a time and meet only the keys up to their own end, so that scores of
-    block x S are held, and the half of them that the mask would remove is mostly never computed.
+    Queries go `block` rows at a time and meet only the keys up to their own end, so that of the half
+    that the mask would remove most is never computed.
 
     Args:
       query, key: BSHX, any common width X.
       value: BSHW.
+      keep_scores: keep the softmax of all blocks for backward instead of making each again.
 
     Returns:
       BSHW in the dtype of `query`.
@@ -99,10 +111,8 @@ def causal_attention(
         end = min(start + block, length)
         return _attend(query[:, start:end], key[:, :end], value[:, :end], scale, start)
 
-    if len(starts) == 1:
-        return rows(0)
-    # Scores of a block are made again in backward: keeping them would hold all of S x S after all.
-    return jnp.concatenate([jax.checkpoint(rows, static_argnums=0)(s) for s in starts], axis=1)
+    one = rows if keep_scores else jax.checkpoint(rows, static_argnums=0)
+    return jnp.concatenate([one(start) for start in starts], axis=1)
 
 
 def _attend(query, key, value, scale, start):

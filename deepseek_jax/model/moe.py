@@ -13,9 +13,14 @@ from deepseek_jax.parallel import axes
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) * up in float32 from ...2F; the dtype it was given."""
-    gate, up = gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)
+    """silu(gate) * up in float32 from ...(2F), gate first; ...F in the dtype it was given."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+def _joined(gate_up: jax.Array) -> jax.Array:
+    """...2F -> ...(2F): both halves as one matmul."""
+    return gate_up.reshape(*gate_up.shape[:-2], -1)
 
 
 class FeedForward(nnx.Module):
@@ -29,7 +34,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
         einsum = how.recipe.einsum
-        gate_up = einsum("BSD,DXF->BSXF", axes.fan_out(x, self.axis), self.gate_up[...])
+        gate_up = einsum("BSD,DX->BSX", axes.fan_out(x, self.axis), _joined(self.gate_up[...]))
         hidden = swiglu(checkpoint_name(gate_up, "gate_up"))
         return axes.fan_in(einsum("BSF,FD->BSD", hidden, self.down[...]), self.axis)
 
@@ -44,19 +49,17 @@ class Experts(nnx.Module):
         self.down = params.weight(rngs, experts, width, model, std=std)  # EFD
 
     def __call__(
-        self, rows: jax.Array, weights: jax.Array, sizes: jax.Array, how: Execution
+        self, rows: jax.Array, weights: jax.Array, sizes: jax.Array, likely: int, how: Execution
     ) -> jax.Array:
-        """Rows MD sorted by expert -> MD, each times its routing weight.
+        """Rows MD sorted by expert, `likely` of them in use -> MD, each times its routing weight.
 
         The weight goes in before W_down, which is linear: so backward needs no expert outputs.
         """
         grouped = how.recipe.grouped
-        stacked = self.gate_up[...]  # ED2F
-        both = stacked.reshape(*stacked.shape[:2], -1)  # ED2F -> ED(2F)
-        gate_up = checkpoint_name(grouped(rows, both, sizes), "gate_up")
-        hidden = swiglu(gate_up.reshape(gate_up.shape[0], 2, -1))  # M(2F) -> M2F
+        gate_up = grouped(rows, _joined(self.gate_up[...]), sizes, likely)
+        hidden = swiglu(checkpoint_name(gate_up, "gate_up"))
         hidden = (hidden.astype(jnp.float32) * weights[:, None]).astype(hidden.dtype)
-        return grouped(hidden, self.down[...], sizes)
+        return grouped(hidden, self.down[...], sizes, likely)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -76,8 +79,8 @@ class MixtureOfExperts(nnx.Module):
         experts = routing.experts.reshape(tokens.shape[0], -1)
         weights = routing.weights.reshape(experts.shape)
 
-        def run(rows: jax.Array, row_weights: jax.Array, sizes: jax.Array) -> jax.Array:
-            return self.experts(checkpoint_name(rows, "arrived"), row_weights, sizes, how)
+        def run(rows: jax.Array, row_weights: jax.Array, sizes: jax.Array, likely: int):
+            return self.experts(checkpoint_name(rows, "arrived"), row_weights, sizes, likely, how)
 
         tokens, weights = (axes.fan_out(part, "expert_width") for part in (tokens, weights))
         routed = how.dispatch(run, tokens, experts, weights, self.config.experts)

@@ -38,8 +38,13 @@ def magnitude(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
-def cos_sin(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines SR/2 in float32 for integer positions S."""
+def cos_sin(
+    config: ModelConfig, positions: jax.Array, *, still: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """What `rotate` needs for integer positions S: two arrays S(still + R), float32.
+
+    The first `still` elements of a head are not turned: their angle is zero.
+    """
     if config.yarn_mscale and config.yarn_mscale_all_dim:
         scale = magnitude(config.yarn_factor, config.yarn_mscale) / magnitude(
             config.yarn_factor, config.yarn_mscale_all_dim
@@ -48,7 +53,11 @@ def cos_sin(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.A
         scale = magnitude(config.yarn_factor, 1.0)
     speed = jnp.asarray(frequencies(config), jnp.float32)
     angle = positions.astype(jnp.float32)[:, None] * speed[None]
-    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+    cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
+    cos = jnp.repeat(cos, 2, axis=-1)
+    sin = jnp.stack([-sin, sin], axis=-1).reshape(cos.shape)  # S(R/2)2 -> SR
+    pad = ((0, 0), (still, 0))
+    return jnp.pad(cos, pad, constant_values=1.0), jnp.pad(sin, pad)
 
 
 def softmax_scale(config: ModelConfig) -> float:
@@ -60,8 +69,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns each pair of x (..., S, heads, R) by its angle; cos and sin are S1R/2-like, float32."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)  # R -> (R/2)2
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    """Turns each pair (a, b) of x ...X to (a cos - b sin, b cos + a sin); cos, sin from `cos_sin`."""
+    wide = x.astype(jnp.float32)
+    swapped = wide.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)  # (a, b) -> (b, a)
+    return (wide * cos + swapped * sin).astype(x.dtype)

@@ -148,10 +148,19 @@ class Transformer(nnx.Module):
         return self.head(hidden.heads), hidden
 
 
+def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
+    return Transformer(config, rngs=nnx.Rngs(params=key))
+
+
+def abstract_model(config: ModelConfig) -> Transformer:
+    """Shapes, dtypes and logical axes of every parameter; nothing is allocated."""
+    return jax.eval_shape(lambda key: build_model(config, key), jax.random.key(0))
+
+
 def _walk(layers: Any, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
     """x through a stack of blocks, one after another; their routings stacked."""
 
     def step(x, layer):
         return params.whole(layer)(x, how)
 
-    return lax.scan(how.layer(step), x, layers)
+    return lax.scan(how.layer(step), x, layers, unroll=how.unroll)

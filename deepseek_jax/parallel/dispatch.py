@@ -19,8 +19,9 @@ from jax import lax
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel import axes
 
-# (rows RD sorted by expert, routing weights R, rows per local expert) -> RD, weighted
-RunExperts = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (rows RD sorted by expert, routing weights R, rows per local expert, how many of R are likely used)
+# -> RD, weighted
+RunExperts = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 
 class Dispatch(Protocol):
@@ -40,7 +41,8 @@ def reference(
         raise ConfigError("layout.dispatch=reference needs all experts on every device; use flat")
     spread = jnp.sum(jax.nn.one_hot(experts, total) * weights[..., None], axis=1)  # ME
     rows = jnp.tile(tokens, (total, 1))  # (EM)D
-    out = run(rows, spread.T.reshape(-1), jnp.full((total,), count, jnp.int32))
+    sizes = jnp.full((total,), count, jnp.int32)
+    out = run(rows, spread.T.reshape(-1), sizes, total * count)
     return out.reshape(total, count, -1).sum(0)
 
 
@@ -58,7 +60,7 @@ def flat(
     copies = take_copies(tokens, order, top_k)
     copy_weights = permute(weights.reshape(-1), order)
     if parts == 1:
-        out = run(copies, copy_weights, order.sizes)
+        out = run(copies, copy_weights, order.sizes, count * top_k)
         return permute(out, order.inverse()).reshape(count, top_k, -1).sum(1)
 
     here = total // parts
@@ -70,7 +72,8 @@ def flat(
     row_weights = _exchange(lanes.fill(copy_weights)).reshape(-1)
 
     by_expert = sort_by(_expert_of_slot(arrived_sizes, slots), here + 1)
-    out = run(permute(rows, by_expert), permute(row_weights, by_expert), by_expert.sizes[:here])
+    rows, row_weights = permute(rows, by_expert), permute(row_weights, by_expert)
+    out = run(rows, row_weights, by_expert.sizes[:here], count * top_k)
     returned = _exchange(permute(out, by_expert.inverse()).reshape(parts, slots, -1))
     return permute(lanes.empty(returned), order.inverse()).reshape(count, top_k, -1).sum(1)
 

@@ -37,9 +37,12 @@ class Recipe:
         )
         return product.astype(self.compute)
 
-    def grouped(self, rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+    def grouped(
+        self, rows: jax.Array, weight: jax.Array, sizes: jax.Array, likely: int
+    ) -> jax.Array:
         """One linear layer of all experts at once: `precision/grouped.py`."""
-        return grouped_matmul(rows.astype(self.compute), weight.astype(self.compute), sizes)
+        rows, weight = rows.astype(self.compute), weight.astype(self.compute)
+        return grouped_matmul(rows, weight, sizes, likely=likely)
 
 
 FLOAT32 = Recipe("float32", jnp.dtype(jnp.float32))

@@ -3,6 +3,7 @@
 The order of one turn, everywhere: data, step, check, log, save, stop.
 """
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -15,10 +16,12 @@ from jax.sharding import NamedSharding
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data.loader import TrainData, held_out
+from deepseek_jax.data.corpus import Corpus
+from deepseek_jax.data.loader import TrainData
+from deepseek_jax.data.scoring import held_out
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import processes
-from deepseek_jax.train import evaluate, optimizer, pictures, schedule, state, workdir
+from deepseek_jax.train import evaluate, optimizer, schedule, state, workdir
 from deepseek_jax.train.report import Report
 from deepseek_jax.train.step import make_ema, make_step, tokens_spec
 
@@ -31,7 +34,8 @@ def train(config: Config, directory: Path, *, screen: bool = True) -> dict[str, 
     """Trains until `schedule.tokens` are consumed, from the newest checkpoint in `directory` if any.
 
     Returns:
-      The summary that the screen ends with: steps, tokens, held-out bits per byte and gzip's.
+      The summary that the screen ends with: step, tokens, held-out bits per byte and gzip's; or
+      step, tokens and `stopped` where a signal ended the run early.
 
     Raises:
       ConfigError: before anything is compiled or written.
@@ -39,100 +43,95 @@ def train(config: Config, directory: Path, *, screen: bool = True) -> dict[str, 
     """
     config = check_devices(config)
     workdir.check(directory, config)
-    report = Report(
-        directory,
-        total_tokens=config.schedule.tokens,
-        screen=screen and processes.is_primary(),
-        primary=processes.is_primary(),
-    )
-    mesh, layout = meshes.build(config.mesh), meshes.layout(config)
-    place = NamedSharding(mesh, tokens_spec(layout))
-    rows, readers = _rows(place, config)
-    data = TrainData(
-        config.data,
-        vocab=config.model.vocab,
-        length=config.batch.length,
-        micro_sequences=config.batch.micro_sequences,
-        seed=config.seed,
-        process_index=rows,
-        process_count=readers,
-        say=report.say,
-    )
-    workdir.claim(directory, config)
-
-    adam = optimizer.build(config.optimizer)
-    store = Store(directory / "checkpoints", keep=config.checkpoint.keep)
-    stop = processes.StopSignal()
-    with jax.set_mesh(mesh):
-        places = state.shardings(config, layout, mesh, adam)
-        now, tokens = _start(config, places, adam, store, data, report)
-        step_places = dataclasses.replace(places, ema=None)
-        step = jax.jit(
-            make_step(config, layout, mesh, adam),
-            donate_argnums=0,
-            out_shardings=(step_places, None),
+    primary = processes.is_primary()
+    tokens = config.schedule.tokens
+    report = Report(directory, total_tokens=tokens, screen=screen, primary=primary)
+    with contextlib.closing(report):
+        mesh, layout = meshes.build(config.mesh), meshes.layout(config)
+        place = NamedSharding(mesh, tokens_spec(layout))
+        row, readers = _rows(place, config)
+        data = TrainData(
+            config.data,
+            vocab=config.model.vocab,
+            length=config.batch.length,
+            micro_sequences=config.batch.micro_sequences,
+            seed=config.seed,
+            process_index=row,
+            process_count=readers,
+            say=report.say,
         )
-        move_ema = make_ema(config, places)
-        done, finished = int(now.step), tokens >= config.schedule.tokens
-        report.begin(done, tokens)
-        report.say(_headline(config, data, done))
-        stop.install()
-
-        saved, logged_at, logged_tokens = done, time.perf_counter(), tokens
-        while not finished:
-            count = schedule.micro_batches(config.batch, tokens)
-            batch = _batch(data, config, place, count)
-            hyper = schedule.hyper(config.schedule, step=done, tokens=tokens)
-            moved, metrics = step(
-                dataclasses.replace(now, ema=None),
-                batch,
-                np.int32(count),
-                jax.tree.map(np.float32, hyper),
-            )
-            ema = now.ema if now.ema is None else move_ema(now.ema, moved.params)
-            now = dataclasses.replace(moved, ema=ema)
-            done, tokens = done + 1, tokens + count * schedule.tokens_per_micro_batch(config.batch)
-            finished = tokens >= config.schedule.tokens
-
-            values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-            _check_finite(values, done, saved, store)
-            stopping = stop.reached(done)
-            if done % config.log.every_steps == 0 or finished or stopping or done == 1:
-                elapsed = time.perf_counter() - logged_at
-                report.step(
-                    {
-                        "step": done,
-                        "tokens": tokens,
-                        **values,
-                        "max_violation": max(values["max_violation"], default=0.0),
-                        "layer_max_violation": values["max_violation"],
-                        "learning_rate": hyper.learning_rate,
-                        "mtp_weight": hyper.mtp_weight,
-                        "bias_speed": hyper.bias_speed,
-                        "sequences": count * config.batch.micro_sequences,
-                        "tokens_per_second": (tokens - logged_tokens) / elapsed,
-                    }
-                )
-                logged_at, logged_tokens = time.perf_counter(), tokens
-            if done % config.checkpoint.every_steps == 0 or finished or stopping:
-                store.save(done, state.to_dict(now), {"tokens": tokens, "data": data.state()})
-                saved = done
-            if stopping and not finished:
-                store.close()
-                data.close()
-                report.say(f"stopped by a signal after step {done}; the same command resumes")
-                report.close()
-                return {"step": done, "tokens": tokens, "stopped": True}
-
-        store.close()
-        data.close()
-        summary = {"step": done, "tokens": tokens} | _held_out(config, layout, mesh, now)
-    report.finish(summary)
-    if processes.is_primary():
-        for path in pictures.draw(directory):
-            report.say(f"picture: {path}")
-    report.close()
+        workdir.claim(directory, config, data.corpus)
+        store = Store(directory / "checkpoints", keep=config.checkpoint.keep)
+        with contextlib.closing(data), contextlib.closing(store), jax.set_mesh(mesh):
+            summary, now = _run(config, layout, mesh, data, store, report)
+            if not summary["stopped"]:
+                report.say("scoring held-out text")
+                summary |= _held_out(config, layout, mesh, now, data.corpus)
+        if summary["stopped"]:
+            report.say(f"stopped after step {summary['step']}; the same command goes on from there")
+        else:
+            report.finish(summary)
     return summary
+
+
+def _run(config, layout, mesh, data, store, report) -> tuple[dict[str, Any], state.TrainState]:
+    """From the newest checkpoint to the last step."""
+    adam = optimizer.build(config.optimizer)
+    places = state.shardings(config, layout, mesh, adam)
+    now, tokens = _start(config, places, adam, store, data, report)
+    step = jax.jit(
+        make_step(config, layout, mesh, adam),
+        donate_argnums=0,
+        out_shardings=(dataclasses.replace(places, ema=None), None),
+    )
+    move_ema = make_ema(config, places)
+    place = NamedSharding(mesh, tokens_spec(layout))
+    done = saved = int(now.step)
+    stop = processes.StopSignal()
+    stop.install()
+    report.begin(done, tokens)
+    report.say(_headline(config, data))
+
+    logged_at, logged_tokens, stopped = time.perf_counter(), tokens, False
+    while tokens < config.schedule.tokens and not stopped:
+        count = schedule.micro_batches(config.batch, tokens)
+        hyper = schedule.hyper(config.schedule, step=done, tokens=tokens)
+        moved, metrics = step(
+            dataclasses.replace(now, ema=None),
+            _batch(data, config, place, count),
+            np.int32(count),
+            jax.tree.map(np.float32, hyper),
+        )
+        ema = None if now.ema is None else move_ema(now.ema, moved.params)
+        now = dataclasses.replace(moved, ema=ema)
+        done, tokens = done + 1, tokens + count * schedule.tokens_per_micro_batch(config.batch)
+
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        _check_finite(values, done, saved)
+        stopped = stop.reached(done)
+        last = stopped or tokens >= config.schedule.tokens
+        if done == 1 or done % config.log.every_steps == 0 or last:
+            speed = (tokens - logged_tokens) / (time.perf_counter() - logged_at)
+            violations = values.pop("max_violation")
+            report.step(
+                {
+                    "step": done,
+                    "tokens": tokens,
+                    **values,
+                    "max_violation": max(violations, default=0.0),
+                    "layer_max_violation": violations,
+                    **dataclasses.asdict(hyper),
+                    "sequences": count * config.batch.micro_sequences,
+                    "tokens_per_second": speed,
+                }
+            )
+            logged_at, logged_tokens = time.perf_counter(), tokens
+        if done % config.checkpoint.every_steps == 0 or last:
+            store.save(done, state.to_dict(now), {"tokens": tokens, "data": data.state()})
+            saved = done
+    store.wait()
+    stopped = stopped and tokens < config.schedule.tokens
+    return {"step": done, "tokens": tokens, "stopped": stopped}, now
 
 
 def check_devices(config: Config) -> Config:
@@ -185,45 +184,39 @@ def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) ->
     return jax.make_array_from_callback(shape, place, part)
 
 
-def _check_finite(values: dict[str, Any], step: int, saved: int, store: Store) -> None:
-    if np.isfinite([values["loss"], values["grad_norm"]]).all():
-        return
-    store.close()
-    good = f"the last good checkpoint is step {saved}" if store.steps() else "there is no checkpoint"
-    raise NotFinite(
-        f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; {good}. Lower "
-        "schedule.learning_rate or look at the data of this step, then run the same command"
-    )
+def _check_finite(values: dict[str, Any], step: int, saved: int) -> None:
+    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+        good = (
+            f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"
+        )
+        raise NotFinite(
+            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; {good}. "
+            "Lower schedule.learning_rate, or look at the data of this step"
+        )
 
 
-def _held_out(config, layout, mesh, now: state.TrainState) -> dict[str, Any]:
+def _held_out(config, layout, mesh, now: state.TrainState, corpus: Corpus) -> dict[str, Any]:
     """Bits per byte of the weights, and of their average, on text that training never saw."""
     if not config.evaluation.tokens:
         return {}
-    text = held_out(
-        config.data,
-        vocab=config.model.vocab,
-        length=config.batch.length,
-        tokens=config.evaluation.tokens,
-        seed=config.seed,
-    )
+    text = held_out(corpus, length=config.batch.length, tokens=config.evaluation.tokens)
     score = evaluate.make_score(config, layout, mesh)
-
-    def bits(params):
-        return score(params, now.bias, text.sequences, text.valid).bits_per_byte(text.bytes)
-
+    scored = score(now.params, now.bias, text.sequences, text.valid)
     out = {
-        "held_out_bits_per_byte": bits(now.params),
+        "held_out_loss": scored.nats / scored.targets,
+        "held_out_bits_per_byte": scored.bits_per_byte(text.bytes),
         "gzip_bits_per_byte": 8 * text.gzip_bytes / text.bytes,
         "held_out_bytes": text.bytes,
     }
     if now.ema is not None:
         on_device = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), now.ema)
-        out["ema_bits_per_byte"] = bits(jax.device_put(now.ema, on_device))
+        average = jax.device_put(now.ema, on_device)
+        scored = score(average, now.bias, text.sequences, text.valid)
+        out["ema_bits_per_byte"] = scored.bits_per_byte(text.bytes)
     return out
 
 
-def _headline(config: Config, data: TrainData, done: int) -> str:
-    mesh = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config.mesh).items() if v > 1)
+def _headline(config: Config, data: TrainData) -> str:
+    mesh = ", ".join(f"{name} {n}" for name, n in dataclasses.asdict(config.mesh).items() if n > 1)
     devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
     return f"{devices}{': ' + mesh if mesh else ''}; {data.facts.tokens:,} tokens of text"

@@ -81,9 +81,7 @@ def _forward(hidden, head, targets, weights, chunk):
         d_logits = (jnp.exp(logits - log_normaliser[:, None]) - hit) * weight[:, None]
         d_logits = d_logits.astype(head.dtype)
         exact = "highest" if head.dtype == jnp.float32 else None
-        matmul = functools.partial(
-            jnp.matmul, precision=exact, preferred_element_type=jnp.float32
-        )
+        matmul = functools.partial(jnp.matmul, precision=exact, preferred_element_type=jnp.float32)
         return d_head + matmul(rows.T, d_logits), (entropy, matmul(d_logits, head.T))
 
     start = jnp.zeros(head.shape, jnp.float32)

@@ -152,7 +152,13 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(stored, jax.tree.map(lambda _: P(), abstract_bias), tokens_spec(layout), P(), P()),
+        in_specs=(
+            stored,
+            jax.tree.map(lambda _: P(), abstract_bias),
+            tokens_spec(layout),
+            P(),
+            P(),
+        ),
         out_specs=(stored, P()),
         check_vma=False,  # fan_out and fan_in carry what the check would otherwise infer
     )
@@ -189,7 +195,9 @@ def make_step(
     return step
 
 
-def _move_biases(biases: nnx.State, load: jax.Array, speed: jax.Array, moe_layers: int) -> nnx.State:
+def _move_biases(
+    biases: nnx.State, load: jax.Array, speed: jax.Array, moe_layers: int
+) -> nnx.State:
     """Each layer's bias by that layer's own load; load rows: MoE layers, then MTP blocks."""
 
     def move(path, bias):

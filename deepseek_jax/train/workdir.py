@@ -2,14 +2,17 @@
 
 import json
 import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.data.corpus import Corpus
 
 # What a run may not change on the way: its checkpoints and data position would mean something else.
-FIXED = ("seed", "model", "data", "batch.length", "batch.micro_sequences")
+FIXED = ("seed", "model", "data", "batch.length", "optimizer.moments")
 
 
 def check(directory: Path, config: Config) -> None:
@@ -30,7 +33,9 @@ def check(directory: Path, config: Config) -> None:
     try:
         before = json.loads(kept.read_text())
     except ValueError as error:
-        raise ConfigError(f"{kept} is not readable JSON ({error}); give another --workdir") from error
+        raise ConfigError(
+            f"{kept} is not readable JSON ({error}); give another --workdir"
+        ) from error
     now = json.loads(config.to_json())
     for key in FIXED:
         for name, was, is_now in _differences(_at(before, key), _at(now, key), key):
@@ -40,16 +45,16 @@ def check(directory: Path, config: Config) -> None:
             )
 
 
-def claim(directory: Path, config: Config) -> None:
-    """Makes the folder this run's: `config.json`, replaced in one move."""
-    import jax
-
+def claim(directory: Path, config: Config, corpus: Corpus) -> None:
+    """Makes the folder this run's: `config.json` and `tokenizer.json`, each replaced in one move."""
     if jax.process_index() != 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
-        file.write(config.to_json() + "\n")
-    os.replace(file.name, directory / "config.json")
+    if corpus.tokenizer is not None:
+        corpus.tokenizer.save(directory / "tokenizer.json.new")
+        os.replace(directory / "tokenizer.json.new", directory / "tokenizer.json")
+    (directory / "config.json.new").write_text(config.to_json() + "\n")
+    os.replace(directory / "config.json.new", directory / "config.json")
 
 
 def _at(values: Any, key: str) -> Any:
@@ -58,7 +63,7 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
-def _differences(was: Any, now: Any, name: str):
+def _differences(was: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(was, dict) and isinstance(now, dict):
         for key in sorted(was.keys() | now.keys()):
             yield from _differences(was.get(key), now.get(key), f"{name}.{key}")

@@ -1,0 +1,139 @@
+"""Training batches: this process's rows of each micro-batch, read ahead by Grain.
+
+Micro-batch m of a run holds sequences m * micro_sequences and on of the stream (`packing.py`), each
+process an equal run of them. Grain reads ahead in threads. Where a run stands is one number, the
+sequences consumed, so it resumes exactly, on as many processes as it likes.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.config import ConfigError, DataConfig
+from deepseek_jax.data.corpus import Corpus, Facts, prepare
+from deepseek_jax.data.packing import Stream
+
+_ENDLESS = 1 << 48  # Grain wants a length; sequences that no run will reach
+_THREADS = 2
+_READ_AHEAD = 64  # sequences
+
+# What to change back when a state does not fit.
+_KEYS = {
+    "digest": "data.path, data.tokenizer or data.held_out",
+    "seed": "seed",
+    "length": "batch.length",
+    "fim_rate": "data.fim_rate",
+}
+
+
+class TrainData:
+    """An endless iterator over micro-batches.
+
+    Args:
+      config: the data section.
+      vocab: `model.vocab`.
+      length: `batch.length`, tokens that a sequence predicts.
+      micro_sequences: `batch.micro_sequences`, over all processes.
+      seed: of order and fill-in-the-middle; not negative.
+      process_index, process_count: this process's place among those that share each micro-batch.
+      say: called with a line about anything that takes time.
+      corpus: one that is open already; else the config's is prepared.
+
+    Raises:
+      ConfigError: whatever is wrong with the data, or processes that do not divide the micro-batch.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        vocab: int,
+        length: int,
+        micro_sequences: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        say: Callable[[str], None] = lambda text: None,
+        corpus: Corpus | None = None,
+    ):
+        if micro_sequences % process_count:
+            raise ConfigError(
+                f"batch.micro_sequences={micro_sequences} does not split over {process_count} "
+                f"processes; set batch.micro_sequences to a multiple of {process_count}"
+            )
+        self.corpus = corpus or prepare(config, vocab=vocab, say=say)
+        self._stream = Stream(self.corpus, length=length, seed=seed, fim_rate=config.fim_rate)
+        self._micro, self._rows = micro_sequences, micro_sequences // process_count
+        self._first_row = process_index * self._rows
+        self._consumed = 0
+        self._batches = self._open()
+
+    @property
+    def facts(self) -> Facts:
+        return self.corpus.facts
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        """This process's rows of the next micro-batch, [rows, length + 1] int32."""
+        batch = next(self._batches)
+        self._consumed += self._micro
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands, and what it is of; plain JSON values."""
+        return {"consumed": self._consumed, **self._identity()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken, by any number of processes.
+
+        Raises:
+          ConfigError: the state is of another stream: other documents, tokenizer, seed, length or
+            fill-in-the-middle rate.
+        """
+        for key, now in self._identity().items():
+            if state.get(key) != now:
+                raise ConfigError(
+                    f"{_KEYS[key]} changed since the checkpoint: the data's {key} was "
+                    f"{state.get(key)!r} and is {now!r}; change it back, or start in a new workdir"
+                )
+        self.close()
+        self._consumed = state["consumed"]
+        self._batches = self._open()
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._batches.close()
+
+    def _identity(self) -> dict[str, Any]:
+        stream = self._stream
+        return {
+            "digest": self.corpus.digest,
+            "seed": stream.seed,
+            "length": stream.length,
+            "fim_rate": stream.fim_rate,
+        }
+
+    def _open(self) -> Any:
+        import grain
+
+        rows = _Rows(self._stream, self._consumed + self._first_row, self._rows, self._micro)
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READ_AHEAD)
+        data = grain.MapDataset.source(rows).to_iter_dataset(options)
+        return iter(data.batch(self._rows, drop_remainder=True))
+
+
+class _Rows:
+    """One process's rows, one after another: `rows` of every `stride` sequences from `first` on."""
+
+    def __init__(self, stream: Stream, first: int, rows: int, stride: int):
+        self._stream, self._first, self._rows, self._stride = stream, first, rows, stride
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        batch, row = divmod(index, self._rows)
+        return self._stream.sequence(self._first + batch * self._stride + row)

