@@ -13,12 +13,13 @@ def get_config():
     config.mesh.update(pipe=1, replica=1, node=1, gpu=-1, tensor=1)
     config.layout.update(recompute="none", attention_block=128, unroll=4, loss_chunk=256)
     config.precision.recipe = "float32"
-    v3_671b.scale_schedule(config, tokens=2_000_000)
+    v3_671b.scale_schedule(config, tokens=1_600_000)
     config.schedule.update(
-        warmup_steps=20, learning_rate=3e-3, decayed_learning_rate=3e-4, final_learning_rate=1e-4,
+        warmup_steps=20, learning_rate=2e-3, decayed_learning_rate=2e-4, final_learning_rate=7e-5,
         bias_speed=0.01,
     )  # fmt: skip
-    config.batch.update(length=256, sequences=16, ramp_sequences=8, micro_sequences=8)
+    config.batch.update(length=128, sequences=16, ramp_sequences=8, micro_sequences=8)
+    config.data.held_out = 0.05
     config.optimizer.ema_decay = 0.99
     config.checkpoint.every_steps = 100
     config.evaluation.tokens = 1 << 16

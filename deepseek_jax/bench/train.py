@@ -1,7 +1,7 @@
 """Training speed: tokens per second, as a share of this machine's own matmul speed in the same run.
 
-The model has 10.8 million parameters: 4 layers of which 1 dense, width 256, 16 experts of width 128,
-top-4 in 4 groups, vocabulary 8192, batch 8 x 256, float32.
+The model has 10.8 million parameters: 4 layers of which 1 dense, width 256, 16 experts of width
+128, top-4 in 4 groups, vocabulary 8192, batch 8 x 256, float32.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from deepseek_jax.train.step import make_step, tokens_spec
 def sized(config: Config, **model: Any) -> Config:
     """The config that is measured: `config` supplies the recipe, the sizes are the ones above."""
     sizes = dict(
-        vocab=8192, layers=4, dense_layers=1, d_model=256, d_dense=768, heads=4,
+        vocab=8192, layers=4, dense_layers=1, d_model=256, d_dense=1024, heads=4,
         q_latent=128, kv_latent=64, d_nope=64, d_rope=32, d_value=64,
         experts=16, shared_experts=1, top_k=4, groups=4, top_groups=2, d_expert=128, mtp_depth=0,
     )  # fmt: skip
@@ -106,15 +106,15 @@ def matmul_flops_per_second(size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / best
 
 
-def measure(config: Config, *, steps: int = 20) -> dict[str, float]:
-    """Steps and matmuls by turns, so that both meet the same neighbours on a shared machine."""
+def measure(config: Config, *, rounds: int = 6, steps: int = 4) -> dict[str, float]:
+    """Rounds of matmuls, then steps, so that both meet the same neighbours on a shared machine."""
     config = sized(config)
     stepper = Stepper.of(config)
     first = stepper.run()
     seconds, peaks = [], []
-    for _ in range(steps):
-        peaks.append(matmul_flops_per_second(repeats=2))
-        seconds.append(stepper.run())
+    for _ in range(rounds):
+        peaks.append(matmul_flops_per_second())
+        seconds += [stepper.run() for _ in range(steps)]
     tokens_per_second = stepper.tokens / float(np.median(seconds))
     flops = training_flops_per_token(config.model, config.batch.length)
     peak = float(np.median(peaks))

@@ -136,4 +136,4 @@ class _Rows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         batch, row = divmod(index, self._rows)
-        return self._stream.sequence(self._first + batch * self._stride + row)
+        return self._stream.shuffled(self._first + batch * self._stride + row)

@@ -8,6 +8,7 @@ with probability `fim_rate`, in prefix-suffix-middle form:
 The two split points are uniform over its tokens (not its characters: documents are kept tokenised).
 Documents follow each other with no mask between them, and the stream is cut into sequences of
 `length + 1` tokens that share one token with their neighbour, so each token is predicted once.
+Sequences are then shuffled within windows of the stream, so that a batch is not one long document.
 
 Order, choice and split points depend on seed, epoch and document alone, and any sequence can be
 made without those before it: no process count and no interruption can change the stream.
@@ -22,7 +23,8 @@ import numpy as np
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.corpus import Corpus
 
-_ORDER, _CHOICE, _SPLIT = range(3)  # keep the three kinds of random numbers apart
+_ORDER, _CHOICE, _SPLIT, _SHUFFLE = range(4)  # keep the kinds of random numbers apart
+_WINDOW = 1 << 16  # sequences that are shuffled together, at most an epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +58,22 @@ class Stream:
                 f"batch.length={length} and the token after it; add text, or set batch.length "
                 f"to at most {self._plain - 1}"
             )
+        self.window = min(_WINDOW, self._plain // length)
+        self._shuffles: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self._starts = [0]  # of each epoch in the stream, as far as anybody asked
         self._epochs: dict[int, Epoch] = {}
+
+    def shuffled(self, number: int) -> np.ndarray:
+        """The sequence that training meets as number `number`, [length + 1] int32."""
+        window, place = divmod(number, self.window)
+        with self._lock:
+            if window not in self._shuffles:
+                shuffle = np.random.default_rng([self.seed, window, _SHUFFLE])
+                kept = {n: order for n, order in self._shuffles.items() if abs(n - window) < 2}
+                self._shuffles = kept | {window: shuffle.permutation(self.window)}
+            order = self._shuffles[window]
+        return self.sequence(window * self.window + int(order[place]))
 
     def sequence(self, number: int) -> np.ndarray:
         """Tokens number * length to (number + 1) * length of the stream, [length + 1] int32."""

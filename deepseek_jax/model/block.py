@@ -19,6 +19,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = LatentAttention(config, rngs=rngs)
         self.feed_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.feed: FeedForward | MixtureOfExperts
         if dense:
             self.feed = FeedForward(config, ("dense_width", config.d_dense), rngs=rngs)
         else:

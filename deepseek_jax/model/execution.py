@@ -1,4 +1,4 @@
-"""How a forward pass runs, as opposed to what it computes: values handed to the model, never flags."""
+"""How a forward pass runs, as opposed to what it computes: values handed to the model."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.dispatch import FLAT, Dispatch, by_name
 from deepseek_jax.precision.matmul import FLOAT32, Recipe, recipe
 
-# What the report's recomputation keeps (section 3.2.3): everything that costs a matmul or a message,
-# but not the outputs of norms, MLA up-projections and SwiGLU, which are made again from these.
+# What the report's recomputation keeps (section 3.2.3): all that costs a matmul or a message, but
+# not the outputs of norms, MLA up-projections and SwiGLU, which are made again from these.
 KEPT = (
     "query_latent", "kv_latent", "key_rope", "attention", "attended", "gate_up", "arrived", "fed",
 )  # fmt: skip

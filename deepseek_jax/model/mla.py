@@ -15,7 +15,7 @@ LATENT_NORM_EPS = 1e-6  # of the two latent norms, whatever the model's own norm
 
 
 class LatentAttention(nnx.Module):
-    """Attention whose past is one latent vector and one rotary key per token, shared by all heads."""
+    """Attention whose past is one latent and one rotary key per token, shared by all heads."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         model, heads = ("model", config.d_model), ("heads", config.heads)
@@ -93,8 +93,8 @@ def causal_attention(
 ) -> jax.Array:
     """softmax(scale * query . key) value over the past, equations 10 and 11; softmax in float32.
 
-    Queries go `block` rows at a time and meet only the keys up to their own end, so that of the half
-    that the mask would remove most is never computed.
+    Queries go `block` rows at a time and meet only the keys up to their own end, so that most of
+    the half that the mask would remove is never computed.
 
     Args:
       query, key: BSHX, any common width X.

@@ -1,4 +1,4 @@
-"""DeepSeekMoE: shared and routed experts (section 2.1.2, equation 12), and the dense feed-forward."""
+"""DeepSeekMoE: shared and routed experts (section 2.1.2, equation 12); the dense feed-forward."""
 
 import jax
 import jax.numpy as jnp

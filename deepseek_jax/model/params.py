@@ -94,7 +94,7 @@ def describe(tree: Any) -> Iterator[Weight]:
 
 
 def place(tree: Any, where: Callable[[Axes, tuple[int, ...]], Any]) -> Any:
-    """The tree with each parameter replaced by `where(logical axes, whole shape)`, stack included."""
+    """The tree with `where(logical axes, whole shape)` for each parameter, stack included."""
     flat = list(describe(tree))
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(
@@ -103,7 +103,7 @@ def place(tree: Any, where: Callable[[Axes, tuple[int, ...]], Any]) -> Any:
 
 
 def whole(module: Any) -> Any:
-    """This layer's weights, gathered from their ZeRO-3 parts; the module as it is in other layouts."""
+    """This layer's weights, gathered from their ZeRO-3 parts; in other layouts, as they are."""
     layout = mesh_axes.current()
     if layout is None or layout.zero < 3:
         return module

@@ -15,8 +15,8 @@ from deepseek_jax.config import ModelConfig
 def frequencies(config: ModelConfig) -> np.ndarray:
     """f_j, float64, one per pair: theta^(-2j/R), slowed by YaRN where the wavelength is long.
 
-    Pairs that turn more than `yarn_beta_fast` times within the original length keep their speed, those
-    that turn less than `yarn_beta_slow` times are slowed `yarn_factor` times, linear between.
+    Pairs that turn more than `yarn_beta_fast` times within the original length keep their speed,
+    those that turn less than `yarn_beta_slow` times are slowed `yarn_factor` times, linear between.
     """
     pairs = config.d_rope // 2
     plain = config.rope_theta ** (-np.arange(pairs) / pairs)
@@ -69,7 +69,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns each pair (a, b) of x ...X to (a cos - b sin, b cos + a sin); cos, sin from `cos_sin`."""
+    """Each pair (a, b) of x ...X to (a cos - b sin, b cos + a sin); cos, sin from `cos_sin`."""
     wide = x.astype(jnp.float32)
     swapped = wide.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)  # (a, b) -> (b, a)
     return (wide * cos + swapped * sin).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The gate: affinities, node-limited choice of experts, and the balance that steers it (section 2.1.2)."""
+"""The gate: affinities, node-limited choice of experts, and their balance (section 2.1.2)."""
 
 import dataclasses
 

@@ -40,7 +40,8 @@ class Hidden:
     """Everything up to the head.
 
     Attributes:
-      heads: (1 + depth)BSD, what the head reads: the main model's final norm, then each MTP depth's.
+      heads: (1 + depth)BSD, what the head reads: after the main model's final norm, then after
+        each MTP depth's.
       routing: of the MoE layers, stacked in front; None where there are none.
       mtp_routing: the same of the MTP blocks.
     """

@@ -119,7 +119,7 @@ def index(axis: str) -> jax.Array | int:
 
 
 def fan_out(x: jax.Array, axis: str) -> jax.Array:
-    """`x`, equal on all parts of `axis`, enters work that differs per part: the gradient is summed."""
+    """`x`, equal on all parts of `axis`, enters work that differs: the gradient is summed."""
     return _fan_out(x, names(axis)) if names(axis) else x
 
 

@@ -19,8 +19,8 @@ from jax import lax
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel import axes
 
-# (rows RD sorted by expert, routing weights R, rows per local expert, how many of R are likely used)
-# -> RD, weighted
+# (rows RD sorted by expert, routing weights R, rows per local expert, how many of R are likely
+# used) -> RD, weighted
 RunExperts = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 
@@ -35,7 +35,7 @@ class Dispatch(Protocol):
 def reference(
     run: RunExperts, tokens: jax.Array, experts: jax.Array, weights: jax.Array, total: int
 ) -> jax.Array:
-    """Every expert sees every token, with weight 0 where it was not chosen: the truth, E/K times slower."""
+    """Every expert sees every token, weight 0 where it was not chosen: the truth, E/K times slower."""
     count = tokens.shape[0]
     if axes.size("experts") > 1:
         raise ConfigError("layout.dispatch=reference needs all experts on every device; use flat")
@@ -132,7 +132,7 @@ _permute.defvjp(
 
 
 def take_copies(tokens: jax.Array, order: Order, copies: int) -> jax.Array:
-    """Row r is the token of copy order.index[r], where token m has copies m*copies, m*copies+1, ..."""
+    """Row r is the token of copy order.index[r]; token m has copies m*copies, m*copies+1, ..."""
     return _take_copies(tokens, order.index, order.back, copies)
 
 

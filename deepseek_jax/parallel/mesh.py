@@ -18,8 +18,8 @@ def resolve(config: MeshConfig, devices: int) -> MeshConfig:
     shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if free and devices % fixed:
         raise ConfigError(
-            f"mesh.{free[0]}=-1 asks for what is left, but the other axes ({shape}) need a multiple "
-            f"of {fixed} devices and there are {devices}"
+            f"mesh.{free[0]}=-1 asks for what is left, but the other axes ({shape}) need a "
+            f"multiple of {fixed} devices and there are {devices}"
         )
     if free:
         sizes[free[0]] = devices // fixed

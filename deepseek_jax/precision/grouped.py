@@ -3,8 +3,8 @@
 M rows, D width in, F width out, E experts, J rows of an expert's share: a little over the even one.
 
 Each expert's share of the rows goes through one batched matmul. What an expert has beyond its
-share is walked in blocks, by a loop whose length is the number of blocks there really are. A balanced
-router leaves little for the loop, and the worst one (every row for one expert) costs twice the
+share is walked in blocks, by a loop whose length is the number of blocks there really are. A
+balanced router leaves little for the loop, and the worst one (every row for one expert) costs twice the
 matmul of its rows, whatever E is.
 """
 
@@ -62,7 +62,7 @@ def _in_shares(sizes: jax.Array, share: int, rows: int) -> tuple[jax.Array, ...]
 
 
 def _beyond(sizes: jax.Array, share: int, block: int, rows: int) -> tuple[jax.Array, ...]:
-    """The blocks of what exceeds the shares: how many there are, and expert and first row of each."""
+    """Blocks of what exceeds the shares: how many there are, expert and first row of each."""
     experts = sizes.shape[0]
     extra = jnp.maximum(sizes - share, 0)
     blocks = (extra + block - 1) // block

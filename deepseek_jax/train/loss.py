@@ -1,8 +1,8 @@
-"""What training minimises: next-token and MTP cross entropy (equations 23 to 25), a chunk at a time.
+"""What training minimises: next-token and MTP cross entropy (equations 23 to 25), in chunks.
 
 The vocabulary times tokens is never held: logits exist for one chunk of one head at a time, forward
-and backward. The loss is the end of the graph, so its gradient with respect to the hidden states and
-the head is made in the same pass and kept (M + D V numbers), and no logits are made twice.
+and backward. The loss is the end of the graph, so its gradient with respect to the hidden states
+and the head is made in the same pass and kept (M + D V numbers), and no logits are made twice.
 """
 
 import functools
@@ -27,8 +27,8 @@ def head_loss(
       chunk: rows whose logits are held at once.
 
     Returns:
-      () float32 sum of weights * entropies, differentiable in `hidden` and `head`; and the entropies
-      M float32, in nats, for the record: no gradient flows through them.
+      () float32 sum of weights * entropies, differentiable in `hidden` and `head`; and the
+      entropies M float32, in nats, for the record: no gradient flows through them.
     """
     rows = hidden.shape[0]
     padding = -rows % chunk

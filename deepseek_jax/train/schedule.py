@@ -1,4 +1,4 @@
-"""The recipe over time: pure functions of consumed tokens and steps, exact on the host (section 4.2)."""
+"""The recipe over time: pure functions of consumed tokens and steps (section 4.2)."""
 
 import dataclasses
 import math

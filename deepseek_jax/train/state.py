@@ -36,7 +36,8 @@ class TrainState:
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
     """(structure, trained parameters, router biases)."""
-    return nnx.split(model, nnx.Param, weights.RouterBias)
+    graph, params, bias = nnx.split(model, nnx.Param, weights.RouterBias)
+    return graph, params, bias
 
 
 def host_memory() -> str:
@@ -47,7 +48,7 @@ def host_memory() -> str:
 
 def shardings(
     config: Config, layout: Layout, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> TrainState:
+) -> Any:
     """A TrainState of NamedShardings."""
 
     def stored(kind=None):
@@ -81,7 +82,7 @@ def _fresh(config: Config, optimizer: optax.GradientTransformation, key: jax.Arr
 
 
 def initialise(
-    config: Config, places: TrainState, optimizer: optax.GradientTransformation
+    config: Config, places: Any, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """A fresh state, every part built where it lives; the same numbers on every layout."""
     build = jax.jit(lambda key: _fresh(config, optimizer, key), out_shardings=places)

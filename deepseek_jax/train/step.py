@@ -104,7 +104,7 @@ def objective(
 
 
 def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., Any]:
-    """(masters, biases, tokens, count, mtp_weight) -> (gradients as `storage`, Sums over everything).
+    """(masters, biases, tokens, count, mtp_weight) -> (gradients as `storage`, Sums over all).
 
     One shard_map, manual over every mesh axis: all communication of the step is written out in it.
     """

@@ -138,6 +138,20 @@ def test_a_document_longer_than_many_sequences(corpus_of, fim_rate):
     assert np.concatenate(got).tolist() == tokens[: len(got) * 16]
 
 
+def test_a_window_is_shuffled_and_loses_nothing(corpus_of):
+    corpus = corpus_of(some_texts(25))
+    stream = Stream(corpus, length=16, seed=0, fim_rate=0.5)
+    size = stream.window
+    assert size == sum(len(stream.corpus.text(d)) + 2 for d in corpus.training) // 16
+    for window in (1, 0):  # in any order
+        numbers = range(window * size, (window + 1) * size)
+        met = [stream.shuffled(number).tolist() for number in numbers]
+        plain = [stream.sequence(number).tolist() for number in numbers]
+        assert sorted(met) == sorted(plain) and met != plain
+    other = Stream(corpus, length=16, seed=1, fim_rate=0.5)
+    assert [other.shuffled(n).tolist() for n in range(size)] != met
+
+
 def test_too_little_text(corpus_of):
     corpus = corpus_of(["abc", "def"], held_out=0.0)  # 10 tokens with BOS and EOS
     assert len(Stream(corpus, length=9, seed=0, fim_rate=0.0).sequence(5)) == 10
