@@ -1,5 +1,6 @@
 """Trains: python -m deepseek_jax.main --config=configs/v3_tiny.py [--workdir=DIR]."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ command.define_process_flags()
 
 
 def main() -> None:
+    # Until the loop listens there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOP_CODE.value))
     config = command.read_config(CONFIG)
     command.start_processes()
     from deepseek_jax.train import loop  # after start-up: JAX must not have met its devices before

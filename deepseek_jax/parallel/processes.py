@@ -6,6 +6,7 @@ found in the environment of SLURM and Open MPI.
 
 import os
 import signal
+import sys
 from types import FrameType
 
 import jax
@@ -123,6 +124,7 @@ def _tasks() -> int:
 
 
 def _join(**how: str | int | None) -> None:
+    _mute_gloo()
     try:
         jax.distributed.initialize(**how)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
@@ -130,3 +132,16 @@ def _join(**how: str | int | None) -> None:
             f"this process could not join its run: {error}; "
             "give --coordinator=HOST:PORT --processes=N --process=I"
         ) from error
+
+
+def _mute_gloo() -> None:
+    """Gloo writes a line per peer to file descriptor 1, from C++; our own lines keep their way."""
+    try:
+        ours = os.dup(sys.stdout.fileno())
+    except (AttributeError, OSError, ValueError):  # no standard output, or one that is no file
+        return
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    sys.stdout = os.fdopen(ours, "w", buffering=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -31,7 +32,7 @@ class NotFinite(RuntimeError):
 
 
 def train(config: Config, directory: Path, *, screen: bool = True) -> dict[str, Any]:
-    """Trains until `schedule.tokens` are consumed, from the newest checkpoint in `directory` if any.
+    """Trains until `schedule.tokens` are consumed, from `directory`'s newest checkpoint if any.
 
     Returns:
       The summary that the screen ends with: step, tokens, held-out bits per byte and gzip's; or
@@ -60,10 +61,9 @@ def train(config: Config, directory: Path, *, screen: bool = True) -> dict[str, 
             process_count=readers,
             say=report.say,
         )
-        workdir.claim(directory, config, data.corpus)
         store = Store(directory / "checkpoints", keep=config.checkpoint.keep)
         with contextlib.closing(data), contextlib.closing(store), jax.set_mesh(mesh):
-            summary, now = _run(config, layout, mesh, data, store, report)
+            summary, now = _run(config, directory, layout, mesh, data, store, report)
             if not summary["stopped"]:
                 report.say("scoring held-out text")
                 summary |= _held_out(config, layout, mesh, now, data.corpus)
@@ -74,17 +74,21 @@ def train(config: Config, directory: Path, *, screen: bool = True) -> dict[str, 
     return summary
 
 
-def _run(config, layout, mesh, data, store, report) -> tuple[dict[str, Any], state.TrainState]:
+def _run(
+    config, directory, layout, mesh, data, store, report
+) -> tuple[dict[str, Any], state.TrainState]:
     """From the newest checkpoint to the last step."""
     adam = optimizer.build(config.optimizer)
     places = state.shardings(config, layout, mesh, adam)
     now, tokens = _start(config, places, adam, store, data, report)
+    workdir.claim(directory, config, data.corpus)  # what was there fits: the folder is this run's
     step = jax.jit(
         make_step(config, layout, mesh, adam),
         donate_argnums=0,
         out_shardings=(dataclasses.replace(places, ema=None), None),
     )
     move_ema = make_ema(config, places)
+    all_finite = jax.jit(_all_finite)
     place = NamedSharding(mesh, tokens_spec(layout))
     done = saved = int(now.step)
     stop = processes.StopSignal()
@@ -92,16 +96,22 @@ def _run(config, layout, mesh, data, store, report) -> tuple[dict[str, Any], sta
     report.begin(done, tokens)
     report.say(_headline(config, data))
 
-    logged_at, logged_tokens, stopped = time.perf_counter(), tokens, False
+    compiled, logged_at, logged_tokens, stopped = None, time.perf_counter(), tokens, False
     while tokens < config.schedule.tokens and not stopped:
         count = schedule.micro_batches(config.batch, tokens)
         hyper = schedule.hyper(config.schedule, step=done, tokens=tokens)
-        moved, metrics = step(
+        inputs = (
             dataclasses.replace(now, ema=None),
             _batch(data, config, place, count),
             np.int32(count),
             jax.tree.map(np.float32, hyper),
         )
+        if compiled is None:
+            report.say("compiling the training step")
+            compiled = step.lower(*inputs).compile()
+            logged_at = time.perf_counter()  # the speed of a step is without its compilation
+        moved, metrics = compiled(*inputs)
+        del inputs  # the state in it was donated
         ema = None if now.ema is None else move_ema(now.ema, moved.params)
         now = dataclasses.replace(moved, ema=ema)
         done, tokens = done + 1, tokens + count * schedule.tokens_per_micro_batch(config.batch)
@@ -127,6 +137,9 @@ def _run(config, layout, mesh, data, store, report) -> tuple[dict[str, Any], sta
             )
             logged_at, logged_tokens = time.perf_counter(), tokens
         if done % config.checkpoint.every_steps == 0 or last:
+            # This step's loss is of the weights before it: its own are in no metric yet.
+            if not all_finite(now.params, now.bias):
+                raise NotFinite(_not_finite(f"step {done} made weights that are no numbers", saved))
             store.save(done, state.to_dict(now), {"tokens": tokens, "data": data.state()})
             saved = done
     store.wait()
@@ -160,7 +173,7 @@ def _start(config, places, adam, store, data, report) -> tuple[state.TrainState,
 
 
 def _rows(place: NamedSharding, config: Config) -> tuple[int, int]:
-    """Which equal run of each micro-batch's rows this process reads, and how many runs there are."""
+    """Which equal run of each micro-batch's rows this process reads, and how many there are."""
     rows = config.batch.micro_sequences
     index = place.addressable_devices_indices_map((1, rows, 1)).values()
     spans = [part[1].indices(rows)[:2] for part in index]
@@ -185,14 +198,18 @@ def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) ->
 
 
 def _check_finite(values: dict[str, Any], step: int, saved: int) -> None:
-    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-        good = (
-            f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"
-        )
-        raise NotFinite(
-            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; {good}. "
-            "Lower schedule.learning_rate, or look at the data of this step"
-        )
+    loss, norm = values["loss"], values["grad_norm"]
+    if not np.isfinite([loss, norm]).all():
+        raise NotFinite(_not_finite(f"step {step} has loss {loss}, gradient norm {norm}", saved))
+
+
+def _not_finite(what: str, saved: int) -> str:
+    good = f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"
+    return f"{what}; {good}. Lower schedule.learning_rate, or look at the data of this step"
+
+
+def _all_finite(*trees: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trees)]).all()
 
 
 def _held_out(config, layout, mesh, now: state.TrainState, corpus: Corpus) -> dict[str, Any]:

@@ -140,10 +140,12 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
             def add(i, total):
                 return jax.tree.map(jnp.add, total, one(tokens[i]))
 
-            # The first one outside the loop: a step of one micro-batch has no loop at all.
-            total = one(tokens[0])
-            if tokens.shape[0] > 1:
-                total = lax.fori_loop(1, count, add, total)
+            if tokens.shape[0] == 1:
+                total = one(tokens[0])
+            else:
+                shapes = jax.eval_shape(one, tokens[0])
+                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                total = lax.fori_loop(0, count, add, zeros)
             grads, sums = total
             grads = params.reduce_gradients(grads, layout, scattered=per_layer)
             sums = lax.psum(sums, data_axes) if data_axes else sums

@@ -1,7 +1,9 @@
 """The folder of one run: whose it is, and whether it can be written, before anything is."""
 
+import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,27 +14,31 @@ from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.corpus import Corpus
 
 # What a run may not change on the way: its checkpoints and data position would mean something else.
-FIXED = ("seed", "model", "data", "batch.length", "optimizer.moments")
+# The text itself is compared with the checkpoint, so that it may be kept in another place.
+FIXED = (
+    "seed", "model", "data.tokenizer", "data.text_key", "data.fim_rate", "data.held_out",
+    "batch.length", "optimizer.moments",
+)  # fmt: skip
 
 
 def check(directory: Path, config: Config) -> None:
-    """Raises ConfigError where `directory` is another run's or cannot be written. Writes nothing."""
-    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    """Raises ConfigError where `directory` is another run's or cannot be written; leaves it be."""
+    existing = next(p for p in (directory, *directory.absolute().parents) if os.path.lexists(p))
     if not existing.is_dir():
-        raise ConfigError(f"--workdir={directory}: {existing} is a file; give a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--workdir={directory}: {existing} is not writable; give another folder")
+        raise ConfigError(f"--workdir={directory}: {existing} is no folder; give another one")
+    if jax.process_index() == 0:
+        _try_to_write(directory)
     kept = directory / "config.json"
     if not kept.exists():
         if (directory / "checkpoints").exists() and any((directory / "checkpoints").iterdir()):
             raise ConfigError(
-                f"--workdir={directory} holds checkpoints but no config.json to tell whose they are; "
-                "give another folder"
+                f"--workdir={directory} holds checkpoints but no config.json to tell whose they "
+                "are; give another folder"
             )
         return
     try:
         before = json.loads(kept.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{kept} is not readable JSON ({error}); give another --workdir"
         ) from error
@@ -41,12 +47,12 @@ def check(directory: Path, config: Config) -> None:
         for name, was, is_now in _differences(_at(before, key), _at(now, key), key):
             raise ConfigError(
                 f"--workdir={directory} holds a run with {name}={was!r}, and this config has "
-                f"{is_now!r}; give another --workdir, or set --config.{name}={was!r} to go on with it"
+                f"{is_now!r}; give another --workdir, or set --config.{name}={was!r} to go on"
             )
 
 
 def claim(directory: Path, config: Config, corpus: Corpus) -> None:
-    """Makes the folder this run's: `config.json` and `tokenizer.json`, each replaced in one move."""
+    """Makes the folder this run's: `config.json` and `tokenizer.json`, each in one move."""
     if jax.process_index() != 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -55,6 +61,25 @@ def claim(directory: Path, config: Config, corpus: Corpus) -> None:
         os.replace(directory / "tokenizer.json.new", directory / "tokenizer.json")
     (directory / "config.json.new").write_text(config.to_json() + "\n")
     os.replace(directory / "config.json.new", directory / "config.json")
+
+
+def _try_to_write(directory: Path) -> None:
+    """Writes and takes back: permission bits do not know full disks and read-only mounts."""
+    made: list[Path] = []
+    try:
+        for folder in reversed((directory, *directory.parents)):
+            if not folder.is_dir():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={directory} cannot be written ({error.strerror}); give another folder"
+        ) from error
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # another run may have started in it
+                folder.rmdir()
 
 
 def _at(values: Any, key: str) -> Any:

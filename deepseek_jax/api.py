@@ -1,0 +1,152 @@
+"""The Python surface: `model = deepseek_jax.load(DIR)`, `out = model(tokens)`."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from deepseek_jax import config as configs
+from deepseek_jax.checkpoint import hf
+from deepseek_jax.checkpoint.safetensors import read_json
+from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.model import params
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.router import Routing
+from deepseek_jax.model.transformer import Transformer, abstract_model
+from deepseek_jax.precision import matmul
+from deepseek_jax.train.loss import head_loss
+
+LOSS_CHUNK = 512  # tokens whose logits `Model.loss` holds at once
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What the model makes of tokens BT.
+
+    Attributes:
+      logits: BTV float32; position i predicts token i + 1.
+      mtp_logits: one BTV float32 per MTP module, k = 0, 1, ...: position i reads token i + k + 1
+        and predicts token i + k + 2. The last k + 1 positions would read past the end: they mean
+        nothing, and neither does the module's routing there.
+      routing: by layer number, mixtures of experts only; module k's is under `layers` + k.
+        `.experts` BTK int32, best first, and `.weights` BTK float32, final.
+      hidden: BTD, what the head reads: after the final norm, in the dtype of the matmuls.
+    """
+
+    logits: jax.Array
+    mtp_logits: tuple[jax.Array, ...]
+    routing: dict[int, Routing]
+    hidden: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model on one device. Compiles once per shape of tokens.
+
+    Attributes:
+      config: sizes and rules.
+      weights: the Flax module.
+      how: precision and other choices of the forward pass.
+    """
+
+    config: ModelConfig
+    weights: Transformer
+    how: Execution
+
+    def __call__(self, tokens: Any) -> Output:
+        """tokens BT, any integer array, each below `config.vocab`; ValueError otherwise."""
+        return _forward(self.weights, self._checked(tokens, least=1), self.how)
+
+    def loss(self, tokens: Any) -> jax.Array:
+        """() float32: mean cross entropy, in nats, of the B(T - 1) next tokens; no other term."""
+        return _loss(self.weights, self._checked(tokens, least=2), self.how)
+
+    def _checked(self, tokens: Any, *, least: int) -> jax.Array:
+        values = np.asarray(tokens)
+        integers = np.issubdtype(values.dtype, np.integer)
+        if values.ndim != 2 or not integers or not values.shape[0] or values.shape[1] < least:
+            raise ValueError(
+                f"tokens are {values.dtype}{list(values.shape)}; expected integers [sequences, "
+                f"length], at least 1 and {least}"
+            )
+        if values.min() < 0 or values.max() >= self.config.vocab:
+            raise ValueError(
+                f"tokens go from {values.min()} to {values.max()}; expected 0 to "
+                f"{self.config.vocab - 1}"
+            )
+        return jnp.asarray(values, jnp.int32)
+
+
+def load(directory: str | Path, dtype: Any = "float32") -> Model:
+    """A model for use from Python, on the default device.
+
+    Args:
+      directory: a Hugging Face checkpoint (config.json and safetensors files), or the workdir of a
+        training run, whose newest readable checkpoint is taken.
+      dtype: of weights and matmuls: float32 or bfloat16, as a name or a dtype. Norms, router and
+        softmax are float32 in both.
+
+    Raises:
+      ConfigError: what is there cannot be loaded; the message says what was found and expected.
+    """
+    folder = Path(directory)
+    try:
+        recipe = matmul.recipe(jnp.dtype(dtype).name)
+    except TypeError as error:
+        raise ConfigError(f"dtype is {dtype!r}; expected float32 or bfloat16") from error
+    settings = read_json(folder / "config.json")
+    if isinstance(settings.get("model"), dict):
+        weights = _trained(folder, configs.parse(settings).model, recipe.compute)
+    else:
+        weights = hf.load(folder, recipe.compute)
+    return Model(weights.config, weights, Execution(recipe=recipe))
+
+
+def _trained(workdir: Path, config: ModelConfig, dtype: Any) -> Transformer:
+    """Masters and router biases of a run's newest checkpoint."""
+    abstract = abstract_model(config)
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    wanted: dict[str, dict[str, Any]] = {"params": {}, "bias": {}}
+    names = [("params" if w.trained else "bias", w) for w in params.describe(abstract)]
+    for part, weight in names:
+        leaf = jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=device)
+        wanted[part][weight.path] = leaf
+    store = Store(workdir / "checkpoints", keep=1)
+    try:
+        restored = store.restore(wanted, partial=True)
+    finally:
+        store.close()
+    if restored is None:
+        raise ConfigError(f"{workdir}/checkpoints holds no checkpoint; expected a saved step")
+    values = restored[1]
+    leaves = [values[part][weight.path] for part, weight in names]
+    return params.cast(jax.tree.unflatten(jax.tree.structure(abstract), leaves), dtype)
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _forward(model: Transformer, tokens: jax.Array, how: Execution) -> Output:
+    config = model.config
+    logits, hidden = model(tokens, how)
+    routing: dict[int, Routing] = {}
+    stacks = ((config.dense_layers, hidden.routing), (config.layers, hidden.mtp_routing))
+    for first, stacked in stacks:
+        for layer in range(0 if stacked is None else stacked.experts.shape[0]):
+            routing[first + layer] = jax.tree.map(lambda x, i=layer: x[i], stacked)
+    mtp_logits = tuple(logits[1 + k] for k in range(config.mtp_depth))
+    return Output(logits[0], mtp_logits, routing, hidden.heads[0])
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _loss(model: Transformer, tokens: jax.Array, how: Execution) -> jax.Array:
+    rows = model.trunk(tokens[:, :-1], how).top.reshape(-1, model.config.d_model)  # BSD -> (BS)D
+    weights = jnp.full(rows.shape[:1], 1 / rows.shape[0], jnp.float32)
+    targets = tokens[:, 1:].reshape(-1)
+    chunk = min(LOSS_CHUNK, rows.shape[0])
+    return head_loss(rows, model.head.table[...], targets, weights, chunk)[0]
