@@ -5,7 +5,7 @@ import os
 import runpy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,24 @@ def start_processes() -> None:
     processes.start(values.coordinator, values.processes, values.process, values.emulate_devices)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command: bad input is one message and exit code 2, never a traceback."""
+def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
+    """Runs a command: bad input is one message and exit code 2, never a traceback.
+
+    With `names` the command line has to name one of them, which `main` is given.
+    """
 
     def guarded(arguments: list[str]) -> None:
-        if len(arguments) > 1:
+        chosen = arguments[1:2] if names else []
+        if names and (not chosen or chosen[0] not in names):
+            found = f"there is no {chosen[0]!r}" if chosen else "no NAME given"
+            raise ConfigError(f"{found}; name one of {', '.join(names)}")
+        if len(arguments) > 1 + len(chosen):
             raise ConfigError(
-                f"unexpected argument {arguments[1]!r}; flags look like --config=FILE"
+                f"unexpected argument {arguments[-1]!r}; flags look like --config=FILE"
             )
         logging.set_verbosity(logging.WARNING)
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-        main()
+        main(*chosen)
 
     _ask_for_huge_pages()
     try:

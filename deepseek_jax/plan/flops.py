@@ -1,4 +1,4 @@
-"""Floating-point operations per token, section 1.11's count: 6 per activated weight, plus attention."""
+"""Floating-point operations per token: 6 per activated weight, plus attention."""
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.plan.count import count

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.model import params
 from deepseek_jax.model.params import Weight
 from deepseek_jax.model.transformer import abstract_model
@@ -67,13 +67,23 @@ class Memory:
 
 
 def memory(config: Config) -> Memory:
-    """Of the fullest pipeline rank; `config.mesh` must have no -1."""
+    """Of the fullest pipeline rank; `config.mesh` must have no -1.
+
+    Raises:
+      ConfigError: a number of stages that DualPipe cannot pair, or more of them than layers.
+    """
     layout, pipe = mesh.layout(config), config.mesh.pipe
     dtype = recipe(config.precision.recipe).compute
     cast = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config.model))
     weights = list(params.describe(cast))
     if pipe == 1:
         return _sum(config, layout, weights)
+    if pipe % 2 or pipe > config.model.layers:
+        raise ConfigError(
+            f"mesh.pipe={pipe}: DualPipe pairs stages r and {pipe - 1} - r of "
+            f"model.layers={config.model.layers} layers; set mesh.pipe to 1 or an even "
+            "number of at most model.layers"
+        )
     # A stage holds its own layers, so the stacked axis is not split again.
     rules = {axis: over for axis, over in layout.rules.items() if axis != "layer"}
     layout = dataclasses.replace(layout, rules=rules)

@@ -83,7 +83,7 @@ def text(planned: dict[str, Any]) -> str:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column()
+    table.add_column(no_wrap=True)
     table.add_column(justify="right")
     table.add_column()
     sections = (_parameters, _flops, _cache, _memory)
@@ -136,9 +136,10 @@ def _cache(planned: dict[str, Any]) -> Section:
 
 def _memory(planned: dict[str, Any]) -> Section:
     layout, each = planned["layout"], planned["bytes_per_device"]
-    mesh_shape = " x ".join(f"{axis} {size}" for axis, size in layout["mesh"].items())
+    mesh_shape = " x ".join(f"{axis} {size}" for axis, size in layout["mesh"].items() if size > 1)
+    shape = f" ({mesh_shape})" if mesh_shape else ""
     rows = [(name, f"{each[key]:,} B", f"{each[key] / GIB:.2f} GiB") for key, name in _ROWS]
-    return f"per device of {layout['devices']} ({mesh_shape}), ZeRO {layout['zero']}", rows
+    return f"per device of {layout['devices']}{shape}, ZeRO {layout['zero']}", rows
 
 
 def _notes(planned: dict[str, Any]) -> list[str]:
@@ -147,8 +148,7 @@ def _notes(planned: dict[str, Any]) -> list[str]:
     notes += ["the optimiser's share. Temporaries and activations are not counted."]
     if (pipe := planned["layout"]["mesh"]["pipe"]) > 1:
         notes += [
-            f"The fullest of {pipe} pipeline ranks, each with two of {pipe} stages (DualPipe: r and "
-            f"{pipe - 1} - r).",
+            f"The fullest of {pipe} ranks; rank r holds stages r and {pipe - 1} - r (DualPipe).",
             "The executor that runs mesh.pipe > 1 comes later.",
         ]
     return notes

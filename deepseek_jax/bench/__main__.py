@@ -1,0 +1,77 @@
+"""The project's own measurements: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
+
+NAME is train, moe or memory. The recipe comes from the config, the sizes from the measurement.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from deepseek_jax import command
+from deepseek_jax.config import Config, ConfigError, parse
+
+CONFIG = command.define_config_flag()
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+NAMES = ("train", "moe", "memory")
+
+
+def main(name: str) -> None:
+    config = command.read_config(CONFIG) if CONFIG.value is not None else _default()
+    before = _seconds_since_start()
+    begin = time.perf_counter()
+    measured = importlib.import_module(f"deepseek_jax.bench.{name}").measure
+    imported = time.perf_counter() - begin
+    found = measured(config)
+    if name == "train":
+        spent = ("build_seconds", "compile_seconds", "first_step_seconds")
+        known = before is not None and all(key in found for key in spent)
+        total = before + imported + sum(found[key] for key in spent) if known else None
+        found = {**found, "command_to_first_step_seconds": total}
+    print(json.dumps(found, indent=2) if JSON.value else text(found))
+
+
+def _default() -> Config:
+    """configs/v3_tiny.py of the working directory, else of the folder that holds this package."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (folder / "configs" / "v3_tiny.py").is_file():
+            sys.path.insert(0, str(folder))
+            return parse(importlib.import_module("configs.v3_tiny").get_config())
+    raise ConfigError("no configs/v3_tiny.py here; pass --config=FILE")
+
+
+def _seconds_since_start() -> float | None:
+    """Since this process started, from the kernel's record; None where not on Linux."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return None
+    return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22, counted after the name
+
+
+def text(found: dict[str, Any]) -> str:
+    """Aligned lines of numbers, and a table for each list of rows."""
+    lines = [f"{key:32}{_shown(v):>18}" for key, v in found.items() if not isinstance(v, list)]
+    for key, rows in found.items():
+        if isinstance(rows, list):
+            lines += ["", key, "".join(f"{name:>16}" for name in rows[0])]
+            lines += ["".join(f"{_shown(v):>16}" for v in row.values()) for row in rows]
+    return "\n".join(lines).strip()
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not known"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    command.run(main, NAMES)

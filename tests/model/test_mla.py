@@ -1,0 +1,74 @@
+"""Latent attention against equations 1 to 11; unchanged by blocks and by a split of its heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from equations import attention
+from equations.norm import part
+from published import layer, variant
+
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.mla import LatentAttention, causal_attention
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+
+def inputs(length, width=48, batch=2, seed=0):
+    x = np.random.default_rng(seed).normal(size=(batch, length, width))
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize("rule", ["v3", "no_q_latent", "yarn", "yarn_v2", "yarn_ratio"])
+def test_follows_the_equations(rule):
+    settings, weights, model = variant(rule)
+    x = inputs(160 if "yarn" in rule else 40)  # YaRN: past the original 64
+    module = layer(model.moe_layers, 1).attention
+    got = jax.jit(lambda m, x: m(x, Execution(attention_block=48)))(module, x)
+    own = part(weights, "model.layers.2.self_attn")
+    want = attention.attention(np.asarray(x, np.float64), own, settings)
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("block", [7, 16, 40])
+@pytest.mark.parametrize("keep", [False, True])
+def test_blocks_of_queries_change_nothing(block, keep):
+    rng = np.random.default_rng(0)
+    shapes = [(2, 40, 3, 10), (2, 40, 3, 10), (2, 40, 3, 6), (2, 40, 3, 6)]
+    *parts, pull = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def run(block, keep):
+        def total(*parts):
+            out = causal_attention(*parts, scale=0.3, block=block, keep_scores=keep)
+            return jnp.sum(out * pull), out
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*parts)
+
+    (_, want), want_grads = run(512, True)
+    (_, got), got_grads = run(block, keep)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    small.close(got_grads, want_grads, 2e-6)
+
+
+def test_sees_no_later_token():
+    _, _, model = variant("v3")
+    module, x = layer(model.moe_layers).attention, inputs(24)
+    run = jax.jit(lambda x: module(x, Execution(attention_block=10)))
+    before = run(x)
+    after = run(x.at[:, 15:].add(1.0))
+    np.testing.assert_array_equal(after[:, :15], before[:, :15])
+    assert (jnp.abs(after[:, 15:] - before[:, 15:]).max(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_splitting_heads_changes_nothing(tensor):
+    _, _, model = variant("v3")
+    module, x, pull = layer(model.moe_layers).attention, inputs(20), inputs(20, seed=1)
+    how = Execution(attention_block=8)
+
+    def fn(module: LatentAttention, x: jax.Array) -> jax.Array:
+        return module(x, how)
+
+    want = jax.device_get(jax.jit(small.pulled, static_argnums=0)(fn, module, x, pull))
+    small.close(small.spread(fn, module, x, pull, {"tensor": tensor, "gpu": 2}), want, 3e-6)

@@ -1,0 +1,70 @@
+"""DeepSeekMoE against equation 12; unchanged by dispatch and by where its experts live."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from equations import moe
+from equations.norm import part
+from published import layer, variant
+
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.parallel import dispatch
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+
+def inputs(batch=2, length=20, seed=0):
+    x = np.random.default_rng(seed).normal(size=(batch, length, 48))
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize("rule", ["v3", "no_q_latent", "v2", "v2_lite", "moonlight"])
+@pytest.mark.parametrize("name", ["flat", "reference"])
+def test_follows_the_equation(rule, name):
+    settings, weights, model = variant(rule)
+    how, x = Execution(dispatch=dispatch.by_name(name)), inputs()
+    got, _ = jax.jit(lambda m, x: m(x, how))(layer(model.moe_layers).feed, x)
+    own = part(weights, "model.layers.1.mlp")
+    want, routing = moe.mixture(np.asarray(x, np.float64), own, settings)
+    assert routing.margin.min() > 1e-6
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_dense_feed_forward_follows_the_equation():
+    _, weights, model = variant("v3")
+    x = inputs()
+    got = jax.jit(lambda m, x: m(x, Execution()))(layer(model.dense_layers).feed, x)
+    want = moe.swiglu(np.asarray(x, np.float64), part(weights, "model.layers.0.mlp"))
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"gpu": 4}, {"node": 2, "gpu": 2, "tensor": 2}, {"replica": 2, "tensor": 4}],
+    ids=str,
+)
+def test_layout_changes_nothing(sizes):
+    _, _, model = variant("v3")
+    module, x, pull = layer(model.moe_layers).feed, inputs(4, 10), inputs(4, 10, seed=1)
+
+    def fn(module, x):
+        return module(x, Execution())[0]
+
+    want = jax.device_get(jax.jit(small.pulled, static_argnums=0)(fn, module, x, pull))
+    small.close(small.spread(fn, module, x, pull, sizes), want, 3e-6)
+
+
+def test_bias_gets_no_gradient_and_the_router_does():
+    _, _, model = variant("v3")
+    x = inputs()
+
+    def fn(module, x):
+        return module(x, Execution())[0]
+
+    _, grads, _ = small.pulled(fn, layer(model.moe_layers).feed, x, x)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
+    assert not any("bias" in name for name in names)
+    assert any("centroids" in name for name in names)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))

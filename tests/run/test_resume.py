@@ -1,0 +1,122 @@
+"""A run that is stopped, killed or moved goes on as if nothing had happened."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+import runs
+
+from deepseek_jax.train import loop
+
+KEYS = {
+    "step", "tokens", "loss", "mtp_loss", "grad_norm", "learning_rate", "tokens_per_second",
+    "max_violation", "expert_load", "mtp_weight", "bias_speed", "sequences",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(text, compiled, tmp_path_factory):
+    """(workdir, what was printed) of a run on one device that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    process = runs.start_main(runs.arguments(runs.tiny(text), workdir), compiled)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    return workdir, out
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    workdir, out = whole
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer.json",
+        "loss.png", "expert_load.png", "summary.json",
+    }  # fmt: skip
+    rows = runs.rows(workdir)
+    assert all(row.keys() >= KEYS for row in rows)
+    assert len(rows) == len(runs.losses(workdir)) and rows[-1]["tokens"] >= 20 * 512
+    # Everything that a resumed run has to get right moves inside this one.
+    for key in ("sequences", "learning_rate", "mtp_weight", "bias_speed"):
+        assert len({row[key] for row in rows}) > 1, key
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    assert runs.checkpoints(workdir)[-1] == len(rows)
+    # No row has the compiler in it, which takes far longer than a thousand tokens.
+    assert min(row["tokens_per_second"] for row in rows) > 256
+    assert "compiling" in out and "held-out" in out and "gzip -9" in out
+    assert len(out.splitlines()) < 12
+
+
+def test_nothing_left_to_train_only_scores_again(whole, text, compiled):
+    workdir, _ = whole
+    metrics, before = (workdir / "metrics.jsonl").read_bytes(), runs.bits(workdir)
+    process = runs.start_main(runs.arguments(runs.tiny(text), workdir), compiled)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "resumed from step" in out and "held-out" in out and "compiling" not in out
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    assert runs.bits(workdir) == before
+
+
+def wait_for(process, workdir, step):
+    """Until a process has logged `step`, or has ended."""
+    deadline = time.monotonic() + 90
+    while process.poll() is None and len(runs.rows(workdir)) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_again_and_again_it_ends_the_same(whole, text, compiled, tmp_path):
+    """kill -9 right after a logged step, which at every fourth is while it is being saved."""
+    flags = runs.arguments(runs.tiny(text), tmp_path / "run")
+    for step in (4, 9, 12):
+        process = runs.start_main(flags, compiled)
+        wait_for(process, tmp_path / "run", step)
+        process.kill()
+        process.communicate()
+    process = runs.start_main(flags, compiled)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    np.testing.assert_array_equal(runs.losses(tmp_path / "run"), runs.losses(whole[0]))
+    assert runs.bits(tmp_path / "run") == runs.bits(whole[0])
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(whole, text, compiled, tmp_path):
+    workdir = tmp_path / "run"
+    flags = runs.arguments(runs.tiny(text, checkpoint={"every_steps": 1000}), workdir)
+    process = runs.start_main([*flags, "--stop_code=75"], compiled)
+    wait_for(process, workdir, 3)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    reached = len(runs.rows(workdir))
+    assert (process.returncode, err) == (75, "") and f"stopped after step {reached}" in out
+    assert runs.checkpoints(workdir) == [reached] and reached < len(runs.losses(whole[0]))
+    process = runs.start_main(flags, compiled)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "") and f"resumed from step {reached}" in out
+    np.testing.assert_array_equal(runs.losses(workdir), runs.losses(whole[0]))
+    assert runs.bits(workdir) == runs.bits(whole[0])
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"mesh": {"replica": 2, "node": 2, "gpu": 2}, "layout": {"zero": 3}},
+        {"mesh": {"node": 2, "gpu": 2, "tensor": 2}},
+    ],
+    ids=["zero 3", "tensor 2"],
+)
+def test_a_checkpoint_goes_on_on_another_mesh(whole, text, tmp_path, monkeypatch, sections):
+    half = 10 * 256
+    with monkeypatch.context() as patch:
+        patch.setattr("jax.device_count", lambda: 1)
+        monkeypatch.setattr(loop, "_held_out", lambda *_: {})
+        config = runs.tiny(text)
+        ends = {"tokens": half}
+        short = runs.tiny(text, schedule=ends)
+        assert short.schedule.decay_start == config.schedule.decay_start
+        loop.train(short, tmp_path / "run", screen=False)
+    done = len(runs.rows(tmp_path / "run"))
+    loop.train(runs.tiny(text, **sections), tmp_path / "run", screen=False)
+    got, want = runs.losses(tmp_path / "run"), runs.losses(whole[0])
+    np.testing.assert_array_equal(got[:done], want[:done])
+    np.testing.assert_allclose(got[done:, :2], want[done:, :2], rtol=1e-5)
