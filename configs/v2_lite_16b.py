@@ -1,7 +1,8 @@
 """DeepSeek-V2-Lite, 15.706B parameters: V2's router (softmax, no groups) and a plain query projection.
 
 Sizes, schedule and balance factors are those of the DeepSeek-V2 report (arXiv 2405.04434) and its
-released config.json. Two things differ: V2 lowers the learning rate in steps, here it stays at its
+released config.json. YaRN is off, as in pre-training at 4K; set model.yarn_factor=40 for the released
+model, which reaches 32K and more. Two things differ: V2 lowers the learning rate in steps, here it stays at its
 peak; V2's expert-level balance loss becomes the sequence-wise one, at the same factor.
 """
 

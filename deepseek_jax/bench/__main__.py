@@ -30,8 +30,9 @@ def main(name: str) -> None:
     found = measured(config)
     if name == "train":
         spent = ("build_seconds", "compile_seconds", "first_step_seconds")
-        known = before is not None and all(key in found for key in spent)
-        total = before + imported + sum(found[key] for key in spent) if known else None
+        total = None
+        if before is not None and all(key in found for key in spent):
+            total = before + imported + sum(found[key] for key in spent)
         found = {**found, "command_to_first_step_seconds": total}
     print(json.dumps(found, indent=2) if JSON.value else text(found))
 

@@ -186,7 +186,7 @@ def make_step(
             "mtp_loss": losses[1:].mean() if depth else jnp.zeros(()),
             "mtp_losses": losses[1:],
             "balance_loss": sums.balance / sequences,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "max_violation": router.max_violation(sums.load),
             "expert_load": sums.load / sums.load.sum(-1, keepdims=True),
         }

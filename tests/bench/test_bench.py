@@ -1,5 +1,6 @@
 """The bench commands: what they refuse, and the claims that need no clock."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -33,13 +34,21 @@ def tiny():
     return configs.parse(v3_tiny.get_config())
 
 
-def test_an_mtp_module_costs_the_same_at_any_vocabulary(tiny):
-    def extra(vocab):
-        one, two = (memory._of(tiny, mtp_depth=depth, vocab=vocab) for depth in (1, 2))
-        return memory.temp_bytes(two) - memory.temp_bytes(one)
+def test_no_set_of_logits_is_held_at_depth_four(tiny):
+    def shallow(config):  # one dense layer: quick to compile, and all five heads are there
+        model = dataclasses.replace(config.model, layers=1, dense_layers=1)
+        return dataclasses.replace(config, model=model)
 
-    logits = 4 * 2048 * (16_384 - 2048)  # what a whole set would add between the two vocabularies
-    assert abs(extra(16_384) - extra(2048)) < logits / 10
+    def growth(chunk):
+        small, large = (
+            shallow(memory.with_sizes(tiny, mtp_depth=4, vocab=vocab, loss_chunk=chunk))
+            for vocab in (2048, 16_384)
+        )
+        return memory.temp_bytes(large) - memory.temp_bytes(small)
+
+    logits = 4 * 2048 * (16_384 - 2048)  # what one head's whole logits grow by
+    assert growth(chunk=128) < logits
+    assert growth(chunk=5 * 2048) > 5 * logits  # all heads in one chunk: the measure sees them
 
 
 def test_moe_rows(tiny):

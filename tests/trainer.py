@@ -1,0 +1,59 @@
+"""Steps of training over the first few of the eight devices, as the loop takes them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import small
+from jax.sharding import NamedSharding
+
+from deepseek_jax.config import MESH_AXES, Config
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.train import optimizer, schedule
+from deepseek_jax.train import state as states
+from deepseek_jax.train.step import make_step, tokens_spec
+
+
+class Trainer:
+    """A state and its compiled step; `step` moves the state and returns the metrics."""
+
+    def __init__(self, config: Config):
+        self.config, self.layout = config, meshes.layout(config)
+        self.mesh = small.mesh_of({name: getattr(config.mesh, name) for name in MESH_AXES})
+        adam = optimizer.build(config.optimizer)
+        with jax.set_mesh(self.mesh):
+            places = states.shardings(config, self.layout, self.mesh, adam)
+            self.state = states.initialise(config, places, adam)
+            self._step = jax.jit(make_step(config, self.layout, self.mesh, adam), donate_argnums=0)
+
+    def step(self, tokens: np.ndarray, count: int, hyper: schedule.Hyper) -> dict[str, Any]:
+        """tokens: micro-batch, sequence, position + 1; the first `count` micro-batches count."""
+        with jax.set_mesh(self.mesh):
+            placed = jax.device_put(tokens, NamedSharding(self.mesh, tokens_spec(self.layout)))
+            told = jax.tree.map(np.float32, hyper)
+            self.state, metrics = self._step(self.state, placed, np.int32(count), told)
+            return jax.device_get(metrics)
+
+    def run(self, steps: int) -> list[dict[str, Any]]:
+        """Steps under the config's own schedule, on tokens drawn from the step's number."""
+        batch, out, tokens = self.config.batch, [], 0
+        for number in range(steps):
+            drawn = np.random.default_rng(number).integers(
+                0,
+                self.config.model.vocab,
+                (schedule.most_micro_batches(batch), batch.micro_sequences, batch.length + 1),
+                np.int32,
+            )
+            count = schedule.micro_batches(batch, tokens)
+            hyper = schedule.hyper(self.config.schedule, step=number, tokens=tokens)
+            out.append(self.step(drawn, count, hyper))
+            tokens += count * schedule.tokens_per_micro_batch(batch)
+        return out
+
+    def params(self) -> Any:
+        return jax.device_get(self.state.params)
+
+
+def with_schedule(config: Config, **values: Any) -> Config:
+    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, **values))
