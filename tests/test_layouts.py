@@ -67,4 +67,6 @@ def test_the_run_moves():
     metrics, params = alone()
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
     start = jax.tree.leaves(Trainer(small.config(model_mtp_depth=1)).params())
-    assert all(not np.array_equal(a, b) for a, b in zip(start, jax.tree.leaves(params), strict=True))
+    assert all(
+        not np.array_equal(a, b) for a, b in zip(start, jax.tree.leaves(params), strict=True)
+    )

@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from deepseek_jax.bench.train import sized
 from deepseek_jax.config import Config
 from deepseek_jax.model import execution
 from deepseek_jax.model.moe import MixtureOfExperts
-from deepseek_jax.model.params import RouterBias
+from deepseek_jax.train import state
 
 EXPERTS = (16, 32, 64)
 
@@ -35,8 +36,8 @@ def measure(config: Config, *, rounds: int = 15) -> dict[str, list[dict[str, flo
 def _compiled(config: Config) -> Callable[[], float]:
     """Runs forward and backward of one layer once and says how long it took."""
     model, how = config.model, execution.of(config)
-    layer = MixtureOfExperts(model, rngs=nnx.Rngs(params=0))
-    graph, weights, bias = nnx.split(layer, nnx.Param, RouterBias)
+    layer: Any = MixtureOfExperts(model, rngs=nnx.Rngs(params=0))
+    graph, weights, bias = state.split(layer)
     shape = (config.batch.micro_sequences, config.batch.length, model.d_model)
     x = jax.random.normal(jax.random.key(1), shape)
 

@@ -35,7 +35,7 @@ class Dispatch(Protocol):
 def reference(
     run: RunExperts, tokens: jax.Array, experts: jax.Array, weights: jax.Array, total: int
 ) -> jax.Array:
-    """Every expert sees every token, weight 0 where it was not chosen: the truth, E/K times slower."""
+    """Every expert sees every token, weight 0 where not chosen: the truth, E/K times slower."""
     count = tokens.shape[0]
     if axes.size("experts") > 1:
         raise ConfigError("layout.dispatch=reference needs all experts on every device; use flat")

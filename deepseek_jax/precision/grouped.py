@@ -4,8 +4,8 @@ M rows, D width in, F width out, E experts, J rows of an expert's share: a littl
 
 Each expert's share of the rows goes through one batched matmul. What an expert has beyond its
 share is walked in blocks, by a loop whose length is the number of blocks there really are. A
-balanced router leaves little for the loop, and the worst one (every row for one expert) costs twice the
-matmul of its rows, whatever E is.
+balanced router leaves little for the loop, and the worst one (every row for one expert) costs twice
+the matmul of its rows, whatever E is.
 """
 
 import functools
@@ -38,7 +38,7 @@ def grouped_matmul(
     experts = weight.shape[0]
     share = round(SLACK * min(likely, rows.shape[0]) / experts)
     share = -(-share // 8) * 8 if share >= LEAST_SHARE else 0
-    return _grouped(rows, weight, sizes, share, min(BLOCK_ROWS, max(8, rows.shape[0])))
+    return _grouped(rows, weight, sizes, share, min(BLOCK_ROWS, rows.shape[0]))
 
 
 def reference(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -81,9 +81,7 @@ def _fresh(config: Config, optimizer: optax.GradientTransformation, key: jax.Arr
     return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params), ema)
 
 
-def initialise(
-    config: Config, places: Any, optimizer: optax.GradientTransformation
-) -> TrainState:
+def initialise(config: Config, places: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state, every part built where it lives; the same numbers on every layout."""
     build = jax.jit(lambda key: _fresh(config, optimizer, key), out_shardings=places)
     return build(jax.random.key(config.seed))

@@ -12,25 +12,62 @@ from deepseek_jax.model import execution
 from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.train import state, step
 
-LENGTH, VOCAB, CHUNK = 128, 8192, 64
-LOGITS = 4 * VOCAB * LENGTH  # bytes of one sequence's logits at one depth
+LENGTH, SEQUENCES, VOCAB, CHUNK = 128, 4, 8192, 64
+FAST = {"xla_backend_optimization_level": "0"}  # of the machine code: buffers stay the same
 
 
 @functools.cache
-def temporary(depth=1, sequences=4, vocab=VOCAB, chunk=CHUNK, recompute="none"):
+def temporary(depth=0, sequences=SEQUENCES, vocab=VOCAB, chunk=CHUNK):
     """Bytes that value_and_grad of the loss holds besides its arguments and results."""
     config = small.config(
-        model_layers=1, model_mtp_depth=depth, model_vocab=vocab, batch_length=LENGTH, layout_recompute=recompute,
+        model_layers=1, model_mtp_depth=depth, model_vocab=vocab, batch_length=LENGTH,
         layout_attention_block=64,
     )  # fmt: skip
     graph, weights, bias = state.split(abstract_model(config.model))
+    how = execution.of(config)
 
     def loss(weights, bias, tokens):
-        return step.objective(
-            nnx.merge(graph, weights, bias), tokens, how=execution.of(config), chunk=chunk,
-            mtp_weight=0.3, alpha=1e-4, sequences=sequences,
-        )  # fmt: skip
+        model = nnx.merge(graph, weights, bias)
+        settings = dict(chunk=chunk, mtp_weight=0.3, alpha=1e-4, sequences=sequences)
+        return step.objective(model, tokens, how=how, **settings)
 
     tokens = jax.ShapeDtypeStruct((sequences, LENGTH + 1), jnp.int32)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return gradient.lower(weights, bias, tokens).compile(OPT).memory_analysis().temp_size_in_bytes
+    compiled = gradient.lower(weights, bias, tokens).compile(FAST)
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def logits(sequences=SEQUENCES):
+    """Bytes of all logits of one head, which must never exist together."""
+    return 4 * sequences * LENGTH * VOCAB
+
+
+def test_all_logits_would_not_fit():
+    assert temporary(sequences=2 * SEQUENCES) < logits(2 * SEQUENCES) / 2
+
+
+def test_what_tokens_cost_does_not_depend_on_the_vocabulary():
+    large = temporary(sequences=2 * SEQUENCES) - temporary()
+    less = temporary(sequences=2 * SEQUENCES, vocab=VOCAB // 8) - temporary(vocab=VOCAB // 8)
+    assert large == pytest.approx(less, rel=0.01)
+
+
+def test_what_the_vocabulary_costs_are_tables_and_one_chunk():
+    """The tables' gradients may be held once more before they are returned, in float32."""
+    added = VOCAB - VOCAB // 8
+    tables, chunks = 2 * 4 * added * 32, 4 * added * CHUNK
+    assert temporary() - temporary(vocab=VOCAB // 8) < tables + 2 * chunks
+
+
+def test_larger_chunks_cost_what_their_logits_take():
+    """Logits and their gradient: between one and two float32 numbers for each."""
+    growth = temporary(chunk=4 * CHUNK) - temporary()
+    one = 4 * 3 * CHUNK * VOCAB
+    assert one * 0.9 < growth < one * 2.1
+
+
+def test_each_mtp_depth_adds_the_same_activations_and_no_logits():
+    first = temporary(depth=1) - temporary(depth=0)
+    later = (temporary(depth=4) - temporary(depth=1)) / 3
+    assert later == pytest.approx(first, rel=0.05)
+    assert max(first, later) < 0.4 * logits()

@@ -98,7 +98,9 @@ def test_ema_follows_in_host_memory(sizes):
     with jax.set_mesh(trainer.mesh):
         places = states.shardings(config, trainer.layout, trainer.mesh, adam)
         move = make_ema(config, places)
-        average = jax.tree.map(lambda x: jax.device_put(np.asarray(x), x.sharding), trainer.state.ema)
+        average = jax.tree.map(
+            lambda x: jax.device_put(np.asarray(x), x.sharding), trainer.state.ema
+        )
         want = jax.tree.leaves(jax.device_get(average))
         for number in range(3):
             grown = jax.tree.map(lambda x, n=number: x + n, trainer.state.params)

@@ -1,0 +1,77 @@
+"""Recompute policies and attention blocks: same numbers, and what each really keeps and redoes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from flax import nnx
+
+from deepseek_jax.model import execution
+from deepseek_jax.model.transformer import build_model
+from deepseek_jax.train import state
+
+FAST = {"xla_backend_optimization_level": "0"}  # of the machine code: work and buffers stay
+
+
+@functools.cache
+def built():
+    """Two dense and two MoE layers, so that both stacks stay loops; and tokens BS."""
+    config = small.config(model_layers=4, model_dense_layers=2, model_mtp_depth=0)
+    build = jax.jit(lambda key: build_model(config.model, key))
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab, (8, 48))
+    return build(jax.random.key(0)), jnp.asarray(tokens, jnp.int32)
+
+
+def traced(recompute="none", block=16, unroll=1):
+    """(function of weights, bias, tokens to a scalar and its gradient; those arguments)."""
+    model, tokens = built()
+    graph, weights, bias = state.split(model)
+    how = execution.Execution(recompute=recompute, attention_block=block, unroll=unroll)
+
+    def total(weights, bias, tokens):
+        hidden = nnx.merge(graph, weights, bias).hidden(tokens, how)
+        return jnp.square(hidden.heads).mean() + hidden.heads[..., 0].mean()
+
+    return jax.value_and_grad(total), (weights, bias, tokens)
+
+
+@functools.cache
+def ran(recompute="none", block=16, unroll=1):
+    """(value and gradient, floating-point operations, bytes held besides arguments and results)."""
+    function, arguments = traced(recompute, block, unroll)
+    compiled = jax.jit(function).lower(*arguments).compile(FAST)
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return compiled(*arguments), compiled.cost_analysis()["flops"], memory
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(recompute="full"),
+        dict(recompute="report"),
+        dict(block=20),  # does not divide 48
+        dict(block=512, recompute="report"),
+        dict(unroll=2),
+    ],
+    ids=str,
+)
+def test_how_it_runs_never_changes_what_it_computes(changes):
+    small.close(ran(**changes)[0], ran()[0], rtol=2e-6)
+
+
+def test_policies_redo_more_and_keep_less_in_order():
+    """A loop's body counts once here, so these are the operations of one layer of each kind."""
+    flops, memory = zip(*(ran(name)[1:] for name in ("none", "report", "full")), strict=True)
+    assert flops[0] * 1.02 < flops[1] < flops[2] * 0.95
+    assert memory[0] * 0.6 > memory[1] > memory[2] * 1.2
+    # All but the embedding runs a second time: backward is twice a forward, so a third more.
+    assert 1.2 < flops[2] / flops[0] < 1.4
+
+
+def test_every_kept_name_is_in_the_model():
+    function, arguments = traced()
+    text = str(jax.make_jaxpr(function)(*arguments))
+    assert {name for name in execution.KEPT if f"name={name}" not in text} == set()
