@@ -104,7 +104,7 @@ def _config_path(arguments: list[str]) -> Path | None:
 
 
 def _check_overrides(arguments: list[str]) -> None:
-    """The config file exists and has every key that is overridden; the library's errors name neither."""
+    """The config file exists and has every overridden key: the library's errors name neither."""
     path = _config_path(arguments)
     if path is None:
         return

@@ -1,8 +1,9 @@
-"""Layouts never change results: fourteen of them against one device, 20 steps, losses to 1e-5.
+"""Layouts never change results: fifteen of them against one device, 20 steps, losses to 1e-5.
 
-Everything of the recipe moves in these steps: batch ramp over accumulated micro-batches, warm-up and
-cosine, MTP weight, router bias, balance loss. The wide init (0.1) keeps the router's scores apart: a
-near-tie of 6e-8, which a narrow init makes likely, is decided by the order of a float32 sum.
+Everything of the recipe moves in these steps: batch ramp over accumulated micro-batches, warm-up
+and cosine, MTP weight, router bias, balance loss. The wide init (0.1) keeps the router's scores
+apart: a near-tie of 6e-8, which a narrow init makes likely, is decided by the order of a float32
+sum.
 """
 
 import functools

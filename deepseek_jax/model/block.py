@@ -1,5 +1,7 @@
 """One decoder layer: norm, attention, norm, feed-forward, each with its residual."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -19,7 +21,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = LatentAttention(config, rngs=rngs)
         self.feed_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.feed: FeedForward | MixtureOfExperts
+        self.feed: Any
         if dense:
             self.feed = FeedForward(config, ("dense_width", config.d_dense), rngs=rngs)
         else:

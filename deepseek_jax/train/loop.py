@@ -175,10 +175,15 @@ def _start(config, places, adam, store, data, report) -> tuple[state.TrainState,
 def _rows(place: NamedSharding, config: Config) -> tuple[int, int]:
     """Which equal run of each micro-batch's rows this process reads, and how many there are."""
     rows = config.batch.micro_sequences
-    index = place.addressable_devices_indices_map((1, rows, 1)).values()
-    spans = [part[1].indices(rows)[:2] for part in index]
-    first, end = min(span[0] for span in spans), max(span[1] for span in spans)
+    first, end = _span(place, (1, rows, 1))
     return first // (end - first), rows // (end - first)
+
+
+def _span(place: NamedSharding, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """First and last + 1 of the rows that this process's devices hold."""
+    held: Any = place.addressable_devices_indices_map(shape).values()
+    spans = [index[1].indices(shape[1])[:2] for index in held]
+    return min(span[0] for span in spans), max(span[1] for span in spans)
 
 
 def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) -> jax.Array:
@@ -187,8 +192,7 @@ def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) ->
     local = np.stack([next(data) for _ in range(count)])
     local = np.pad(local, ((0, most - count), (0, 0), (0, 0)))
     shape = (most, config.batch.micro_sequences, config.batch.length + 1)
-    spans = place.addressable_devices_indices_map(shape).values()
-    first = min(part[1].indices(shape[1])[0] for part in spans)
+    first, _ = _span(place, shape)
 
     def part(index):
         start, end, _ = index[1].indices(shape[1])

@@ -36,8 +36,8 @@ class TrainState:
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
     """(structure, trained parameters, router biases)."""
-    graph, params, bias = nnx.split(model, nnx.Param, weights.RouterBias)
-    return graph, params, bias
+    parts: Any = nnx.split(model, nnx.Param, weights.RouterBias)
+    return parts
 
 
 def host_memory() -> str:
@@ -67,7 +67,7 @@ def shardings(
     )
     ema = weights.place(params, stored(host_memory())) if config.optimizer.ema_decay else None
     return TrainState(
-        step=whole,
+        step=whole,  # type: ignore[arg-type]
         params=masters,
         bias=jax.tree.map(lambda _: whole, bias),
         opt_state=moments,

@@ -332,7 +332,7 @@ import json, sys
 from pathlib import Path
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from deepseek_jax import processes
+from deepseek_jax.parallel import processes
 from deepseek_jax.checkpoint.store import Store
 
 port, rank, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])

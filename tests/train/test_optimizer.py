@@ -46,7 +46,7 @@ def walked(config, size):
 def expected(config, size):
     parameters = {name: value.astype(float) for name, value in drawn(0).items()}
     m = v = {name: np.zeros_like(value) for name, value in parameters.items()}
-    decay = {name: config.weight_decay for name in ("table", "scale")}
+    decay = dict.fromkeys(("table", "scale"), config.weight_decay)
     if config.decayed == "matrices":
         del decay["scale"]
     kept = jnp.dtype(config.moments)
