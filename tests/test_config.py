@@ -176,8 +176,8 @@ RULES = [
     # The batch.
     ({"model.mtp_depth": 4, "batch.length": 4}, r"model\.mtp_depth=4 .* batch\.length=4"),
     (
-        {"model.yarn_factor": 1.5, "model.yarn_original": 128},
-        r"batch\.length=256 .* model\.yarn_original=128 x model\.yarn_factor=1\.5; .*=192",
+        {"model.yarn_factor": 1.5, "model.yarn_original": 64},
+        r"batch\.length=128 .* model\.yarn_original=64 x model\.yarn_factor=1\.5; .*=96",
     ),
     (
         {"batch.micro_sequences": 2, **SPLIT_IN_FOUR},
@@ -213,7 +213,7 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
         {"model.dense_layers": 4},
         {"model.mtp_depth": 0},
         {"model.yarn_factor": 2.0, "model.yarn_original": 128},
-        {"batch.length": 8192},
+        {"batch.length": 4096},
         {"layout.dispatch": "reference", "mesh.gpu": 1},
         {"layout.dispatch": "reference"},
         {"layout.rules": {}, "mesh.gpu": 1},
