@@ -25,12 +25,12 @@ from deepseek_jax.checkpoint.safetensors import FP8, Tensor
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
+from deepseek_jax.precision.blocks import BLOCK, spread
 
 FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",  # V3, R1, Moonlight
     "deepseek_v2": "DeepseekV2ForCausalLM",  # V2, V2-Lite
 }
-BLOCK = 128  # rows and columns of an FP8 block with one scale; the last ones may be short
 SCALE = "_scale_inv"  # what the name of an FP8 weight's scales ends in; despite it, one multiplies
 
 # Published counts that must be there -> ours.
@@ -273,10 +273,8 @@ def _values(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
     tensor = tensors[name]
     value = tensor.array
     if tensor.dtype == FP8:
-        rows, columns = tensor.shape
-        scale = tensors[name + SCALE].array.astype(np.float32)
-        scale = scale.repeat(BLOCK, 0)[:rows].repeat(BLOCK, 1)[:, :columns]
-        value = value.astype(np.float32) * scale
+        scales = tensors[name + SCALE].array.astype(np.float32)
+        value = value.astype(np.float32) * spread(scales, tensor.shape)
     bad = value.size - int(np.count_nonzero(np.isfinite(value)))
     if bad:
         raise ConfigError(
