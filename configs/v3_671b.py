@@ -55,7 +55,9 @@ def get_config() -> ConfigDict:
     config.layout = ConfigDict(
         dict(
             zero=1,  # section 3.1
-            dispatch="flat",
+            dispatch="two_hop",  # section 3.2.2: over nodes, then inside one
+            buffer=1.25,  # slots for tokens on their way, as a multiple of a balanced router's load
+            micro_batches_in_flight=1,  # 2: attention of one under the all-to-all of the other
             recompute="report",  # section 3.2.3: norms, MLA up-projections and SwiGLU
             attention_block=512,  # query rows that are scored at once
             unroll=1,  # layers compiled one after another; 1 is a plain loop, fast to compile
@@ -70,7 +72,12 @@ def get_config() -> ConfigDict:
             ),
         )
     )
-    config.precision = ConfigDict(dict(recipe="bfloat16"))
+    config.precision = ConfigDict(
+        dict(
+            recipe="bfloat16",
+            dispatch="fp8",  # section 3.3.2: FP8 to the experts, BF16 back; "compute" sends all as is
+        )
+    )
 
     config.optimizer = ConfigDict(
         dict(

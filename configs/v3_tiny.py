@@ -11,8 +11,10 @@ def get_config():
         experts=16, top_k=4, groups=4, top_groups=2, d_expert=64, init_std=0.02,
     )  # fmt: skip
     config.mesh.update(pipe=1, replica=1, node=1, gpu=-1, tensor=1)
-    config.layout.update(recompute="none", attention_block=128, unroll=4, loss_chunk=256)
-    config.precision.recipe = "float32"
+    config.layout.update(
+        recompute="none", attention_block=128, unroll=4, loss_chunk=256, buffer=2.0
+    )
+    config.precision.update(recipe="float32", dispatch="compute")
     v3_671b.scale_schedule(config, tokens=1_600_000)
     config.schedule.update(
         warmup_steps=20, learning_rate=2e-3, decayed_learning_rate=2e-4, final_learning_rate=7e-5,

@@ -103,6 +103,8 @@ class LayoutConfig:
 
     zero: int
     dispatch: str
+    buffer: float
+    micro_batches_in_flight: int
     recompute: str
     attention_block: int
     unroll: int
@@ -113,6 +115,7 @@ class LayoutConfig:
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
     recipe: str
+    dispatch: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +241,7 @@ def check(config: Config) -> None:
     _check_layout(config)
     _check_batch(config)
     _check_splits(config)
+    _check_dispatch(config)
 
 
 _Range = tuple[str, Callable[[float], bool]]
@@ -274,9 +278,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "model.score": ("sigmoid", "softmax"),
     "model.group_score": ("top2", "max"),
     "layout.zero": (0, 1, 3),
-    "layout.dispatch": ("flat", "reference"),
+    "layout.dispatch": ("two_hop", "flat", "reference"),
+    "layout.micro_batches_in_flight": (1, 2),
     "layout.recompute": ("none", "full", "report"),
     "precision.recipe": ("float32", "bfloat16"),
+    "precision.dispatch": ("compute", "fp8"),
     "optimizer.decayed": ("matrices", "all"),
     "optimizer.moments": ("float32", "bfloat16"),
 }
@@ -474,6 +480,75 @@ def _check_splits(config: Config) -> None:
         f"layout.dispatch='reference' computes every expert on every device, but "
         f"layout.rules.experts splits them ({_shape(config, 'experts')}); set layout.dispatch=flat",
     )
+
+
+def _check_dispatch(config: Config) -> None:
+    """Groups against nodes, buffers against the least that they must hold, and the rounds' bits."""
+    model, layout = config.model, config.layout
+    over = layout.rules.get("experts", ())
+    sizes = {name: getattr(config.mesh, name) for name in over}
+    slow = math.prod(size for name, size in sizes.items() if name != "gpu")
+    _need(
+        layout.dispatch != "two_hop" or slow < 2 or model.groups % slow == 0,
+        f"model.groups={model.groups} do not map to the {slow} nodes of layout.rules.experts "
+        f"({_shape(config, 'experts')}), and layout.dispatch='two_hop' sends a token to few nodes "
+        f"because its experts are in few groups; set model.groups={_round_up(model.groups, slow)}, "
+        "or layout.dispatch=flat",
+    )
+    flights = layout.micro_batches_in_flight
+    _need(
+        flights == 1 or config.batch.sequences >= flights * config.batch.micro_sequences,
+        f"layout.micro_batches_in_flight={flights}, but batch.sequences={config.batch.sequences} "
+        f"make one micro-batch of batch.micro_sequences={config.batch.micro_sequences} a step; set "
+        f"batch.sequences={flights * config.batch.micro_sequences}",
+    )
+    parts = tuple(
+        math.prod(sizes[name] for name in over if (name == "gpu") == fast) for fast in (0, 1)
+    )
+    if layout.dispatch != "two_hop":
+        parts = (math.prod(parts),)
+    rows = config.batch.micro_sequences // (_parts(config, "batch") or 1)
+    if -1 in sizes.values() or layout.dispatch == "reference" or not model.moe_layers or not rows:
+        return
+    tokens, parts = rows * config.batch.length, tuple(n for n in parts if n > 1)
+    sized = (tokens, model.top_k, model.experts, parts, most_nodes(model))
+    _need(
+        min(buffer_slots(layout.buffer, *sized)) >= 1,
+        f"layout.buffer={layout.buffer} times the mean load of {tokens} tokens a device leaves a "
+        "buffer without a single slot, and no token would ever move; set layout.buffer=1.25",
+    )
+
+
+def most_nodes(model: ModelConfig) -> int:
+    """Nodes that one token may visit (section 2.1.2), where each group of experts is on one node."""
+    return min(model.top_groups, model.top_k) if model.groups > 1 else model.top_k
+
+
+def buffer_slots(
+    buffer: float, tokens: int, top_k: int, experts: int, parts: tuple[int, ...], nodes: int
+) -> tuple[int, ...]:
+    """How many copies fit into the buffers of an exchange, `buffer` times a balanced router's load.
+
+    Args:
+      buffer: `layout.buffer`.
+      tokens: of one device.
+      parts: devices along each hop, outermost first.
+      nodes: the most destinations of one token on the first hop, if a second one follows.
+
+    Returns:
+      Slots for each destination of each hop, then those of a device's experts. None is larger than
+      the worst router could fill.
+    """
+    slots, rows, crossed = [], tokens, 1
+    for number, count in enumerate(parts):
+        crossed *= count
+        copies = min(top_k, crossed)
+        if number == 0 and len(parts) > 1:
+            copies = min(copies, nodes)
+        slots.append(int(min(rows, buffer * tokens * copies / count)))
+        rows = count * slots[-1]
+    most = rows * min(top_k, experts // crossed)
+    return *slots, int(min(most, buffer * tokens * top_k))
 
 
 def _parts(config: Config, axis: str) -> int | None:

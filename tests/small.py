@@ -35,7 +35,7 @@ def config(**changes: Any) -> Config:
     )  # fmt: skip
     c.mesh.update(pipe=1, replica=1, node=1, gpu=1, tensor=1)
     c.layout.update(recompute="none", attention_block=16, loss_chunk=24, zero=0)
-    c.precision.recipe = "float32"
+    c.precision.update(recipe="float32", dispatch="compute")
     c.optimizer.update(moments="float32", ema_decay=0.0)
     c.batch.update(length=16, sequences=16, ramp_sequences=8, micro_sequences=8)
     for key, value in changes.items():

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -11,7 +12,7 @@ from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import LatentAttention
 from deepseek_jax.model.moe import FeedForward, MixtureOfExperts
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.model.router import Routing
+from deepseek_jax.model.router import Routing, joined
 
 
 class Block(nnx.Module):
@@ -29,9 +30,23 @@ class Block(nnx.Module):
         self.dense = dense
 
     def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
-        """x BSD -> BSD, and the routing of a mixture of experts."""
-        x = checkpoint_name(x + self.attention(self.attention_norm(x), how), "attended")
+        """x BSD -> BSD, and the routing of a mixture of experts.
+
+        Of several micro-batches each takes a step in turn, so that the attention of one and the
+        experts of another stand beside the messages between them.
+        """
         if self.dense:
+            x = self.attend(x, how)
             return x + self.feed(self.feed_norm(x), how), None
-        out, routing = self.feed(self.feed_norm(x), how)
-        return x + out, routing
+        parts, sent = jnp.split(x, how.flights), []
+        for i, part in enumerate(parts):
+            parts[i] = self.attend(part, how)
+            sent.append(self.feed.send(self.feed_norm(parts[i]), how))
+        out = [self.feed.work(one, how) for one in sent]
+        done = [self.feed.combine(*one, how) for one in zip(sent, out, strict=True)]
+        x = jnp.concatenate([part + fed for part, (fed, _) in zip(parts, done, strict=True)])
+        return x, joined([routing for _, routing in done])
+
+    def attend(self, x: jax.Array, how: Execution) -> jax.Array:
+        """x + MLA(norm x), BSD."""
+        return checkpoint_name(x + self.attention(self.attention_norm(x), how), "attended")

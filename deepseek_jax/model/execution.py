@@ -7,14 +7,15 @@ from typing import Any
 import jax
 
 from deepseek_jax.config import Config
-from deepseek_jax.parallel import axes
-from deepseek_jax.parallel.dispatch import FLAT, Dispatch, by_name
+from deepseek_jax.parallel import axes, dispatch
+from deepseek_jax.parallel.dispatch import Dispatch
 from deepseek_jax.precision.matmul import FLOAT32, Recipe, recipe
 
 # What the report's recomputation keeps (section 3.2.3): all that costs a matmul or a message, but
 # not the outputs of norms, MLA up-projections and SwiGLU, which are made again from these.
 KEPT = (
-    "query_latent", "kv_latent", "key_rope", "attention", "attended", "gate_up", "arrived", "fed",
+    "query_latent", "kv_latent", "key_rope", "attention", "attended", "gate_up", "arrived", "route",
+    "fed",
 )  # fmt: skip
 
 
@@ -26,13 +27,16 @@ class Execution:
     recompute: "none", "full" or "report": what backward makes again instead of keeping.
     attention_block: query rows that are scored at once.
     unroll: layers of a stack that are compiled one after another instead of as a loop's body.
+    flights: micro-batches that go through a layer together, one's work under the other's messages;
+      the batch axis holds them one after another.
     """
 
     recipe: Recipe = FLOAT32
-    dispatch: Dispatch = FLAT
+    dispatch: Dispatch = dispatch.EXACT
     recompute: str = "none"
     attention_block: int = 512
     unroll: int = 1
+    flights: int = 1
 
     def layer(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn`, one layer, keeping for backward what this policy keeps."""
@@ -55,8 +59,9 @@ class Execution:
 def of(config: Config) -> Execution:
     return Execution(
         recipe=recipe(config.precision.recipe),
-        dispatch=by_name(config.layout.dispatch),
+        dispatch=dispatch.of(config),
         recompute=config.layout.recompute,
         attention_block=config.layout.attention_block,
         unroll=config.layout.unroll,
+        flights=config.layout.micro_batches_in_flight,
     )

@@ -1,5 +1,8 @@
 """DeepSeekMoE: shared and routed experts (section 2.1.2, equation 12); the dense feed-forward."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +13,8 @@ from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.router import Router, Routing
 from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.dispatch import Arrived
+from deepseek_jax.parallel.rounds import complete
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
@@ -48,22 +53,50 @@ class Experts(nnx.Module):
         self.gate_up = params.weight(rngs, experts, model, (None, 2), width, std=std)  # ED2F
         self.down = params.weight(rngs, experts, width, model, std=std)  # EFD
 
-    def __call__(
-        self, rows: jax.Array, weights: jax.Array, sizes: jax.Array, likely: int, how: Execution
-    ) -> jax.Array:
-        """Rows MD sorted by expert, `likely` of them in use -> MD, each times its routing weight.
+    def weights(self) -> tuple[jax.Array, jax.Array]:
+        return self.gate_up[...], self.down[...]
 
-        The weight goes in before W_down, which is linear: so backward needs no expert outputs.
-        """
-        grouped = how.recipe.grouped
-        gate_up = grouped(rows, _joined(self.gate_up[...]), sizes, likely)
-        hidden = swiglu(checkpoint_name(gate_up, "gate_up"))
-        hidden = (hidden.astype(jnp.float32) * weights[:, None]).astype(hidden.dtype)
-        return grouped(hidden, self.down[...], sizes, likely)
+
+def through_experts(
+    how: Execution, weights: tuple[jax.Array, jax.Array], arrived: Arrived
+) -> jax.Array:
+    """Each row of SD through its expert's SwiGLU network, times its routing weight -> SD.
+
+    The weight goes in before W_down, which is linear: so backward needs no expert outputs.
+    """
+    (gate_up, down), sizes, likely = weights, arrived.sizes, arrived.likely
+    grouped = how.recipe.grouped
+    hidden = swiglu(
+        checkpoint_name(grouped(arrived.rows, _joined(gate_up), sizes, likely), "gate_up")
+    )
+    hidden = (hidden.astype(jnp.float32) * arrived.weights[:, None]).astype(hidden.dtype)
+    return grouped(hidden, down, sizes, likely)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """A layer's tokens on their way: what `send` knows that the later steps need.
+
+    Attributes:
+      x: BSD, the layer's normalised input.
+      tokens, weights: what was sent of it, (BS)D and (BS)K.
+      routing: the gate's decision.
+      arrived: what came to the experts that are here.
+    """
+
+    x: jax.Array
+    tokens: jax.Array
+    weights: jax.Array
+    routing: Routing
+    arrived: Arrived
 
 
 class MixtureOfExperts(nnx.Module):
-    """x -> sum of chosen experts, weighted, + shared experts."""
+    """x -> sum of chosen experts, weighted, + shared experts.
+
+    In three steps, so that two micro-batches, or a forward and a backward chunk, can take turns.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.router = Router(config, rngs=rngs)
@@ -72,19 +105,40 @@ class MixtureOfExperts(nnx.Module):
             self.shared = FeedForward(config, ("expert_width", config.d_shared), rngs=rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
-        """x BSD, normalised -> BSD before the residual, and what the gate decided."""
+    def send(self, x: jax.Array, how: Execution) -> Sent:
+        """x BSD, normalised: to the gate, and every token on its way to its experts."""
         routing = self.router(x)
         tokens = x.reshape(-1, x.shape[-1])  # BSD -> (BS)D
-        experts = routing.experts.reshape(tokens.shape[0], -1)
-        weights = routing.weights.reshape(experts.shape)
-
-        def run(rows: jax.Array, row_weights: jax.Array, sizes: jax.Array, likely: int):
-            return self.experts(checkpoint_name(rows, "arrived"), row_weights, sizes, likely, how)
-
+        chosen = routing.experts.reshape(tokens.shape[0], -1)
+        weights = routing.weights.reshape(chosen.shape)
         tokens, weights = (axes.fan_out(part, "expert_width") for part in (tokens, weights))
-        routed = how.dispatch(run, tokens, experts, weights, self.config.experts)
-        out = axes.fan_in(routed, "expert_width").reshape(x.shape)
+        everything = jnp.ones_like(chosen, dtype=jnp.bool_)
+        arrived = how.dispatch.send(tokens, weights, chosen, everything, self.config.experts)
+        return Sent(x, tokens, weights, routing, arrived)
+
+    def work(self, sent: Sent, how: Execution) -> jax.Array:
+        """What the experts that are here make of what came to them, SD."""
+        return through_experts(how, self.experts.weights(), sent.arrived)
+
+    def combine(self, sent: Sent, out: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
+        """Brings SD home -> BSD before the residual, and what the gate decided."""
+        first = how.dispatch.combine(out, sent.arrived.route)
+        routed, rounds = complete(
+            how.dispatch,
+            functools.partial(through_experts, how),
+            self.experts.weights(),
+            sent.tokens,
+            sent.weights,
+            sent.routing.experts.reshape(sent.weights.shape),
+            self.config.experts,
+            first,
+        )
+        out = axes.fan_in(routed, "expert_width").reshape(sent.x.shape)
         if self.config.shared_experts:
-            out = out + self.shared(x, how)
-        return checkpoint_name(out, "fed"), routing
+            out = out + self.shared(sent.x, how)
+        traffic = dataclasses.replace(sent.routing.traffic, rounds=rounds)
+        return checkpoint_name(out, "fed"), dataclasses.replace(sent.routing, traffic=traffic)
+
+    def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
+        sent = self.send(x, how)
+        return self.combine(sent, self.work(sent, how), how)

@@ -9,7 +9,24 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
+from deepseek_jax.parallel import axes
 from deepseek_jax.precision.matmul import FLOAT32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Where one device sends the tokens of one layer; adds up over devices and micro-batches.
+
+    Attributes:
+      nodes, gpus: float32, tokens for each node, and for each GPU, of the expert group; a token
+        that wants several experts there counts once.
+      rounds: () float32, exchanges that served them; 1 unless buffers were full.
+    """
+
+    nodes: jax.Array
+    gpus: jax.Array
+    rounds: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -23,12 +40,25 @@ class Routing:
       load: E float32, tokens of this device sent to each expert.
       balance: () float32, sequence-wise balance loss (equations 17 to 20) without its factor alpha,
         summed over this device's sequences; 1 per sequence is perfect balance.
+      traffic: the tokens that each node and each GPU gets.
     """
 
     experts: jax.Array
     weights: jax.Array
     load: jax.Array
     balance: jax.Array
+    traffic: Traffic
+
+
+def joined(routings: list[Routing]) -> Routing:
+    """That of several micro-batches as that of one batch."""
+    if len(routings) == 1:
+        return routings[0]
+    experts, weights = (
+        jnp.concatenate([getattr(r, name) for r in routings]) for name in ("experts", "weights")
+    )
+    sums = [(r.load, r.balance, r.traffic) for r in routings]
+    return Routing(experts, weights, *jax.tree.map(lambda *parts: sum(parts), *sums))
 
 
 class Router(nnx.Module):
@@ -46,8 +76,19 @@ class Router(nnx.Module):
         logits = FLOAT32.einsum("BSD,DE->BSE", x, self.centroids[...])
         scores = jax.nn.sigmoid(logits) if config.score == "sigmoid" else jax.nn.softmax(logits)
         experts, weights = select_experts(scores, self.bias[...], config)
-        load = _count(experts, config.experts)
-        return Routing(experts, weights, load.sum((0, 1)), sequence_balance(scores, config.top_k))
+        gpus = axes.size("experts")
+        nodes = gpus // axes.devices(tuple(n for n in axes.names("experts") if n == "gpu"))
+        return Routing(
+            experts,
+            weights,
+            load=_count(experts, config.experts).sum((0, 1)),
+            balance=sequence_balance(scores, config.top_k),
+            traffic=Traffic(
+                nodes=visits(experts, config.experts, nodes),
+                gpus=visits(experts, config.experts, gpus),
+                rounds=jnp.ones(()),
+            ),
+        )
 
 
 def select_experts(
@@ -104,6 +145,13 @@ def sequence_balance(scores: jax.Array, top_k: int) -> jax.Array:
 def _count(experts: jax.Array, total: int) -> jax.Array:
     """How often each expert stands in each row: BSK -> BSE float32 of zeros and ones."""
     return jax.nn.one_hot(experts, total, dtype=jnp.float32).sum(2)
+
+
+def visits(experts: jax.Array, total: int, parts: int) -> jax.Array:
+    """Tokens that have an expert on each of `parts` equal runs of experts; BSK -> P float32."""
+    part = experts // (total // parts)
+    there = (part[..., None] == jnp.arange(parts, dtype=part.dtype)[None, None, None]).any(-2)  # BSP
+    return there.sum((0, 1)).astype(jnp.float32)
 
 
 def max_violation(load: jax.Array) -> jax.Array:

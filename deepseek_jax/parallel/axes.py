@@ -107,10 +107,15 @@ def names(axis: str) -> tuple[str, ...]:
     return layout.mesh_axes(axis) if layout else ()
 
 
+def devices(mesh_axes: tuple[str, ...]) -> int:
+    """Number of devices along these mesh axes."""
+    layout = _active.get()
+    return math.prod(layout.sizes[name] for name in mesh_axes) if layout else 1
+
+
 def size(axis: str) -> int:
     """Number of parts that `axis` is split into here."""
-    layout = _active.get()
-    return math.prod(layout.sizes[name] for name in layout.mesh_axes(axis)) if layout else 1
+    return devices(names(axis))
 
 
 def index(axis: str) -> jax.Array | int:

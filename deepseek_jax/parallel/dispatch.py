@@ -1,228 +1,334 @@
-"""Tokens to their experts and back: one interface, interchangeable parts.
+"""Tokens to their experts and back, shaped like the network (section 3.2.2).
 
-A dispatch takes the work of the experts that live on this device as a function of rows sorted by
-expert, brings every (token, chosen expert) there, and returns to each token the sum of what its
-experts made of it. No token is ever dropped.
+A dispatch has two steps with the experts between them, so that other work can be put under each:
 
-M tokens of this device, K chosen experts per token, E experts in all, D model width.
+  send     every (token, chosen expert) reaches the device of its expert;
+  combine  what the experts made of a token comes home, summed wherever its copies meet.
+
+`two_hop` crosses to each chosen node once, on the GPU of its own index, and fans out inside the
+node; the way back sums on each GPU, then on each node, then at home. `flat` goes to each chosen GPU
+directly. The two differ in their hops alone: a hop is one all-to-all, with one message for all that
+travels. `reference` has every expert see every token.
+
+Buffers hold a multiple of the mean load and no more. What does not fit is not dropped: it stays
+with its token, and `rounds.py` sends it in further rounds of the same exchange.
+
+M tokens of this device, K chosen experts of each, E experts in all, D model width, S slots for the
+copies that this device's experts work on.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Protocol
+import math
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import ConfigError
-from deepseek_jax.parallel import axes
+from deepseek_jax.config import Config, ConfigError, buffer_slots, most_nodes
+from deepseek_jax.parallel import axes, fan, message
+from deepseek_jax.parallel.fan import Fan
+from deepseek_jax.parallel.message import WORD_BYTES, Field
+from deepseek_jax.precision.payload import AS_IS, FP8, Payload
 
-# (rows RD sorted by expert, routing weights R, rows per local expert, how many of R are likely
-# used) -> RD, weighted
-RunExperts = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Arrived:
+    """What reached this device's experts.
+
+    Attributes:
+      rows: SD in the recipe's dtype, sorted by expert; zero past the last.
+      weights: S float32, routing weights.
+      sizes: int32, rows of each local expert.
+      route: what `combine` needs to bring their results home.
+      likely: how many of the S rows a balanced router fills.
+    """
+
+    rows: jax.Array
+    weights: jax.Array
+    sizes: jax.Array
+    route: Any
+    likely: int = dataclasses.field(metadata=dict(static=True))
 
 
 class Dispatch(Protocol):
-    def __call__(
-        self, run: RunExperts, tokens: jax.Array, experts: jax.Array, weights: jax.Array, total: int
-    ) -> jax.Array:
-        """tokens MD, experts MK int32, weights MK float32, total E -> MD."""
+    def send(
+        self, tokens: jax.Array, weights: jax.Array, experts: jax.Array, left: jax.Array, total: int
+    ) -> Arrived:
+        """Tokens to their experts.
+
+        Args:
+          tokens: MD.
+          weights: MK float32.
+          experts: MK int32 in [0, total), distinct for each token.
+          left: MK bool, which choices to send.
+          total: E.
+        """
+        ...
+
+    def combine(self, out: jax.Array, route: Any) -> tuple[jax.Array, jax.Array]:
+        """out SD -> MD, the sum over each token's copies; and MK bool, which choices it holds."""
+        ...
+
+    def complete(self, tokens: int, top_k: int, total: int) -> bool:
+        """Whether the buffers hold whatever a router may choose, so that one round serves all."""
         ...
 
 
-def reference(
-    run: RunExperts, tokens: jax.Array, experts: jax.Array, weights: jax.Array, total: int
-) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Reference:
     """Every expert sees every token, weight 0 where not chosen: the truth, E/K times slower."""
-    count = tokens.shape[0]
-    if axes.size("experts") > 1:
-        raise ConfigError("layout.dispatch=reference needs all experts on every device; use flat")
-    spread = jnp.sum(jax.nn.one_hot(experts, total) * weights[..., None], axis=1)  # ME
-    rows = jnp.tile(tokens, (total, 1))  # (EM)D
-    sizes = jnp.full((total,), count, jnp.int32)
-    out = run(rows, spread.T.reshape(-1), sizes, total * count)
-    return out.reshape(total, count, -1).sum(0)
+
+    payload: Payload
+
+    def send(self, tokens, weights, experts, left, total):
+        if axes.size("experts") > 1:
+            raise ConfigError(
+                "layout.dispatch=reference needs all experts on every device; set it to flat"
+            )
+        count = tokens.shape[0]
+        spread = jax.nn.one_hot(experts, total) * jnp.where(left, weights, 0.0)[..., None]  # MKE
+        rows = jnp.tile(_travel(tokens, self.payload), (total, 1))  # (EM)D
+        sizes = jnp.full((total,), count, jnp.int32)
+        return Arrived(rows, spread.sum(1).T.reshape(-1), sizes, left, total * count)
+
+    def combine(self, out, route):
+        total = out.shape[0] // route.shape[0]
+        return _return(out, self.payload).reshape(total, route.shape[0], -1).sum(0), route
+
+    def complete(self, tokens, top_k, total):
+        return True
 
 
-def flat(
-    run: RunExperts, tokens: jax.Array, experts: jax.Array, weights: jax.Array, total: int
-) -> jax.Array:
-    """One all-to-all over the whole expert group, a copy per (token, expert), and one back.
+@dataclasses.dataclass(frozen=True)
+class Hop:
+    """One all-to-all.
 
-    A slot exists for every copy that could go to one device, so nothing overflows: M * min(K, local
-    experts) slots per destination.
+    Attributes:
+      over: mesh axes.
+      parts: devices along them.
+      slots: of each lane, the part of the buffer that one device gets.
     """
-    count, top_k = experts.shape
-    parts = axes.size("experts")
-    order = sort_by(experts.reshape(-1), total)
-    copies = take_copies(tokens, order, top_k)
-    copy_weights = permute(weights.reshape(-1), order)
-    if parts == 1:
-        out = run(copies, copy_weights, order.sizes, count * top_k)
-        return permute(out, order.inverse()).reshape(count, top_k, -1).sum(1)
 
-    here = total // parts
-    slots = count * min(top_k, here)
-    sent = order.sizes.reshape(parts, here)  # rows for each expert of each destination
-    lanes = Lanes.of(sent.sum(1), slots, copies.shape[0])
-    arrived_sizes = _exchange(sent)  # rows from each source for each local expert
-    rows = _exchange(lanes.fill(copies)).reshape(parts * slots, -1)
-    row_weights = _exchange(lanes.fill(copy_weights)).reshape(-1)
+    over: tuple[str, ...]
+    parts: int
+    slots: int
 
-    by_expert = sort_by(_expert_of_slot(arrived_sizes, slots), here + 1)
-    rows, row_weights = permute(rows, by_expert), permute(row_weights, by_expert)
-    out = run(rows, row_weights, by_expert.sizes[:here], count * top_k)
-    returned = _exchange(permute(out, by_expert.inverse()).reshape(parts, slots, -1))
-    return permute(lanes.empty(returned), order.inverse()).reshape(count, top_k, -1).sum(1)
+    def exchange(self, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Arrays of (parts * slots) rows: lane i goes to device i; lane i now came from there."""
+        words = message.pack(arrays).reshape(self.parts, self.slots, -1)
+        arrived = lax.all_to_all(words, self.over, 0, 0, tiled=True)
+        fields = [Field.of(x) for x in arrays]
+        return tuple(message.unpack(arrived.reshape(self.parts * self.slots, -1), fields))
 
 
-FLAT: Dispatch = flat
-_BY_NAME: dict[str, Dispatch] = {"flat": flat, "reference": reference}
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of one exchange, known before it is compiled.
 
+    Attributes:
+      hops: outermost first; none where all experts are here.
+      total: experts in all.
+      slots: S.
+      likely: how many of them a balanced router fills.
+    """
 
-def by_name(name: str) -> Dispatch:
-    if name not in _BY_NAME:
-        raise ConfigError(f"layout.dispatch is {name!r}; known: {', '.join(_BY_NAME)}")
-    return _BY_NAME[name]
+    hops: tuple[Hop, ...]
+    total: int
+    slots: int
+    likely: int
+
+    @property
+    def here(self) -> int:
+        """Experts of one device."""
+        return self.total // math.prod(hop.parts for hop in self.hops)
+
+    def message_bytes(
+        self, payload: Payload, width: int, dtype: Any, top_k: int
+    ) -> dict[str, list[int]]:
+        """Bytes of each hop's all-to-all on one device, outermost first: those of the two steps
+        and of their gradients, for rows of `width` numbers of `dtype`."""
+
+        def words(*fields: int) -> list[int]:
+            per_slot = WORD_BYTES * sum(-(-size // WORD_BYTES) for size in fields)
+            return [hop.parts * hop.slots * per_slot for hop in self.hops]
+
+        out, home = payload.bytes_out(width, dtype), width * jnp.dtype(dtype).itemsize
+        weights, ids, served = 4 * top_k, _id_dtype(self.total).itemsize * top_k, top_k
+        return {
+            "send": words(*out, weights, ids),
+            "combine": words(home, served),
+            "combine gradient": words(*out),
+            "send gradient": words(home, weights),
+        }
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Order:
-    """A permutation with its inverse, so that moving rows back is a gather too, never a scatter.
+class Route:
+    """Which slot each copy took: on every hop, and before the local experts."""
 
-    Attributes:
-      index: new position -> old position.
-      back: old position -> new position.
-      sizes: rows of each key; empty for an inverse.
-    """
-
-    index: jax.Array
-    back: jax.Array
-    sizes: jax.Array
-
-    def inverse(self) -> "Order":
-        return Order(self.back, self.index, self.sizes)
+    hops: tuple[Fan, ...]
+    local: Fan
+    plan: Plan = dataclasses.field(metadata=dict(static=True))
 
 
-def sort_by(keys: jax.Array, total: int) -> Order:
-    """The stable order of integer keys in [0, total)."""
-    index = jnp.argsort(keys, stable=True)
-    place = jnp.arange(keys.shape[0], dtype=index.dtype)
-    back = jnp.zeros_like(index).at[index].set(place, unique_indices=True)
-    sizes = jnp.zeros((total,), jnp.int32).at[keys].add(1)
-    return Order(index, back, sizes)
-
-
-def permute(x: jax.Array, order: Order) -> jax.Array:
-    """x[order.index]; the gradient goes back through the inverse."""
-    return _permute(x, order.index, order.back)
-
-
-@jax.custom_vjp
-def _permute(x, index, back):
-    return _rows(x, index)
-
-
-_permute.defvjp(
-    lambda x, index, back: (_rows(x, index), back), lambda back, dy: (_rows(dy, back), None, None)
-)
-
-
-def take_copies(tokens: jax.Array, order: Order, copies: int) -> jax.Array:
-    """Row r is the token of copy order.index[r]; token m has copies m*copies, m*copies+1, ..."""
-    return _take_copies(tokens, order.index, order.back, copies)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _take_copies(tokens, index, back, copies):
-    return _rows(tokens, index // copies)
-
-
-def _take_copies_back(copies, back, dy):
-    ordered = _rows(dy, back)
-    return ordered.reshape(-1, copies, *dy.shape[1:]).sum(1), None, None
-
-
-_take_copies.defvjp(
-    lambda tokens, index, back, copies: (_take_copies(tokens, index, back, copies), back),
-    _take_copies_back,
-)
-
-
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Lanes:
-    """Rows sorted by destination <-> equal lanes of slots, one per destination.
+class Hops:
+    """The dispatch that sends one copy per (token, destination) on each hop.
 
     Attributes:
-      row: (lanes, slots) which row a slot holds.
-      used: (lanes, slots) bool, whether it holds one.
-      slot: per row, its place in the flattened lanes.
+      gpu_apart: whether the `gpu` axis is a hop of its own, after all others.
+      buffer: slots, as a multiple of what a balanced router fills.
+      most_nodes: how many destinations the first of two hops has for one token.
+      payload: what tokens travel as.
     """
 
-    row: jax.Array
-    used: jax.Array
-    slot: jax.Array
+    gpu_apart: bool
+    buffer: float
+    most_nodes: int
+    payload: Payload
 
-    @staticmethod
-    def of(sizes: jax.Array, slots: int, rows: int) -> "Lanes":
-        """sizes: rows of each destination, none above `slots`."""
-        ends = jnp.cumsum(sizes)
-        starts = ends - sizes
-        slot = jnp.arange(slots, dtype=sizes.dtype)[None]
-        used = slot < sizes[:, None]
-        row = jnp.where(used, starts[:, None] + slot, 0)
-        r = jnp.arange(rows, dtype=sizes.dtype)
-        lane = jnp.searchsorted(ends, r, side="right").astype(sizes.dtype)
-        return Lanes(row, used, lane * slots + r - starts[lane])
+    def plan(self, tokens: int, top_k: int, total: int) -> Plan:
+        over = axes.names("experts")
+        fast = tuple(name for name in over if self.gpu_apart and name == "gpu")
+        groups = [group for group in (tuple(n for n in over if n not in fast), fast) if group]
+        parts = tuple(axes.devices(group) for group in groups)
+        *lanes, slots = buffer_slots(self.buffer, tokens, top_k, total, parts, self.most_nodes)
+        hops = tuple(Hop(*hop) for hop in zip(groups, parts, lanes, strict=True))
+        return Plan(hops, total, slots, min(slots, tokens * top_k))
 
-    def fill(self, x: jax.Array) -> jax.Array:
-        """Rows -> (lanes, slots, ...), zero where unused."""
-        return _fill(x, self.row, self.used, self.slot)
+    def complete(self, tokens, top_k, total):
+        plan, rows = self.plan(tokens, top_k, total), tokens
+        for hop in plan.hops:
+            if hop.slots < rows:
+                return False
+            rows = hop.parts * hop.slots
+        return plan.slots >= rows * min(top_k, plan.here)
 
-    def empty(self, x: jax.Array) -> jax.Array:
-        """(lanes, slots, ...) -> rows."""
-        return _empty(x, self.row, self.used, self.slot)
+    def send(self, tokens, weights, experts, left, total):
+        plan = self.plan(*experts.shape, total)
+        rows, row_weights, sizes, route = _send(
+            plan, self.payload, tokens, weights, experts, left
+        )
+        return Arrived(rows, row_weights, sizes, route, plan.likely)
 
-
-@jax.custom_vjp
-def _fill(x, row, used, slot):
-    mask = used.reshape(used.shape + (1,) * (x.ndim - 1))
-    return jnp.where(mask, _rows(x, row), jnp.zeros((), x.dtype))
-
-
-@jax.custom_vjp
-def _empty(x, row, used, slot):
-    return _rows(x.reshape(-1, *x.shape[2:]), slot)
+    def combine(self, out, route):
+        return _combine(self.payload, out, route)
 
 
-_fill.defvjp(
-    lambda x, row, used, slot: (_fill(x, row, used, slot), (row, used, slot)),
-    lambda saved, dy: (_empty(dy, *saved), None, None, None),
+NOBODY = 0  # on a hop, expert e is called e + 1, so that an empty slot asks for nobody
+
+
+def _id_dtype(total: int) -> np.dtype:
+    return np.dtype(np.uint16 if total < 2**16 - 1 else np.uint32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send(plan, payload, tokens, weights, experts, left):
+    return _send_forward(plan, payload, tokens, weights, experts, left)[0]
+
+
+def _send_forward(plan, payload, tokens, weights, experts, left):
+    named = jnp.where(left, experts + 1, NOBODY).astype(_id_dtype(plan.total))
+    rows, span, fans = payload.encode(tokens), plan.total, []
+    for hop in plan.hops:
+        span //= hop.parts
+        ids = named.astype(jnp.int32) - 1
+        hop_fan = fan.lanes(jnp.where(ids < 0, hop.parts, ids // span), hop.parts, hop.slots)
+        *rows, weights, named = hop.exchange(tuple(map(hop_fan.out, (*rows, weights, named))))
+        named = _mine(named, lax.axis_index(hop.over), span)
+        fans.append(hop_fan)
+    local, sizes = fan.sorted_by_place(named.astype(jnp.int32) - 1, plan.here, plan.slots)
+    route = _named(Route(tuple(fans), local, plan))
+    rows = payload.decode(tuple(map(route.local.out, rows)), tokens.dtype)
+    out = rows, route.local.choices_out(weights), checkpoint_name(sizes, "route"), route
+    return out, (route, jnp.zeros((0,), tokens.dtype))
+
+
+def _send_backward(plan, payload, saved, cotangents):
+    route, like = saved
+    d_tokens, d_weights = route.local.home(cotangents[0]), route.local.choices_home(cotangents[1])
+    for hop, hop_fan in zip(reversed(plan.hops), reversed(route.hops), strict=True):
+        d_tokens, d_weights = hop.exchange((d_tokens.astype(like.dtype), d_weights))
+        d_tokens, d_weights = hop_fan.home(d_tokens), hop_fan.home(d_weights)
+    return d_tokens.astype(like.dtype), d_weights, None, None
+
+
+_send.defvjp(_send_forward, _send_backward)
+
+
+def _mine(named: jax.Array, device: jax.Array, span: int) -> jax.Array:
+    """Names counted from this device's first expert; those of other devices become nobody."""
+    wide = named.astype(jnp.int32) - device * span
+    return jnp.where((wide > 0) & (wide <= span), wide, NOBODY).astype(named.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine(payload, out, route):
+    return _combine_forward(payload, out, route)[0]
+
+
+def _combine_forward(payload, out, route):
+    hops, like = route.plan.hops, jnp.zeros((0,), out.dtype)
+    home, served = route.local.home(out), route.local.choice_sent.astype(jnp.uint8)
+    for hop, hop_fan in zip(reversed(hops), reversed(route.hops), strict=True):
+        home, served = hop.exchange((home.astype(out.dtype), served))
+        # Each copy carries other choices of its token, so a sum says which were served at all.
+        home, served = hop_fan.home(home), hop_fan.home(served)
+    return (home.astype(out.dtype), served > 0), (route, like)
+
+
+def _combine_backward(payload, saved, cotangents):
+    route, like = saved
+    rows = payload.encode(cotangents[0])
+    for hop, hop_fan in zip(route.plan.hops, route.hops, strict=True):
+        rows = hop.exchange(tuple(map(hop_fan.out, rows)))
+    return payload.decode(tuple(map(route.local.out, rows)), like.dtype), None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _named(route: Route) -> Route:
+    """So that a recomputation policy can keep the route instead of asking for it again."""
+    return jax.tree.map(lambda x: checkpoint_name(x, "route"), route)
+
+
+# What the payload does to numbers, where nothing travels.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _travel(tokens: jax.Array, payload: Payload) -> jax.Array:
+    return payload.decode(payload.encode(tokens), tokens.dtype)
+
+
+_travel.defvjp(lambda tokens, payload: (_travel(tokens, payload), None), lambda *a: (a[-1],))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _return(out: jax.Array, payload: Payload) -> jax.Array:
+    return out
+
+
+_return.defvjp(
+    lambda out, payload: (out, None),
+    lambda payload, _, dy: (payload.decode(payload.encode(dy), dy.dtype),),
 )
-_empty.defvjp(
-    lambda x, row, used, slot: (_empty(x, row, used, slot), (row, used, slot)),
-    lambda saved, dy: (_fill(dy, *saved), None, None, None),
-)
 
 
-def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    return x.at[index].get(mode="promise_in_bounds")
+# Buffers for any router at all: what a model that is not trained here runs with.
+EXACT = Hops(gpu_apart=False, buffer=math.inf, most_nodes=1, payload=AS_IS)
 
 
-def _exchange(x: jax.Array) -> jax.Array:
-    """Lane i goes to device i of the expert group; lane i of the result came from device i."""
-    return lax.all_to_all(x, axes.names("experts"), 0, 0, tiled=True)
-
-
-def _expert_of_slot(sizes: jax.Array, slots: int) -> jax.Array:
-    """Local expert of each arrived slot, lanes flattened; `here` for an empty one.
-
-    sizes: (parts, here) rows from each source for each local expert, in that order within a lane.
-    """
-    ends = jnp.cumsum(sizes, axis=1)
-    slot = jnp.arange(slots, dtype=sizes.dtype)
-    return (slot[None, :, None] >= ends[:, None, :]).sum(-1).reshape(-1)
+def of(config: Config) -> Dispatch:
+    """The dispatch of `layout.dispatch`, with the payload of `precision.dispatch`."""
+    payload = FP8 if config.precision.dispatch == "fp8" else AS_IS
+    if config.layout.dispatch == "reference":
+        return Reference(payload)
+    two = config.layout.dispatch == "two_hop"
+    return Hops(two, config.layout.buffer, most_nodes(config.model), payload)

@@ -45,7 +45,7 @@ def make_score(
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
-    how = dataclasses.replace(execution.of(config), recompute="none")
+    how = dataclasses.replace(execution.of(config), recompute="none", flights=1)
     per_layer = config.layout.zero == 3
     batch_spec = P(layout.mesh_axes("batch") or None, None)
     data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)

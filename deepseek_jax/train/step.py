@@ -38,11 +38,13 @@ class Sums:
       entropy: (1 + depth), nats of each head over its valid targets.
       balance: () sequence-wise balance loss without alpha, over layers and sequences.
       load: LE tokens that each expert of each MoE layer received, MTP blocks last.
+      traffic: of the same layers; its rounds are summed over micro-batches and devices.
     """
 
     entropy: jax.Array
     balance: jax.Array
     load: jax.Array
+    traffic: router.Traffic
 
 
 def tokens_spec(layout: Layout) -> P:
@@ -98,8 +100,9 @@ def objective(
 
     routings = [r for r in (hidden.routing, hidden.mtp_routing) if r is not None]
     balance = sum((r.balance.sum() for r in routings), jnp.zeros(()))
-    loads = [r.load for r in routings] or [jnp.zeros((0, model.config.experts))]
-    sums = Sums(entropy, balance, jnp.concatenate(loads))
+    none = jnp.zeros((0, model.config.experts)), router.Traffic(*(jnp.zeros((0, n)) for n in (1, 1)), jnp.zeros(0))
+    layers = [(r.load, r.traffic) for r in routings] or [none]
+    sums = Sums(entropy, balance, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers))
     return loss + alpha * balance / sequences, lax.stop_gradient(sums)
 
 
@@ -121,7 +124,7 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
             compute = compute if per_layer else params.gather(compute, layout)
             sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
 
-            def loss(weights, micro):
+            def loss(weights, micro, how):
                 model = nnx.merge(graph, weights, bias)
                 return objective(
                     model,
@@ -133,20 +136,12 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
                     sequences=sequences,
                 )
 
-            def one(micro):
-                grads, sums = jax.grad(loss, has_aux=True)(compute, micro)
+            def gradients(micro, flights):
+                run = dataclasses.replace(how, flights=flights)
+                grads, sums = jax.grad(loss, has_aux=True)(compute, micro, run)
                 return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
 
-            def add(i, total):
-                return jax.tree.map(jnp.add, total, one(tokens[i]))
-
-            if tokens.shape[0] == 1:
-                total = one(tokens[0])
-            else:
-                shapes = jax.eval_shape(one, tokens[0])
-                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-                total = lax.fori_loop(0, count, add, zeros)
-            grads, sums = total
+            grads, sums = _over_micro_batches(gradients, tokens, count, how.flights)
             grads = params.reduce_gradients(grads, layout, scattered=per_layer)
             sums = lax.psum(sums, data_axes) if data_axes else sums
             return grads, sums
@@ -164,6 +159,28 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
         out_specs=(stored, P()),
         check_vma=False,  # fan_out and fan_in carry what the check would otherwise infer
     )
+
+
+def _over_micro_batches(gradients: Any, tokens: jax.Array, count: jax.Array, flights: int) -> Any:
+    """The sum of gradients(B(S+1), flights) over the first `count` of tokens AB(S+1).
+
+    `flights` of them go together, one after another along the batch; what is left goes alone.
+    """
+    if tokens.shape[0] == 1:
+        return gradients(tokens[0], 1)
+
+    def together(number: int) -> Any:
+        def add(i, total):
+            micro = lax.dynamic_slice_in_dim(tokens, i * number, number)
+            return jax.tree.map(jnp.add, total, gradients(micro.reshape(-1, micro.shape[-1]), number))
+
+        return add
+
+    shapes = jax.eval_shape(lambda tokens: gradients(tokens[0], 1), tokens)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    done = count // flights
+    total = lax.fori_loop(0, done, together(flights), zeros)
+    return total if flights == 1 else lax.fori_loop(done * flights, count, together(1), total)
 
 
 def make_step(

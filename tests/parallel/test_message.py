@@ -1,0 +1,34 @@
+"""Arrays in one message come out as they went in, to the bit."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from deepseek_jax.parallel import message
+from deepseek_jax.parallel.message import Field
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+DTYPES = [np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.uint16, np.uint8, np.int32]
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_every_bit_comes_back(width):
+    rng = np.random.default_rng(0)
+    arrays = [
+        jnp.asarray(rng.integers(0, 256, (5, width * np.dtype(d).itemsize), np.uint8).view(d))
+        for d in DTYPES
+    ]
+    words = message.pack(arrays)
+    fields = [Field.of(x) for x in arrays]
+    assert words.dtype == jnp.uint32 and words.shape == (5, sum(f.words for f in fields))
+    for sent, got in zip(arrays, message.unpack(words, fields), strict=True):
+        assert got.dtype == sent.dtype
+        assert np.asarray(got).tobytes() == np.asarray(sent).tobytes()
+
+
+def test_fields_are_whole_words():
+    assert Field((8,), jnp.dtype(jnp.bfloat16)).words == 4
+    assert Field((7,), jnp.dtype(jnp.uint8)).words == 2
+    assert Field((3, 3), jnp.dtype(jnp.uint16)).words == 5
