@@ -1,4 +1,4 @@
-"""Two pictures of a run, from what it wrote: the losses, and each layer's expert load over time."""
+"""Pictures of a run, from what it wrote: losses, experts' load over time, GPUs' load at the end."""
 
 import json
 import math
@@ -26,10 +26,11 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(workdir: Path) -> list[Path]:
-    """Draws `loss.png` and `expert_load.png` into `workdir` from its `metrics.jsonl`.
+    """Draws `loss.png`, `expert_load.png` and `device_load.png` into `workdir` from its metrics.
 
     Returns:
-      What was drawn: nothing without a logged step, no expert load without one that has it.
+      What was drawn: nothing without a logged step, no expert load without one that has it, and no
+      device load where one device has all experts.
     """
     import matplotlib
 
@@ -38,9 +39,14 @@ def draw(workdir: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         if rows:
             drawn.append(_save(_losses(rows, _held_out(workdir)), Path(workdir) / "loss.png"))
-        if routed := [row for row in rows if _is_routed(row)]:
+        if routed := [row for row in rows if _has_all(row, "expert_load")]:
             figure = _expert_load(routed, _layer_names(workdir, len(routed[-1]["expert_load"])))
             drawn.append(_save(figure, Path(workdir) / "expert_load.png"))
+        if spread := [row for row in rows if _is_spread(row)]:
+            per_gpu, per_node = (np.array(spread[-1][f"tokens_per_{at}"]) for at in ("gpu", "node"))
+            names, tokens = _layer_names(workdir, len(per_gpu)), _step_tokens(workdir, spread[-1])
+            figure = _device_load(per_gpu, per_node, tokens, names)
+            drawn.append(_save(figure, Path(workdir) / "device_load.png"))
     return drawn
 
 
@@ -134,10 +140,75 @@ def _expert_load(rows: list[Row], names: list[str]) -> Any:
     return figure
 
 
-def _is_routed(row: Row) -> bool:
-    """Whether the row has a load for every expert; one whose numbers are not finite has none."""
-    layers = row.get("expert_load") or []
+def _device_load(per_gpu: np.ndarray, per_node: np.ndarray, tokens: float, names: list[str]) -> Any:
+    """A layer's tokens on each GPU, as a multiple of their mean.
+
+    Args:
+      per_gpu, per_node: (layers, N G) and (layers, N), tokens that have an expert there; GPUs are
+        numbered node by node.
+      tokens: how many went through each layer.
+      names: of the layers.
+    """
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    load = per_gpu / per_gpu.mean(axis=-1, keepdims=True)
+    layers, gpus = load.shape
+    nodes = per_node.shape[-1]
+    reach = next((r for r in (0.1, 0.2, 0.5) if np.abs(load - 1).max() <= r), 1.0)
+    width, height = 3.0 + 0.62 * max(gpus, 6), 1.6 + 0.42 * max(layers, 2)
+    figure = Figure(figsize=(min(width, 9.0), min(height, 8.6)))
+    heat = figure.subplots()
+    image = heat.pcolormesh(load, norm=Normalize(1 - reach, 1 + reach), cmap="RdBu_r")
+    heat.invert_yaxis()
+    every = math.ceil(layers / 16)
+    rows = [*range(0, layers - 1 - every // 2, every), layers - 1]
+    heat.set_yticks([n + 0.5 for n in rows], labels=[names[n] for n in rows])
+    columns = range(0, gpus, math.ceil(gpus / 16))
+    heat.set_xticks([n + 0.5 for n in columns], labels=[str(n) for n in columns])
+    heat.set_xlabel("GPU")
+    sides: list[Any] = [heat]
+    if nodes > 1:
+        edges = np.arange(nodes + 1) * gpus / nodes
+        heat.vlines(edges[1:-1], 0, layers, color=INK, linewidth=min(1.6, 100 / gpus))
+        sides.append(heat.secondary_xaxis("top"))
+        some = range(0, nodes, math.ceil(nodes / 8))
+        middles = [edges[n : n + 2].mean() for n in some]
+        sides[-1].set_xticks(middles, labels=[f"node {n}" for n in some])
+    for side in sides:
+        side.tick_params(length=0)
+        side.spines[:].set_visible(False)
+    if gpus <= 16 and layers <= 16:
+        for (layer, gpu), value in np.ndenumerate(load):
+            color = "white" if abs(value - 1) > 0.6 * reach else INK
+            heat.text(gpu + 0.5, layer + 0.5, f"{value:.2f}", color=color, ha="center", va="center")
+    bar = figure.colorbar(image, ax=heat, extend="max" if load.max() > 2 else "neither", pad=0.02)
+    ticks = [1 + reach * part for part in (-1.0, -0.5, 0.0, 0.5, 1.0)]
+    bar.set_ticks(ticks, labels=["1 = mean" if tick == 1 else f"{tick:g}" for tick in ticks])
+    worst, gpu = np.unravel_index(load.argmax(), load.shape)
+    violation = f"MaxVio {load.max() - 1:.2f} at worst ({names[worst]}, GPU {gpu})"
+    copies = f"{per_gpu.sum(-1).mean() / tokens:.2f} of {gpus} GPUs"
+    if nodes > 1:
+        copies = f"{per_node.sum(-1).mean() / tokens:.2f} of {nodes} nodes and {copies}"
+    title = f"Tokens per GPU in the last step: {violation}\na token goes to {copies}"
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=11)
+    return figure
+
+
+def _has_all(row: Row, key: str) -> bool:
+    """Whether the row has lists of numbers there; what is not finite is none."""
+    layers = row.get(key) or []
     return bool(layers) and all(x is not None for layer in layers for x in layer)
+
+
+def _is_spread(row: Row) -> bool:
+    """Whether the row has the tokens of several GPUs."""
+    return _has_all(row, "tokens_per_gpu") and len(row["tokens_per_gpu"][0]) > 1
+
+
+def _step_tokens(workdir: Path, row: Row) -> int:
+    """Tokens of the step that the row is of, not of all since the row before."""
+    return row["sequences"] * _json(Path(workdir) / "config.json")["batch"]["length"]
 
 
 def _multiple(power: int, experts: int) -> str:
