@@ -483,7 +483,7 @@ def _check_splits(config: Config) -> None:
 
 
 def _check_dispatch(config: Config) -> None:
-    """Groups against nodes, buffers against the least that they must hold, and the rounds' bits."""
+    """Groups against nodes, micro-batches against those in flight, buffers against no slot."""
     model, layout = config.model, config.layout
     over = layout.rules.get("experts", ())
     sizes = {name: getattr(config.mesh, name) for name in over}
@@ -510,13 +510,9 @@ def _check_dispatch(config: Config) -> None:
     rows = config.batch.micro_sequences // (_parts(config, "batch") or 1)
     if -1 in sizes.values() or layout.dispatch == "reference" or not model.moe_layers or not rows:
         return
-    tokens, parts = rows * config.batch.length, tuple(n for n in parts if n > 1)
-    sized = (tokens, model.top_k, model.experts, parts, most_nodes(model))
-    _need(
-        min(buffer_slots(layout.buffer, *sized)) >= 1,
-        f"layout.buffer={layout.buffer} times the mean load of {tokens} tokens a device leaves a "
-        "buffer without a single slot, and no token would ever move; set layout.buffer=1.25",
-    )
+    parts = tuple(count for count in parts if count > 1)
+    tokens, nodes = rows * config.batch.length, most_nodes(model)
+    buffer_slots(layout.buffer, tokens, model.top_k, model.experts, parts, nodes)
 
 
 def most_nodes(model: ModelConfig) -> int:
@@ -538,6 +534,9 @@ def buffer_slots(
     Returns:
       Slots for each destination of each hop, then those of a device's experts. None is larger than
       the worst router could fill.
+
+    Raises:
+      ConfigError: a buffer has no slot at all, so that no round would move a token.
     """
     slots, rows, crossed = [], tokens, 1
     for number, count in enumerate(parts):
@@ -547,8 +546,13 @@ def buffer_slots(
             copies = min(copies, nodes)
         slots.append(int(min(rows, buffer * tokens * copies / count)))
         rows = count * slots[-1]
-    most = rows * min(top_k, experts // crossed)
-    return *slots, int(min(most, buffer * tokens * top_k))
+    slots.append(int(min(rows * min(top_k, experts // crossed), buffer * tokens * top_k)))
+    _need(
+        min(slots) >= 1,
+        f"layout.buffer={buffer} times the mean load of {tokens} tokens a device leaves a buffer "
+        "without a single slot, and no token would ever move; set layout.buffer=1.25",
+    )
+    return tuple(slots)
 
 
 def _parts(config: Config, axis: str) -> int | None:

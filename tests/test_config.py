@@ -119,7 +119,7 @@ RULES = [
     ({"model.score": "sigmiod"}, r"model\.score .* sigmoid, softmax; did you mean sigmoid\?"),
     ({"model.group_score": "top3"}, r"model\.group_score .* did you mean top2\?"),
     ({"layout.zero": 2}, r"layout\.zero is 2; it must be one of 0, 1, 3"),
-    ({"layout.dispatch": "two"}, r"layout\.dispatch .* flat, reference"),
+    ({"layout.dispatch": "two"}, r"layout\.dispatch .* two_hop, flat, reference"),
     ({"layout.recompute": "ful"}, r"layout\.recompute .* did you mean full\?"),
     ({"precision.recipe": "fp16"}, r"precision\.recipe .* float32, bfloat16"),
     ({"optimizer.moments": "float16"}, r"optimizer\.moments .* float32, bfloat16"),
@@ -173,6 +173,26 @@ RULES = [
         {"layout.dispatch": "reference", **SPLIT_IN_FOUR},
         r"layout\.dispatch='reference' .* set layout\.dispatch=flat",
     ),
+    # The dispatch.
+    ({"layout.buffer": 0.0}, r"layout\.buffer is 0\.0; it must be above 0"),
+    (
+        {"layout.buffer": 1e-4, **SPLIT_IN_FOUR},
+        r"layout\.buffer=0\.0001 .* no token would ever move; set layout\.buffer=1\.25",
+    ),
+    (
+        {"mesh.node": 4, "mesh.gpu": 2, "model.groups": 2, "model.experts": 16},
+        r"model\.groups=2 do not map to the 4 nodes .*mesh\.node=4 .* set model\.groups=4",
+    ),
+    (
+        {"mesh.node": 2, "mesh.gpu": 2, "model.groups": 1, "model.top_groups": 1},
+        r"model\.groups=1 do not map to the 2 nodes .* layout\.dispatch=flat",
+    ),
+    ({"layout.micro_batches_in_flight": 3}, r"in_flight is 3; it must be one of 1, 2"),
+    (
+        {"layout.micro_batches_in_flight": 2, "batch.micro_sequences": 16, "batch.ramp_sequences": 16},
+        r"in_flight=2, .* batch\.sequences=16 make one .* set batch\.sequences=32",
+    ),
+    ({"precision.dispatch": "fp16"}, r"precision\.dispatch .* compute, fp8"),
     # The batch.
     ({"model.mtp_depth": 4, "batch.length": 4}, r"model\.mtp_depth=4 .* batch\.length=4"),
     (
@@ -222,6 +242,10 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
         {"schedule.tokens": 100_000},
         {"optimizer.moments": "bfloat16", "optimizer.b2": 0.99},
         {"mesh.replica": 2, "mesh.node": 2, "mesh.gpu": 2, "layout.zero": 3},
+        {"mesh.node": 4, "mesh.gpu": 2, "layout.buffer": 0.5},
+        {"mesh.node": 2, "mesh.gpu": 4, "layout.dispatch": "flat", "model.groups": 1,
+         "model.top_groups": 1},
+        {"layout.micro_batches_in_flight": 2, "precision.dispatch": "fp8"},
         {"evaluation.tokens": 0, "batch.ramp_tokens": 0, "optimizer.ema_decay": 0.0},
     ],
     ids=str,
@@ -283,7 +307,9 @@ SIZE = st.integers(1, 70)
             "mesh.node": st.integers(1, 4),
             "mesh.gpu": st.integers(1, 4),
             "mesh.tensor": st.integers(1, 4),
-            "layout.dispatch": st.sampled_from(["flat", "reference"]),
+            "layout.buffer": st.floats(1e-4, 2.0),
+            "layout.micro_batches_in_flight": st.sampled_from([1, 2]),
+            "layout.dispatch": st.sampled_from(["two_hop", "flat", "reference"]),
             "batch.length": st.integers(2, 300),
             "batch.sequences": SIZE,
             "batch.ramp_sequences": SIZE,

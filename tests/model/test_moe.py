@@ -11,6 +11,7 @@ from published import layer, variant
 
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.parallel import dispatch
+from deepseek_jax.precision.payload import AS_IS
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -21,10 +22,10 @@ def inputs(batch=2, length=20, seed=0):
 
 
 @pytest.mark.parametrize("rule", ["v3", "no_q_latent", "v2", "v2_lite", "moonlight"])
-@pytest.mark.parametrize("name", ["flat", "reference"])
-def test_follows_the_equation(rule, name):
+@pytest.mark.parametrize("way", [dispatch.EXACT, dispatch.Reference(AS_IS)])
+def test_follows_the_equation(rule, way):
     settings, weights, model = variant(rule)
-    how, x = Execution(dispatch=dispatch.by_name(name)), inputs()
+    how, x = Execution(dispatch=way), inputs()
     got, _ = jax.jit(lambda m, x: m(x, how))(layer(model.moe_layers).feed, x)
     own = part(weights, "model.layers.1.mlp")
     want, routing = moe.mixture(np.asarray(x, np.float64), own, settings)

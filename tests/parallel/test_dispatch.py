@@ -106,15 +106,15 @@ def every_copy_arrives_once(sizes, experts, two, buffer):
 
 
 @pytest.mark.parametrize("two", [True, False], ids=["two_hop", "flat"])
-@pytest.mark.parametrize("buffer", [0.3, 1.25, math.inf])
+@pytest.mark.parametrize("buffer", [0.4, 1.25, math.inf])
 def test_nothing_is_dropped_or_mixed_up(two, buffer):
     for name, experts in routings(TOP_K).items():
         number = every_copy_arrives_once({"node": 2, "gpu": 4}, experts, two, buffer)
         assert (number == number[0]).all()  # the same on the whole expert group
-        most = {0.3: 100, 1.25: 1 if name == "random" and two else 8, math.inf: 1}[buffer]
+        most = {0.4: 100, 1.25: 1 if name == "random" and two else 8, math.inf: 1}[buffer]
         assert 1 <= number[0] <= most, (name, number)
-        if buffer == 0.3:
-            assert number[0] >= 4  # each buffer holds at most 0.3 of the load
+        if buffer == 0.4:
+            assert number[0] >= 3  # each buffer holds at most 0.4 of the load
 
 
 @pytest.mark.parametrize("top_k", [1, 4])
