@@ -1,0 +1,192 @@
+"""Reads XLA's text of a scheduled module: only what schedule, traffic and memory need.
+
+In a scheduled module (`compiled.as_text()`) the order of a computation's lines is the order in
+which a device starts them.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all",
+    "partition-id", "replica-id",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One leaf of a result: XLA's name of the dtype ("bf16", "f8e4m3fn") and sizes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)  # pred has none and takes a byte
+        return -(-self.elements * (int(bits.group()) if bits else 8) // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line.
+
+    Attributes:
+      arrays: leaves of the result, those of a tuple in order.
+      operands: names, in the same computation.
+      attributes: the rest of the line, as it stands.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of the result."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls; empty for others."""
+        return self._find(r'custom_call_target="([^"]*)"') if self.opcode == "custom-call" else ""
+
+    @property
+    def op_name(self) -> str:
+        """Where it comes from in the Python program."""
+        return self._find(r'op_name="([^"]*)"')
+
+    @property
+    def scheduling_name(self) -> str:
+        """What the scheduler called it, and what a cost profile has to call it."""
+        return self._find(r'scheduling_name="([^"]*)"') or self.name
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """Computations that run when it runs, but for those of one element (`to_apply`)."""
+        if self.opcode == "custom-call":
+            return ()
+        keys = r"(?:calls|body|condition|(?:true|false)_computation)"
+        keys += r"|to_apply" if self.opcode == "call" else ""
+        head = self.attributes.partition(", metadata=")[0]
+        names = re.findall(rf"(?:{keys})=%([\w.\-]+)", head)
+        branches = re.search(r"branch_computations=\{([^}]*)\}", head)
+        return (*names, *re.findall(r"%([\w.\-]+)", branches.group(1) if branches else ""))
+
+    @property
+    def body(self) -> str:
+        """The computation that a loop repeats."""
+        return self._find(r"body=%([\w.\-]+)")
+
+    @property
+    def trips(self) -> int | None:
+        """How often a loop runs; None where the compiler does not know."""
+        found = self._find(r'"known_trip_count":\{"n":"(\d+)"')
+        return int(found) if found else None
+
+    def dimensions(self, key: str) -> tuple[int, ...]:
+        """A list of numbers, in either spelling: `key={1,2}` or `"key":["1","2"]`."""
+        found = self._find(rf'\b{key}"?(?:=|:\s*)[{{\[]([^}}\]]*)[}}\]]')
+        return tuple(int(number) for number in re.findall(r"\d+", found))
+
+    def _find(self, pattern: str) -> str:
+        found = re.search(pattern, self.attributes)
+        return found.group(1) if found else ""
+
+
+Computation = Mapping[str, Instruction]  # by name, in schedule order
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    computations: Mapping[str, Computation]
+    entry: str
+
+    def inputs(self, computation: str, instruction: Instruction) -> tuple[Array, ...]:
+        """The arrays that an instruction of this computation is given."""
+        known = self.computations[computation]
+        return tuple(array for name in instruction.operands for array in known[name].arrays)
+
+
+def parse(text: str) -> Module:
+    """A module from its text.
+
+    Raises:
+      ValueError: the text is not that of a scheduled module.
+    """
+    if "is_scheduled=true" not in text.partition("\n")[0]:
+        raise ValueError("the text is not of a scheduled HLO module; pass compiled.as_text()")
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, here = "", {}
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+            here = computations[head.group(2)] = {}
+            entry = head.group(2) if head.group(1) else entry
+        elif match := re.match(r"\s+(ROOT )?%([\w.\-]+) = (.*)$", line):
+            here[match.group(2)] = _instruction(match.group(2), match.group(3), bool(match[1]))
+    return Module(computations, entry)
+
+
+def _instruction(name: str, line: str, root: bool) -> Instruction:
+    shape, rest = _balanced(line) if line.startswith("(") else line.split(" ", 1)
+    opcode, _, rest = rest.strip().partition("(")
+    inside, attributes = ("", rest) if opcode == "constant" else _balanced("(" + rest)
+    arrays = re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape)
+    return Instruction(
+        name=name,
+        opcode=opcode,
+        arrays=tuple(Array(t, _sizes(s)) for t, s in arrays if t != "token"),
+        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        attributes=attributes,
+        root=root,
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in re.findall(r"\d+", text))
+
+
+def _balanced(text: str) -> tuple[str, str]:
+    """Splits after the parenthesis that closes the first one."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return text[: position + 1], text[position + 1 :]
+    raise ValueError(f"unbalanced parentheses in HLO: {text[:80]!r}")
+
+
+def groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
+    """Which devices, by position in the mesh, exchange with each other.
+
+    Both spellings are read: lists, and `[g,n]<=[dims]T(permutation)`, which is
+    `arange(prod(dims)).reshape(dims).transpose(permutation).reshape(g, n)`. Of a permute every
+    pair (source, target) is a group.
+
+    Raises:
+      ValueError: a spelling that is not known.
+    """
+    text = instruction.attributes.partition(", metadata=")[0]
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        count, size = int(iota[1]), int(iota[2])
+        dims = _sizes(iota[3])
+        order = np.arange(math.prod(dims)).reshape(dims)
+        order = order.transpose(_sizes(iota[4])) if iota[4] else order
+        return [tuple(row) for row in order.reshape(count, size).tolist()]
+    if lists := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", text):
+        found = [_sizes(group) for group in re.findall(r"\{([\d,]*)\}", lists[1])]
+        whole = [tuple(range(devices))] if "replica_groups" in lists[0] else []
+        return found or whole
+    if "replica_groups=" not in text:
+        return [tuple(range(devices))]
+    raise ValueError(f"unknown replica groups of {instruction.name}: {text[:120]!r}")
