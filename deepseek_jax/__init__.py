@@ -1,7 +1,11 @@
 """DeepSeek-V3 in JAX and Flax, sharded from the first line."""
 
+import ctypes
+import importlib.util
+import pkgutil
 from typing import Any
 
+import jax
 from flax import nnx
 
 nnx.set_graph_mode(False)
@@ -15,3 +19,30 @@ def __getattr__(name: str) -> Any:
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _use_the_cpu_without_a_driver() -> None:
+    """JAX's CUDA plugin may be here only to compile for a cluster (`plan/cluster.py`).
+
+    Then JAX starts on the CPU as it would anyway, but without the plugin's long complaint.
+    """
+    if jax.config.values["jax_platforms"] or importlib.util.find_spec("libtpu"):
+        return
+    folder = importlib.util.find_spec("jax_plugins")
+    names = (
+        [p.name for p in pkgutil.iter_modules(folder.submodule_search_locations)] if folder else []
+    )
+    if names and all(name.startswith("xla_cuda") for name in names) and not _has_driver():
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver is where the plugin would look for it."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+_use_the_cpu_without_a_driver()

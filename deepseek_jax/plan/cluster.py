@@ -10,6 +10,7 @@ compiler is told no link speed but by a cost profile (`profile.py`).
 import importlib.metadata
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,21 +92,25 @@ def mesh(sizes: MeshConfig) -> Mesh:
 
 
 def compile_for(
-    lowered: jax.stages.Lowered,
-    options: Mapping[str, Any] | None = None,
-    profile: Path | None = None,
+    lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None, profile: str = ""
 ) -> jax.stages.Compiled:
     """Compiles what was lowered on arguments that live on `mesh(...)`.
 
     Args:
       lowered: `jax.jit(f).lower(*arguments)`, each a `jax.ShapeDtypeStruct` with a `NamedSharding`.
       options: XLA's, beside or instead of `OPTIONS`; an unknown name is an error of XLA.
-      profile: a file of costs (`profile.text`) that the scheduler is to believe.
+      profile: costs that the scheduler is to believe, as `profile.text` writes them.
     """
     chosen = {**OPTIONS, **(options or {})}
-    if profile is not None:
-        chosen["xla_gpu_pgle_profile_file_or_directory_path"] = str(profile)
-    return lowered.compile(compiler_options=chosen)
+    if not profile:
+        return lowered.compile(compiler_options=chosen)
+    # A new path each time: JAX caches by options and would not see that a file has changed. XLA
+    # reads this ending as text, and ignores a file of any other without a word.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "costs.pbtxt"
+        file.write_text(profile)
+        chosen["xla_gpu_pgle_profile_file_or_directory_path"] = str(file)
+        return lowered.compile(compiler_options=chosen)
 
 
 def _version(distribution: str) -> str | None:

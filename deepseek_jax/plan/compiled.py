@@ -35,6 +35,7 @@ class Gemm:
       op: what it is in the compiled program: a library call, "dot", or a Pallas kernel's name.
       flops: of one run, a multiply-add counting two.
       bytes: arguments and result of one run.
+      dtype: of the first argument, in XLA's words.
       times: runs for each run of the place it was found from; a loop of unknown length counts one.
     """
 
@@ -42,6 +43,7 @@ class Gemm:
     op: str
     flops: float
     bytes: int
+    dtype: str
     times: int = 1
 
 
@@ -50,7 +52,7 @@ class Collective:
     """One exchange between devices; bytes are those of one device and one run.
 
     Attributes:
-      name, op_name: in the compiled program, and in the Python program.
+      name, op_name: what the scheduler calls it, and where it comes from in the Python program.
       kind: one of KINDS.
       computation: where it is.
       inside: what runs that computation: "entry", "while", "conditional", "call".
@@ -105,6 +107,7 @@ class Program:
       module: its text, parsed.
       collectives: every exchange, computation by computation in schedule order.
       copies: largest first.
+      kernels: as given to `read`.
       peak_bytes: memory of one device at the worst moment. XLA does not count cuDNN's workspace,
         NCCL's buffers and the CUDA context, and compiles what exceeds the device without an error.
     """
@@ -112,7 +115,15 @@ class Program:
     module: Module
     collectives: tuple[Collective, ...]
     copies: tuple[Copy, ...]
+    kernels: Kernels
     peak_bytes: int
+
+    @property
+    def gemms(self) -> tuple[Gemm, ...]:
+        """Every GEMM, with its runs in one run of the program."""
+        entry = self.module.entry
+        lines = self.module.computations[entry].values()
+        return tuple(g for line in lines for g in gemms(self.module, entry, line, self.kernels))
 
 
 def read(compiled: jax.stages.Compiled, mesh: Mesh, kernels: Kernels | None = None) -> Program:
@@ -127,7 +138,7 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, kernels: Kernels | None = No
     assert text and memory, "XLA's GPU compiler has both"
     module = hlo.parse(text)
     found = collectives(module, mesh.shape, kernels)
-    return Program(module, found, copies(module), memory.peak_memory_in_bytes)
+    return Program(module, found, copies(module), kernels or {}, memory.peak_memory_in_bytes)
 
 
 def collectives(
@@ -139,7 +150,7 @@ def collectives(
       mesh: axis -> devices along it, outermost first.
     """
     found = []
-    for computation, (inside, times) in _runs(module).items():
+    for computation, (inside, times) in scheduled(module).items():
         lines = list(module.computations[computation].values())
         source: dict[str, int] = {}  # an async instruction -> position of its start
         for position, line in enumerate(lines):
@@ -157,7 +168,7 @@ def collectives(
             slow, fast = traffic(kind, bytes_in, group, hosts)
             found.append(
                 Collective(
-                    name=start.name,
+                    name=start.scheduling_name,
                     op_name=start.op_name or _inner(module, start).op_name,
                     kind=kind,
                     computation=computation,
@@ -177,6 +188,27 @@ def collectives(
                 )
             )
     return tuple(found)
+
+
+def scheduled(module: Module) -> dict[str, tuple[str, int | None]]:
+    """Each computation that devices step through: what runs it, and how often; callers first."""
+    runs: dict[str, tuple[str, int | None]] = {module.entry: ("entry", 1)}
+    for computation in reversed(
+        list(module.computations)
+    ):  # in the text, what is called comes first
+        if computation not in runs:
+            continue
+        times = runs[computation][1]
+        for line in module.computations[computation].values():
+            if line.opcode == "fusion" or line.opcode.startswith("async-"):
+                continue
+            for called in line.calls:
+                trips = line.trips if line.opcode == "while" else 1
+                more = None if times is None or trips is None else times * trips
+                before = runs.get(called, ("", 0))[1]
+                total = None if more is None or before is None else before + more
+                runs[called] = (line.opcode, total)
+    return runs
 
 
 def traffic(kind: str, bytes_in: int, group: int, hosts: int) -> tuple[float, float]:
@@ -222,34 +254,13 @@ def gemms(
 def copies(module: Module) -> tuple[Copy, ...]:
     """Plain copies and the fusions that only copy, largest first."""
     found = []
-    for computation, (_, times) in _runs(module).items():
+    for computation, (_, times) in scheduled(module).items():
         for line in module.computations[computation].values():
             inner = [i.opcode for name in line.calls for i in module.computations[name].values()]
             fused = line.opcode == "fusion" and "copy" in inner and _ONLY_COPIES.issuperset(inner)
             if line.opcode in ("copy", "copy-done") or fused:
                 found.append(Copy(line.name, line.op_name, computation, times, line.bytes))
     return tuple(sorted(found, key=lambda copy: -copy.bytes))
-
-
-def _runs(module: Module) -> dict[str, tuple[str, int | None]]:
-    """Each computation of the schedule: what runs it, and how often; callers come first."""
-    runs: dict[str, tuple[str, int | None]] = {module.entry: ("entry", 1)}
-    for computation in reversed(
-        list(module.computations)
-    ):  # in the text, what is called comes first
-        if computation not in runs:
-            continue
-        times = runs[computation][1]
-        for line in module.computations[computation].values():
-            if line.opcode == "fusion" or line.opcode.startswith("async-"):
-                continue
-            for called in line.calls:
-                trips = line.trips if line.opcode == "while" else 1
-                more = None if times is None or trips is None else times * trips
-                before = runs.get(called, ("", 0))[1]
-                total = None if more is None or before is None else before + more
-                runs[called] = (line.opcode, total)
-    return runs
 
 
 def _bare(opcode: str) -> str:
@@ -289,20 +300,20 @@ def _partners(
 
 
 def _gemm(line: Instruction, inputs: tuple[Array, ...], kernels: Kernels) -> Gemm | None:
-    target = line.target
-    if line.opcode == "dot":
+    op, flops = line.target or line.opcode, None
+    if op == "dot":
         flops = _dot_flops(inputs[0], line.arrays[0], line.dimensions("lhs_contracting_dims"))
-        return Gemm(line.name, "dot", flops, _bytes(line, inputs))
-    if target.startswith("__cublas"):
+    elif op.startswith("__cublas"):
         summed = line.dimensions("lhs_contracting_dimensions")
         flops = _dot_flops(inputs[0], line.arrays[0], summed)
-        return Gemm(line.name, target, flops, _bytes(line, inputs))
-    if target.startswith("__cudnn$fmha"):
-        return Gemm(line.name, target, _attention_flops(line, inputs), _bytes(line, inputs))
-    for name, flops_of in kernels.items():
-        if target and name in line.op_name.split("/"):
-            return Gemm(line.name, name, flops_of(inputs), _bytes(line, inputs))
-    return None
+    elif op.startswith("__cudnn$fmha"):
+        flops = _attention_flops(line, inputs)
+    elif line.target:
+        op = next((name for name in line.op_name.split("/") if name in kernels), "")
+        flops = kernels[op](inputs) if op else None
+    if flops is None:
+        return None
+    return Gemm(line.name, op, flops, _bytes(line, inputs), inputs[0].dtype)
 
 
 def _bytes(line: Instruction, inputs: tuple[Array, ...]) -> int:
