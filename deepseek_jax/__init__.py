@@ -26,14 +26,17 @@ def _use_the_cpu_without_a_driver() -> None:
 
     Then JAX starts on the CPU as it would anyway, but without the plugin's long complaint.
     """
-    if jax.config.values["jax_platforms"] or importlib.util.find_spec("libtpu"):
-        return
     folder = importlib.util.find_spec("jax_plugins")
-    names = (
-        [p.name for p in pkgutil.iter_modules(folder.submodule_search_locations)] if folder else []
-    )
+    if _platforms() or importlib.util.find_spec("libtpu") or folder is None:
+        return
+    names = [plugin.name for plugin in pkgutil.iter_modules(folder.submodule_search_locations)]
     if names and all(name.startswith("xla_cuda") for name in names) and not _has_driver():
         jax.config.update("jax_platforms", "cpu")
+
+
+def _platforms() -> str | None:
+    """What JAX_PLATFORMS or the caller chose."""
+    return jax.config.values["jax_platforms"]
 
 
 def _has_driver() -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from deepseek_jax.hardware import chips, network
+from deepseek_jax.hardware import chips, network, target
 
 
 def test_every_number_is_positive():
@@ -85,3 +85,21 @@ def test_unknown_names_get_the_closest(lookup):
         lookup("h80")
     with pytest.raises(ValueError, match="known: h100, h800, h200"):
         lookup("abacus")
+
+
+def test_the_compiler_is_told_of_the_same_h100():
+    """XLA's own description of the device and the datasheet, which rounds."""
+    told, chip = target.H100_SXM["gpu_device_info"], chips.H100
+    assert told["core_count"] == chip.sms
+    assert told["memory_bandwidth"] == pytest.approx(chip.hbm_bytes_per_s, rel=1e-3)
+    assert told["l2_cache_size"] == pytest.approx(chip.l2_bytes, rel=0.05)
+    assert told["shared_memory_per_core"] == chip.shared_bytes_per_sm
+    assert 0.95 * chip.hbm_bytes < told["device_memory_size"] < 1.07 * chip.hbm_bytes
+    float32 = 2 * told["core_count"] * told["fpus_per_core"] * told["clock_rate_ghz"] * 1e9
+    assert float32 == pytest.approx(67e12, rel=1e-2)
+
+
+def test_the_text_form_of_a_device():
+    config = {"name": 'a "b"', "on": True, "info": {"ghz": 1.5, "feature_extension": "FAST"}}
+    lines = ['name: "a \\"b\\""', "on: true", "info { ghz: 1.5 feature_extension: FAST }"]
+    assert target.text(config) == "\n".join(lines)

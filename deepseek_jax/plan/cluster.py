@@ -39,9 +39,14 @@ OPTIONS: Mapping[str, Any] = {
 }
 
 
+def installed() -> dict[str, str]:
+    """The CUDA plugins of JAX that are here, with their versions."""
+    return {name: version for name in PLUGINS if (version := _version(name))}
+
+
 def missing() -> str | None:
     """Why this process cannot compile for a cluster, and what would help; None when it can."""
-    versions = {name: version for name in PLUGINS if (version := _version(name))}
+    versions = installed()
     if not versions:
         return f"compiling for a GPU cluster needs the CUDA plugin of JAX: {INSTALL}"
     if jax.__version__ not in versions.values():
@@ -51,7 +56,7 @@ def missing() -> str | None:
             f"jax {jax.__version__} and {found} differ, and must be the same version: "
             f"pip install {name}=={jax.__version__}"
         )
-    if (platforms := jax.config.values["jax_platforms"]) != "cpu":
+    if (platforms := _platforms()) != "cpu":
         return (
             f"JAX_PLATFORMS is {platforms or 'not set'}; compiling for a cluster "
             "needs JAX_PLATFORMS=cpu, set before JAX starts"
@@ -118,3 +123,7 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _platforms() -> str | None:
+    return jax.config.values["jax_platforms"]

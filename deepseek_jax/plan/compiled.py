@@ -287,16 +287,13 @@ def _size(mesh: Mapping[str, int]) -> int:
     return math.prod(mesh.values())
 
 
-def _partners(
-    groups: list[tuple[int, ...]], mesh: Mapping[str, int]
-) -> tuple[tuple[str, ...], int, int]:
-    """The axes that differ inside the groups, the devices of one, and the hosts they are on."""
-    devices = np.array(groups)
+def _partners(devices: np.ndarray, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int, int]:
+    """The axes that differ inside the groups, the devices of one, and the hosts that it is on."""
     places = np.unravel_index(devices, tuple(mesh.values()))
     axes = tuple(n for n, p in zip(mesh, places, strict=True) if (p != p[:, :1]).any())
     host = np.sort(devices // math.prod(mesh.get(axis, 1) for axis in HOST_AXES), axis=1)
     hosts = 1 + (np.diff(host, axis=1) != 0).sum(1).max(initial=0)
-    return axes, devices.shape[1], int(hosts)
+    return axes, devices.shape[1] if axes else 1, int(hosts)
 
 
 def _gemm(line: Instruction, inputs: tuple[Array, ...], kernels: Kernels) -> Gemm | None:

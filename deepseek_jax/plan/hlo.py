@@ -166,27 +166,43 @@ def _balanced(text: str) -> tuple[str, str]:
     raise ValueError(f"unbalanced parentheses in HLO: {text[:80]!r}")
 
 
-def groups(instruction: Instruction, devices: int) -> list[tuple[int, ...]]:
-    """Which devices, by position in the mesh, exchange with each other.
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{((?:'\w+',?)+)\}")
+_LISTS = re.compile(r"(replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 
-    Both spellings are read: lists, and `[g,n]<=[dims]T(permutation)`, which is
+
+def groups(instruction: Instruction, devices: int) -> np.ndarray:
+    """Which devices exchange with each other: a row for each group, of positions in the mesh.
+
+    Three spellings are read: lists; `mesh['a'=2,'b'=4] {'b'}`, the groups along b of jax 0.12; and
+    `[g,n]<=[dims]T(permutation)`, which is
     `arange(prod(dims)).reshape(dims).transpose(permutation).reshape(g, n)`. Of a permute every
     pair (source, target) is a group.
 
     Raises:
-      ValueError: a spelling that is not known.
+      ValueError: another spelling.
     """
     text = instruction.attributes.partition(", metadata=")[0]
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        count, size = int(iota[1]), int(iota[2])
-        dims = _sizes(iota[3])
-        order = np.arange(math.prod(dims)).reshape(dims)
+    if iota := _IOTA.search(text):
+        order = _counted(_sizes(iota[3]))
         order = order.transpose(_sizes(iota[4])) if iota[4] else order
-        return [tuple(row) for row in order.reshape(count, size).tolist()]
-    if lists := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", text):
-        found = [_sizes(group) for group in re.findall(r"\{([\d,]*)\}", lists[1])]
-        whole = [tuple(range(devices))] if "replica_groups" in lists[0] else []
-        return found or whole
-    if "replica_groups=" not in text:
-        return [tuple(range(devices))]
-    raise ValueError(f"unknown replica groups of {instruction.name}: {text[:120]!r}")
+        return order.reshape(int(iota[1]), int(iota[2]))
+    if named := _MESH.search(text):
+        names = re.findall(r"'(\w+)'=", named[1])
+        along = [names.index(name) for name in re.findall(r"'(\w+)'", named[2])]
+        others = [axis for axis in range(len(names)) if axis not in along]
+        sizes = tuple(int(size) for size in re.findall(r"=(\d+)", named[1]))
+        last = math.prod(sizes[axis] for axis in along)
+        return _counted(sizes).transpose(*others, *along).reshape(-1, last)
+    lists = _LISTS.search(text)
+    if lists and lists[2]:
+        return np.array([_sizes(group) for group in re.findall(r"\{([\d,]*)\}", lists[2])])
+    if "replica_groups=" in text and not lists:
+        raise ValueError(f"unknown replica groups of {instruction.name}: {text[:120]!r}")
+    if lists and lists[1] == "source_target_pairs":
+        return np.zeros((1, 1), int)  # nobody sends
+    return _counted((1, devices))
+
+
+def _counted(shape: tuple[int, ...]) -> np.ndarray:
+    return np.arange(math.prod(shape)).reshape(shape)
