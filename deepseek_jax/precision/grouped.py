@@ -6,13 +6,20 @@ Each expert's share of the rows goes through one batched matmul. What an expert 
 share is walked in blocks, by a loop whose length is the number of blocks there really are. A
 balanced router leaves little for the loop, and the worst one (every row for one expert) costs twice
 the matmul of its rows, whatever E is.
+
+On a GPU each round of such a loop is a read-back to the host; there the kernels of
+`grouped_kernel.py` take over.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from deepseek_jax.precision import grouped_kernel
 
 # Measured on CPU: rows of a block of the loop; a share over the even one, so that small unevenness
 # needs no loop; the smallest share worth a batched matmul.
@@ -20,9 +27,22 @@ BLOCK_ROWS = 128
 SLACK = 1.125
 LEAST_SHARE = 16
 
+# (portable function, kernel with the same arguments and results) -> the function to call
+Backend = Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]
+
+
+def by_platform(portable: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel where the program is lowered for CUDA, wherever that is done."""
+    return lambda *arguments: lax.platform_dependent(*arguments, cuda=kernel, default=portable)
+
 
 def grouped_matmul(
-    rows: jax.Array, weight: jax.Array, sizes: jax.Array, *, likely: int
+    rows: jax.Array,
+    weight: jax.Array,
+    sizes: jax.Array,
+    *,
+    likely: int,
+    backend: Backend = by_platform,
 ) -> jax.Array:
     """out[m] = rows[m] @ weight[expert of m]; float32 accumulation, `rows.dtype` out.
 
@@ -31,6 +51,7 @@ def grouped_matmul(
       weight: EDF, same dtype.
       sizes: E int32, rows of each expert; may be zero.
       likely: how many of the M rows there usually are. Steers cost, never results.
+      backend: chooses between the portable form and the kernel.
 
     Returns:
       MF; rows past sum(sizes) are zero, in the gradient too.
@@ -38,7 +59,7 @@ def grouped_matmul(
     experts = weight.shape[0]
     share = round(SLACK * min(likely, rows.shape[0]) / experts)
     share = -(-share // 8) * 8 if share >= LEAST_SHARE else 0
-    return _grouped(rows, weight, sizes, share, min(BLOCK_ROWS, rows.shape[0]))
+    return _grouped(rows, weight, sizes, share, min(BLOCK_ROWS, rows.shape[0]), backend)
 
 
 def reference(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -115,13 +136,14 @@ def _product(rows, weight, sizes, share, block, transpose):
     return lax.fori_loop(0, count, body, out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped(rows, weight, sizes, share, block):
-    return _product(rows, weight, sizes, share, block, transpose=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _grouped(rows, weight, sizes, share, block, backend):
+    portable = functools.partial(_product, share=share, block=block, transpose=False)
+    return backend(portable, grouped_kernel.product)(rows, weight, sizes)
 
 
-def _forward(rows, weight, sizes, share, block):
-    return _grouped(rows, weight, sizes, share, block), (rows, weight, sizes)
+def _forward(rows, weight, sizes, share, block, backend):
+    return _grouped(rows, weight, sizes, share, block, backend), (rows, weight, sizes)
 
 
 def _backward(share, block, saved, d_out):
@@ -150,4 +172,10 @@ def _backward(share, block, saved, d_out):
     return d_rows, d_weight.astype(weight.dtype), None
 
 
-_grouped.defvjp(_forward, _backward)
+def _gradients(share, block, backend, saved, d_out):
+    # The choice is made here and not around all of it, or both forms would save what they need.
+    portable = functools.partial(_backward, share, block)
+    return backend(portable, grouped_kernel.gradients)(saved, d_out)
+
+
+_grouped.defvjp(_forward, _gradients)
