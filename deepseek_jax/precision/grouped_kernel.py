@@ -153,7 +153,9 @@ def _inside(down: _Run, right: _Run) -> jax.Array | None:
     ]
     if not masks:
         return None
-    return functools.reduce(jnp.logical_and, (jnp.broadcast_to(m, (down.size, right.size)) for m in masks))
+    return functools.reduce(
+        jnp.logical_and, (jnp.broadcast_to(m, (down.size, right.size)) for m in masks)
+    )
 
 
 def _load(ref, down: _Run, right: _Run, *lead: jax.Array) -> jax.Array:
