@@ -1,6 +1,7 @@
 """One optimiser step, pure: gradients over all micro-batches, then AdamW, router bias and EMA."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,10 +101,14 @@ def objective(
 
     routings = [r for r in (hidden.routing, hidden.mtp_routing) if r is not None]
     balance = sum((r.balance.sum() for r in routings), jnp.zeros(()))
-    none = jnp.zeros((0, model.config.experts)), router.Traffic(*(jnp.zeros((0, n)) for n in (1, 1)), jnp.zeros(0))
-    layers = [(r.load, r.traffic) for r in routings] or [none]
+    layers = [(r.load, r.traffic) for r in routings] or [_no_layers(model.config.experts)]
     sums = Sums(entropy, balance, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers))
     return loss + alpha * balance / sequences, lax.stop_gradient(sums)
+
+
+def _no_layers(experts: int) -> tuple[jax.Array, router.Traffic]:
+    nothing = jnp.zeros((0, 1))
+    return jnp.zeros((0, experts)), router.Traffic(nothing, nothing, jnp.zeros((0,)))
 
 
 def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., Any]:
@@ -189,6 +194,7 @@ def make_step(
     """The pure step; the caller jits it and donates the state."""
     gradients = make_gradients(config, layout, mesh)
     length, depth = config.batch.length, config.model.mtp_depth
+    ranks = math.prod(layout.sizes[name] for name in DATA_AXES)
 
     def step(state, tokens, count, hyper):
         grads, sums = gradients(state.params, state.bias, tokens, count, hyper.mtp_weight)
@@ -206,6 +212,11 @@ def make_step(
             "grad_norm": optax.tree.norm(grads),
             "max_violation": router.max_violation(sums.load),
             "expert_load": sums.load / sums.load.sum(-1, keepdims=True),
+            "tokens_per_node": sums.traffic.nodes,
+            "tokens_per_gpu": sums.traffic.gpus,
+            "node_copies_per_token": sums.traffic.nodes.sum(-1) / (sequences * length),
+            "gpu_copies_per_token": sums.traffic.gpus.sum(-1) / (sequences * length),
+            "dispatch_rounds": sums.traffic.rounds / (count * ranks),
         }
         return dataclasses.replace(
             state, step=state.step + 1, params=stepped, bias=bias, opt_state=opt_state
