@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.router import Router, Routing
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.dispatch import Arrived
+from deepseek_jax.parallel.placement import slots_for
 from deepseek_jax.parallel.rounds import complete
 
 
@@ -80,7 +82,7 @@ class Sent:
 
     Attributes:
       x: BSD, the layer's normalised input.
-      tokens, weights: what was sent of it, (BS)D and (BS)K.
+      tokens, weights, chosen: what was sent of it, (BS)D, and where to, (BS)K.
       routing: the gate's decision.
       arrived: what came to the experts that are here.
     """
@@ -88,6 +90,7 @@ class Sent:
     x: jax.Array
     tokens: jax.Array
     weights: jax.Array
+    chosen: jax.Array
     routing: Routing
     arrived: Arrived
 
@@ -103,6 +106,7 @@ class MixtureOfExperts(nnx.Module):
         self.experts = Experts(config, rngs=rngs)
         if config.shared_experts:
             self.shared = FeedForward(config, ("expert_width", config.d_shared), rngs=rngs)
+        self.slots: Any = None  # where copies of experts are, model/redundancy.py
         self.config = config
 
     def send(self, x: jax.Array, how: Execution) -> Sent:
@@ -112,9 +116,16 @@ class MixtureOfExperts(nnx.Module):
         chosen = routing.experts.reshape(tokens.shape[0], -1)
         weights = routing.weights.reshape(chosen.shape)
         tokens, weights = (axes.fan_out(part, "expert_width") for part in (tokens, weights))
+        if self.slots is not None:
+            chosen = slots_for(chosen, self.slots.placement(), axes.index("experts"))
         everything = jnp.ones_like(chosen, dtype=jnp.bool_)
-        arrived = how.dispatch.send(tokens, weights, chosen, everything, self.config.experts)
-        return Sent(x, tokens, weights, routing, arrived)
+        arrived = how.dispatch.send(tokens, weights, chosen, everything, self.places)
+        return Sent(x, tokens, weights, chosen, routing, arrived)
+
+    @property
+    def places(self) -> int:
+        """What tokens are sent to: experts, or the slots of their copies."""
+        return self.config.experts if self.slots is None else self.slots.expert[...].shape[-1]
 
     def work(self, sent: Sent, how: Execution) -> jax.Array:
         """What the experts that are here make of what came to them, SD."""
@@ -129,8 +140,8 @@ class MixtureOfExperts(nnx.Module):
             self.experts.weights(),
             sent.tokens,
             sent.weights,
-            sent.routing.experts.reshape(sent.weights.shape),
-            self.config.experts,
+            sent.chosen,
+            self.places,
             first,
         )
         out = axes.fan_in(routed, "expert_width").reshape(sent.x.shape)

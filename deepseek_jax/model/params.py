@@ -43,6 +43,22 @@ def router_bias(experts: int) -> RouterBias:
     return RouterBias(value, axes=(None,), sizes=(experts,), sensitive=True)
 
 
+class Table(nnx.Variable):
+    """Integers that serving looks up: moved by nothing."""
+
+
+def table(value: jax.Array, layers: int = 1) -> Table:
+    """The same on every device; its first `layers` dimensions are stacked layers."""
+    sizes = value.shape[layers:]
+    return Table(value, axes=(None,) * len(sizes), sizes=sizes, sensitive=True)
+
+
+def per_slot(variable: nnx.Param, expert_of_slot: jax.Array) -> nnx.Param:
+    """Experts' weights LE... as those of slots LR..., each that of its expert LR."""
+    value = jax.vmap(lambda weight, expert: weight[expert])(variable[...], expert_of_slot)
+    return variable.replace(value, sizes=value.shape[1:])
+
+
 def cast(tree: Any, dtype: Any) -> Any:
     """Weights in the dtype that matmuls want; sensitive ones as they are."""
 
