@@ -69,6 +69,9 @@ def missing() -> str | None:
 def mesh(sizes: MeshConfig) -> Mesh:
     """The mesh of a run, over virtual H100s.
 
+    Under `jax.set_mesh` of it only trace and lower: what runs eagerly there, such as
+    `jax.random.key(0)`, looks for devices that are not there.
+
     Args:
       sizes: devices along each axis, none of them -1. `gpu` x `tensor` are the GPUs of one host.
 

@@ -5,6 +5,7 @@ start and its done.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -152,24 +153,28 @@ def collectives(
     found = []
     for computation, (inside, times) in scheduled(module).items():
         lines = list(module.computations[computation].values())
-        source: dict[str, int] = {}  # an async instruction -> position of its start
+        begun: dict[str, int] = {}  # an instruction of an async exchange -> position of its start
         for position, line in enumerate(lines):
-            kind = kind_of(module, line)
-            if kind and not line.opcode.endswith(("-done", "-update")):
-                source[line.name] = position
-            if kind and line.opcode.endswith("-update"):
-                source[line.name] = source[line.operands[0]]
-            if not kind or line.opcode.endswith(("-start", "-update")):
+            kind, stage = kind_of(module, computation, line), line.opcode.rpartition("-")[2]
+            if not kind:
                 continue
-            first = source[line.operands[0]] if line.opcode.endswith("-done") else position
+            if stage in ("update", "done"):
+                begun[line.name] = begun[line.operands[0]]
+            else:
+                begun[line.name] = position
+            if stage in ("start", "update"):
+                continue
+            first = begun[line.name]
             start, between = lines[first], lines[first + 1 : position]
-            bytes_in = sum(a.bytes for a in _payload(module, computation, start, kind))
-            axes, group, hosts = _partners(hlo.groups(_inner(module, start), _size(mesh)), mesh)
-            slow, fast = traffic(kind, bytes_in, group, hosts)
+            inner = _inner(module, start)
+            size = sum(array.bytes for array in _payload(module, computation, start, kind))
+            axes, group, hosts = _partners(hlo.groups(inner, math.prod(mesh.values())), mesh)
+            slow, fast = traffic(kind, size, group, hosts)
+            during = (gemms(module, computation, other, kernels) for other in between)
             found.append(
                 Collective(
                     name=start.scheduling_name,
-                    op_name=start.op_name or _inner(module, start).op_name,
+                    op_name=start.op_name or inner.op_name,
                     kind=kind,
                     computation=computation,
                     inside=inside,
@@ -177,14 +182,12 @@ def collectives(
                     start=first,
                     done=position,
                     is_sync=first == position or '"is_sync":true' in start.attributes,
-                    bytes=bytes_in,
+                    bytes=size,
                     axes=axes,
                     group=group,
                     slow_bytes=slow,
                     fast_bytes=fast,
-                    gemms=tuple(
-                        gemm for b in between for gemm in gemms(module, computation, b, kernels)
-                    ),
+                    gemms=tuple(itertools.chain.from_iterable(during)),
                 )
             )
     return tuple(found)
@@ -193,9 +196,7 @@ def collectives(
 def scheduled(module: Module) -> dict[str, tuple[str, int | None]]:
     """Each computation that devices step through: what runs it, and how often; callers first."""
     runs: dict[str, tuple[str, int | None]] = {module.entry: ("entry", 1)}
-    for computation in reversed(
-        list(module.computations)
-    ):  # in the text, what is called comes first
+    for computation in list(module.computations)[::-1]:  # the text has what is called first
         if computation not in runs:
             continue
         times = runs[computation][1]
@@ -227,14 +228,15 @@ def traffic(kind: str, bytes_in: int, group: int, hosts: int) -> tuple[float, fl
     return each * (hosts - 1), each * (group - hosts)
 
 
-def kind_of(module: Module, line: Instruction) -> str:
+def kind_of(module: Module, computation: str, line: Instruction) -> str:
     """Which of KINDS an instruction starts, ends or does; empty for all others."""
-    if line.opcode == "async-start":
-        return _bare(_inner(module, line).opcode)
     if line.opcode in ("async-update", "async-done"):
-        lines = next(c for c in module.computations.values() if c.get(line.name) is line)
-        return kind_of(module, lines[line.operands[0]])
-    return _bare(line.opcode)
+        line = module.computations[computation][line.operands[0]]
+        return kind_of(module, computation, line)
+    opcode = _inner(module, line).opcode
+    for ending in ("-start", "-update", "-done"):
+        opcode = opcode.removesuffix(ending)
+    return opcode if opcode in KINDS else ""
 
 
 def gemms(
@@ -245,7 +247,7 @@ def gemms(
     if own:
         yield own
     for called in line.calls:
-        times = (line.trips or 1) if called == line.body else 1
+        times = line.trips if called == line.body and line.trips is not None else 1
         for inner in module.computations[called].values():
             for gemm in gemms(module, called, inner, kernels):
                 yield dataclasses.replace(gemm, times=times * gemm.times)
@@ -263,13 +265,6 @@ def copies(module: Module) -> tuple[Copy, ...]:
     return tuple(sorted(found, key=lambda copy: -copy.bytes))
 
 
-def _bare(opcode: str) -> str:
-    bare = opcode
-    for ending in ("-start", "-update", "-done"):
-        bare = bare.removesuffix(ending)
-    return bare if bare in KINDS else ""
-
-
 def _inner(module: Module, line: Instruction) -> Instruction:
     """What an `async-start` wraps; any other instruction itself."""
     if line.opcode != "async-start":
@@ -281,10 +276,6 @@ def _payload(module: Module, computation: str, line: Instruction, kind: str) -> 
     """What is sent: a ragged all-to-all is also given its result's buffer and the sizes."""
     arrays = module.inputs(computation, line)
     return arrays[:1] if kind == "ragged-all-to-all" else arrays
-
-
-def _size(mesh: Mapping[str, int]) -> int:
-    return math.prod(mesh.values())
 
 
 def _partners(devices: np.ndarray, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int, int]:

@@ -103,7 +103,7 @@ def costs(program: Program, rates: Rates) -> dict[str, float]:
         (computation, line)
         for computation in compiled.scheduled(module)
         for line in module.computations[computation].values()
-        if not compiled.kind_of(module, line)
+        if not compiled.kind_of(module, computation, line)
     ]
     for computation, line in steps:
         if not _steps_into(line):

@@ -146,8 +146,58 @@ def test_a_loop_of_unknown_length():
     assert [g.times for g in found["slow"].gemms] == [1]
 
 
-def test_copies(module):
-    assert [(c.name, c.bytes, c.times) for c in compiled.copies(module)] == [("big", BYTES, 1)]
+COPY = "%big = bf16[64,32]{1,0} copy(%shift-done)"
+FUSED = """%pure (p.4: bf16[64,32]) -> bf16[64,32] {
+  %p.4 = bf16[64,32]{1,0} parameter(0)
+  ROOT %moved = bf16[64,32]{1,0} copy(%p.4)
+}
+
+ENTRY"""
+
+
+def test_copies_plain_fused_and_to_elsewhere(module):
+    want = [("big", BYTES, 1)]
+    fused = STEP.replace("ENTRY", FUSED).replace(COPY, COPY.replace("copy(", "fusion("))
+    fused = fused.replace("fusion(%shift-done)", "fusion(%shift-done), kind=kLoop, calls=%pure")
+    split = STEP.replace(
+        COPY,
+        "%away = (bf16[64,32]{1,0:S(5)}, bf16[64,32]{1,0}, u32[]) copy-start(%shift-done)\n  "
+        "%big = bf16[64,32]{1,0:S(5)} copy-done(%away)",
+    )
+    for each in (module, hlo.parse(fused), hlo.parse(split)):
+        assert [(c.name, c.bytes, c.times) for c in compiled.copies(each)] == want
+    more = fused.replace("copy(%p.4)", "negate(%p.4)")
+    assert compiled.copies(hlo.parse(more)) == ()
+
+
+ATTENTION = """HloModule attention, is_scheduled=true
+
+ENTRY %e (q: bf16[2,96,8,192], k: bf16[2,64,8,192], v: bf16[2,64,8,128]) -> bf16[2,8,96,128] {
+  %q = bf16[2,96,8,192]{3,2,1,0} parameter(0)
+  %k = bf16[2,64,8,192]{3,2,1,0} parameter(1)
+  %v = bf16[2,64,8,128]{3,2,1,0} parameter(2)
+  ROOT %a = (bf16[2,8,96,128]{3,1,2,0}, u8[4096]{0}) custom-call(%q, %k, %v), \
+custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": \
+{"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "8", "96", "64"]}, \
+"is_dynamic_dimension": [false], "mask_type": "NO_MASK"}}
+}
+""".replace("\\\n", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "widths"),
+    [
+        (("", ""), 192 + 128),
+        (("Softmax", "SoftmaxBackward"), 3 * 192 + 2 * 128),
+        (("NO_MASK", "CAUSAL"), (192 + 128) / 2),
+    ],
+)
+def test_operations_of_cudnn_s_attention(change, widths):
+    module = hlo.parse(ATTENTION.replace(*change))
+    (gemm,) = compiled.gemms(module, "e", module.computations["e"]["a"])
+    assert gemm.flops == 2 * 2 * 8 * 96 * 64 * widths
+    query, key, value, out = 96 * 192, 64 * 192, 64 * 128, 96 * 128
+    assert gemm.bytes == 2 * 8 * 2 * (query + key + value + out)  # no workspace
 
 
 @pytest.mark.parametrize(
