@@ -4,7 +4,8 @@ M rows, D width in, F width out, E experts. The number of programs is fixed by M
 is read back to the host: which expert a program works for, and on which rows, is in a list computed
 on the device. `tests/precision/test_grouped_kernel.py` runs the kernels in interpret mode and
 compiles them for an H100; the tiles are those that hold on one without spilling registers, and
-have not been tuned on a real one.
+have not been tuned on a real one. jax 0.12 still runs Pallas kernels by way of Triton and warns
+that it will stop: `product` and `gradients` are then what another backend has to supply.
 """
 
 import dataclasses
@@ -145,17 +146,13 @@ class _Run:
 
 
 def _inside(down: _Run, right: _Run) -> jax.Array | None:
-    """Mask of a two-dimensional tile; None if all of it is inside."""
+    """Mask of a matrix's tile, as far as it has to be spelt out; None if all of it is inside."""
     masks = [
         jnp.expand_dims(run.start + jnp.arange(run.size, dtype=jnp.int32) < run.end, 1 - axis)
         for axis, run in enumerate((down, right))
         if not run.whole
     ]
-    if not masks:
-        return None
-    return functools.reduce(
-        jnp.logical_and, (jnp.broadcast_to(m, (down.size, right.size)) for m in masks)
-    )
+    return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def _load(ref, down: _Run, right: _Run, *lead: jax.Array) -> jax.Array:
@@ -179,7 +176,7 @@ def _product_kernel(experts, firsts, ends, rows, weight, out, *, tile: Tile, tra
     steps = pl.cdiv(rows.shape[1], tile.depth)
 
     @pl.when(first < end)
-    def _():
+    def multiply():
         def step(i, total):
             depth = _Run.tile(i, tile.depth, rows.shape[1])
             matrix = _load(weight, *((column, depth) if transpose else (depth, column)), expert)
@@ -202,7 +199,7 @@ def _weight_gradient_kernel(starts, ends, rows, d_out, d_weight, *, tile: Tile):
     start, end = starts[expert], ends[expert]
 
     @pl.when(down.start < deep)
-    def _():
+    def multiply():
         def step(i, total):
             mine = _Run(start + i * tile.depth, tile.depth, end)
             return total + triton.dot(
