@@ -1,6 +1,7 @@
 """The project's own measurements: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, moe or memory. The recipe comes from the config, the sizes from the measurement.
+NAME is train, moe, memory or grouped. The recipe comes from the config, the sizes from the
+measurement.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from deepseek_jax.config import Config, ConfigError, parse
 
 CONFIG = command.define_config_flag()
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-NAMES = ("train", "moe", "memory")
+NAMES = ("train", "moe", "memory", "grouped")
 
 
 def main(name: str) -> None:

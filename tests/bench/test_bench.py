@@ -5,11 +5,15 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from configs import v3_tiny
 from deepseek_jax import config as configs
-from deepseek_jax.bench import memory, moe
+from deepseek_jax.bench import grouped, memory, moe
+from deepseek_jax.hardware import chips
+from deepseek_jax.precision.grouped import reference
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -18,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
     ("arguments", "message"),
     [
         ((), "no NAME given"),
-        (("mo",), "there is no 'mo'; name one of train, moe, memory"),
+        (("mo",), "there is no 'mo'; name one of train, moe, memory, grouped"),
         (("moe", "more"), "unexpected argument 'more'"),
     ],
 )
@@ -55,3 +59,50 @@ def test_moe_rows(tiny):
     rows = moe.measure(tiny, rounds=1)["layers"]
     assert [row["experts"] for row in rows] == [16, 32, 64]
     assert rows[0]["ratio"] == 1 and all(row["seconds"] > 0 for row in rows)
+
+
+SHAPE = grouped.Shape(rows=48, experts=3, width=8, out=16)
+
+
+def test_grouped_rows(tiny):
+    case = grouped.Case("float32", (SHAPE,), calls=2)
+    (rows,) = (v for v in grouped.measure(tiny, case=case, rounds=1).values() if type(v) is list)
+    names = [(row["backend"], row["pass"], row["sizes"]) for row in rows]
+    assert len(set(names)) == 2 + 2 * 2 * 3  # dense; shares and ragged_dot, three sizes each
+    assert all(row["milliseconds"] > 0 and row["of_floor"] is None for row in rows)
+    assert [row["of_dense"] for row in rows if row["backend"] == "dense"] == [1, 1]
+
+
+@pytest.mark.parametrize("kind, sizes", [("balanced", [16, 16, 16]), ("one", [48, 0, 0])])
+def test_grouped_backends_do_the_same(kind, sizes):
+    rows, weight = jax.numpy.ones((48, 8)), jax.random.normal(jax.random.key(0), (3, 8, 16))
+    given = SHAPE.sizes()[kind]
+    np.testing.assert_array_equal(given, sizes)
+    for name, fn in grouped.backends("cpu").items():
+        if name != "dense" or kind == "one":  # dense is one expert for all rows
+            np.testing.assert_allclose(
+                fn(rows, weight, given), reference(rows, weight, given), rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("shape", grouped.GPU.shapes, ids=["gate_up", "down"])
+def test_grouped_on_a_gpu_adds_the_kernel(shape):
+    """Traced only; what the kernel computes is tested where it is."""
+    shapes = ((shape.rows, shape.width), (shape.experts, shape.width, shape.out))
+    operands = [jax.ShapeDtypeStruct(one, grouped.GPU.dtype) for one in shapes]
+    found = grouped.backends("gpu")
+    assert set(found) == {*grouped.backends("cpu"), "kernel"}
+    for fn in found.values():
+        for sizes in shape.sizes().values():
+            out = jax.eval_shape(fn, *operands, sizes)
+            assert out.shape == (shape.rows, shape.out) and out.dtype == "bfloat16"
+            assert sizes.sum() == shape.rows and sizes.dtype == np.int32
+
+
+def test_grouped_floor_is_that_of_the_chip():
+    """Routed gate and up of V3 on one device: 1924 GFLOP, so 1945 us at 989.5 TFLOP/s."""
+    shape = grouped.GPU.shapes[0]
+    assert grouped._floor_seconds(shape, "bfloat16", chips.H100) == pytest.approx(1945e-6, rel=1e-3)
+    thin = dataclasses.replace(shape, rows=32)  # reads 4 x 7168 x 4096 weights: memory-bound
+    want = 2 * (4 * 7168 * 4096 + 32 * (7168 + 4096)) / 3.35e12
+    assert grouped._floor_seconds(thin, "bfloat16", chips.H100) == pytest.approx(want)
