@@ -1,0 +1,77 @@
+"""One MoE layer, forward and backward, compiled for the cluster it is meant for.
+
+What a layout's messages are and what they can hide under is read from this program: a layer is
+seconds to compile, and the layers of a model are all alike.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.config import Config
+from deepseek_jax.model import execution, params
+from deepseek_jax.model.block import Block
+from deepseek_jax.parallel import axes
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.plan.compiled import Kernels
+from deepseek_jax.plan.hlo import Array
+
+
+def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """The gradients of one layer's weights and input, for the micro-batches that are in flight.
+
+    Args:
+      mesh: real or virtual (`cluster.mesh`), of the sizes of `config.mesh`.
+    """
+    layout, how = meshes.layout(config), execution.of(config)
+    whole = jax.eval_shape(
+        lambda key: Block(config.model, dense=False, rngs=nnx.Rngs(params=key)), jax.random.key(0)
+    )
+    graph, weights, rest = nnx.split(whole, nnx.Param, ...)
+    weights = jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights)
+    batch = P(layout.mesh_axes("batch") or None)
+    specs = params.place(weights, lambda names, _: layout.spec(names)), P(), batch, batch
+
+    def local(weights, rest, x, pull):
+        def total(weights, x):
+            block: Any = nnx.merge(graph, weights, rest)
+            out, _ = how.layer(lambda block, x: block(x, how))(block, x)
+            return jnp.sum((out * pull).astype(jnp.float32))
+
+        with axes.active(layout):
+            return jax.grad(total, (0, 1))(weights, x)
+
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=specs, out_specs=(specs[0], batch), check_vma=False
+    )
+    sequences = config.batch.micro_sequences * how.flights
+    shape = sequences, config.batch.length, config.model.d_model
+    x = jax.ShapeDtypeStruct(shape, how.recipe.compute)
+
+    def placed(spec: P, tree: Any) -> Any:
+        place = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+        )
+
+    arguments = jax.tree.map(placed, specs, (weights, rest, x, x), is_leaf=_is_spec)
+    with jax.set_mesh(mesh):
+        return jax.jit(mapped).lower(*arguments)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
+
+
+def _grouped_flops(arrays: tuple[Array, ...]) -> float:
+    """Of the grouped matmul's kernels: rows by weights (E, in, out), or rows by rows."""
+    rows, other = [array.shape for array in arrays if len(array.shape) > 1][:2]
+    return 2.0 * math.prod(rows) * (math.prod(other[1:]) // rows[1] if other[2:] else other[1])
+
+
+KERNELS: Kernels = {"pallas_call": _grouped_flops}  # the only Pallas kernels in a layer
