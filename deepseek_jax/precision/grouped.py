@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.precision import grouped_kernel
+from deepseek_jax.precision.products import exact_einsum
 
 # Measured on CPU: rows of a block of the loop; a share over the even one, so that small unevenness
 # needs no loop; the smallest share worth a batched matmul.
@@ -102,18 +103,13 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="promise_in_bounds")
 
 
-def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    exact = "highest" if a.dtype == jnp.float32 else None  # no TF32 behind our back
-    return jnp.einsum(subscripts, a, b, precision=exact, preferred_element_type=jnp.float32)
-
-
 def _product(rows, weight, sizes, share, block, transpose):
     """rows @ weight[expert], or rows @ weight[expert]^T."""
     contract = "EJF,EDF->EJD" if transpose else "EJD,EDF->EJF"
     width = weight.shape[1 if transpose else 2]
     if share:
         row, _, slot, has = _in_shares(sizes, share, rows.shape[0])
-        product = _einsum(contract, _take(rows, row), weight).astype(rows.dtype)
+        product = exact_einsum(contract, _take(rows, row), weight).astype(rows.dtype)
         out = _masked(has, _take(product.reshape(-1, width), slot))
     else:
         out = jnp.zeros((rows.shape[0], width), rows.dtype)
@@ -127,7 +123,7 @@ def _product(rows, weight, sizes, share, block, transpose):
         own = (number >= starts[i]) & (number < ends[experts[i]])
         matrix = lax.dynamic_index_in_dim(weight, experts[i])
         mine = lax.dynamic_slice_in_dim(rows, row, block)[None]
-        product = _einsum(contract, mine, matrix)[0].astype(out.dtype)
+        product = exact_einsum(contract, mine, matrix)[0].astype(out.dtype)
         before = lax.dynamic_slice_in_dim(out, row, block)
         return lax.dynamic_update_slice_in_dim(
             out, jnp.where(own[:, None], product, before), row, 0
@@ -152,7 +148,7 @@ def _backward(share, block, saved, d_out):
     if share:
         row, used, _, _ = _in_shares(sizes, share, rows.shape[0])
         mine, theirs = _masked(used, _take(rows, row)), _take(d_out, row)
-        d_weight = _einsum("EJD,EJF->EDF", mine, theirs)
+        d_weight = exact_einsum("EJD,EJF->EDF", mine, theirs)
     else:
         d_weight = jnp.zeros(weight.shape, jnp.float32)
     count, experts, starts = _beyond(sizes, share, block, rows.shape[0])
@@ -165,7 +161,7 @@ def _backward(share, block, saved, d_out):
         mine = _masked(own, lax.dynamic_slice_in_dim(rows, row, block))
         theirs = lax.dynamic_slice_in_dim(d_out, row, block)
         so_far = lax.dynamic_index_in_dim(total, experts[i], keepdims=False)
-        more = so_far + _einsum("MD,MF->DF", mine, theirs)
+        more = so_far + exact_einsum("MD,MF->DF", mine, theirs)
         return lax.dynamic_update_index_in_dim(total, more, experts[i], 0)
 
     d_weight = lax.fori_loop(0, count, body, d_weight)

@@ -5,12 +5,14 @@ Sensitive parts (router, norms, softmax, loss) do not ask a recipe: they are flo
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.precision.grouped import grouped_matmul
+from deepseek_jax.precision.products import exact_einsum, row_product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +29,7 @@ class Recipe:
 
     def einsum(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         """One linear layer: contraction of an activation with a weight."""
-        precision = "highest" if self.compute == jnp.float32 else None  # no TF32 behind our back
-        product = jnp.einsum(
-            subscripts,
-            x.astype(self.compute),
-            weight.astype(self.compute),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        product = _linear(subscripts, x.astype(self.compute), weight.astype(self.compute))
         return product.astype(self.compute)
 
     def grouped(
@@ -54,3 +49,24 @@ def recipe(name: str) -> Recipe:
     if name not in _RECIPES:
         raise ConfigError(f"precision.recipe is {name!r}; known recipes: {', '.join(_RECIPES)}")
     return _RECIPES[name]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(subscripts, x, weight):
+    return exact_einsum(subscripts, x, weight).astype(x.dtype)
+
+
+def _forward(subscripts, x, weight):
+    return _linear(subscripts, x, weight), (x, weight)
+
+
+def _backward(subscripts, saved, d_out):
+    """d_x = d_out weight^T and d_weight = x^T d_out, their operands in the dtype of forward's."""
+    x, weight = saved
+    (of_x, of_weight), of_out = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
+    d_x = exact_einsum(f"{of_out},{of_weight}->{of_x}", d_out, weight)
+    d_weight = row_product(f"{of_x},{of_out}->{of_weight}", x, d_out)
+    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+_linear.defvjp(_forward, _backward)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.parallel import axes
+from deepseek_jax.precision.products import exact_einsum, row_product
 
 
 def head_loss(
@@ -38,24 +39,20 @@ def head_loss(
     return total, lax.stop_gradient(entropies[:rows])
 
 
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    exact = "highest" if head.dtype == jnp.float32 else None
-    return jnp.matmul(hidden, head, precision=exact, preferred_element_type=jnp.float32)
-
-
 def _entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(cross entropy M, log of the normaliser M, target as a row of MV that is one-hot or zero)."""
-    over = axes.names("vocab")
-    here = targets - logits.shape[-1] * axes.index("vocab")
-    hit = here[:, None] == jnp.arange(logits.shape[-1])[None]
+    """(cross entropy M, log of the normaliser M, column of the target M: outside if elsewhere)."""
+    over, width = axes.names("vocab"), logits.shape[-1]
+    here = targets - width * axes.index("vocab")
     top = logits.max(-1)
     top = lax.pmax(top, over) if over else top
     normaliser = jnp.exp(logits - top[:, None]).sum(-1)
-    target = jnp.where(hit, logits, 0.0).sum(-1)
+    column = jnp.clip(here, 0, width - 1)[:, None]
+    target = jnp.take_along_axis(logits, column, axis=1, mode="promise_in_bounds")[:, 0]
     if over:
+        target = jnp.where((here >= 0) & (here < width), target, 0.0)
         normaliser, target = lax.psum((normaliser, target), over)
     log_normaliser = jnp.log(normaliser) + top
-    return log_normaliser - target, log_normaliser, hit
+    return log_normaliser - target, log_normaliser, here
 
 
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -66,7 +63,7 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 def _head_loss(hidden, head, targets, weights, chunk):
     def one(_, part):
         rows, target = part
-        return None, _entropy(_logits(rows, head), target)[0]
+        return None, _entropy(exact_einsum("MD,DV->MV", rows, head), target)[0]
 
     _, entropies = lax.scan(one, None, _chunks(chunk, hidden, targets))
     entropies = entropies.reshape(-1)
@@ -76,13 +73,13 @@ def _head_loss(hidden, head, targets, weights, chunk):
 def _forward(hidden, head, targets, weights, chunk):
     def one(d_head, part):
         rows, target, weight = part
-        logits = _logits(rows, head)
-        entropy, log_normaliser, hit = _entropy(logits, target)
+        logits = exact_einsum("MD,DV->MV", rows, head)
+        entropy, log_normaliser, column = _entropy(logits, target)
+        hit = column[:, None] == jnp.arange(logits.shape[-1])[None]
         d_logits = (jnp.exp(logits - log_normaliser[:, None]) - hit) * weight[:, None]
         d_logits = d_logits.astype(head.dtype)
-        exact = "highest" if head.dtype == jnp.float32 else None
-        matmul = functools.partial(jnp.matmul, precision=exact, preferred_element_type=jnp.float32)
-        return d_head + matmul(rows.T, d_logits), (entropy, matmul(d_logits, head.T))
+        d_head = d_head + row_product("MD,MV->DV", rows, d_logits)
+        return d_head, (entropy, exact_einsum("MV,DV->MD", d_logits, head))
 
     start = jnp.zeros(head.shape, jnp.float32)
     parts = _chunks(chunk, hidden, targets, weights)

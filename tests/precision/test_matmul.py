@@ -72,6 +72,40 @@ def test_masters_get_float32_gradients(product, name):
     small.close(d_weight, np.broadcast_to(x.sum(0)[:, None], weight.shape), rtol)
 
 
+SHAPES = {
+    "BSD,DX->BSX": [(2, 5, 8), (8, 6)],
+    "BSQ,QHX->BSHX": [(2, 5, 8), (8, 3, 4)],
+    "BSHW,HWD->BSD": [(2, 5, 3, 4), (3, 4, 8)],
+    "XBSD,XDY->BSY": [(2, 3, 5, 4), (2, 4, 6)],
+}
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("subscripts", SHAPES)
+def test_backward_is_the_two_transposed_products(subscripts, name):
+    recipe = matmul.recipe(name)
+    x, weight = (normal(*shape, seed=i) for i, shape in enumerate(SHAPES[subscripts]))
+    x, weight = (np.asarray(jnp.asarray(part, recipe.compute), np.float64) for part in (x, weight))
+    of_x, of_weight, of_out = subscripts.replace("->", ",").split(",")
+    pull = normal(*np.einsum(subscripts, x, weight).shape, seed=2)
+    pull = np.asarray(jnp.asarray(pull, recipe.compute), np.float64)
+
+    def run(x, weight, pull):
+        out, back = jax.vjp(lambda *a: recipe.einsum(subscripts, *a), x, weight)
+        return back(pull.astype(out.dtype))
+
+    args = (jnp.asarray(part, recipe.compute) for part in (x, weight, pull))
+    got = [np.asarray(part, np.float64) for part in jax.jit(run)(*args)]
+    want = [
+        np.einsum(f"{of_out},{of_weight}->{of_x}", pull, weight),
+        np.einsum(f"{of_x},{of_out}->{of_weight}", x, pull),
+    ]
+    # bfloat16: one rounding of the result to 8 bits, of operands that are exact.
+    tolerance = dict(rtol=1e-5, atol=1e-6) if name == "float32" else dict(rtol=2**-8, atol=1e-5)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, **tolerance)
+
+
 @pytest.mark.parametrize("product", [einsum, grouped])
 def test_float32_asks_for_all_of_it(product):
     """On a GPU the default would be TF32, with 10 bits."""
