@@ -66,7 +66,7 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         main(*chosen)
 
-    _ask_for_huge_pages()
+    _tune_memory()
     try:
         _check_overrides(sys.argv)
         app.run(guarded, flags_parser=_parse_flags)
@@ -75,15 +75,21 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
         sys.exit(2)
 
 
-def _ask_for_huge_pages() -> None:
-    """Starts this program again, once, with glibc's heap in huge pages.
+# glibc's heap in huge pages, and what is freed kept for the next step: blocks up to 32 MiB (the
+# most it allows), 1 GiB in all.
+_MALLOC = {"hugetlb": 1, "mmap_threshold": 32 << 20, "trim_threshold": 1 << 30}
 
-    XLA's CPU client allocates a step's temporaries anew each time; in pages of 4 KiB a quarter of a
-    small model's step goes into page faults (`bench train` with GLIBC_TUNABLES set to nothing shows
-    it). glibc reads the setting at start-up only.
+
+def _tune_memory() -> None:
+    """Starts this program again, once, with glibc's heap set up for a step's temporaries.
+
+    XLA's CPU client and its matmuls allocate them anew each time; in fresh pages of 4 KiB a quarter
+    of a small model's step goes into page faults (`bench train` with GLIBC_TUNABLES set to nothing
+    shows it). glibc reads the settings at start-up only.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items())
+        environment = os.environ | {"GLIBC_TUNABLES": tunables}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
