@@ -83,7 +83,11 @@ def _fresh(config: Config, optimizer: optax.GradientTransformation, key: jax.Arr
 
 def initialise(config: Config, places: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state, every part built where it lives; the same numbers on every layout."""
-    build = jax.jit(lambda key: _fresh(config, optimizer, key), out_shardings=places)
+    # It runs once: on a CPU, LLVM at its best would take longer over random numbers than they do.
+    quick = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    build = jax.jit(
+        lambda key: _fresh(config, optimizer, key), out_shardings=places, compiler_options=quick
+    )
     return build(jax.random.key(config.seed))
 
 
