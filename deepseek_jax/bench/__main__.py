@@ -1,7 +1,7 @@
 """The project's own measurements: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, moe, memory or grouped. The recipe comes from the config, the sizes from the
-measurement.
+NAME is train, moe, memory, grouped or dispatch. The recipe comes from the config, the sizes from
+the measurement.
 """
 
 import importlib
@@ -19,7 +19,10 @@ from deepseek_jax.config import Config, ConfigError, parse
 
 CONFIG = command.define_config_flag()
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-NAMES = ("train", "moe", "memory", "grouped")
+EMULATE = flags.DEFINE_integer(
+    "emulate_devices", None, "Pretend to have this many CPU devices; dispatch without a GPU: 8."
+)
+NAMES = ("train", "moe", "memory", "grouped", "dispatch")
 
 
 def main(name: str) -> None:
@@ -28,6 +31,7 @@ def main(name: str) -> None:
     begin = time.perf_counter()
     measured = importlib.import_module(f"deepseek_jax.bench.{name}").measure
     imported = time.perf_counter() - begin
+    _emulate(name)
     found = measured(config)
     if name == "train":
         spent = ("build_seconds", "compile_seconds", "first_step_seconds")
@@ -36,6 +40,18 @@ def main(name: str) -> None:
             total = before + imported + sum(found[key] for key in spent)
         found = {**found, "command_to_first_step_seconds": total}
     print(json.dumps(found, indent=2) if JSON.value else text(found))
+
+
+def _emulate(name: str) -> None:
+    """CPU devices, before JAX has met any; a GPU stays the default unless the flag is given."""
+    import jax  # not before the time that importing it takes is measured
+
+    from deepseek_jax.parallel import processes
+
+    if EMULATE.value is not None:
+        processes.start(emulate_devices=EMULATE.value)
+    elif name == "dispatch":
+        jax.config.update("jax_num_cpu_devices", 8)
 
 
 def _default() -> Config:
@@ -61,15 +77,19 @@ def text(found: dict[str, Any]) -> str:
     """Aligned lines of numbers, and a table for each list of rows."""
     lines = [f"{key:32}{_shown(v):>18}" for key, v in found.items() if not isinstance(v, list)]
     for key, rows in found.items():
-        if isinstance(rows, list):
-            lines += ["", key, "".join(f"{name:>16}" for name in rows[0])]
-            lines += ["".join(f"{_shown(v):>16}" for v in row.values()) for row in rows]
+        if isinstance(rows, list) and rows:
+            cells = [list(rows[0]), *([_shown(v) for v in row.values()] for row in rows)]
+            widths = [2 + max(map(len, column)) for column in zip(*cells, strict=True)]
+            lines += ["", key]
+            lines += ["".join(map(str.rjust, line, widths)) for line in cells]
     return "\n".join(lines).strip()
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "not known"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -73,7 +73,7 @@ def measure(config: Config, *, case: Case | None = None, rounds: int = 5) -> dic
     found: dict[str, Any] = {"device": device.device_kind, "dtype": case.dtype}
     for shape in case.shapes:
         key = f"{shape.rows} rows, {shape.experts} experts, {shape.width} x {shape.out}"
-        found[key] = _rows(shape, case, _known(device.device_kind), rounds)
+        found[key] = _rows(shape, case, known_chip(device.device_kind), rounds)
     return found
 
 
@@ -174,8 +174,9 @@ def _floor_seconds(shape: Shape, dtype: str, known: Chip) -> float:
     return max(compute, shape.bytes(jnp.dtype(dtype).itemsize) / known.hbm_bytes_per_s)
 
 
-def _known(kind: str) -> Chip | None:
+def known_chip(kind: str) -> Chip | None:
+    """The chip of JAX's `device_kind`; None for a host, and for one whose datasheet is not here."""
     try:
         return chip(kind)
-    except ValueError:  # a GPU whose datasheet is not here has no floor
+    except ValueError:
         return None

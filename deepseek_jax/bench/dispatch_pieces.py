@@ -1,0 +1,270 @@
+"""What one GPU of an expert group does for a dispatch, each piece alone and beside its floor.
+
+At V3's sizes: 4096 tokens a GPU of width 7168 in bfloat16, sent as FP8 and summed on their way home
+in bfloat16; 256 experts on 8 nodes of 8 GPUs, top-8 on 4 nodes. The buffers are those that this GPU
+fills and gets, with the routes of all 64; the all-to-alls between them are left out.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deepseek_jax.bench import grouped
+from deepseek_jax.bench.grouped import Shape
+from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.hardware.chips import Chip
+from deepseek_jax.model.router import select_experts
+from deepseek_jax.parallel import axes, message
+from deepseek_jax.parallel.axes import Layout
+from deepseek_jax.parallel.dispatch import Hops, Route
+from deepseek_jax.parallel.message import Field
+from deepseek_jax.precision.payload import FP8
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of one GPU's part; `steps` runs of a piece are timed together."""
+
+    tokens: int
+    width: int
+    nodes: int
+    gpus: int
+    experts: int
+    top_k: int
+    top_groups: int
+    dtype: str
+    matmuls: tuple[Shape, ...]
+    steps: int
+
+
+V3 = Case(4096, 7168, 8, 8, 256, 8, 4, "bfloat16", grouped.GPU.shapes, steps=50)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Something to time.
+
+    Attributes:
+      run: (what changes from run to run, what does not) -> arrays. `bytes` have to cross the memory
+        bus at least, and `flops` have to be done.
+    """
+
+    name: str
+    run: Callable[[Any, Any], Any]
+    changes: Any
+    fixed: Any
+    bytes: int
+    flops: int = 0
+
+    def floor_seconds(self, chip: Chip, dtype: str) -> float:
+        return max(self.bytes / chip.hbm_bytes_per_s, self.flops / chip.peak_flops_per_s[dtype])
+
+
+def measure(config: Config, *, case: Case = V3, repeats: int = 5) -> dict[str, Any]:
+    """Tables of the moves and of the grouped matmul; `times_floor` below 1 is a measuring error.
+
+    A byte counts once however often it is read. `layout.buffer` is the config's.
+    """
+    device = jax.devices()[0]
+    chip = grouped.known_chip(device.device_kind)
+    return {
+        "device": device.device_kind,
+        "dtype": case.dtype,
+        "buffer": config.layout.buffer,
+        "moves": [
+            _row(piece, case, chip, repeats, "gb_per_s", piece.bytes / 1e9)
+            for piece in moves(config, case)
+        ],
+        "matmuls": [
+            _row(piece, case, chip, repeats, "tflops_per_s", piece.flops / 1e12)
+            for piece in matmuls(case, jax.default_backend())
+        ],
+    }
+
+
+def _row(piece: Piece, case: Case, chip: Chip | None, repeats: int, unit: str, amount: float):
+    spent = seconds(piece, case.steps, repeats)
+    floor = None if chip is None else piece.floor_seconds(chip, case.dtype)
+    return {
+        "piece": piece.name,
+        "microseconds": 1e6 * spent,
+        unit: amount / spent,
+        "floor": None if floor is None else 1e6 * floor,
+        "times_floor": None if floor is None else spent / floor,
+    }
+
+
+def seconds(piece: Piece, steps: int, repeats: int) -> float:
+    """Of one run, the median over `repeats` loops of `steps` runs, each waiting for the last."""
+    out = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece.run, piece.changes, piece.fixed)
+    )
+    state = jax.tree.map(jnp.copy, piece.changes), out
+    loop = repeated(piece, steps)
+    state = jax.block_until_ready(loop(state, piece.fixed))
+    taken = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        state = jax.block_until_ready(loop(state, piece.fixed))
+        taken.append((time.perf_counter() - begin) / steps)
+    return float(np.median(taken))
+
+
+def repeated(piece: Piece, steps: int) -> Any:
+    """(what changes, its result), what does not -> the first two, `steps` runs later; in place."""
+
+    def loop(state, fixed):
+        def step(_, state):
+            changes = _after(*state)
+            return changes, piece.run(changes, fixed)
+
+        return lax.fori_loop(0, steps, step, state)
+
+    return jax.jit(loop, donate_argnums=0)
+
+
+def _after(changes: Any, out: Any) -> Any:
+    """The same values, which no compiler can know before `out`: a number of it decides on one."""
+    (first, *others), tree = jax.tree.flatten(changes)
+    decides = jax.tree.leaves(out)[0]
+    bits = {2: jnp.uint16, 4: jnp.uint32}[decides.dtype.itemsize]
+    never = lax.bitcast_convert_type(decides[0, 0], bits) == np.array(0x5A5A, bits)
+    changed = first.at[0, 0].set(jnp.where(never, jnp.zeros((), first.dtype), first[0, 0]))
+    return jax.tree.unflatten(tree, [changed, *others])
+
+
+def routes(config: Config, case: Case, key: jax.Array) -> tuple[Route, jax.Array]:
+    """The first GPU's route in the exchange of all, and its tokens' experts MK.
+
+    All devices are two axes of one array here, over which the dispatch's own code is mapped.
+    """
+    model = _model(config, case)
+    sizes = dict(pipe=1, replica=1, node=case.nodes, gpu=case.gpus, tensor=1)
+    layout = Layout({"experts": ("node", "gpu")}, sizes, zero=0)
+    way = hops(config, case)
+
+    def route(chosen):
+        tokens, everything = jnp.zeros((case.tokens, 1)), jnp.ones(chosen.shape, jnp.bool_)
+        with axes.active(layout):
+            weights = jnp.ones(chosen.shape)
+            return way.send(tokens, weights, chosen, everything, case.experts).route
+
+    @jax.jit
+    def first(key):
+        scores = jax.random.uniform(key, (1, case.nodes * case.gpus * case.tokens, case.experts))
+        chosen = select_experts(scores, jnp.zeros((case.experts,)), model)[0]
+        chosen = chosen.reshape(case.nodes, case.gpus, case.tokens, case.top_k)
+        every = jax.vmap(jax.vmap(route, axis_name="gpu"), axis_name="node")(chosen)
+        return jax.tree.map(lambda x: x[0, 0], (every, chosen))
+
+    return first(key)
+
+
+def hops(config: Config, case: Case) -> Hops:
+    return Hops(True, config.layout.buffer, min(case.top_groups, case.top_k), FP8)
+
+
+def _model(config: Config, case: Case) -> ModelConfig:
+    """With a group of experts for each node."""
+    return dataclasses.replace(
+        config.model,
+        experts=case.experts,
+        groups=case.nodes,
+        top_groups=case.top_groups,
+        top_k=case.top_k,
+    )
+
+
+def moves(config: Config, case: Case) -> list[Piece]:
+    """Out and home, in order; each is given what the one before it made."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    route, chosen = routes(config, case, keys[0])
+    (slow, fast), local = route.hops, route.local
+    tokens = jax.random.normal(keys[1], (case.tokens, case.width), case.dtype)
+    weights = jax.random.uniform(keys[2], chosen.shape)
+    named = (chosen + 1).astype(jnp.uint16)
+    sent = [Field.of(x) for x in (*FP8.encode(tokens), weights, named)]
+    home = [Field.of(x) for x in (tokens, chosen.astype(jnp.uint8))]
+    bytes_out = sum(FP8.bytes_out(case.width, case.dtype))
+    row, row_out, row_home = tokens[0].nbytes, _row_bytes(sent), _row_bytes(home)
+
+    def out_slow(changes, route):
+        tokens, weights, named = changes
+        return message.pack(tuple(map(route.hops[0].out, (*FP8.encode(tokens), weights, named))))
+
+    def out_fast(words, route):
+        return message.pack(tuple(map(route.hops[1].out, message.unpack(words, sent))))
+
+    def out_local(words, route):
+        *rows, _, _ = message.unpack(words, sent)
+        return FP8.decode(tuple(map(route.local.out, rows)), case.dtype)
+
+    def home_local(out, route):
+        return message.pack(
+            (
+                route.local.home(out).astype(case.dtype),
+                route.local.choice_sent.astype(jnp.uint8),
+            )
+        )
+
+    def home_fast(words, route):
+        rows, served = map(route.hops[1].home, message.unpack(words, home))
+        return message.pack((rows.astype(case.dtype), served))
+
+    def home_slow(words, route):
+        rows, served = map(route.hops[0].home, message.unpack(words, home))
+        return rows.astype(case.dtype), served > 0
+
+    # (name, the piece, bytes that it has to read); it has to write its result.
+    chain = [
+        ("pack slow hop", out_slow, tokens.nbytes),
+        ("pack fast hop", out_fast, _rows(fast.sent) * row_out),
+        ("unpack for experts", out_local, _rows(local.sent) * bytes_out),
+        ("sum and pack here", home_local, _count(local.used) * row),
+        ("sum and pack in node", home_fast, _count(fast.used) * row_home),
+        ("sum at home", home_slow, _count(slow.used) * row_home),
+    ]
+    pieces, given = [], (tokens, weights, named)
+    for name, run, read in chain:
+        made = jax.jit(run)(given, route)
+        written = sum(x.nbytes for x in jax.tree.leaves(made))
+        pieces.append(Piece(name, run, given, route, read + written))
+        given = made
+    return pieces
+
+
+def _row_bytes(fields: list[Field]) -> int:
+    return message.WORD_BYTES * sum(field.words for field in fields)
+
+
+def _rows(sent: jax.Array) -> int:
+    return _count(sent.any(1))
+
+
+def _count(mask: jax.Array) -> int:
+    return int(mask.sum())
+
+
+def matmuls(case: Case, platform: str) -> list[Piece]:
+    """Forward, balanced: a dense matmul, then the grouped matmul by each of its backends."""
+    pieces = []
+    for shape in case.matmuls:
+        keys = jax.random.split(jax.random.key(1), 2)
+        rows = jax.random.normal(keys[0], (shape.rows, shape.width), case.dtype)
+        weight = jax.random.normal(keys[1], (shape.experts, shape.width, shape.out), case.dtype)
+        fixed = weight / math.sqrt(shape.width), jnp.asarray(shape.sizes()["balanced"])
+        for name, backend in grouped.backends(platform).items():
+            if name != "ragged_dot":
+                run = functools.partial(lambda backend, rows, fixed: backend(rows, *fixed), backend)
+                label = f"{name} {shape.width} x {shape.out}"
+                moved = shape.bytes(rows.dtype.itemsize)
+                pieces.append(Piece(label, run, rows, fixed, moved, shape.flops()))
+    return pieces
