@@ -3,16 +3,15 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import flights
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.mla import LatentAttention
+from deepseek_jax.model.mla import LatentAttention, attend
 from deepseek_jax.model.moe import FeedForward, MixtureOfExperts
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.model.router import Routing, joined
+from deepseek_jax.model.router import Routing
 
 
 class Block(nnx.Module):
@@ -30,23 +29,11 @@ class Block(nnx.Module):
         self.dense = dense
 
     def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
-        """x BSD -> BSD, and the routing of a mixture of experts.
-
-        Of several micro-batches each takes a step in turn, so that the attention of one and the
-        experts of another stand beside the messages between them.
-        """
+        """x BSD -> BSD, and the routing of a mixture of experts."""
+        if how.flights > 1 and not self.dense:
+            return flights.layer(self, x, how)
+        x = attend(self.attention_norm, self.attention, x, how)
         if self.dense:
-            x = self.attend(x, how)
             return x + self.feed(self.feed_norm(x), how), None
-        parts, sent = jnp.split(x, how.flights), []
-        for i, part in enumerate(parts):
-            parts[i] = self.attend(part, how)
-            sent.append(self.feed.send(self.feed_norm(parts[i]), how))
-        out = [self.feed.work(one, how) for one in sent]
-        done = [self.feed.combine(*one, how) for one in zip(sent, out, strict=True)]
-        x = jnp.concatenate([part + fed for part, (fed, _) in zip(parts, done, strict=True)])
-        return x, joined([routing for _, routing in done])
-
-    def attend(self, x: jax.Array, how: Execution) -> jax.Array:
-        """x + MLA(norm x), BSD."""
-        return checkpoint_name(x + self.attention(self.attention_norm(x), how), "attended")
+        fed, routing = self.feed(self.feed_norm(x), how)
+        return x + fed, routing

@@ -15,7 +15,7 @@ from deepseek_jax.precision.matmul import FLOAT32, Recipe, recipe
 # not the outputs of norms, MLA up-projections and SwiGLU, which are made again from these.
 KEPT = (
     "query_latent", "kv_latent", "key_rope", "attention", "attended", "gate_up", "arrived", "route",
-    "fed",
+    "fed", "flight",
 )  # fmt: skip
 
 

@@ -82,6 +82,11 @@ class LatentAttention(nnx.Module):
         return einsum("BSQ,QHX->BSHX", latent, self.query_up[...])
 
 
+def attend(norm: RMSNorm, attention: LatentAttention, x: jax.Array, how: Execution) -> jax.Array:
+    """x + MLA(norm x), BSD."""
+    return checkpoint_name(x + attention(norm(x), how), "attended")
+
+
 def causal_attention(
     query: jax.Array,
     key: jax.Array,

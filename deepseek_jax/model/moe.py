@@ -62,44 +62,48 @@ class Experts(nnx.Module):
 def through_experts(
     how: Execution, weights: tuple[jax.Array, jax.Array], arrived: Arrived
 ) -> jax.Array:
-    """Each row of SD through its expert's SwiGLU network, times its routing weight -> SD.
+    """Each row of SD through its expert's SwiGLU network, times its routing weight -> SD."""
+    up = into_experts(how, weights[0], arrived.rows, arrived)
+    return out_of_experts(how, weights[1], up, arrived.weights, arrived)
+
+
+def into_experts(how: Execution, gate_up: jax.Array, rows: jax.Array, arrived: Arrived):
+    """SD through its experts' gate_up ED2F -> S(2F)."""
+    up = how.recipe.grouped(rows, _joined(gate_up), arrived.sizes, arrived.likely)
+    return checkpoint_name(up, "gate_up")
+
+
+def out_of_experts(
+    how: Execution, down: jax.Array, up: jax.Array, weights: jax.Array, arrived: Arrived
+) -> jax.Array:
+    """S(2F) through SwiGLU and its experts' down EFD, times the routing weights S -> SD.
 
     The weight goes in before W_down, which is linear: so backward needs no expert outputs.
     """
-    (gate_up, down), sizes, likely = weights, arrived.sizes, arrived.likely
-    grouped = how.recipe.grouped
-    hidden = swiglu(
-        checkpoint_name(grouped(arrived.rows, _joined(gate_up), sizes, likely), "gate_up")
-    )
-    hidden = (hidden.astype(jnp.float32) * arrived.weights[:, None]).astype(hidden.dtype)
-    return grouped(hidden, down, sizes, likely)
+    hidden = swiglu(up)
+    hidden = (hidden.astype(jnp.float32) * weights[:, None]).astype(hidden.dtype)
+    return how.recipe.grouped(hidden, down, arrived.sizes, arrived.likely)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sent:
-    """A layer's tokens on their way: what `send` knows that the later steps need.
+class Gated:
+    """What is known of a layer's tokens before any is sent.
 
     Attributes:
-      x: BSD, the layer's normalised input.
-      tokens, weights, chosen: what was sent of it, (BS)D, and where to, (BS)K.
+      tokens: (BS)D, the layer's normalised input.
+      weights, chosen: (BS)K, how much of which expert each token gets.
       routing: the gate's decision.
-      arrived: what came to the experts that are here.
     """
 
-    x: jax.Array
     tokens: jax.Array
     weights: jax.Array
     chosen: jax.Array
     routing: Routing
-    arrived: Arrived
 
 
 class MixtureOfExperts(nnx.Module):
-    """x -> sum of chosen experts, weighted, + shared experts.
-
-    In three steps, so that two micro-batches, or a forward and a backward chunk, can take turns.
-    """
+    """x -> sum of chosen experts, weighted, + shared experts."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.router = Router(config, rngs=rngs)
@@ -109,47 +113,53 @@ class MixtureOfExperts(nnx.Module):
         self.slots: Any = None  # where copies of experts are, model/redundancy.py
         self.config = config
 
-    def send(self, x: jax.Array, how: Execution) -> Sent:
-        """x BSD, normalised: to the gate, and every token on its way to its experts."""
-        routing = self.router(x)
-        tokens = x.reshape(-1, x.shape[-1])  # BSD -> (BS)D
-        chosen = routing.experts.reshape(tokens.shape[0], -1)
-        weights = routing.weights.reshape(chosen.shape)
-        tokens, weights = (axes.fan_out(part, "expert_width") for part in (tokens, weights))
-        if self.slots is not None:
-            chosen = slots_for(chosen, self.slots.placement(), axes.index("experts"))
-        everything = jnp.ones_like(chosen, dtype=jnp.bool_)
-        arrived = how.dispatch.send(tokens, weights, chosen, everything, self.places)
-        return Sent(x, tokens, weights, chosen, routing, arrived)
+    def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
+        """x BSD, normalised -> BSD before the residual, and what the gate decided."""
+        gated, places = self.gate(x), self.places
+        everything = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
+        arrived = how.dispatch.send(gated.tokens, gated.weights, gated.chosen, everything, places)
+        out = through_experts(how, self.experts.weights(), arrived)
+        first = how.dispatch.combine(out, arrived.route)
+        routed, routing = finish(how, self.experts.weights(), gated, first, places)
+        out = routed.reshape(x.shape)
+        if self.config.shared_experts:
+            out = out + self.shared(x, how)
+        return checkpoint_name(out, "fed"), routing
+
+    def gate(self, x: jax.Array) -> Gated:
+        gated = gate(self.router, x)
+        if self.slots is None:
+            return gated
+        chosen = slots_for(gated.chosen, self.slots.placement(), axes.index("experts"))
+        return dataclasses.replace(gated, chosen=chosen)
 
     @property
     def places(self) -> int:
         """What tokens are sent to: experts, or the slots of their copies."""
         return self.config.experts if self.slots is None else self.slots.expert[...].shape[-1]
 
-    def work(self, sent: Sent, how: Execution) -> jax.Array:
-        """What the experts that are here make of what came to them, SD."""
-        return through_experts(how, self.experts.weights(), sent.arrived)
 
-    def combine(self, sent: Sent, out: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
-        """Brings SD home -> BSD before the residual, and what the gate decided."""
-        first = how.dispatch.combine(out, sent.arrived.route)
-        routed, rounds = complete(
-            how.dispatch,
-            functools.partial(through_experts, how),
-            self.experts.weights(),
-            sent.tokens,
-            sent.weights,
-            sent.chosen,
-            self.places,
-            first,
-        )
-        out = axes.fan_in(routed, "expert_width").reshape(sent.x.shape)
-        if self.config.shared_experts:
-            out = out + self.shared(sent.x, how)
-        traffic = dataclasses.replace(sent.routing.traffic, rounds=rounds)
-        return checkpoint_name(out, "fed"), dataclasses.replace(sent.routing, traffic=traffic)
+def gate(router: Router, x: jax.Array) -> Gated:
+    """Which experts x BSD goes to."""
+    routing = router(x)
+    tokens = x.reshape(-1, x.shape[-1])  # BSD -> (BS)D
+    chosen = routing.experts.reshape(tokens.shape[0], -1)
+    weights = routing.weights.reshape(chosen.shape)
+    tokens, weights = (axes.fan_out(part, "expert_width") for part in (tokens, weights))
+    return Gated(tokens, weights, chosen, routing)
 
-    def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
-        sent = self.send(x, how)
-        return self.combine(sent, self.work(sent, how), how)
+
+def finish(
+    how: Execution,
+    experts: tuple[jax.Array, jax.Array],
+    gated: Gated,
+    first: tuple[jax.Array, jax.Array],
+    places: int,
+) -> tuple[jax.Array, Routing]:
+    """What came home in the first round, and in further ones if need be: (BS)D."""
+    work = functools.partial(through_experts, how)
+    sent = gated.tokens, gated.weights, gated.chosen
+    routed, rounds = complete(how.dispatch, work, experts, *sent, places, first)
+    traffic = dataclasses.replace(gated.routing.traffic, rounds=rounds)
+    routing = dataclasses.replace(gated.routing, traffic=traffic)
+    return axes.fan_in(routed, "expert_width"), routing

@@ -4,7 +4,6 @@ A model whose experts are held by slots computes the same, forward only: copies 
 its tokens, and nothing would keep their gradients together.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
@@ -107,7 +108,8 @@ def select_experts(
     steered = lax.stop_gradient(scores) + bias[None, None]
     if config.groups > 1:
         steered = _keep_best_groups(steered, config)
-    _, experts = lax.top_k(steered, config.top_k)
+    # Kept, not chosen again: a recomputation rounds differently where two scores are all but equal.
+    experts = checkpoint_name(lax.top_k(steered, config.top_k)[1], "route")
     # A one-hot product instead of a gather: exact, and its gradient is dense.
     chosen = jax.nn.one_hot(experts, config.experts, dtype=scores.dtype)  # BSKE
     weights = jnp.sum(chosen * scores[:, :, None], axis=-1)
@@ -150,7 +152,9 @@ def _count(experts: jax.Array, total: int) -> jax.Array:
 def visits(experts: jax.Array, total: int, parts: int) -> jax.Array:
     """Tokens that have an expert on each of `parts` equal runs of experts; BSK -> P float32."""
     part = experts // (total // parts)
-    there = (part[..., None] == jnp.arange(parts, dtype=part.dtype)[None, None, None]).any(-2)  # BSP
+    there = (part[..., None] == jnp.arange(parts, dtype=part.dtype)[None, None, None]).any(
+        -2
+    )  # BSP
     return there.sum((0, 1)).astype(jnp.float32)
 
 

@@ -32,6 +32,7 @@ from deepseek_jax.config import Config, ConfigError, buffer_slots, most_nodes
 from deepseek_jax.parallel import axes, fan, message
 from deepseek_jax.parallel.fan import Fan
 from deepseek_jax.parallel.message import WORD_BYTES, Field
+from deepseek_jax.parallel.turns import Steps, straight
 from deepseek_jax.precision.payload import AS_IS, FP8, Payload
 
 
@@ -118,10 +119,13 @@ class Hop:
     parts: int
     slots: int
 
-    def exchange(self, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Arrays of (parts * slots) rows: lane i goes to device i; lane i now came from there."""
+    def exchange(self, arrays: tuple[jax.Array, ...]) -> Steps[tuple[jax.Array, ...]]:
+        """Arrays of (parts * slots) rows: lane i goes to device i; lane i now came from there.
+
+        One step, which ends when the message is there.
+        """
         words = message.pack(arrays).reshape(self.parts, self.slots, -1)
-        arrived = lax.all_to_all(words, self.over, 0, 0, tiled=True)
+        arrived = yield lax.all_to_all(words, self.over, 0, 0, tiled=True)
         fields = [Field.of(x) for x in arrays]
         return tuple(message.unpack(arrived.reshape(self.parts * self.slots, -1), fields))
 
@@ -211,14 +215,60 @@ class Hops:
         return plan.slots >= rows * min(top_k, plan.here)
 
     def send(self, tokens, weights, experts, left, total):
-        plan = self.plan(*experts.shape, total)
-        rows, row_weights, sizes, route = _send(
-            plan, self.payload, tokens, weights, experts, left
-        )
-        return Arrived(rows, row_weights, sizes, route, plan.likely)
+        return _send(self, tokens, weights, experts, left, total)
 
     def combine(self, out, route):
-        return _combine(self.payload, out, route)
+        return _combine(self, out, route)
+
+    # The same with a step for each hop, and their gradients. In these, what arrives is as it
+    # travels: `payload.decode` makes rows of it.
+
+    def sending(
+        self, tokens: jax.Array, weights: jax.Array, experts: jax.Array, left: jax.Array, total: int
+    ) -> Steps[Arrived]:
+        plan = self.plan(*experts.shape, total)
+        named = jnp.where(left, experts + 1, NOBODY).astype(_id_dtype(total))
+        rows, span, fans = self.payload.encode(tokens), total, []
+        for hop in plan.hops:
+            span //= hop.parts
+            ids = named.astype(jnp.int32) - 1
+            hop_fan = fan.lanes(jnp.where(ids < 0, hop.parts, ids // span), hop.parts, hop.slots)
+            copies = tuple(map(hop_fan.out, (*rows, weights, named)))
+            *rows, weights, named = yield from hop.exchange(copies)
+            named = _mine(named, lax.axis_index(hop.over), span)
+            fans.append(hop_fan)
+        local, sizes = fan.sorted_by_place(named.astype(jnp.int32) - 1, plan.here, plan.slots)
+        route = _named("route", Route(tuple(fans), local, plan))
+        rows, weights = tuple(map(route.local.out, rows)), route.local.choices_out(weights)
+        rows, weights = _named("arrived", (rows, weights))
+        return Arrived(rows, weights, _named("route", sizes), route, plan.likely)
+
+    def send_gradient(
+        self, d_rows: jax.Array, d_weights: jax.Array, route: Route
+    ) -> Steps[tuple[jax.Array, jax.Array]]:
+        """Gradients of SD and S -> those of MD and MK."""
+        dtype = d_rows.dtype
+        d_rows, d_weights = route.local.home(d_rows), route.local.choices_home(d_weights)
+        for hop, hop_fan in zip(reversed(route.plan.hops), reversed(route.hops), strict=True):
+            d_rows, d_weights = yield from hop.exchange((d_rows.astype(dtype), d_weights))
+            d_rows, d_weights = hop_fan.home(d_rows), hop_fan.home(d_weights)
+        return d_rows.astype(dtype), d_weights
+
+    def combining(self, out: jax.Array, route: Route) -> Steps[tuple[jax.Array, jax.Array]]:
+        dtype = out.dtype
+        home, served = route.local.home(out), route.local.choice_sent.astype(jnp.uint8)
+        for hop, hop_fan in zip(reversed(route.plan.hops), reversed(route.hops), strict=True):
+            home, served = yield from hop.exchange((home.astype(dtype), served))
+            # Each copy carries other choices of its token, so a sum says which were served at all.
+            home, served = hop_fan.home(home), hop_fan.home(served)
+        return home.astype(dtype), served > 0
+
+    def combine_gradient(self, d_out: jax.Array, route: Route) -> Steps[tuple[jax.Array, ...]]:
+        """Gradient of MD -> that of SD."""
+        rows = self.payload.encode(d_out)
+        for hop, hop_fan in zip(route.plan.hops, route.hops, strict=True):
+            rows = yield from hop.exchange(tuple(map(hop_fan.out, rows)))
+        return tuple(map(route.local.out, rows))
 
 
 NOBODY = 0  # on a hop, expert e is called e + 1, so that an empty slot asks for nobody
@@ -228,35 +278,20 @@ def _id_dtype(total: int) -> np.dtype:
     return np.dtype(np.uint16 if total < 2**16 - 1 else np.uint32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send(plan, payload, tokens, weights, experts, left):
-    return _send_forward(plan, payload, tokens, weights, experts, left)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def _send(hops, tokens, weights, experts, left, total):
+    return _send_forward(hops, tokens, weights, experts, left, total)[0]
 
 
-def _send_forward(plan, payload, tokens, weights, experts, left):
-    named = jnp.where(left, experts + 1, NOBODY).astype(_id_dtype(plan.total))
-    rows, span, fans = payload.encode(tokens), plan.total, []
-    for hop in plan.hops:
-        span //= hop.parts
-        ids = named.astype(jnp.int32) - 1
-        hop_fan = fan.lanes(jnp.where(ids < 0, hop.parts, ids // span), hop.parts, hop.slots)
-        *rows, weights, named = hop.exchange(tuple(map(hop_fan.out, (*rows, weights, named))))
-        named = _mine(named, lax.axis_index(hop.over), span)
-        fans.append(hop_fan)
-    local, sizes = fan.sorted_by_place(named.astype(jnp.int32) - 1, plan.here, plan.slots)
-    route = _named(Route(tuple(fans), local, plan))
-    rows = payload.decode(tuple(map(route.local.out, rows)), tokens.dtype)
-    out = rows, route.local.choices_out(weights), checkpoint_name(sizes, "route"), route
-    return out, (route, jnp.zeros((0,), tokens.dtype))
+def _send_forward(hops, tokens, weights, experts, left, total):
+    arrived = straight(hops.sending(tokens, weights, experts, left, total))
+    rows = hops.payload.decode(arrived.rows, tokens.dtype)
+    return dataclasses.replace(arrived, rows=rows), arrived.route
 
 
-def _send_backward(plan, payload, saved, cotangents):
-    route, like = saved
-    d_tokens, d_weights = route.local.home(cotangents[0]), route.local.choices_home(cotangents[1])
-    for hop, hop_fan in zip(reversed(plan.hops), reversed(route.hops), strict=True):
-        d_tokens, d_weights = hop.exchange((d_tokens.astype(like.dtype), d_weights))
-        d_tokens, d_weights = hop_fan.home(d_tokens), hop_fan.home(d_weights)
-    return d_tokens.astype(like.dtype), d_weights, None, None
+def _send_backward(hops, total, route, cotangent):
+    gradients = straight(hops.send_gradient(cotangent.rows, cotangent.weights, route))
+    return *gradients, None, None
 
 
 _send.defvjp(_send_forward, _send_backward)
@@ -269,34 +304,26 @@ def _mine(named: jax.Array, device: jax.Array, span: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(payload, out, route):
-    return _combine_forward(payload, out, route)[0]
+def _combine(hops, out, route):
+    return straight(hops.combining(out, route))
 
 
-def _combine_forward(payload, out, route):
-    hops, like = route.plan.hops, jnp.zeros((0,), out.dtype)
-    home, served = route.local.home(out), route.local.choice_sent.astype(jnp.uint8)
-    for hop, hop_fan in zip(reversed(hops), reversed(route.hops), strict=True):
-        home, served = hop.exchange((home.astype(out.dtype), served))
-        # Each copy carries other choices of its token, so a sum says which were served at all.
-        home, served = hop_fan.home(home), hop_fan.home(served)
-    return (home.astype(out.dtype), served > 0), (route, like)
+def _combine_forward(hops, out, route):
+    return _combine(hops, out, route), (route, jnp.zeros((0,), out.dtype))
 
 
-def _combine_backward(payload, saved, cotangents):
+def _combine_backward(hops, saved, cotangents):
     route, like = saved
-    rows = payload.encode(cotangents[0])
-    for hop, hop_fan in zip(route.plan.hops, route.hops, strict=True):
-        rows = hop.exchange(tuple(map(hop_fan.out, rows)))
-    return payload.decode(tuple(map(route.local.out, rows)), like.dtype), None
+    rows = straight(hops.combine_gradient(cotangents[0], route))
+    return hops.payload.decode(rows, like.dtype), None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
 
 
-def _named(route: Route) -> Route:
-    """So that a recomputation policy can keep the route instead of asking for it again."""
-    return jax.tree.map(lambda x: checkpoint_name(x, "route"), route)
+def _named(name: str, tree: Any) -> Any:
+    """So that a recomputation policy can keep it instead of asking for it again."""
+    return jax.tree.map(lambda x: checkpoint_name(x, name), tree)
 
 
 # What the payload does to numbers, where nothing travels.

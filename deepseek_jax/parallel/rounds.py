@@ -49,6 +49,24 @@ def complete(
     return more, 1.0 + rounds
 
 
+def complete_gradient(
+    dispatch: Dispatch,
+    work: Work,
+    experts: Any,
+    tokens: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    total: int,
+    served: jax.Array,
+    d_out: jax.Array,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """What the further rounds add to the gradients of experts, tokens and weights."""
+    if dispatch.complete(*chosen.shape, total):
+        return jax.tree.map(jnp.zeros_like, (experts, tokens, weights))
+    saved = experts, tokens, weights, chosen, ~served
+    return _further_backward(dispatch, work, total, saved, (d_out,))[:3]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _further(dispatch, work, total, experts, tokens, weights, chosen, left, out):
     """Adds rounds to `out` until nothing is left on any device of the expert group.

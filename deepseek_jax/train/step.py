@@ -177,7 +177,9 @@ def _over_micro_batches(gradients: Any, tokens: jax.Array, count: jax.Array, fli
     def together(number: int) -> Any:
         def add(i, total):
             micro = lax.dynamic_slice_in_dim(tokens, i * number, number)
-            return jax.tree.map(jnp.add, total, gradients(micro.reshape(-1, micro.shape[-1]), number))
+            return jax.tree.map(
+                jnp.add, total, gradients(micro.reshape(-1, micro.shape[-1]), number)
+            )
 
         return add
 

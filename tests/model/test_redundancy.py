@@ -81,13 +81,16 @@ def test_redundant_experts_give_the_same_numbers(sizes, buffer):
 
 def test_copies_share_the_work():
     """The rows that reach each slot: an expert's tokens, split evenly among its copies."""
-    model, tokens = model_and_tokens()
+    model, _ = model_and_tokens()
     where = placement(1, 1)
     feed = jax.tree.map(lambda x: x[0], with_redundant_experts(model, where).moe_layers.feed)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(8, 16, CONFIG.d_model)), jnp.float32)
-    sent = feed.send(x, Execution())
-    load = np.asarray(sent.routing.load)
+    gated = feed.gate(x)
+    load = np.asarray(gated.routing.load)
+    everything = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
+    sent = gated.tokens, gated.weights, gated.chosen, everything
+    sizes = np.asarray(Execution().dispatch.send(*sent, feed.places).sizes)
     for expert, copies in enumerate(where.copies[0]):
-        rows = np.asarray(sent.arrived.sizes)[where.slots_of_expert[0, expert, :copies]]
+        rows = sizes[where.slots_of_expert[0, expert, :copies]]
         assert rows.sum() == load[expert] and rows.max() - rows.min() <= 1
     assert where.copies[0, 0] > 1

@@ -111,7 +111,7 @@ def test_nothing_is_dropped_or_mixed_up(two, buffer):
     for name, experts in routings(TOP_K).items():
         number = every_copy_arrives_once({"node": 2, "gpu": 4}, experts, two, buffer)
         assert (number == number[0]).all()  # the same on the whole expert group
-        most = {0.4: 100, 1.25: 2 if name == "random" else 8, math.inf: 1}[buffer]
+        most = {0.4: 100, 1.25: 8, math.inf: 1}[buffer]
         assert 1 <= number[0] <= most, (name, number)
         if buffer == 0.4:
             assert number[0] >= 3  # each buffer holds at most 0.4 of the load
@@ -237,7 +237,7 @@ def test_a_token_crosses_to_at_most_its_groups_nodes_and_to_each_once(seed, bias
 
 
 def test_messages_are_as_large_as_the_formula_says():
-    """V3 at 4,096 tokens a GPU, 8 nodes of 8: four copies on the slow hop, eight on the fast one."""
+    """V3, 4,096 tokens a GPU, 8 nodes of 8: four copies on the slow hop, eight on the fast one."""
     layout = small.layout_of({"node": 8, "gpu": 8})
     with axes.active(layout):
         plan = Hops(True, 1.0, 4, FP8).plan(4096, 8, 256)

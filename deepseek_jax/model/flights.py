@@ -1,0 +1,248 @@
+"""Two micro-batches in one MoE layer: the work of one under the messages of the other.
+
+Forward and backward go in steps (attention, a hop, a matmul of the experts), and a table of turns
+says which stand side by side: here those of forward, with two hops. Backward mirrors it. What a
+step computes is what a `Block` computes; only the order is told here.
+
+    turn       1          2         3      4      5     6       7         8
+    a      attention   hop, hop  gate_up  down   hop   hop   shared
+    b                 attention    hop    hop  gate_up down    hop   hop, shared
+
+Two entries of a column need nothing of one another, so a message can travel under matmuls.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.model.execution import KEPT, Execution
+from deepseek_jax.model.mla import attend
+from deepseek_jax.model.moe import (
+    Gated,
+    finish,
+    gate,
+    into_experts,
+    out_of_experts,
+    through_experts,
+)
+from deepseek_jax.model.router import Routing, joined
+from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.dispatch import Hops
+from deepseek_jax.parallel.rounds import complete_gradient
+from deepseek_jax.parallel.turns import Steps, beside, take_turns
+
+FLIGHTS = "ab"  # in capitals: their shared experts
+
+
+def forward_turns(hops: int, shared: str) -> list[str]:
+    """Who does a step in which turn: a letter for each step. `shared` is AB or nothing."""
+    a, b = "a" * hops, "b" * hops
+    return ["aab", *beside("b", a), *beside("aa", b), *beside("bb", a), *beside(shared, b)]
+
+
+def backward_turns(hops: int, shared: str) -> list[str]:
+    a, b = "a" * hops, "b" * hops
+    return [*beside(shared[::-1], b), *beside("bb", a), *beside("aa", b), *beside("b", a), "a"]
+
+
+def layer(block: Any, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
+    """A MoE `Block` on two micro-batches, which stand one after another in the batch of x BSD."""
+    feed = block.feed
+    weights = {
+        "attend": (block.attention_norm, block.attention),
+        "gate": (block.feed_norm, feed.router),
+        "experts": feed.experts.weights(),
+        "shared": (block.feed_norm, feed.shared) if feed.config.shared_experts else None,
+    }
+    parts = tuple(jnp.split(x, len(FLIGHTS)))
+    done = _layer(how, feed.config.experts, weights, parts)
+    return jnp.concatenate([x for x, _ in done]), joined([routing for _, routing in done])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _layer(how, experts, weights, xs):
+    return _layer_forward(how, experts, weights, xs)[0]
+
+
+def _layer_forward(how, experts, weights, xs):
+    flights = {name: _Flight(how, experts, weights) for name in FLIGHTS}
+    works = {name: flights[name].forward(x) for name, x in zip(FLIGHTS, xs, strict=True)}
+    shared = FLIGHTS.upper() if weights["shared"] is not None else ""
+    works |= {name: flights[name.lower()].shared_forward() for name in shared}
+    take_turns(works, forward_turns(_hops(how, experts, xs[0]), shared))
+    done = tuple(flight.result() for flight in flights.values())
+    return done, (weights, [flight.kept() for flight in flights.values()])
+
+
+def _layer_backward(how, experts, saved, cotangents):
+    weights, kept = saved
+    flights = {
+        name: _Flight(how, experts, weights).landed(*both)
+        for name, *both in zip(FLIGHTS, kept, cotangents, strict=True)
+    }
+    works = {name: flight.backward() for name, flight in flights.items()}
+    shared = FLIGHTS.upper() if weights["shared"] is not None else ""
+    works |= {name: flights[name.lower()].shared_backward() for name in shared}
+    take_turns(works, backward_turns(_hops(how, experts, cotangents[0][0]), shared))
+    gradients = jax.tree.map(jnp.add, *(flight.gradients() for flight in flights.values()))
+    return gradients, tuple(flight.d_x for flight in flights.values())
+
+
+_layer.defvjp(_layer_forward, _layer_backward)
+
+
+def _hops(how: Execution, experts: int, x: jax.Array) -> int:
+    assert isinstance(how.dispatch, Hops)  # as config.py makes sure
+    return len(how.dispatch.plan(x.shape[0] * x.shape[1], 1, experts).hops)
+
+
+class _Flight:
+    """One micro-batch on its way; its attributes are what later steps need of earlier ones."""
+
+    def __init__(self, how: Execution, experts: int, weights: Any) -> None:
+        self.how, self.experts, self.weights = how, experts, weights
+        self.pulls: dict[str, Any] = {}  # each step's, from its cotangent to those of its inputs
+        self.shared = self.d_shared = None
+
+    def kept(self) -> "_Kept":
+        """What backward needs beside the weights."""
+        kept = self.x, self.sent, self.arrived, self.served, self.pulls
+        return _without(self.weights, kept)
+
+    def landed(self, kept: "_Kept", cotangent: tuple[jax.Array, Routing]) -> "_Flight":
+        """Ready for the way back."""
+        kept = _with(self.weights, kept)
+        self.x, self.sent, self.arrived, self.served, self.pulls = kept
+        self.d_out, self.d_routing = cotangent
+        self.d_x = self.d_out
+        return self
+
+    # Forward.
+
+    def forward(self, x: jax.Array) -> Steps[None]:
+        how, dispatch, (gate_up, down) = self.how, self.how.dispatch, self.weights["experts"]
+        x = yield x
+        x = yield self._step("attend", lambda w, x: attend(*w, x, how), self.weights["attend"], x)
+        self.x = x
+        gated = self._step("gate", lambda w, x: gate(w[1], w[0](x)), self.weights["gate"], x)
+        self.gated, self.sent = gated, (gated.weights, gated.chosen)
+        everything = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
+        self.arrived = arrived = yield from dispatch.sending(
+            gated.tokens, *self.sent, everything, self.experts
+        )
+        up = yield self._into(gate_up, self._rows())
+        out = yield self._step("down", self._out_of, down, up, arrived.weights)
+        self.summed, self.served = yield from dispatch.combining(out, arrived.route)
+
+    def shared_forward(self) -> Steps[None]:
+        how, weights = self.how, self.weights["shared"]
+        self.shared = yield self._step("shared", lambda w, x: w[1](w[0](x), how), weights, self.x)
+
+    def result(self) -> tuple[jax.Array, Routing]:
+        """After all turns, for further rounds may need any number of messages."""
+        first, experts = (self.summed, self.served), self.weights["experts"]
+        routed, routing = finish(self.how, experts, self.gated, first, self.experts)
+        out = routed.reshape(self.x.shape)
+        return self.x + (out if self.shared is None else out + self.shared), routing
+
+    # Backward: d_x is the cotangent of x, and d_ that of others.
+
+    def backward(self) -> Steps[None]:
+        dispatch, (gate_up, _), route = (
+            self.how.dispatch,
+            self.weights["experts"],
+            self.arrived.route,
+        )
+        d_out = self.d_out.reshape(-1, self.d_out.shape[-1])
+        d_experts, *d_more = self._further_rounds(d_out)
+        d_out = yield from dispatch.combine_gradient(d_out, route)
+        d_out = dispatch.payload.decode(d_out, self.x.dtype)
+        d_down, d_up, d_weights = yield self.pulls["down"](d_out)
+        d_gate_up, d_rows = yield jax.vjp(self._into, gate_up, self._rows())[1](d_up)
+        self.d_experts = jax.tree.map(jnp.add, (d_gate_up, d_down), d_experts)
+        d_sent = yield from dispatch.send_gradient(d_rows, d_weights, route)
+        d_sent = jax.tree.map(jnp.add, d_sent, tuple(d_more))
+        nothing = np.zeros(self.sent[1].shape, jax.dtypes.float0)
+        self.d_gate, d_x = self.pulls["gate"](Gated(*d_sent, nothing, self.d_routing))
+        self.d_attend, self.d_x = yield self.pulls["attend"](self.d_x + d_x)
+
+    def shared_backward(self) -> Steps[None]:
+        self.d_shared, d_x = yield self.pulls["shared"](self.d_out)
+        self.d_x = self.d_x + d_x
+
+    def gradients(self) -> dict[str, Any]:
+        """Of the weights."""
+        return {
+            "attend": self.d_attend,
+            "gate": self.d_gate,
+            "experts": self.d_experts,
+            "shared": self.d_shared,
+        }
+
+    def _further_rounds(self, d_out: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+        norm, _ = self.weights["gate"]
+        tokens = norm(self.x).reshape(d_out.shape)
+        work = functools.partial(through_experts, self.how)
+        return complete_gradient(
+            self.how.dispatch,
+            work,
+            self.weights["experts"],
+            axes.fan_out(tokens, "expert_width"),
+            *self.sent,
+            self.experts,
+            self.served,
+            d_out,
+        )
+
+    def _rows(self) -> jax.Array:
+        return self.how.dispatch.payload.decode(self.arrived.rows, self.x.dtype)
+
+    def _into(self, gate_up: jax.Array, rows: jax.Array) -> jax.Array:
+        return into_experts(self.how, gate_up, rows, self.arrived)
+
+    def _out_of(self, down: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
+        return out_of_experts(self.how, down, up, weights, self.arrived)
+
+    def _step(self, name: str, fn: Any, *inputs: Any) -> Any:
+        """fn(*inputs), which backward can pull a cotangent through."""
+        policies = jax.checkpoint_policies
+        policy = policies.save_only_these_names(*KEPT)
+        if self.how.recompute == "none":
+            policy = policies.save_from_both_policies(policies.dots_saveable, policy)
+        fn = jax.checkpoint(fn, policy=policy, prevent_cse=False)
+        out, self.pulls[name] = jax.vjp(fn, *inputs)
+        return out
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """A pytree without the leaves that are weights: these are kept once, and not by each flight.
+
+    Attributes:
+      leaves: the others.
+      structure: of the whole tree, and for each of its leaves which weight it is, or None.
+    """
+
+    leaves: list[jax.Array]
+    structure: Any = dataclasses.field(metadata=dict(static=True))
+
+
+def _without(weights: Any, tree: Any) -> _Kept:
+    leaves, structure = jax.tree.flatten(tree)
+    number = {id(weight): i for i, weight in enumerate(jax.tree.leaves(weights))}
+    which = tuple(number.get(id(leaf)) for leaf in leaves)
+    rest = [leaf for leaf, i in zip(leaves, which, strict=True) if i is None]
+    # Named, so that recomputing the layer around it keeps it too.
+    return _Kept([checkpoint_name(leaf, "flight") for leaf in rest], (structure, which))
+
+
+def _with(weights: Any, kept: _Kept) -> Any:
+    (structure, which), rest = kept.structure, iter(kept.leaves)
+    known = jax.tree.leaves(weights)
+    return jax.tree.unflatten(structure, [next(rest) if i is None else known[i] for i in which])

@@ -1,0 +1,67 @@
+"""Works that take turns: the steps of one under the messages of another.
+
+A compiler may overlap what does not depend on one another, but it runs two equal works in lockstep:
+both compute, then both wait. A fence between turns keeps them a step apart.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from jax import lax
+
+Result = TypeVar("Result")
+# Work that yields what it has at the end of each step, and goes on with what is sent back.
+Steps = Generator[Any, Any, Result]
+
+
+def straight(work: Steps[Result]) -> Result:
+    """A work's result, its steps compiled as if there were none."""
+    value = None
+    while True:
+        try:
+            value = work.send(value)
+        except StopIteration as end:
+            return end.value
+
+
+def take_turns(works: Mapping[str, Steps[None]], turns: Sequence[str]) -> None:
+    """Does every work to its end.
+
+    Args:
+      works: by a name of one letter.
+      turns: for each turn the names of those that do a step in it, a letter for each step. No step
+        begins before all of the turn before are done. What follows a work's last step belongs to
+        no turn.
+    """
+    given = dict.fromkeys(works)
+    for number, turn in enumerate(turns):
+        for name in turn:
+            given[name] = works[name].send(given[name])
+        done = sorted(set(turn))
+        if len(done) > 1:
+            fenced = lax.optimization_barrier([given[name] for name in done])
+            given.update(zip(done, fenced, strict=True))
+        later = set().union(*turns[number + 1 :])
+        for name in done:
+            if name not in later:
+                _end(works[name], given[name])
+
+
+def beside(some: str, others: str) -> list[str]:
+    """Turns for two runs of steps that share them evenly: beside("aa", "bb") is ["ab", "ab"]."""
+    turns = max(1, min(len(some), len(others)))
+    return [
+        "".join(_share(steps, turn, turns) for steps in (some, others)) for turn in range(turns)
+    ]
+
+
+def _share(steps: str, turn: int, turns: int) -> str:
+    return steps[len(steps) * turn // turns : len(steps) * (turn + 1) // turns]
+
+
+def _end(work: Steps[None], given: Any) -> None:
+    try:
+        work.send(given)
+    except StopIteration:
+        return
+    raise ValueError("a work has more steps than its turns")

@@ -1,0 +1,72 @@
+"""Two micro-batches in flight compute what each computes alone, and ask the network no more."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from flax import nnx
+from published import layer, variant
+
+from deepseek_jax.model import flights
+from deepseek_jax.model.block import Block
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.parallel.dispatch import Hops
+from deepseek_jax.precision.payload import AS_IS, FP8
+
+TWO_HOP = Hops(gpu_apart=True, buffer=math.inf, most_nodes=2, payload=AS_IS)
+FLAT = dataclasses.replace(TWO_HOP, gpu_apart=False)
+
+
+def inputs(seed):
+    x = np.random.default_rng(seed).normal(size=(8, 6, 48))
+    return jnp.asarray(x, jnp.float32)
+
+
+def pulled(how, sizes):
+    """A MoE block and its balance loss: value and gradients of weights and input."""
+    _, _, model = variant("v3")
+
+    def fn(block, x):
+        out, routing = block(x, how)
+        return out + routing.balance
+
+    return small.spread(fn, layer(model.moe_layers), inputs(0), inputs(1), sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes, way, recompute",
+    [
+        ({"replica": 2}, TWO_HOP, "none"),
+        ({"gpu": 2}, FLAT, "report"),
+        ({"node": 2}, dataclasses.replace(TWO_HOP, payload=FP8), "full"),
+        ({"node": 2, "gpu": 2, "tensor": 2}, dataclasses.replace(TWO_HOP, buffer=0.5), "report"),
+    ],
+    ids=["no hop", "one hop", "FP8", "two hops, several rounds"],
+)
+def test_two_in_flight_are_each_alone(sizes, way, recompute):
+    one = Execution(dispatch=way, recompute=recompute)
+    two = dataclasses.replace(one, flights=2)
+    small.close(pulled(two, sizes), pulled(one, sizes), 3e-6)
+
+
+def test_without_shared_experts():
+    config = small.config(model_shared_experts=0).model
+    block = Block(config, dense=False, rngs=nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(1), (2, 8, config.d_model))
+
+    def gradients(how):
+        return jax.jit(jax.grad(lambda block, x: block(x, how)[0].sum(), (0, 1), allow_int=True))(
+            block, x
+        )
+
+    small.close(gradients(Execution(flights=2)), gradients(Execution()), 3e-6)
+
+
+def test_every_hop_has_work_beside_it():
+    """A letter beside another's, in every turn in which a message travels, as the table shows."""
+    assert flights.forward_turns(2, "AB") == ["aab", "baa", "ab", "ab", "ba", "ba", "Ab", "Bb"]
+    assert flights.backward_turns(2, "AB") == ["Bb", "Ab", "ba", "ba", "ab", "ab", "baa", "a"]
