@@ -488,12 +488,13 @@ def _check_dispatch(config: Config) -> None:
     over = layout.rules.get("experts", ())
     sizes = {name: getattr(config.mesh, name) for name in over}
     slow = math.prod(size for name, size in sizes.items() if name != "gpu")
+    known = -1 not in sizes.values()
     _need(
-        layout.dispatch != "two_hop" or slow < 2 or model.groups % slow == 0,
+        layout.dispatch != "two_hop" or not known or slow < 2 or model.groups % slow == 0,
         f"model.groups={model.groups} do not map to the {slow} nodes of layout.rules.experts "
         f"({_shape(config, 'experts')}), and layout.dispatch='two_hop' sends a token to few nodes "
-        f"because its experts are in few groups; set model.groups={_round_up(model.groups, slow)}, "
-        "or layout.dispatch=flat",
+        "because its experts are in few groups; give a model that is not trained yet "
+        f"model.groups={_round_up(model.groups, slow)}, or set layout.dispatch=flat",
     )
     flights = layout.micro_batches_in_flight
     _need(
@@ -508,7 +509,7 @@ def _check_dispatch(config: Config) -> None:
     if layout.dispatch != "two_hop":
         parts = (math.prod(parts),)
     rows = config.batch.micro_sequences // (_parts(config, "batch") or 1)
-    if -1 in sizes.values() or layout.dispatch == "reference" or not model.moe_layers or not rows:
+    if not known or layout.dispatch == "reference" or not model.moe_layers or not rows:
         return
     parts = tuple(count for count in parts if count > 1)
     tokens, nodes = rows * config.batch.length, most_nodes(model)

@@ -1,7 +1,14 @@
-"""Eight emulated CPU devices, and no silent broadcasting of ranks."""
+"""Eight emulated CPU devices, quick compiles, and no silent broadcasting of ranks."""
 
-import jax
-import pytest
+import os
+
+# Read when JAX starts, here and in the processes that tests start. Compiling takes most of the
+# tests' time, and nearly every program runs a few steps on a few numbers only.
+QUICK = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -181,7 +181,7 @@ RULES = [
     ),
     (
         {"mesh.node": 4, "mesh.gpu": 2, "model.groups": 2, "model.experts": 16},
-        r"model\.groups=2 do not map to the 4 nodes .*mesh\.node=4 .* set model\.groups=4",
+        r"model\.groups=2 do not map to the 4 nodes .*mesh\.node=4 .* model\.groups=4, or set layout",
     ),
     (
         {"mesh.node": 2, "mesh.gpu": 2, "model.groups": 1, "model.top_groups": 1},
