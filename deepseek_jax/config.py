@@ -498,6 +498,11 @@ def _check_dispatch(config: Config) -> None:
     )
     flights = layout.micro_batches_in_flight
     _need(
+        flights == 1 or layout.dispatch != "reference",
+        f"layout.micro_batches_in_flight={flights} puts one micro-batch's work under the messages "
+        "of another, and layout.dispatch=reference has none; set layout.dispatch=flat",
+    )
+    _need(
         flights == 1 or config.batch.sequences >= flights * config.batch.micro_sequences,
         f"layout.micro_batches_in_flight={flights}, but batch.sequences={config.batch.sequences} "
         f"make one micro-batch of batch.micro_sequences={config.batch.micro_sequences} a step; set "
@@ -517,7 +522,7 @@ def _check_dispatch(config: Config) -> None:
 
 
 def most_nodes(model: ModelConfig) -> int:
-    """Nodes that one token may visit (section 2.1.2), where each group of experts is on one node."""
+    """Nodes that one token may visit (section 2.1.2), each group of experts being on one node."""
     return min(model.top_groups, model.top_k) if model.groups > 1 else model.top_k
 
 

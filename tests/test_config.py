@@ -181,7 +181,7 @@ RULES = [
     ),
     (
         {"mesh.node": 4, "mesh.gpu": 2, "model.groups": 2, "model.experts": 16},
-        r"model\.groups=2 do not map to the 4 nodes .*mesh\.node=4 .* model\.groups=4, or set layout",
+        r"model\.groups=2 do not map to the 4 nodes .*mesh\.node=4 .* model\.groups=4, or set la",
     ),
     (
         {"mesh.node": 2, "mesh.gpu": 2, "model.groups": 1, "model.top_groups": 1},
@@ -189,7 +189,15 @@ RULES = [
     ),
     ({"layout.micro_batches_in_flight": 3}, r"in_flight is 3; it must be one of 1, 2"),
     (
-        {"layout.micro_batches_in_flight": 2, "batch.micro_sequences": 16, "batch.ramp_sequences": 16},
+        {"layout.micro_batches_in_flight": 2, "layout.dispatch": "reference"},
+        r"in_flight=2 .* layout\.dispatch=reference has none; set layout\.dispatch=flat",
+    ),
+    (
+        {
+            "layout.micro_batches_in_flight": 2,
+            "batch.micro_sequences": 16,
+            "batch.ramp_sequences": 16,
+        },
         r"in_flight=2, .* batch\.sequences=16 make one .* set batch\.sequences=32",
     ),
     ({"precision.dispatch": "fp16"}, r"precision\.dispatch .* compute, fp8"),

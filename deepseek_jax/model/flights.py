@@ -32,7 +32,7 @@ from deepseek_jax.model.moe import (
 )
 from deepseek_jax.model.router import Routing, joined
 from deepseek_jax.parallel import axes
-from deepseek_jax.parallel.dispatch import Hops
+from deepseek_jax.parallel.dispatch import Arrived, Hops
 from deepseek_jax.parallel.rounds import complete_gradient
 from deepseek_jax.parallel.turns import Steps, beside, take_turns
 
@@ -102,11 +102,29 @@ def _hops(how: Execution, experts: int, x: jax.Array) -> int:
 
 
 class _Flight:
-    """One micro-batch on its way; its attributes are what later steps need of earlier ones."""
+    """One micro-batch on its way: what later steps need of earlier ones.
+
+    Attributes:
+      x: BSD, after attention.
+      gated, sent: what the gate made of it; routing weights and experts, (BS)K each.
+      arrived: what came to the experts that are here, as it travels.
+      summed, served: what came home, and which choices it holds.
+      pulls: of each step, from its result's cotangent to those of its arguments.
+    """
+
+    x: jax.Array
+    gated: Gated
+    sent: tuple[jax.Array, jax.Array]
+    arrived: Arrived
+    summed: jax.Array
+    served: jax.Array
+    d_out: jax.Array
+    d_routing: Routing
 
     def __init__(self, how: Execution, experts: int, weights: Any) -> None:
-        self.how, self.experts, self.weights = how, experts, weights
-        self.pulls: dict[str, Any] = {}  # each step's, from its cotangent to those of its inputs
+        assert isinstance(how.dispatch, Hops)  # as config.py makes sure
+        self.how, self.dispatch, self.experts, self.weights = how, how.dispatch, experts, weights
+        self.pulls: dict[str, Any] = {}
         self.shared = self.d_shared = None
 
     def kept(self) -> "_Kept":
@@ -116,8 +134,7 @@ class _Flight:
 
     def landed(self, kept: "_Kept", cotangent: tuple[jax.Array, Routing]) -> "_Flight":
         """Ready for the way back."""
-        kept = _with(self.weights, kept)
-        self.x, self.sent, self.arrived, self.served, self.pulls = kept
+        self.x, self.sent, self.arrived, self.served, self.pulls = _with(self.weights, kept)
         self.d_out, self.d_routing = cotangent
         self.d_x = self.d_out
         return self
@@ -125,19 +142,20 @@ class _Flight:
     # Forward.
 
     def forward(self, x: jax.Array) -> Steps[None]:
-        how, dispatch, (gate_up, down) = self.how, self.how.dispatch, self.weights["experts"]
+        how, (gate_up, down) = self.how, self.weights["experts"]
         x = yield x
-        x = yield self._step("attend", lambda w, x: attend(*w, x, how), self.weights["attend"], x)
+        both = self.weights["attend"]
+        x = yield self._step("attend", lambda w, x: attend(w[0], w[1], x, how), both, x)
         self.x = x
         gated = self._step("gate", lambda w, x: gate(w[1], w[0](x)), self.weights["gate"], x)
         self.gated, self.sent = gated, (gated.weights, gated.chosen)
         everything = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
-        self.arrived = arrived = yield from dispatch.sending(
+        self.arrived = arrived = yield from self.dispatch.sending(
             gated.tokens, *self.sent, everything, self.experts
         )
         up = yield self._into(gate_up, self._rows())
         out = yield self._step("down", self._out_of, down, up, arrived.weights)
-        self.summed, self.served = yield from dispatch.combining(out, arrived.route)
+        self.summed, self.served = yield from self.dispatch.combining(out, arrived.route)
 
     def shared_forward(self) -> Steps[None]:
         how, weights = self.how, self.weights["shared"]
@@ -153,22 +171,19 @@ class _Flight:
     # Backward: d_x is the cotangent of x, and d_ that of others.
 
     def backward(self) -> Steps[None]:
-        dispatch, (gate_up, _), route = (
-            self.how.dispatch,
-            self.weights["experts"],
-            self.arrived.route,
-        )
+        (gate_up, _), route = self.weights["experts"], self.arrived.route
         d_out = self.d_out.reshape(-1, self.d_out.shape[-1])
         d_experts, *d_more = self._further_rounds(d_out)
-        d_out = yield from dispatch.combine_gradient(d_out, route)
-        d_out = dispatch.payload.decode(d_out, self.x.dtype)
+        travelled = yield from self.dispatch.combine_gradient(d_out, route)
+        d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
         d_down, d_up, d_weights = yield self.pulls["down"](d_out)
         d_gate_up, d_rows = yield jax.vjp(self._into, gate_up, self._rows())[1](d_up)
         self.d_experts = jax.tree.map(jnp.add, (d_gate_up, d_down), d_experts)
-        d_sent = yield from dispatch.send_gradient(d_rows, d_weights, route)
-        d_sent = jax.tree.map(jnp.add, d_sent, tuple(d_more))
-        nothing = np.zeros(self.sent[1].shape, jax.dtypes.float0)
-        self.d_gate, d_x = self.pulls["gate"](Gated(*d_sent, nothing, self.d_routing))
+        d_sent = yield from self.dispatch.send_gradient(d_rows, d_weights, route)
+        d_tokens, d_weights = jax.tree.map(jnp.add, d_sent, tuple(d_more))
+        nothing: Any = np.zeros(self.sent[1].shape, jax.dtypes.float0)
+        d_gated = Gated(d_tokens, d_weights, nothing, self.d_routing)
+        self.d_gate, d_x = self.pulls["gate"](d_gated)
         self.d_attend, self.d_x = yield self.pulls["attend"](self.d_x + d_x)
 
     def shared_backward(self) -> Steps[None]:
@@ -189,7 +204,7 @@ class _Flight:
         tokens = norm(self.x).reshape(d_out.shape)
         work = functools.partial(through_experts, self.how)
         return complete_gradient(
-            self.how.dispatch,
+            self.dispatch,
             work,
             self.weights["experts"],
             axes.fan_out(tokens, "expert_width"),
@@ -200,7 +215,8 @@ class _Flight:
         )
 
     def _rows(self) -> jax.Array:
-        return self.how.dispatch.payload.decode(self.arrived.rows, self.x.dtype)
+        rows: Any = self.arrived.rows  # as they travel
+        return self.dispatch.payload.decode(rows, self.x.dtype)
 
     def _into(self, gate_up: jax.Array, rows: jax.Array) -> jax.Array:
         return into_experts(self.how, gate_up, rows, self.arrived)

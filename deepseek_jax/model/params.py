@@ -56,7 +56,8 @@ def table(value: jax.Array, layers: int = 1) -> Table:
 def per_slot(variable: nnx.Param, expert_of_slot: jax.Array) -> nnx.Param:
     """Experts' weights LE... as those of slots LR..., each that of its expert LR."""
     value = jax.vmap(lambda weight, expert: weight[expert])(variable[...], expert_of_slot)
-    return variable.replace(value, sizes=value.shape[1:])
+    slots: Any = variable.replace(value, sizes=value.shape[1:])
+    return slots
 
 
 def cast(tree: Any, dtype: Any) -> Any:

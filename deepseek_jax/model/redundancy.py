@@ -4,6 +4,8 @@ A model whose experts are held by slots computes the same, forward only: copies 
 its tokens, and nothing would keep their gradients together.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -21,7 +23,8 @@ class Slots(nnx.Module):
         self.expert = params.table(jnp.asarray(placement.expert_of_slot))  # R
 
     def placement(self) -> Placement:
-        return Placement(self.expert[...], self.of_expert[...], self.copies[...])
+        tables: Any = (self.expert[...], self.of_expert[...], self.copies[...])
+        return Placement(*tables)
 
 
 def with_redundant_experts(model: Transformer, placement: Placement) -> Transformer:

@@ -226,9 +226,11 @@ class Hops:
     def sending(
         self, tokens: jax.Array, weights: jax.Array, experts: jax.Array, left: jax.Array, total: int
     ) -> Steps[Arrived]:
-        plan = self.plan(*experts.shape, total)
+        count, top_k = experts.shape
+        plan = self.plan(count, top_k, total)
         named = jnp.where(left, experts + 1, NOBODY).astype(_id_dtype(total))
-        rows, span, fans = self.payload.encode(tokens), total, []
+        rows: Any = self.payload.encode(tokens)
+        span, fans = total, []
         for hop in plan.hops:
             span //= hop.parts
             ids = named.astype(jnp.int32) - 1

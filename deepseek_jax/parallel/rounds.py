@@ -42,7 +42,8 @@ def complete(
       MD, and the number of rounds () float32.
     """
     out, served = first
-    if dispatch.complete(*chosen.shape, total):
+    count, top_k = chosen.shape
+    if dispatch.complete(count, top_k, total):
         return out, jnp.ones(())
     left = checkpoint_name(~served, "route")
     more, rounds = _further(dispatch, work, total, experts, tokens, weights, chosen, left, out)
@@ -61,7 +62,8 @@ def complete_gradient(
     d_out: jax.Array,
 ) -> tuple[Any, jax.Array, jax.Array]:
     """What the further rounds add to the gradients of experts, tokens and weights."""
-    if dispatch.complete(*chosen.shape, total):
+    count, top_k = chosen.shape
+    if dispatch.complete(count, top_k, total):
         return jax.tree.map(jnp.zeros_like, (experts, tokens, weights))
     saved = experts, tokens, weights, chosen, ~served
     return _further_backward(dispatch, work, total, saved, (d_out,))[:3]

@@ -32,7 +32,8 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     whole = jax.eval_shape(
         lambda key: Block(config.model, dense=False, rngs=nnx.Rngs(params=key)), jax.random.key(0)
     )
-    graph, weights, rest = nnx.split(whole, nnx.Param, ...)
+    graph, weights, *others = nnx.split(whole, nnx.Param, ...)
+    (rest,) = others
     weights = jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights)
     batch = P(layout.mesh_axes("batch") or None)
     specs = params.place(weights, lambda names, _: layout.spec(names)), P(), batch
