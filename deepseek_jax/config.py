@@ -544,19 +544,20 @@ def buffer_slots(
     Raises:
       ConfigError: a buffer has no slot at all, so that no round would move a token.
     """
-    slots, rows, crossed = [], tokens, 1
+    slots, rows, crossed, least = [], tokens, 1, 1.25
     for number, count in enumerate(parts):
         crossed *= count
         copies = min(top_k, crossed)
         if number == 0 and len(parts) > 1:
             copies = min(copies, nodes)
         slots.append(int(min(rows, buffer * tokens * copies / count)))
+        least = max(least, math.ceil(100 * count / (tokens * copies)) / 100)
         rows = count * slots[-1]
     slots.append(int(min(rows * min(top_k, experts // crossed), buffer * tokens * top_k)))
     _need(
         min(slots) >= 1,
         f"layout.buffer={buffer} times the mean load of {tokens} tokens a device leaves a buffer "
-        "without a single slot, and no token would ever move; set layout.buffer=1.25",
+        f"without a single slot, and no token would ever move; set layout.buffer={least}",
     )
     return tuple(slots)
 

@@ -241,7 +241,7 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
         {"model.dense_layers": 4},
         {"model.mtp_depth": 0},
         {"model.yarn_factor": 2.0, "model.yarn_original": 128},
-        {"batch.length": 4096},
+        {"batch.length": 4096, "schedule.warmup_steps": 10},
         {"layout.dispatch": "reference", "mesh.gpu": 1},
         {"layout.dispatch": "reference"},
         {"layout.rules": {}, "mesh.gpu": 1},
