@@ -5,10 +5,7 @@ exactly; those in bfloat16 are the same after one rounding. Tiles are small, for
 """
 
 import functools
-import importlib.metadata
-import os
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.plan import cluster
 from deepseek_jax.precision import grouped, grouped_kernel
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -218,43 +216,12 @@ def test_the_platform_it_is_lowered_for_decides():
     assert kernels_in(on_cpu) == 0 and "stablehlo.while" in on_cpu
 
 
-H100 = """
-  platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-  dnn_version_info { major: 9 minor: 10 }
-  gpu_device_info {
-    device_vendor: "NVIDIA Corporation" core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-    cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-    threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-    shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-    shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-    memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
-  }
-"""
-
-
-def plugin():
-    for name in ("jax-cuda13-plugin", "jax-cuda12-plugin"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return None
-
-
 @pytest.fixture(scope="module")
 def h100():
     """A mesh of one H100 that is not there."""
-    if plugin() != jax.__version__:
-        pytest.skip(f"needs a CUDA plugin of jax {jax.__version__}; found {plugin()}")
-    if not shutil.which("ptxas", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"):
-        pytest.skip("needs ptxas, of the CUDA toolkit")
-    if jax.config.values["jax_platforms"] != "cpu":
-        pytest.skip("needs JAX_PLATFORMS=cpu")
-    devices = topologies.get_topology_desc(
-        "h100", "cuda", target_config=H100, topology="1x1x1"
-    ).devices
-    return Mesh(np.array(devices), ("gpu",), axis_types=(AxisType.Auto,))
+    if problem := cluster.missing():
+        pytest.skip(problem)
+    return cluster.mesh(MeshConfig(pipe=1, replica=1, node=1, gpu=1, tensor=1))
 
 
 @lowers_for_a_gpu
@@ -272,12 +239,11 @@ def test_compiles_for_an_h100_at_full_size(h100, tmp_path, width, out, dtype):
     ]
     with jax.set_mesh(h100):
         lowered = with_gradients(grouped.by_platform, likely=rows).lower(*arguments)
-    compiled = lowered.compile(
-        compiler_options={
-            "xla_dump_to": str(tmp_path),
-            "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
-        }
-    )
+    options = {
+        "xla_dump_to": str(tmp_path),
+        "xla_gpu_fail_ptx_compilation_on_register_spilling": True,
+    }
+    compiled = cluster.compile_for(lowered, options)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     print(f"{dtype} {width}x{out}: {memory.temp_size_in_bytes:,} bytes of temporaries")
     assert kernels_in(text) == 3
