@@ -70,3 +70,21 @@ def test_every_hop_has_work_beside_it():
     """A letter beside another's, in every turn in which a message travels, as the table shows."""
     assert flights.forward_turns(2, "AB") == ["aab", "baa", "ab", "ab", "ba", "ba", "Ab", "Bb"]
     assert flights.backward_turns(2, "AB") == ["Bb", "Ab", "ba", "ba", "ab", "ab", "baa", "a"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "report"])
+def test_backward_keeps_no_weight_of_each_flight(recompute):
+    config = small.config().model
+    block = jax.eval_shape(lambda: Block(config, dense=False, rngs=nnx.Rngs(params=0)))
+    how = Execution(recompute=recompute, flights=2)
+    x = jax.ShapeDtypeStruct((2, 11, config.d_model), jnp.float32)
+    kept = []
+
+    def forward(block, x):
+        done, pull = jax.vjp(lambda block, x: flights.layer(block, x, how)[0], block, x)
+        kept.extend(leaf.shape for leaf in jax.tree.leaves(pull))
+        return done
+
+    jax.eval_shape(forward, block, x)
+    for weight in (block.feed.experts.gate_up, block.feed.shared.down, block.attention.out):
+        assert kept.count(weight.shape) == 1, weight.shape
