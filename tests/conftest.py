@@ -4,7 +4,7 @@ import os
 
 # Read when JAX starts, here and in the processes that tests start. Compiling takes most of the
 # tests' time, and nearly every program runs a few steps on a few numbers only.
-QUICK = "--xla_backend_optimization_level=0"
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax  # noqa: E402

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import small
-from trainer import Trainer, with_schedule
+from trainer import Trainer, initial, with_schedule
 
 STEPS = 20
 LAYOUTS = {
@@ -73,3 +73,13 @@ def test_the_run_moves():
     assert all(
         not np.array_equal(a, b) for a, b in zip(start, jax.tree.leaves(params), strict=True)
     )
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_fresh_state_is_the_same_everywhere(zero):
+    every = dict(mesh_node=2, mesh_gpu=2, mesh_tensor=2, layout_zero=zero)
+    one, many = (
+        initial(small.config(model_mtp_depth=1)),
+        initial(small.config(model_mtp_depth=1, **every)),
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(many), jax.device_get(one))

@@ -1,6 +1,7 @@
 """Steps of training over the first few of the eight devices, as the loop takes them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import small
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import MESH_AXES, Config
+from deepseek_jax.config import MESH_AXES, Config, ModelConfig, OptimizerConfig
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.train import optimizer, schedule
 from deepseek_jax.train import state as states
@@ -24,7 +25,7 @@ class Trainer:
         adam = optimizer.build(config.optimizer)
         with jax.set_mesh(self.mesh):
             places = states.shardings(config, self.layout, self.mesh, adam)
-            self.state = states.initialise(config, places, adam)
+            self.state = jax.device_put(fresh(config.model, config.optimizer, config.seed), places)
             self._step = jax.jit(make_step(config, self.layout, self.mesh, adam), donate_argnums=0)
 
     def step(self, tokens: np.ndarray, count: int, hyper: schedule.Hyper) -> dict[str, Any]:
@@ -53,6 +54,25 @@ class Trainer:
 
     def params(self) -> Any:
         return jax.device_get(self.state.params)
+
+
+@functools.cache
+def fresh(model: ModelConfig, optimizer_config: OptimizerConfig, seed: int) -> states.TrainState:
+    """A state as `initialise` makes it, on the host. Compiling that for every layout takes long;
+    that the numbers are the same on every layout is a test of its own."""
+    config = small.config()
+    config = dataclasses.replace(config, model=model, optimizer=optimizer_config, seed=seed)
+    return jax.device_get(initial(config))
+
+
+def initial(config: Config) -> states.TrainState:
+    """What `initialise` makes of this config on its own mesh."""
+    layout = meshes.layout(config)
+    mesh = small.mesh_of({name: getattr(config.mesh, name) for name in MESH_AXES})
+    adam = optimizer.build(config.optimizer)
+    with jax.set_mesh(mesh):
+        places = states.shardings(config, layout, mesh, adam)
+        return states.initialise(config, places, adam)
 
 
 def with_schedule(config: Config, **values: Any) -> Config:

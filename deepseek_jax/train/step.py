@@ -1,6 +1,7 @@
 """One optimiser step, pure: gradients over all micro-batches, then AdamW, router bias and EMA."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -141,6 +142,8 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
                     sequences=sequences,
                 )
 
+            # As a program of its own it is traced once for all the places that call it.
+            @functools.partial(jax.jit, static_argnums=1, inline=True)
             def gradients(micro, flights):
                 run = dataclasses.replace(how, flights=flights)
                 grads, sums = jax.grad(loss, has_aux=True)(compute, micro, run)

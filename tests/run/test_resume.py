@@ -120,3 +120,5 @@ def test_a_checkpoint_goes_on_on_another_mesh(whole, text, tmp_path, monkeypatch
     got, want = runs.losses(tmp_path / "run"), runs.losses(whole[0])
     np.testing.assert_array_equal(got[:done], want[:done])
     np.testing.assert_allclose(got[done:, :2], want[done:, :2], rtol=1e-5)
+    ours, theirs = (runs.rows(folder)[done:] for folder in (tmp_path / "run", whole[0]))
+    assert [row["expert_load"] for row in ours] == [row["expert_load"] for row in theirs]
