@@ -26,13 +26,8 @@ def text(tmp_path_factory):
 
 
 def test_two_processes_are_one(text, tmp_path):
-    """Stopped by SIGTERM as two processes, ended by one; and all of it by one alone.
-
-    Processes sum gradients in another order, which grows past 1e-5 from the eleventh step on. So
-    the run ends before, while every token still chooses the same experts.
-    """
-    ends = {"tokens": 10 * 256}
-    config, compiled = runs.tiny(text, mesh=MESH, schedule=ends), tmp_path / "compiled"
+    """Stopped by SIGTERM as two processes, ended by one; and all of it by one alone."""
+    config, compiled = runs.tiny(text, mesh=MESH), tmp_path / "compiled"
     one, two = tmp_path / "one", tmp_path / "two"
     whole = runs.start_main([*runs.arguments(config, one), "--emulate_devices=8"], compiled)
     _, err = whole.communicate(timeout=200)
