@@ -25,11 +25,13 @@ def built():
     return build(jax.random.key(0)), jnp.asarray(tokens, jnp.int32)
 
 
-def traced(recompute="none", block=16, unroll=1):
+def traced(recompute="none", block=16, unroll=1, flights=1):
     """(function of weights, bias, tokens to a scalar and its gradient; those arguments)."""
     model, tokens = built()
     graph, weights, bias = state.split(model)
-    how = execution.Execution(recompute=recompute, attention_block=block, unroll=unroll)
+    how = execution.Execution(
+        recompute=recompute, attention_block=block, unroll=unroll, flights=flights
+    )
 
     def total(weights, bias, tokens):
         hidden = nnx.merge(graph, weights, bias).hidden(tokens, how)
@@ -72,6 +74,8 @@ def test_policies_redo_more_and_keep_less_in_order():
 
 
 def test_every_kept_name_is_in_the_model():
-    function, arguments = traced()
-    text = str(jax.make_jaxpr(function)(*arguments))
+    text = ""
+    for flights in (1, 2):
+        function, arguments = traced(flights=flights)
+        text += str(jax.make_jaxpr(function)(*arguments))
     assert {name for name in execution.KEPT if f"name={name}" not in text} == set()

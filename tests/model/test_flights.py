@@ -41,11 +41,10 @@ def pulled(how, sizes):
     "sizes, way, recompute",
     [
         ({"replica": 2}, TWO_HOP, "none"),
-        ({"gpu": 2}, FLAT, "report"),
-        ({"node": 2}, dataclasses.replace(TWO_HOP, payload=FP8), "full"),
+        ({"gpu": 2}, dataclasses.replace(FLAT, payload=FP8), "full"),
         ({"node": 2, "gpu": 2, "tensor": 2}, dataclasses.replace(TWO_HOP, buffer=0.5), "report"),
     ],
-    ids=["no hop", "one hop", "FP8", "two hops, several rounds"],
+    ids=["no hop", "one hop, FP8", "two hops, several rounds"],
 )
 def test_two_in_flight_are_each_alone(sizes, way, recompute):
     one = Execution(dispatch=way, recompute=recompute)
