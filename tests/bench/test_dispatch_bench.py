@@ -16,9 +16,9 @@ from test_bench import ROOT
 from configs import v3_tiny
 from deepseek_jax import config as configs
 from deepseek_jax.bench import dispatch, dispatch_pieces
-from deepseek_jax.bench.report import text
 from deepseek_jax.bench.dispatch_pieces import Case, Piece
 from deepseek_jax.bench.grouped import Shape
+from deepseek_jax.bench.report import text
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.hardware import chips
 from deepseek_jax.model.router import select_experts
