@@ -1,6 +1,5 @@
 """One optimiser step: accumulation, router bias, metrics, EMA, masters in float32."""
 
-
 import jax
 import numpy as np
 import pytest
