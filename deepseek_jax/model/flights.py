@@ -51,8 +51,14 @@ def backward_turns(hops: int, shared: str) -> list[str]:
 
 
 def layer(block: Any, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
-    """A MoE `Block` on two micro-batches, which stand one after another in the batch of x BSD."""
+    """A MoE `Block` on two micro-batches, which stand one after another in the batch of x BSD.
+
+    Raises:
+      ValueError: the block has redundant experts, which are for serving.
+    """
     feed = block.feed
+    if feed.slots is not None:
+        raise ValueError("redundant experts serve one micro-batch at a time: run with flights=1")
     weights = {
         "attend": (block.attention_norm, block.attention),
         "gate": (block.feed_norm, feed.router),
@@ -74,7 +80,7 @@ def _layer_forward(how, experts, weights, xs):
     works = {name: flights[name].forward(x) for name, x in zip(FLIGHTS, xs, strict=True)}
     shared = FLIGHTS.upper() if weights["shared"] is not None else ""
     works |= {name: flights[name.lower()].shared_forward() for name in shared}
-    take_turns(works, forward_turns(_hops(how, experts, xs[0]), shared))
+    take_turns(works, forward_turns(_hops(how), shared))
     done = tuple(flight.result() for flight in flights.values())
     return done, (weights, [flight.kept() for flight in flights.values()])
 
@@ -88,7 +94,7 @@ def _layer_backward(how, experts, saved, cotangents):
     works = {name: flight.backward() for name, flight in flights.items()}
     shared = FLIGHTS.upper() if weights["shared"] is not None else ""
     works |= {name: flights[name.lower()].shared_backward() for name in shared}
-    take_turns(works, backward_turns(_hops(how, experts, cotangents[0][0]), shared))
+    take_turns(works, backward_turns(_hops(how), shared))
     gradients = jax.tree.map(jnp.add, *(flight.gradients() for flight in flights.values()))
     return gradients, tuple(flight.d_x for flight in flights.values())
 
@@ -96,9 +102,9 @@ def _layer_backward(how, experts, saved, cotangents):
 _layer.defvjp(_layer_forward, _layer_backward)
 
 
-def _hops(how: Execution, experts: int, x: jax.Array) -> int:
+def _hops(how: Execution) -> int:
     assert isinstance(how.dispatch, Hops)  # as config.py makes sure
-    return len(how.dispatch.plan(x.shape[0] * x.shape[1], 1, experts).hops)
+    return len(how.dispatch.hop_axes())
 
 
 class _Flight:

@@ -197,10 +197,14 @@ class Hops:
     most_nodes: int
     payload: Payload
 
-    def plan(self, tokens: int, top_k: int, total: int) -> Plan:
+    def hop_axes(self) -> list[tuple[str, ...]]:
+        """The mesh axes of each hop, outermost first."""
         over = axes.names("experts")
         fast = tuple(name for name in over if self.gpu_apart and name == "gpu")
-        groups = [group for group in (tuple(n for n in over if n not in fast), fast) if group]
+        return [group for group in (tuple(n for n in over if n not in fast), fast) if group]
+
+    def plan(self, tokens: int, top_k: int, total: int) -> Plan:
+        groups = self.hop_axes()
         parts = tuple(axes.devices(group) for group in groups)
         *lanes, slots = buffer_slots(self.buffer, tokens, top_k, total, parts, self.most_nodes)
         hops = tuple(Hop(*hop) for hop in zip(groups, parts, lanes, strict=True))

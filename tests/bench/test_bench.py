@@ -52,7 +52,7 @@ def test_no_set_of_logits_is_held_at_depth_four(tiny):
 
     logits = 4 * 2048 * (16_384 - 2048)  # what one head's whole logits grow by
     assert growth(chunk=128) < logits
-    assert growth(chunk=5 * 2048) > 4 * logits  # all heads in one chunk: the measure sees them
+    assert growth(chunk=5 * 2048) > 4 * logits  # all five heads at once do show
 
 
 def test_moe_rows(tiny):

@@ -21,12 +21,12 @@ TWO_HOP = Hops(gpu_apart=True, buffer=math.inf, most_nodes=2, payload=AS_IS)
 FLAT = dataclasses.replace(TWO_HOP, gpu_apart=False)
 
 
-def inputs(seed):
-    x = np.random.default_rng(seed).normal(size=(8, 6, 48))
+def inputs(seed, sequences, length):
+    x = np.random.default_rng(seed).normal(size=(sequences, length, 48))
     return jnp.asarray(x, jnp.float32)
 
 
-def pulled(how, sizes):
+def pulled(how, sizes, sequences=8, length=6):
     """A MoE block and its balance loss: value and gradients of weights and input."""
     _, _, model = variant("v3")
 
@@ -34,7 +34,8 @@ def pulled(how, sizes):
         out, routing = block(x, how)
         return out + routing.balance
 
-    return small.spread(fn, layer(model.moe_layers), inputs(0), inputs(1), sizes)
+    x, pull = (inputs(seed, sequences, length) for seed in (0, 1))
+    return small.spread(fn, layer(model.moe_layers), x, pull, sizes)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,21 @@ def test_every_hop_has_work_beside_it():
     """A letter beside another's, in every turn in which a message travels, as the table shows."""
     assert flights.forward_turns(2, "AB") == ["aab", "baa", "ab", "ab", "ba", "ba", "Ab", "Bb"]
     assert flights.backward_turns(2, "AB") == ["Bb", "Ab", "ba", "ba", "ab", "ab", "baa", "a"]
+
+
+def test_buffers_are_sized_for_all_choices_of_a_token():
+    """Three tokens for four devices: not a slot for each, were it one choice a token."""
+    one = Execution(dispatch=dataclasses.replace(FLAT, buffer=1.25))
+    two = dataclasses.replace(one, flights=2)
+    small.close(pulled(two, {"gpu": 4}, length=3), pulled(one, {"gpu": 4}, length=3), 3e-6)
+
+
+def test_redundant_experts_are_refused():
+    config = small.config().model
+    block = Block(config, dense=False, rngs=nnx.Rngs(params=0))
+    block.feed.slots = nnx.data(object())
+    with pytest.raises(ValueError, match="flights=1"):
+        flights.layer(block, jnp.zeros((2, 4, config.d_model)), Execution(flights=2))
 
 
 @pytest.mark.parametrize("recompute", ["none", "report"])
