@@ -15,7 +15,7 @@ def get_config():
         recompute="none", attention_block=128, unroll=4, loss_chunk=256, buffer=2.0
     )
     config.precision.update(recipe="float32", dispatch="compute")
-    v3_671b.scale_schedule(config, tokens=800_000)
+    v3_671b.scale_schedule(config, tokens=640_000)
     config.schedule.update(
         warmup_steps=20, learning_rate=2e-3, decayed_learning_rate=2e-4, final_learning_rate=7e-5,
         bias_speed=0.01,
