@@ -1,23 +1,64 @@
-"""What a layout costs: python -m deepseek_jax.plan --config=FILE [--devices=N] [--json]."""
+"""What a layout costs before anyone pays for it.
+
+python -m deepseek_jax.plan --config=FILE [--devices=N] [--json]
+    parameters, operations and memory of a config.
+python -m deepseek_jax.plan schedule --pipe=8 --micro_batches=20 [--kind=dualpipe] [--json]
+    who does what when in a pipeline, and its bubbles beside others'; draws it into --picture.
+"""
 
 import json
+import sys
+from pathlib import Path
 
 import jax
 from absl import flags
 
 from deepseek_jax import command
-from deepseek_jax.plan import report
+from deepseek_jax.config import ConfigError
+from deepseek_jax.plan import pipeline, report
 
 CONFIG = command.define_config_flag()
 DEVICES = flags.DEFINE_integer("devices", None, "Devices to plan for, where a mesh axis is -1.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+PIPE = flags.DEFINE_integer("pipe", None, "schedule: ranks of the pipeline, as mesh.pipe.")
+MICRO = flags.DEFINE_integer("micro_batches", None, "schedule: micro-batches of a step.")
+KIND = flags.DEFINE_string("kind", "dualpipe", "schedule: 1f1b, zb1p, dualpipe or dualpipev.")
+PICTURE = flags.DEFINE_string("picture", "schedule.png", "schedule: where to draw; empty: nowhere.")
+
+NAMES = ("schedule",)
+OF_SCHEDULE = ("pipe", "micro_batches", "kind", "picture")
+OF_CONFIG = ("config", "devices")
 
 
-def main() -> None:
+def main(name: str = "") -> None:
+    for flag in OF_CONFIG if name else OF_SCHEDULE:
+        if flags.FLAGS[flag].present:
+            raise ConfigError(f"--{flag} does not go {'with' if name else 'without'} schedule")
+    if name:
+        schedule()
+        return
     jax.config.update("jax_platforms", "cpu")  # shapes only: never take an accelerator's memory
     planned = report.plan(command.read_config(CONFIG), DEVICES.value)
     print(json.dumps(planned, indent=2) if JSON.value else report.text(planned))
 
 
+def schedule() -> None:
+    if PIPE.value is None or MICRO.value is None:
+        raise ConfigError(
+            "schedule needs --pipe=RANKS and --micro_batches=NUMBER, such as 8 and 20"
+        )
+    built = pipeline.build(KIND.value, PIPE.value, MICRO.value)
+    compared = pipeline.compare(built)
+    if PICTURE.value:
+        compared["picture"] = str(pipeline.draw(built, Path(PICTURE.value)))
+    if JSON.value:
+        print(json.dumps(compared, indent=2))
+        return
+    print(pipeline.text(compared))
+    if "picture" in compared:
+        print(f"drawn in {compared['picture']}")
+
+
 if __name__ == "__main__":
-    command.run(main)
+    named = any(not argument.startswith("-") for argument in sys.argv[1:2])
+    command.run(main, NAMES if named else ())
