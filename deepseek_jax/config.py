@@ -83,7 +83,7 @@ DATA_AXES = ("replica", "node", "gpu")  # along these, devices see different tok
 # may split it over: those for which the model has the collectives that give the same result.
 SPLITS: dict[str, tuple[str, ...]] = {
     "batch": DATA_AXES,
-    "layer": ("pipe",),
+    "layer": (),
     "model": (),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -105,6 +105,9 @@ class LayoutConfig:
     dispatch: str
     buffer: float
     micro_batches_in_flight: int
+    pipeline: str
+    stage_layers: tuple[int, ...]
+    ramps: str
     recompute: str
     attention_block: int
     unroll: int
@@ -280,6 +283,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "layout.zero": (0, 1, 3),
     "layout.dispatch": ("two_hop", "flat", "reference"),
     "layout.micro_batches_in_flight": (1, 2),
+    "layout.pipeline": ("dualpipe", "dualpipev"),
+    "layout.ramps": ("mask", "skip"),
     "layout.recompute": ("none", "full", "report"),
     "precision.recipe": ("float32", "bfloat16"),
     "precision.dispatch": ("compute", "fp8"),
@@ -636,6 +641,11 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         if type(value) is not kind:
             raise ConfigError(f"{key} is {value!r}; expected {kind.__name__}")
         return value
+    if kind == tuple[int, ...]:
+        numbers = tuple(value) if isinstance(value, tuple | list) else None
+        if numbers is None or not all(type(number) is int for number in numbers):
+            raise ConfigError(f"{key} is {value!r}; expected integers, such as (4, 4, 3)")
+        return numbers
     # The one field that is a table: layout.rules.
     if not isinstance(value, Mapping):
         raise ConfigError(f"{key} is {value!r}; expected logical axis -> mesh axes")

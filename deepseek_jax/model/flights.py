@@ -76,11 +76,11 @@ def _layer(how, experts, weights, xs):
 
 
 def _layer_forward(how, experts, weights, xs):
-    flights = {name: _Flight(how, experts, weights) for name in FLIGHTS}
+    flights = {name: Flight(how, experts, weights) for name in FLIGHTS}
     works = {name: flights[name].forward(x) for name, x in zip(FLIGHTS, xs, strict=True)}
     shared = FLIGHTS.upper() if weights["shared"] is not None else ""
     works |= {name: flights[name.lower()].shared_forward() for name in shared}
-    take_turns(works, forward_turns(_hops(how), shared))
+    take_turns(works, forward_turns(hops_of(how), shared))
     done = tuple(flight.result() for flight in flights.values())
     return done, (weights, [flight.kept() for flight in flights.values()])
 
@@ -88,13 +88,13 @@ def _layer_forward(how, experts, weights, xs):
 def _layer_backward(how, experts, saved, cotangents):
     weights, kept = saved
     flights = {
-        name: _Flight(how, experts, weights).landed(*both)
+        name: Flight(how, experts, weights).landed(*both)
         for name, *both in zip(FLIGHTS, kept, cotangents, strict=True)
     }
     works = {name: flight.backward() for name, flight in flights.items()}
     shared = FLIGHTS.upper() if weights["shared"] is not None else ""
     works |= {name: flights[name.lower()].shared_backward() for name in shared}
-    take_turns(works, backward_turns(_hops(how), shared))
+    take_turns(works, backward_turns(hops_of(how), shared))
     gradients = jax.tree.map(jnp.add, *(flight.gradients() for flight in flights.values()))
     return gradients, tuple(flight.d_x for flight in flights.values())
 
@@ -102,13 +102,27 @@ def _layer_backward(how, experts, saved, cotangents):
 _layer.defvjp(_layer_forward, _layer_backward)
 
 
-def _hops(how: Execution) -> int:
+def hops_of(how: Execution) -> int:
+    """How many all-to-alls take a token to its experts."""
     assert isinstance(how.dispatch, Hops)  # as config.py makes sure
     return len(how.dispatch.hop_axes())
 
 
-class _Flight:
-    """One micro-batch on its way: what later steps need of earlier ones.
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a block is, where it may be known to a device only while it runs.
+
+    Attributes:
+      routed: () bool, whether tokens go to experts at all.
+      dense: () bool, whether the wide network stands in for the shared experts.
+    """
+
+    routed: Any
+    dense: Any
+
+
+class Flight:
+    """One micro-batch on its way through a block: what later steps need of earlier ones.
 
     Attributes:
       x: BSD, after attention.
@@ -127,18 +141,21 @@ class _Flight:
     d_out: jax.Array
     d_routing: Routing
 
-    def __init__(self, how: Execution, experts: int, weights: Any) -> None:
+    def __init__(
+        self, how: Execution, experts: int, weights: Any, kind: Kind | None = None
+    ) -> None:
         assert isinstance(how.dispatch, Hops)  # as config.py makes sure
         self.how, self.dispatch, self.experts, self.weights = how, how.dispatch, experts, weights
+        self.kind = kind or Kind(routed=np.True_, dense=np.False_)
         self.pulls: dict[str, Any] = {}
         self.shared = self.d_shared = None
 
-    def kept(self) -> "_Kept":
+    def kept(self) -> "Kept":
         """What backward needs beside the weights."""
         kept = self.x, self.sent, self.arrived, self.served, self.pulls
         return _without(self.weights, kept)
 
-    def landed(self, kept: "_Kept", cotangent: tuple[jax.Array, Routing]) -> "_Flight":
+    def landed(self, kept: "Kept", cotangent: tuple[jax.Array, Routing]) -> "Flight":
         """Ready for the way back."""
         self.x, self.sent, self.arrived, self.served, self.pulls = _with(self.weights, kept)
         self.d_out, self.d_routing = cotangent
@@ -147,7 +164,12 @@ class _Flight:
 
     # Forward.
 
-    def forward(self, x: jax.Array) -> Steps[None]:
+    def forward(self, x: jax.Array, *, shared: bool = False) -> Steps[None]:
+        """Up to what comes home.
+
+        Args:
+          shared: whether the shared experts are a step of this work, and not one of their own.
+        """
         how, (gate_up, down) = self.how, self.weights["experts"]
         x = yield x
         both = self.weights["attend"]
@@ -155,17 +177,19 @@ class _Flight:
         self.x = x
         gated = self._step("gate", lambda w, x: gate(w[1], w[0](x)), self.weights["gate"], x)
         self.gated, self.sent = gated, (gated.weights, gated.chosen)
-        everything = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
+        everything = jnp.broadcast_to(self.kind.routed, gated.chosen.shape)
         self.arrived = arrived = yield from self.dispatch.sending(
             gated.tokens, *self.sent, everything, self.experts
         )
         up = yield self._into(gate_up, self._rows())
         out = yield self._step("down", self._out_of, down, up, arrived.weights)
-        self.summed, self.served = yield from self.dispatch.combining(out, arrived.route)
+        if shared:
+            yield from self.shared_forward()
+        self.summed, served = yield from self.dispatch.combining(out, arrived.route)
+        self.served = served | ~everything
 
     def shared_forward(self) -> Steps[None]:
-        how, weights = self.how, self.weights["shared"]
-        self.shared = yield self._step("shared", lambda w, x: w[1](w[0](x), how), weights, self.x)
+        self.shared = yield self._step("shared", self._beside, self.weights["shared"], self.x)
 
     def result(self) -> tuple[jax.Array, Routing]:
         """After all turns, for further rounds may need any number of messages."""
@@ -176,7 +200,7 @@ class _Flight:
 
     # Backward: d_x is the cotangent of x, and d_ that of others.
 
-    def backward(self) -> Steps[None]:
+    def backward(self, *, shared: bool = False) -> Steps[None]:
         (gate_up, _), route = self.weights["experts"], self.arrived.route
         d_out = self.d_out.reshape(-1, self.d_out.shape[-1])
         d_experts, *d_more = self._further_rounds(d_out)
@@ -190,6 +214,8 @@ class _Flight:
         nothing: Any = np.zeros(self.sent[1].shape, jax.dtypes.float0)
         d_gated = Gated(d_tokens, d_weights, nothing, self.d_routing)
         self.d_gate, d_x = self.pulls["gate"](d_gated)
+        if shared:
+            yield from self.shared_backward()
         self.d_attend, self.d_x = yield self.pulls["attend"](self.d_x + d_x)
 
     def shared_backward(self) -> Steps[None]:
@@ -230,6 +256,15 @@ class _Flight:
     def _out_of(self, down: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
         return out_of_experts(self.how, down, up, weights, self.arrived)
 
+    def _beside(self, weights: Any, x: jax.Array) -> jax.Array:
+        """What every token goes through: the shared experts, or a dense layer's wide network."""
+        norm, shared, *dense = weights
+        x = norm(x)
+        if not dense:
+            return shared(x, self.how)
+        narrow = (lambda x: shared(x, self.how)) if shared is not None else jnp.zeros_like
+        return jax.lax.cond(self.kind.dense, lambda x: dense[0](x, self.how), narrow, x)
+
     def _step(self, name: str, fn: Any, *inputs: Any) -> Any:
         """fn(*inputs), which backward can pull a cotangent through."""
         policies = jax.checkpoint_policies
@@ -243,7 +278,7 @@ class _Flight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Kept:
+class Kept:
     """A pytree without the leaves that are weights: these are kept once, and not by each flight.
 
     Attributes:
@@ -255,16 +290,16 @@ class _Kept:
     structure: Any = dataclasses.field(metadata=dict(static=True))
 
 
-def _without(weights: Any, tree: Any) -> _Kept:
+def _without(weights: Any, tree: Any) -> Kept:
     leaves, structure = jax.tree.flatten(tree)
     number = {id(weight): i for i, weight in enumerate(jax.tree.leaves(weights))}
     which = tuple(number.get(id(leaf)) for leaf in leaves)
     rest = [leaf for leaf, i in zip(leaves, which, strict=True) if i is None]
     # Named, so that recomputing the layer around it keeps it too.
-    return _Kept([checkpoint_name(leaf, "flight") for leaf in rest], (structure, which))
+    return Kept([checkpoint_name(leaf, "flight") for leaf in rest], (structure, which))
 
 
-def _with(weights: Any, kept: _Kept) -> Any:
+def _with(weights: Any, kept: Kept) -> Any:
     (structure, which), rest = kept.structure, iter(kept.leaves)
     known = jax.tree.leaves(weights)
     return jax.tree.unflatten(structure, [next(rest) if i is None else known[i] for i in which])

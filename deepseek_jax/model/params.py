@@ -5,14 +5,16 @@ layers has one more dimension in front.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deepseek_jax.parallel import axes as mesh_axes
+from deepseek_jax.parallel import stages
 from deepseek_jax.parallel.axes import Axes
 
 Dim = tuple[str | None, int]
@@ -132,7 +134,7 @@ def gather(tree: Any, layout: mesh_axes.Layout) -> Any:
 
     def one(variable):
         if isinstance(variable, RouterBias):
-            return variable  # small, whole everywhere
+            return variable
         axes, shape = _stacked(variable)
         return variable.replace(mesh_axes.gather(variable[...], axes, shape, layout))
 
@@ -159,6 +161,47 @@ def reduce_gradients(grads: Any, layout: mesh_axes.Layout, scattered: bool) -> A
         return variable.replace(value)
 
     return jax.tree.map(one, grads, is_leaf=is_variable)
+
+
+def to_stages(stacks: Sequence[Any], rows: np.ndarray, layout: mesh_axes.Layout) -> Any:
+    """The layers that this rank of a pipeline computes with, from masters stacked by layer.
+
+    Args:
+      stacks: trees of one structure, whose layers follow one another.
+      rows: [ranks, R] numbers of layers, see `parallel/stages.py`.
+    """
+
+    def one(*variables):
+        dim, over = _zero_split(variables[0], layout)
+        stack = jnp.concatenate([variable[...] for variable in variables])
+        return variables[0].replace(stages.fetch(stack, rows, dim, over))
+
+    return jax.tree.map(one, *stacks, is_leaf=is_variable)
+
+
+def from_stages(
+    grads: Any, rows: np.ndarray, layers: Sequence[int], layout: mesh_axes.Layout
+) -> list[Any]:
+    """Gradients of `to_stages`' result -> those of its stacks, of that many layers each."""
+
+    def one(variable):
+        dim, over = _zero_split(variable, layout)
+        summed = layout.summed(_stacked(variable)[0])
+        home = stages.bring_home(variable[...], rows, sum(layers), dim, over, summed)
+        return variable.replace(home)
+
+    home = jax.tree.map(one, grads, is_leaf=is_variable)
+    ends = np.cumsum(layers)
+    return [
+        jax.tree.map(lambda x, a=end - count, b=end: x[a:b], home)
+        for end, count in zip(ends, layers, strict=True)
+    ]
+
+
+def _zero_split(variable: nnx.Variable, layout: mesh_axes.Layout) -> tuple[int, tuple[str, ...]]:
+    if isinstance(variable, RouterBias):
+        return 0, ()  # small, whole everywhere
+    return layout.zero_split(*_stacked(variable))
 
 
 def _meta(variable: nnx.Variable) -> tuple[Axes, tuple[int, ...]]:

@@ -127,7 +127,11 @@ class Transformer(nnx.Module):
           tokens: B(S + ahead) int32; the last `ahead` are read by MTP modules only. Where a module
             needs a token past the end it gets zeros, and its output there means nothing.
         """
-        trunk, depth = self.trunk(tokens, how, ahead=ahead), self.config.mtp_depth
+        return self.heads(self.trunk(tokens, how, ahead=ahead), how, ahead=ahead)
+
+    def heads(self, trunk: Trunk, how: Execution, *, ahead: int) -> Hidden:
+        """The MTP chain on top of a trunk."""
+        depth = self.config.mtp_depth
         if not depth:
             return Hidden(trunk.top[None], trunk.routing, None)
         missing, length = max(depth - ahead, 0), trunk.top.shape[1]

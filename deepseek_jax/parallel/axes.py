@@ -52,9 +52,14 @@ class Layout:
         return P(*(self.mesh_axes(axis) or None for axis in axes))
 
     def summed(self, axes: Axes) -> tuple[str, ...]:
-        """The data axes along which every rank holds this weight, so that its gradient is a sum."""
+        """The axes along which every rank holds this weight, so that its gradient is a sum.
+
+        Ranks of a pipeline hold other layers; but as masters they are all the same, and `pipe` goes
+        innermost so that what one rank computes with is a run of what ZeRO splits.
+        """
         used = {name for axis in axes for name in self.mesh_axes(axis)}
-        return tuple(a for a in DATA_AXES if self.sizes[a] > 1 and a not in used)
+        over = (*DATA_AXES, "pipe")
+        return tuple(a for a in over if self.sizes[a] > 1 and a not in used)
 
     def zero_split(self, axes: Axes, shape: tuple[int, ...]) -> tuple[int, tuple[str, ...]]:
         """Which dimension ZeRO splits, and over which mesh axes; (0, ()) where nothing fits.

@@ -52,6 +52,10 @@ def micro_batches(config: BatchConfig, tokens: int) -> int:
     return max(round(wanted / config.micro_sequences), 1)
 
 
+def fewest_micro_batches(config: BatchConfig) -> int:
+    return max(min(config.sequences, config.ramp_sequences) // config.micro_sequences, 1)
+
+
 def most_micro_batches(config: BatchConfig) -> int:
     return max(config.sequences, config.ramp_sequences) // config.micro_sequences
 

@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import execution, params, router
-from deepseek_jax.model.transformer import abstract_model
+from deepseek_jax.model.transformer import Hidden, abstract_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
+from deepseek_jax.train import pipelined
 from deepseek_jax.train.loss import head_loss
 from deepseek_jax.train.schedule import Hyper
 from deepseek_jax.train.state import TrainState, split
@@ -86,8 +87,30 @@ def objective(
       () float32: summed over devices and micro-batches it is main + mtp_weight * mean of the MTP
       losses + alpha * balance; and what to record.
     """
-    depth, (batch, length) = model.config.mtp_depth, (tokens.shape[0], tokens.shape[1] - 1)
     hidden = model.hidden(tokens, how, ahead=1)
+    return loss_of(
+        model,
+        tokens,
+        hidden,
+        chunk=chunk,
+        mtp_weight=mtp_weight,
+        alpha=alpha,
+        sequences=sequences,
+    )
+
+
+def loss_of(
+    model: Any,
+    tokens: jax.Array,
+    hidden: Hidden,
+    *,
+    chunk: int,
+    mtp_weight: jax.Array | float,
+    alpha: float,
+    sequences: jax.Array | float,
+) -> tuple[jax.Array, Sums]:
+    """`objective` from what the heads read."""
+    depth, (batch, length) = model.config.mtp_depth, (tokens.shape[0], tokens.shape[1] - 1)
     padded = jnp.pad(tokens, ((0, 0), (0, depth)))
     targets = jnp.stack([padded[:, 1 + k : 1 + k + length] for k in range(depth + 1)])  # MBS
     weights = head_weights(depth, length, mtp_weight)
@@ -117,6 +140,8 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
 
     One shard_map, manual over every mesh axis: all communication of the step is written out in it.
     """
+    if layout.sizes["pipe"] > 1:
+        return pipelined.make_gradients(config, layout, mesh, loss_of, tokens_spec(layout))
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
     how = execution.of(config)

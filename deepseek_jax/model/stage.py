@@ -1,0 +1,129 @@
+"""One stage of a pipeline: its layers' steps, forward and backward, as work that takes turns.
+
+All ranks run one program, so every slot of a stage has the code of a MoE layer. A dense layer is
+one that sends no token to experts and whose wide network stands in for the shared experts; a slot
+without a layer has zeros for weights, and changes nothing.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.flights import Flight, Kept, Kind
+from deepseek_jax.model.router import Routing, Traffic
+from deepseek_jax.parallel.turns import Steps
+
+
+def turns(slots: int, hops: int) -> list[str]:
+    """A forward chunk ("f") beside a backward chunk ("b") of as many slots.
+
+    One's messages are beside the other's matmuls, as in figure 4 of the report:
+
+        f   attention      dispatch   experts          combine
+        b   combine grad.  experts    dispatch grad.   attention
+    """
+    f, b = "f" * hops, "b" * hops
+    return ["ff" + b, f + "bb", "fff" + b, f + "bb"] * slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A layer of one rank's chunk.
+
+    Attributes:
+      modules: those of a `Block`, by name: attention_norm, attention, feed_norm, router, experts,
+        and where there are any shared, dense.
+      kind: of the layer that is here, on this rank.
+    """
+
+    modules: dict[str, Any]
+    kind: Kind
+
+
+def weights(modules: dict[str, Any]) -> dict[str, Any]:
+    """As a `Flight` wants them."""
+    norm, shared = modules["feed_norm"], modules.get("shared")
+    wide = (modules["dense"],) if "dense" in modules else ()
+    return {
+        "attend": (modules["attention_norm"], modules["attention"]),
+        "gate": (norm, modules["router"]),
+        "experts": modules["experts"].weights(),
+        "shared": (norm, shared, *wide) if shared is not None or wide else None,
+    }
+
+
+@dataclasses.dataclass
+class Stage:
+    """The layers of one chunk.
+
+    Attributes:
+      slots: in order; those without a layer last.
+      how: as a model runs them.
+      experts: E.
+      balance: () what a sequence's balance loss counts in the objective.
+      traced: of each slot the structure of what forward keeps and the shapes of its routing: known
+        once a forward pass was traced.
+    """
+
+    slots: list[Slot]
+    how: Execution
+    experts: int
+    balance: jax.Array
+    traced: list[Any] = dataclasses.field(default_factory=list)
+
+    def forward(self, x: jax.Array, on: jax.Array) -> Steps[tuple[jax.Array, Any, Any]]:
+        """x BSD -> BSD, what backward needs, and (load, balance, traffic) stacked over slots."""
+        kept, sums, self.traced = [], [], []
+        for slot in self.slots:
+            flight = self._flight(slot, on)
+            yield from flight.forward(x, shared=flight.weights["shared"] is not None)
+            x, routing = flight.result()
+            kept.append(flight.kept().leaves)
+            shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), routing
+            )
+            self.traced.append((flight.kept().structure, shapes))
+            routed = (routing.load, routing.balance, routing.traffic)
+            sent = flight.kind.routed
+            sums.append(jax.tree.map(lambda value, sent=sent: jnp.where(sent, value, 0), routed))
+        return x, kept, jax.tree.map(lambda *parts: jnp.stack(parts), *sums)
+
+    def backward(
+        self, kept: Any, d_x: jax.Array, on: jax.Array
+    ) -> Steps[tuple[jax.Array, list[dict[str, Any]]]]:
+        """The gradient of what forward returned -> that of its x, and float32 ones of each slot."""
+        gradients: list[Any] = []
+        layers = zip(self.slots, kept, self.traced, strict=True)
+        for slot, leaves, (structure, routing) in reversed(list(layers)):
+            flight = self._flight(slot, on)
+            balance = jnp.where(flight.kind.routed, self.balance, 0.0)
+            d_routing = _pull_of_balance(routing, balance)
+            flight.landed(Kept(leaves, structure), (d_x, d_routing))
+            yield from flight.backward(shared=flight.weights["shared"] is not None)
+            d_x = flight.d_x
+            _, pull = jax.vjp(weights, slot.modules)
+            gradients.append(_wide(pull(flight.gradients())[0]))
+        return d_x, gradients[::-1]
+
+    def _flight(self, slot: Slot, on: jax.Array) -> Flight:
+        kind = dataclasses.replace(slot.kind, routed=slot.kind.routed & on)
+        return Flight(self.how, self.experts, weights(slot.modules), kind)
+
+
+def _pull_of_balance(routing: Routing, balance: jax.Array) -> Routing:
+    """What the objective asks of a layer's routing: its balance, and nothing else."""
+
+    def nothing(leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return np.zeros(leaf.shape, jax.dtypes.float0)
+
+    return dataclasses.replace(jax.tree.map(nothing, routing), balance=balance)
+
+
+def _wide(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)

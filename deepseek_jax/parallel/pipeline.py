@@ -1,0 +1,243 @@
+"""One program for all ranks of DualPipe and DualPipeV: `ticks` says when, the model says what.
+
+A tick runs one forward and one backward chunk, of which neither needs anything of the other, so
+each one's messages can travel under the other's matmuls. Values wait in pools of slots, whose
+number does not grow with the micro-batches. Runs inside a `shard_map` that is manual over `pipe`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.parallel.ticks import IDLE, Wall
+from deepseek_jax.parallel.turns import Steps, straight, take_turns
+
+AXIS = "pipe"
+
+
+class Stages(Protocol):
+    """What the executor asks of a model. A micro-batch is a traced number, a chunk 0 or 1.
+
+    What `on` (a bool scalar) says false of may return anything finite, and should send nothing.
+    """
+
+    def first(self, micro: jax.Array) -> jax.Array:
+        """The input of stage 0."""
+        ...
+
+    def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[tuple[Any, Any, Any]]:
+        """The output, what backward needs (a list of arrays), and a pytree of sums to record."""
+        ...
+
+    def backward(
+        self, chunk: int, kept: list[jax.Array], d_y: jax.Array, on: jax.Array
+    ) -> Steps[tuple[jax.Array, Any]]:
+        """The gradients of the input and of the chunk's weights, these float32."""
+        ...
+
+    def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
+        """Adds loss and gradients of the model's end to `total`; and the gradient of y."""
+        ...
+
+    def first_gradient(self, micro: jax.Array, d_x: jax.Array, total: Any) -> Any:
+        """Adds the gradients of what `first` did."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Attributes:
+    wall: who holds which stage.
+    slots: of the pools, from `Ticks`.
+    turns: the steps of a forward ("f") and a backward chunk ("b") side by side.
+    skip: whether a tick before and after the steady ones leaves out what its rank has not to do,
+      instead of making and dropping it. What is left out hides no message.
+    """
+
+    wall: Wall
+    slots: dict[str, int]
+    turns: Sequence[str]
+    skip: bool
+
+    def run(
+        self,
+        stages: Stages,
+        like: jax.Array,
+        total: Any,
+        tables: dict[str, jax.Array],
+        steady: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[list[Any], list[Any], Any]:
+        """All ticks.
+
+        Args:
+          like: shape and dtype of what travels between stages.
+          total: zeros of what `last` and `first_gradient` add to.
+          tables: [T, ranks], of `Ticks`; ticks past the last one may follow.
+          steady: first steady tick, the one after the last, and the number of ticks; all even.
+
+        Returns:
+          For each chunk the gradients of its weights and its sums; and `total`.
+        """
+        rank = lax.axis_index(AXIS)
+        mine = {name: table[:, rank] for name, table in tables.items()}
+        on = jnp.zeros((), jnp.bool_)
+        wait = jnp.zeros(like.shape, like.dtype)
+        whole = [
+            jax.eval_shape(lambda x, on, c=c: straight(stages.forward(c, x, on)), wait, on)
+            for c in (0, 1)
+        ]
+        back = [
+            jax.eval_shape(
+                lambda kept, d_y, on, c=c: straight(stages.backward(c, kept, d_y, on)),
+                whole[c][1], wait, on,
+            )
+            for c in (0, 1)
+        ]  # fmt: skip
+        assert _shapes(whole[0][1]) == _shapes(whole[1][1]), "chunks keep different things"
+        state = {
+            "x": _pool(like, self.slots["x"]),
+            "d_y": _pool(like, self.slots["d_y"]),
+            "kept": jax.tree.map(lambda leaf: _pool(leaf, self.slots["kept"]), whole[0][1]),
+            "sums": [_zeros(w[2]) for w in whole],
+            "gradients": [_zeros(b[1]) for b in back],
+            "total": total,
+        }
+        tick = _Tick(self, stages, rank, whole, back)
+
+        def loop(start: Any, end: Any, skip: bool, state: Any) -> Any:
+            def pair(i: jax.Array, state: Any) -> Any:
+                for parity in (0, 1):
+                    now = {name: column[2 * i + parity] for name, column in mine.items()}
+                    state = tick(state, now, parity, skip)
+                return state
+
+            return lax.fori_loop(start // 2, end // 2, pair, state)
+
+        first, end, count = steady
+        if self.skip:
+            state = loop(0, first, True, state)
+            state = loop(first, end, False, state)
+            state = loop(end, count, True, state)
+        else:
+            state = loop(0, count, False, state)
+        return state["gradients"], state["sums"], state["total"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tick:
+    pipeline: Pipeline
+    stages: Stages
+    rank: jax.Array
+    whole: list[Any]
+    back: list[Any]
+
+    def __call__(self, state: Any, now: dict[str, jax.Array], parity: int, skip: bool) -> Any:
+        """One tick: all reads, then both chunks, the swap, and all writes."""
+        wall, stages, f, b = self.pipeline.wall, self.stages, parity, 1 - parity
+        f_on, b_on = now["f_micro"] != IDLE, now["b_micro"] != IDLE
+        reads = (
+            _read(state["x"], now["f_in"]),
+            _read(state["d_y"], now["b_in"]),
+            jax.tree.map(lambda pool: _read(pool, now["b_kept"]), state["kept"]),
+        )
+        pools = state["x"], state["d_y"], state["kept"]
+        # A read before all writes: otherwise the compiler copies whole pools to be safe.
+        (x, d_y, kept), (xs, d_ys, kepts) = lax.optimization_barrier((reads, pools))
+        # Only even ticks begin a micro-batch, and only odd ones end it, forward and backward.
+        is_first = self._holds(0, f if parity == 0 else b)
+        if parity == 0:
+            x = jnp.where(is_first, stages.first(now["f_micro"]), x)
+        (y, new, sums), (d_x, gradients) = self._both(f, b, x, d_y, kept, f_on, b_on, skip)
+        swaps = wall.swaps(parity)
+        y_here, d_x_here = lax.ppermute((y, d_x), AXIS, swaps) if swaps else (y, d_x)
+        total = state["total"]
+        if parity == 1:
+            ends = self._holds(wall.stages - 1, f) & f_on
+            total, d_top = _perhaps(
+                ends,
+                lambda both: stages.last(now["f_micro"], y, both[0]),
+                (total, jnp.zeros(y.shape, y.dtype)),
+            )
+            d_x_here = jnp.where(ends, d_top, d_x_here)
+            total = _perhaps(
+                is_first & b_on,
+                lambda total: stages.first_gradient(now["b_micro"], d_x, total),
+                total,
+            )
+        return {
+            "x": _write(xs, now["y_to"], y_here),
+            "d_y": _write(d_ys, now["d_x_to"], d_x_here),
+            "kept": jax.tree.map(lambda pool, leaf: _write(pool, now["f_kept"], leaf), kepts, new),
+            "sums": _added(state["sums"], f, sums, f_on),
+            "gradients": _added(state["gradients"], b, gradients, b_on),
+            "total": total,
+        }
+
+    def _holds(self, stage: int, chunk: int) -> jax.Array:
+        """Whether this rank's chunk is that stage."""
+        wall = self.pipeline.wall
+        holders = [r for r in range(wall.ranks) if wall.stage(r, chunk) == stage]
+        return jnp.isin(self.rank, jnp.asarray(holders, jnp.int32))
+
+    def _both(
+        self, f: int, b: int, x: Any, d_y: Any, kept: Any, f_on: Any, b_on: Any, skip: bool
+    ) -> tuple[Any, Any]:
+        stages = self.stages
+        if not skip:
+            out: dict[str, Any] = {}
+            works = {
+                "f": _into(out, "f", stages.forward(f, x, f_on)),
+                "b": _into(out, "b", stages.backward(b, kept, d_y, b_on)),
+            }
+            take_turns(works, self.pipeline.turns)
+            return out["f"], out["b"]
+        forward = lax.cond(
+            f_on,
+            lambda: straight(stages.forward(f, x, f_on)),
+            lambda: _zeros(self.whole[f]),
+        )
+        backward = lax.cond(
+            b_on,
+            lambda: straight(stages.backward(b, kept, d_y, b_on)),
+            lambda: _zeros(self.back[b]),
+        )
+        return forward, backward
+
+
+def _into(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:
+    out[name] = yield from work
+
+
+def _perhaps(on: jax.Array, fn: Callable[[Any], Any], value: Any) -> Any:
+    """fn(value) or value. Unlike a conditional, a loop of one or no turn copies neither."""
+    return lax.fori_loop(0, on.astype(jnp.int32), lambda _, value: fn(value), value)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def _pool(like: Any, slots: int) -> jax.Array:
+    return jnp.zeros((slots, *like.shape), like.dtype)
+
+
+def _read(pool: jax.Array, slot: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(pool, slot, 0, keepdims=False)
+
+
+def _write(pool: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(pool, value, slot, 0)
+
+
+def _added(totals: list[Any], chunk: int, more: Any, on: jax.Array) -> list[Any]:
+    """What idle work made is dropped, whatever it is."""
+    added = jax.tree.map(lambda old, new: old + jnp.where(on, new, 0), totals[chunk], more)
+    return [added if c == chunk else total for c, total in enumerate(totals)]

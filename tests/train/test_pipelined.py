@@ -1,0 +1,69 @@
+"""A pipeline gives the loss and the gradients that one device gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+import small
+from deepseek_jax.model import params
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.model.transformer import build_model
+from deepseek_jax.train.state import split
+from deepseek_jax.train.step import make_gradients, tokens_spec
+
+COUNT = 11  # of the micro-batches that there is room for: odd, and below what pipe 8 needs
+
+
+def gradients(config, sizes, tokens):
+    """(gradients, Sums) of a step on tokens AB(S+1), as NumPy arrays."""
+    mesh_config = dataclasses.replace(config.mesh, **sizes)
+    config = dataclasses.replace(config, mesh=mesh_config)
+    mesh, layout = small.mesh_of(sizes), meshes.layout(config)
+    _, weights, bias = split(build_model(config.model, jax.random.key(0)))
+    places = params.place(weights, lambda *a: NamedSharding(mesh, layout.storage(*a)))
+    with jax.set_mesh(mesh):
+        weights = jax.device_put(weights, places)
+        tokens = jax.device_put(tokens, NamedSharding(mesh, tokens_spec(layout)))
+        step = jax.jit(make_gradients(config, layout, mesh))
+        out = step(weights, bias, tokens, jnp.int32(COUNT), jnp.float32(0.3))
+    return jax.device_get(out)
+
+
+V = {"layout_pipeline": "dualpipev"}
+TIGHT = {"layout_buffer": 0.6}  # tokens need further rounds
+CASES = {
+    "2 ranks": ({"pipe": 2}, {"model_layers": 2, "layout_zero": 0}),
+    "2 ranks, 2 GPUs": ({"pipe": 2, "gpu": 2}, {"model_layers": 2, **TIGHT}),
+    "2 ranks, 2 nodes of 2": ({"pipe": 2, "node": 2, "gpu": 2}, {"model_layers": 2}),
+    "2 ranks, replicas, tensor": ({"pipe": 2, "replica": 2, "tensor": 2}, {"model_layers": 2}),
+    "4 ranks": ({"pipe": 4}, {"model_layers": 4, "model_mtp_depth": 2}),
+    "4 ranks, 2 nodes": ({"pipe": 4, "node": 2}, {"model_layers": 4, "layout_ramps": "skip"}),
+    "8 ranks": ({"pipe": 8}, {"model_layers": 8}),
+    "V, 2 ranks, 2 GPUs": ({"pipe": 2, "gpu": 2}, {"model_layers": 4, **V}),
+    "V, 4 ranks": ({"pipe": 4}, {"model_layers": 8, "layout_ramps": "skip", **V}),
+    "uneven": (
+        {"pipe": 4},
+        {
+            "model_layers": 5,
+            "model_dense_layers": 2,
+            "layout_stage_layers": (2, 0, 1, 2),
+            "layout_recompute": "report",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("sizes, changes", CASES.values(), ids=CASES)
+def test_gradients(sizes, changes):
+    defaults = {"layout_zero": 1, "layout_dispatch": "two_hop", "layout_buffer": 100.0}
+    batch = {"batch_sequences": 144, "batch_ramp_sequences": 64}
+    config = small.config(**(batch | defaults | changes))
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab, (18, 8, 17), np.int32)
+    grads, sums = gradients(config, sizes, tokens)
+    want, want_sums = gradients(config, sizes | {"pipe": 1}, tokens)
+    small.close(sums, want_sums)
+    small.close(grads, want)
