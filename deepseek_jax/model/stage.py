@@ -14,7 +14,7 @@ import numpy as np
 
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.flights import Flight, Kept, Kind
-from deepseek_jax.model.router import Routing, Traffic
+from deepseek_jax.model.router import Routing
 from deepseek_jax.parallel.turns import Steps
 
 

@@ -13,11 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.parallel import schedule
 from deepseek_jax.parallel.ticks import Wall
 
 NOTHING = -1
 AXIS = "pipe"
+
+
+def wall(config: Config) -> Wall:
+    """Who holds which stage.
+
+    Raises:
+      ConfigError: DualPipe, and an odd number of ranks.
+    """
+    ranks = config.mesh.pipe
+    made = schedule.BY_NAME[config.layout.pipeline](ranks, 2 * ranks)
+    return Wall(made.ranks, made.stages)
 
 
 def layers_per_stage(layers: int, stages: int, given: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -58,7 +70,14 @@ class Places:
         return np.where(inside, self.layers - first, NOTHING).reshape(len(self.layers), -1)
 
 
-def places(wall: Wall, split: tuple[int, ...]) -> Places:
+def places(config: Config) -> Places:
+    held = wall(config)
+    given = config.layout.stage_layers
+    return spread(held, layers_per_stage(config.model.layers, held.stages, given))
+
+
+def spread(wall: Wall, split: tuple[int, ...]) -> Places:
+    """Where layers are whose stages have so many each."""
     starts = np.cumsum((0, *split))
     table = np.full((wall.ranks, 2, max(split)), NOTHING)
     for rank in range(wall.ranks):

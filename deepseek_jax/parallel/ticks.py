@@ -195,10 +195,10 @@ def _fill(tables: dict[str, np.ndarray], rows: list[Row], wall: Wall) -> dict[st
                 to = wall.neighbour(rank, 1 - phase, -1)
                 write("d_x_to", "d_y", tick, to, backward.stage - 1, backward.micro)
         for column, name in (("f_kept", "kept"), ("y_to", "x"), ("d_x_to", "d_y")):
-            for rank in np.flatnonzero(tables[column][tick] == IDLE):
-                pool = pools[name][rank]  # what nobody will read goes to a free slot
-                slot = pool.free[-1] if pool.free else pool.made
-                idle.append((column, name, tick, int(rank), slot))
+            for rank, pool in enumerate(pools[name]):
+                if tables[column][tick, rank] == IDLE:  # nobody will read it: to a free slot
+                    slot = pool.free[-1] if pool.free else pool.made
+                    idle.append((column, name, tick, rank, slot))
     assert not where, "a value that nobody reads"
     slots = {name: max(pool.made for pool in ranks) for name, ranks in pools.items()}
     for column, name, tick, rank, slot in idle:

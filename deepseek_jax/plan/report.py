@@ -2,15 +2,17 @@
 
 import dataclasses
 import io
+import itertools
 import math
 from typing import Any
 
 from deepseek_jax.config import MESH_AXES, Config, check
-from deepseek_jax.parallel import mesh
+from deepseek_jax.parallel import mesh, stages
 from deepseek_jax.plan.cache import cache_bytes_per_token
 from deepseek_jax.plan.count import count
 from deepseek_jax.plan.flops import training_flops_per_token
 from deepseek_jax.plan.memory import memory
+from deepseek_jax.plan.pipeline import TITLES
 
 GIB = 2**30
 
@@ -67,12 +69,27 @@ def plan(config: Config, devices: int | None = None) -> dict[str, Any]:
             "zero": config.layout.zero,
             "recipe": config.precision.recipe,
             "moments": config.optimizer.moments,
+            **_pipeline(config),
         },
         "bytes_per_device": {
             **dataclasses.asdict(used),
             "state": used.state,
             "total": used.total,
         },
+    }
+
+
+def _pipeline(config: Config) -> dict[str, Any]:
+    """Which stage has how many layers; without a pipeline, all are one stage's."""
+    layers, layout = config.model.layers, config.layout
+    if config.mesh.pipe == 1:
+        return {"pipeline": None, "stage_layers": [layers], "empty_slots": 0}
+    held = stages.wall(config)
+    each = stages.layers_per_stage(layers, held.stages, layout.stage_layers)
+    return {
+        "pipeline": layout.pipeline,
+        "stage_layers": list(each),
+        "empty_slots": held.stages * max(each) - layers,
     }
 
 
@@ -136,19 +153,28 @@ def _cache(planned: dict[str, Any]) -> Section:
 
 def _memory(planned: dict[str, Any]) -> Section:
     layout, each = planned["layout"], planned["bytes_per_device"]
-    mesh_shape = " x ".join(f"{axis} {size}" for axis, size in layout["mesh"].items() if size > 1)
-    shape = f" ({mesh_shape})" if mesh_shape else ""
     rows = [(name, f"{each[key]:,} B", f"{each[key] / GIB:.2f} GiB") for key, name in _ROWS]
-    return f"per device of {layout['devices']}{shape}, ZeRO {layout['zero']}", rows
+    return f"per device of {layout['devices']}, ZeRO {layout['zero']}", rows
 
 
 def _notes(planned: dict[str, Any]) -> list[str]:
-    notes = ["Operations leave out MTP, recomputation and the router's choice."]
+    layout = planned["layout"]
+    axes = " x ".join(f"{axis} {size}" for axis, size in layout["mesh"].items() if size > 1)
+    notes = [f"Mesh: {axes}."] if axes else []
+    notes += ["Operations leave out MTP, recomputation and the router's choice."]
     notes += ["Gradient sums run over micro-batches, in the layout that computes; reduced ones are"]
     notes += ["the optimiser's share. Temporaries and activations are not counted."]
-    if (pipe := planned["layout"]["mesh"]["pipe"]) > 1:
-        notes += [
-            f"The fullest of {pipe} ranks; rank r holds stages r and {pipe - 1} - r (DualPipe).",
-            "The executor that runs mesh.pipe > 1 comes later.",
-        ]
-    return notes
+    return [*notes, *_stages(layout)] if layout["pipeline"] else notes
+
+
+def _stages(layout: dict[str, Any]) -> list[str]:
+    layers, empty = layout["stage_layers"], layout["empty_slots"]
+    runs = [(each, len(list(run))) for each, run in itertools.groupby(layers)]
+    (each, count), *more = runs
+    shown = [f"{count} x {each} layers", *(f"{count} x {each}" for each, count in more)]
+    total = len(layers) * max(layers)
+    return [
+        f"Stages: {', '.join(shown)}; {TITLES[layout['pipeline']]}: each rank holds two.",
+        f"{empty} of {total} slots for layers are empty, and cost a MoE layer's weights and "
+        "gradients.",
+    ]

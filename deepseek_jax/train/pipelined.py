@@ -1,4 +1,4 @@
-"""The gradients of a step where layers are spread over `pipe`: DualPipe with this model's stages."""
+"""The gradients of a step whose layers are spread over `pipe`: DualPipe with this model."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,31 +13,18 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config, ModelConfig
-from deepseek_jax.model import execution, params
-from deepseek_jax.model import stage as stage_steps
-from deepseek_jax.model.flights import Kind, hops_of
-from deepseek_jax.model.stage import Slot, Stage
+from deepseek_jax.model import execution, params, staged
+from deepseek_jax.model.flights import hops_of
+from deepseek_jax.model.stage import Stage, turns
 from deepseek_jax.model.transformer import Transformer, Trunk, abstract_model
-from deepseek_jax.parallel import axes, schedule, stages
+from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.parallel.pipeline import AXIS, Pipeline
-from deepseek_jax.parallel.stages import Places
+from deepseek_jax.parallel.stages import Places, places, wall
 from deepseek_jax.parallel.ticks import IDLE, Ticks, Wall, lockstep
 from deepseek_jax.parallel.turns import Steps
 from deepseek_jax.train.schedule import fewest_micro_batches, most_micro_batches
 from deepseek_jax.train.state import split
-
-
-def wall(config: Config) -> Wall:
-    """Who holds which stage."""
-    ranks = config.mesh.pipe
-    return Wall(ranks, ranks if config.layout.pipeline == "dualpipe" else 2 * ranks)
-
-
-def places(config: Config) -> Places:
-    held = wall(config)
-    given = stages.layers_per_stage(config.model.layers, held.stages, config.layout.stage_layers)
-    return stages.places(held, given)
 
 
 def padded_micro_batches(config: Config, count: int) -> int:
@@ -78,12 +65,17 @@ def make_gradients(
             model: Any = nnx.merge(graph, params.cast(masters, how.recipe.compute), bias)
             sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
             balance = config.schedule.balance_alpha / sequences
-            rows = _fetch(model, where, config.model, layout)
+            rows = staged.fetch(model, where, config.model, layout)
             chunks = [
-                Stage(_slots(rows, where, chunk, config.model), how, config.model.experts, balance)
+                Stage(
+                    staged.slots(rows, where, chunk, config.model),
+                    how,
+                    config.model.experts,
+                    balance,
+                )
                 for chunk in (0, 1)
             ]
-            ends = params.gather(_ends(model), layout)
+            ends = params.gather(staged.ends(model), layout)
 
             def loss(ends, y, micro):
                 trunk = Trunk(ends.norm(y), None, ends.embedding(micro, how))
@@ -98,13 +90,13 @@ def make_gradients(
                 )
 
             run = _Run(chunks, ends, tokens, how, loss)
-            slots_turns = stage_steps.turns(where.slots, hops_of(how))
-            pipeline = Pipeline(held, slots, slots_turns, skip)
+            both_ways = turns(where.slots, hops_of(how))
+            pipeline = Pipeline(held, slots, both_ways, skip)
             rows_of, steady = _timetable(tables, config, count, held)
             shape = tokens.shape[1], tokens.shape[2] - 1, config.model.d_model
             like: Any = jax.ShapeDtypeStruct(shape, how.recipe.compute)
             gradients, sums, total = pipeline.run(run, like, run.nothing(like), rows_of, steady)
-            grads = _bring_home(model, gradients, total[0], where, config.model, layout)
+            grads = staged.bring_home(model, gradients, total[0], where, config.model, layout)
             return grads, lax.psum(_all_sums(sums, total[1], where, config.model), summed)
 
     return jax.shard_map(
@@ -163,22 +155,16 @@ def _timetable(
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
     """That of this step's number of micro-batches; those that there are not are idle."""
     longest = max(ticks.count for ticks in tables)
-    numbers = [
-        padded_micro_batches(config, fewest_micro_batches(config.batch)) + 2 * i
-        for i in range(len(tables))
-    ]
+    least = padded_micro_batches(config, fewest_micro_batches(config.batch))
+    numbers = range(least, least + 2 * len(tables), 2)
     which = jnp.searchsorted(jnp.asarray(numbers), count)
 
-    def stacked(name: str) -> np.ndarray:
-        columns = [_data_order(ticks, name, n, held) for ticks, n in zip(tables, numbers)]
-        return np.stack(
-            [
-                np.pad(column, ((0, longest - len(column)), (0, 0)), constant_values=IDLE)
-                for column in columns
-            ]
-        )
+    def all_of(name: str) -> np.ndarray:
+        each = [_in_turns(t, name, n, held) for t, n in zip(tables, numbers, strict=True)]
+        room = [((0, longest - len(column)), (0, 0)) for column in each]
+        return np.stack([np.pad(*both) for both in zip(each, room, strict=True)])
 
-    chosen = {name: jnp.asarray(stacked(name))[which] for name in tables[0].tables}
+    chosen = {name: jnp.asarray(all_of(name))[which] for name in tables[0].tables}
     for name in ("f_micro", "b_micro"):
         chosen[name] = jnp.where(chosen[name] < count, chosen[name], IDLE)
     edges = np.array([(*ticks.steady, ticks.count) for ticks in tables], np.int32)
@@ -186,7 +172,7 @@ def _timetable(
     return chosen, (first, end, last)
 
 
-def _data_order(ticks: Ticks, name: str, count: int, held: Wall) -> np.ndarray:
+def _in_turns(ticks: Ticks, name: str, count: int, held: Wall) -> np.ndarray:
     """DualPipe's two streams take turns, so that micro-batches that are missing are its last."""
     column = ticks.tables[name]
     if name not in ("f_micro", "b_micro") or not held.mirrored:
@@ -194,105 +180,6 @@ def _data_order(ticks: Ticks, name: str, count: int, held: Wall) -> np.ndarray:
     half = count // 2
     turned = np.where(column < half, 2 * column, 2 * (column - half) + 1)
     return np.where(column == IDLE, IDLE, turned).astype(np.int32)
-
-
-# Weights: from the model's layers to slots, and gradients back.
-
-_BOTH = ("attention_norm", "attention", "feed_norm")  # what a dense and a MoE layer both have
-
-
-def _stacks(model: Any, config: ModelConfig) -> dict[str, tuple[list[Any], int, list[int]]]:
-    """Every part of a slot: the stacks that it comes from, their first layer and layers each."""
-    dense, moe = config.dense_layers, config.moe_layers
-    mixture = model.moe_layers
-    parts: dict[str, tuple[list[Any], int, list[int]]] = {}
-    for name in _BOTH:
-        stacks = [getattr(model.dense_layers, name)] if dense else []
-        parts[name] = [*stacks, getattr(mixture, name)], 0, [*([dense] if dense else []), moe]
-    parts["router"] = [mixture.feed.router], dense, [moe]
-    parts["experts"] = [mixture.feed.experts], dense, [moe]
-    if config.shared_experts:
-        parts["shared"] = [mixture.feed.shared], dense, [moe]
-    if dense:
-        parts["dense"] = [model.dense_layers.feed], 0, [dense]
-    return parts
-
-
-def _fetch(model: Any, where: Places, config: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """Each part, with this rank's rows: chunk 0's slots, then chunk 1's."""
-    return {
-        name: params.to_stages(stacks, where.rows(first, sum(layers)), layout)
-        for name, (stacks, first, layers) in _stacks(model, config).items()
-    }
-
-
-def _slots(rows: dict[str, Any], where: Places, chunk: int, config: ModelConfig) -> list[Slot]:
-    slots, rank = [], lax.axis_index(AXIS)
-    for slot in range(where.slots):
-        layer = where.layers[:, chunk, slot]
-        row = chunk * where.slots + slot
-        modules = {name: jax.tree.map(lambda x: x[row], part) for name, part in rows.items()}
-        dense = (layer >= 0) & (layer < config.dense_layers)
-        if not _dense_slot(where, slot, config):
-            modules.pop("dense", None)
-        kind = Kind(
-            routed=jnp.asarray(layer >= config.dense_layers)[rank], dense=jnp.asarray(dense)[rank]
-        )
-        slots.append(Slot(modules, kind))
-    return slots
-
-
-def _dense_slot(where: Places, slot: int, config: ModelConfig) -> bool:
-    """Whether some rank has a dense layer there."""
-    layers = where.layers[:, :, slot]
-    return bool(((layers >= 0) & (layers < config.dense_layers)).any())
-
-
-def _bring_home(
-    model: Any,
-    gradients: list[list[dict[str, Any]]],
-    ends: Any,
-    where: Places,
-    config: ModelConfig,
-    layout: Layout,
-) -> nnx.State:
-    """Gradients of both chunks' slots and of the ends -> those of the masters."""
-    slots = [slot for chunk in gradients for slot in chunk]
-    for name, (stacks, first, layers) in _stacks(model, config).items():
-        like = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), stacks[0])
-        parts = [slot.get(name) for slot in slots]
-        some = next(part for part in parts if part is not None)
-        parts = [jax.tree.map(jnp.zeros_like, some) if part is None else part for part in parts]
-        del like
-        stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *parts)
-        rows = where.rows(first, sum(layers))
-        home = params.from_stages(stacked, rows, layers, layout)
-        owners = _owners(model, name, config)
-        for (owner, attribute), value in zip(owners, home, strict=True):
-            setattr(owner, attribute, value)
-    reduced = params.reduce_gradients(ends, layout, scattered=False)
-    for name in ("embedding", "norm", "head", *(["mtp"] if config.mtp_depth else [])):
-        setattr(model, name, getattr(reduced, name))
-    return split(model)[1]
-
-
-def _owners(model: Any, name: str, config: ModelConfig) -> list[tuple[Any, str]]:
-    """Which module's attribute each of a part's stacks is."""
-    mixture = model.moe_layers
-    if name in _BOTH:
-        dense = [(model.dense_layers, name)] if config.dense_layers else []
-        return [*dense, (mixture, name)]
-    return [(model.dense_layers, "feed")] if name == "dense" else [(mixture.feed, name)]
-
-
-def _ends(model: Any) -> Any:
-    """What stands before the first layer and after the last, as a model without layers."""
-    config = dataclasses.replace(model.config, layers=0, dense_layers=0)
-    graph, weights, bias = split(abstract_model(config))
-    ends: Any = nnx.merge(graph, weights, bias)
-    for name in ("embedding", "norm", "head", *(["mtp"] if config.mtp_depth else [])):
-        setattr(ends, name, getattr(model, name))
-    return ends
 
 
 def _all_sums(sums: list[Any], ends: Any, where: Places, config: ModelConfig) -> Any:

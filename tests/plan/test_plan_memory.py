@@ -1,6 +1,7 @@
 """Predicted bytes are those that a real state and real gradients take on every device."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -9,11 +10,13 @@ from jax.sharding import NamedSharding
 
 from configs import v3_tiny
 from deepseek_jax import config as configs
-from deepseek_jax.model import params
+from deepseek_jax.model import params, staged
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.plan.memory import memory, stages
+from deepseek_jax.parallel.pipeline import Pipeline
+from deepseek_jax.plan.memory import memory
 from deepseek_jax.precision.matmul import recipe
 from deepseek_jax.train import optimizer, state
+from deepseek_jax.train.step import make_gradients, tokens_spec
 
 LAYOUTS = {
     "zero0": dict(zero=0, replica=2, node=2, gpu=2, tensor=1),
@@ -28,11 +31,14 @@ LAYOUTS = {
 BUILT = "zero1 bf16 moments"  # the one whose weights are drawn by the program of a real run
 
 
-def small(zero, replica, node, gpu, tensor, moments="float32", ema=0.9, recipe="float32"):
+def small(
+    zero, replica, node, gpu, tensor, moments="float32", ema=0.9, recipe="float32", pipe=1, **layout
+):
     config = v3_tiny.get_config()
     config.model.update(layers=3, vocab=264, d_model=64, d_dense=72, experts=8, d_expert=12)
-    config.mesh.update(replica=replica, node=node, gpu=gpu, tensor=tensor)
-    config.layout.zero, config.precision.recipe = zero, recipe
+    config.mesh.update(pipe=pipe, replica=replica, node=node, gpu=gpu, tensor=tensor)
+    config.layout.update(zero=zero, **layout)
+    config.precision.recipe = recipe
     config.optimizer.update(moments=moments, ema_decay=ema)
     return configs.parse(config)
 
@@ -89,22 +95,101 @@ def test_predicted_bytes_are_what_is_allocated(name):
     assert bytes_on_each_device(scattered) == [got.reduced_gradients] * 8
 
 
-@pytest.mark.parametrize(("layers", "parts"), [(61, 16), (4, 4), (7, 2)])
-def test_stages_hold_every_layer_once_and_differ_by_one_at_most(layers, parts):
-    held = stages(layers, parts)
-    assert [layer for stage in held for layer in stage] == list(range(layers))
-    assert len(held) == parts
-    assert max(map(len, held)) - min(map(len, held)) <= 1
+PIPELINES = {
+    "2 ranks": dict(zero=1, pipe=2, replica=1, node=2, gpu=2, tensor=1),
+    "2 ranks, V, bf16": dict(
+        zero=1, pipe=2, replica=2, node=1, gpu=2, tensor=1, pipeline="dualpipev", recipe="bfloat16",
+        moments="bfloat16",
+    ),
+    "4 ranks, V, given layers": dict(
+        zero=1, pipe=4, replica=1, node=1, gpu=1, tensor=2, pipeline="dualpipev",
+        stage_layers=(1, 1, 0, 1, 0, 0, 0, 0),
+    ),
+    "4 ranks, whole masters": dict(zero=0, pipe=4, replica=2, node=1, gpu=1, tensor=1),
+}  # fmt: skip
 
 
-def test_two_stages_on_two_ranks_are_the_whole_model_each():
-    config = small(**LAYOUTS["zero1"])
-    piped = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=2))
-    assert memory(piped) == memory(config)
+def local_leaves(tree):
+    """path -> (local shape, dtype) of what a traced program holds on a device."""
+    names = [weight.path for weight in params.describe(tree)]
+    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    return dict(zip(names, leaves, strict=True))
 
 
-@pytest.mark.parametrize("pipe", [3, 64])
-def test_stages_that_dualpipe_cannot_pair(pipe):
+def held(leaves):
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_s_bytes_are_those_of_its_program(name, monkeypatch):
+    """State as allocated, the rest as the step's own functions return it, traced on the mesh."""
+    config = small(**PIPELINES[name])
+    got, mesh, layout = memory(config), meshes.build(config.mesh), meshes.layout(config)
+    seen = {}
+
+    def watch(owner, attribute, note):
+        function = getattr(owner, attribute)
+
+        def watched(*arguments, **options):
+            out = function(*arguments, **options)
+            seen[attribute] = note(arguments, out)
+            return out
+
+        monkeypatch.setattr(owner, attribute, watched)
+
+    watch(staged, "fetch", lambda _, out: jax.tree.leaves(out))
+    watch(params, "gather", lambda before, out: (local_leaves(before[0]), local_leaves(out)))
+    watch(Pipeline, "run", lambda _, out: jax.tree.leaves((out[0], out[2][0])))
+    watch(staged, "bring_home", lambda _, out: local_leaves(out))
+    adam, batch = optimizer.build(config.optimizer), config.batch
+    with jax.set_mesh(mesh):
+        shapes = state.abstract(config, state.shardings(config, layout, mesh, adam), adam)
+        real = jax.tree.map(
+            lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), shapes
+        )
+        tokens = jax.ShapeDtypeStruct(
+            (4, batch.micro_sequences, batch.length + 1), np.int32,
+            sharding=NamedSharding(mesh, tokens_spec(layout)),
+        )  # fmt: skip
+        step = make_gradients(config, layout, mesh)
+        scalars = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
+        jax.eval_shape(step, shapes.params, shapes.bias, tokens, *scalars)
+    each = {
+        "masters": real.params,
+        "router_bias": real.bias,
+        "ema_host": real.ema,
+        "state": dataclasses.replace(real, ema=None),
+        "moments": next(part for part in real.opt_state if hasattr(part, "mu"))[1:],
+    }
+    for key, tree in each.items():
+        assert bytes_on_each_device(tree) == [getattr(got, key)] * 8, key
+    before, ends = seen["gather"]
+    copies = [
+        leaf
+        for path, leaf in ends.items()
+        if leaf.shape != before[path].shape or leaf.dtype != np.float32
+    ]
+    assert held(seen["fetch"]) + held(copies) == got.compute_weights
+    assert held(seen["run"]) == got.gradients
+    home = [
+        leaf
+        for path, leaf in seen["bring_home"].items()
+        if path not in ends or leaf.shape != ends[path].shape
+    ]
+    assert held(home) == got.reduced_gradients
+    assert got.gathered_layer == 0
+
+
+def test_a_pipeline_splits_masters_and_computes_with_whole_slots():
+    """Layers 0, 1 | 2, nothing: each of two ranks has four slots, where the model has 3 layers."""
+    flat = memory(small(zero=1, replica=1, node=2, gpu=2, tensor=1, recipe="bfloat16"))
+    piped = memory(small(zero=1, pipe=2, replica=1, node=2, gpu=2, tensor=1, recipe="bfloat16"))
+    assert piped.masters == flat.masters / 2 and piped.moments == flat.moments / 2
+    assert piped.compute_weights > flat.compute_weights and piped.gradients > flat.gradients
+
+
+@pytest.mark.parametrize("pipe", [3, 7])
+def test_ranks_that_dualpipe_cannot_pair(pipe):
     config = small(**LAYOUTS["zero1"])
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=pipe))
     with pytest.raises(configs.ConfigError, match=f"mesh.pipe={pipe}"):

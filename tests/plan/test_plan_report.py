@@ -1,5 +1,6 @@
 """The command: golden numbers, formulas, keys, and errors."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -79,14 +80,54 @@ def test_devices_fill_the_free_axis():
     assert report.plan(load("v3_tiny"))["layout"]["devices"] == 1
 
 
-def test_text_shows_every_number():
-    planned = report.plan(load("v3_16b"))
+@pytest.mark.parametrize("name", ["v3_16b", "v3_671b"])
+def test_text_shows_every_number(name):
+    planned = report.plan(load(name))
     shown = report.text(planned)
     for section in ("parameters", "bytes_per_device"):
         for key, value in planned[section].items():
             assert f"{value:,}" in shown, key
-    assert "comes later" not in shown
-    assert "comes later" in report.text(report.plan(load("v3_671b")))
+    assert ("Stages: " in shown) == (name == "v3_671b")
+
+
+def test_bytes_of_the_published_model(full):
+    """By hand: whole slots and ends on every one of 2,048 devices, which has 4 of 256 experts.
+
+    A rank's eight slots fetch a dense layer's wide network each; six of them sum its gradients, as
+    three layers are dense, and what a chunk's slot has on one rank it has on all, in both chunks.
+    """
+    expert, wide, bias = 3 * 7168 * 2048, 3 * 7168 * 18_432, 256
+    matrices = 187_105_280 + (4 + 1) * expert  # bfloat16: attention, routed and shared experts
+    float32 = 2 * 7168 + 1536 + 512 + 7168 * 256  # norms and the router
+    tables, norm = 2 * 129_280 * 7168, 7168
+    mtp, mtp_norms = matrices + 2 * 7168 * 7168, float32 + 3 * 7168
+    each = full["bytes_per_device"]
+    slots = 8 * (2 * matrices + 4 * (float32 + bias) + 2 * wide)
+    assert each["compute_weights"] == slots + 2 * (tables + mtp) + 4 * (norm + mtp_norms)
+    slots = 8 * (matrices + float32 + bias) + 6 * wide
+    assert each["gradients"] == 4 * (slots + tables + norm + mtp + mtp_norms + bias)
+    assert each["moments"] == each["masters"] == each["reduced_gradients"] == each["ema_host"]
+    assert full["layout"]["stage_layers"] == [4] * 15 + [1]
+    assert full["layout"]["empty_slots"] == 3
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "pipe", "given", "line"),
+    [
+        ("dualpipe", 16, (), "Stages: 15 x 4 layers, 1 x 1; DualPipe: each rank holds two."),
+        ("dualpipev", 16, (), "Stages: 30 x 2 layers, 1 x 1, 1 x 0; DualPipeV: each rank holds"),
+        ("dualpipe", 4, (16, 16, 16, 13), "Stages: 3 x 16 layers, 1 x 13; DualPipe"),
+    ],
+)
+def test_the_stages_are_told(pipeline, pipe, given, line):
+    config = load("v3_671b")
+    config = dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, pipe=pipe),
+        layout=dataclasses.replace(config.layout, pipeline=pipeline, stage_layers=given),
+    )
+    shown = report.text(report.plan(config))
+    assert line in shown and "3 of 64 slots for layers are empty" in shown
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from jax.sharding import NamedSharding
 
-import small
 from deepseek_jax.model import params
-from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.model.transformer import build_model
+from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.train.state import split
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
