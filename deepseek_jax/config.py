@@ -245,6 +245,7 @@ def check(config: Config) -> None:
     _check_batch(config)
     _check_splits(config)
     _check_dispatch(config)
+    _check_pipeline(config)
 
 
 _Range = tuple[str, Callable[[float], bool]]
@@ -524,6 +525,39 @@ def _check_dispatch(config: Config) -> None:
     parts = tuple(count for count in parts if count > 1)
     tokens, nodes = rows * config.batch.length, most_nodes(model)
     buffer_slots(layout.buffer, tokens, model.top_k, model.experts, parts, nodes)
+
+
+def _check_pipeline(config: Config) -> None:
+    """What DualPipe asks of the layout; how layers are split is checked in `parallel/stages.py`."""
+    pipe, layout, model = config.mesh.pipe, config.layout, config.model
+    if pipe in (1, -1):
+        return
+    _need(
+        layout.pipeline != "dualpipe" or pipe % 2 == 0,
+        f"mesh.pipe={pipe}: layout.pipeline=dualpipe pairs ranks r and {pipe - 1} - r; set "
+        f"mesh.pipe={pipe + 1}, or layout.pipeline=dualpipev",
+    )
+    _need(
+        layout.zero < 3,
+        f"layout.zero=3 with mesh.pipe={pipe} would gather every layer for every micro-batch; set "
+        "layout.zero=1, which splits the masters over the pipeline too",
+    )
+    _need(
+        layout.dispatch != "reference",
+        f"mesh.pipe={pipe} runs a layer in steps, which layout.dispatch=reference has not; set "
+        "layout.dispatch=flat",
+    )
+    _need(
+        layout.micro_batches_in_flight == 1,
+        f"layout.micro_batches_in_flight={layout.micro_batches_in_flight} with mesh.pipe={pipe}: "
+        "DualPipe already puts messages under another micro-batch's work; set "
+        "layout.micro_batches_in_flight=1",
+    )
+    _need(
+        model.moe_layers > 0,
+        f"model.dense_layers={model.dense_layers} are all of model.layers, and stages of "
+        f"mesh.pipe={pipe} are made of MoE layers; set model.dense_layers={model.layers - 1}",
+    )
 
 
 def most_nodes(model: ModelConfig) -> int:

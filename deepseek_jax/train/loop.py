@@ -16,12 +16,12 @@ from jax.sharding import NamedSharding
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint.store import Store
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config
 from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.data.scoring import held_out
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import processes
+from deepseek_jax.parallel import processes, stages
 from deepseek_jax.train import evaluate, optimizer, schedule, state, workdir
 from deepseek_jax.train.report import Report
 from deepseek_jax.train.step import make_ema, make_step, tokens_spec
@@ -153,10 +153,7 @@ def check_devices(config: Config) -> Config:
     config = dataclasses.replace(config, mesh=mesh)
     configs.check(config)
     if mesh.pipe > 1:
-        raise ConfigError(
-            f"mesh.pipe={mesh.pipe}: training runs without a pipeline so far; set mesh.pipe=1 and "
-            "give its devices to another axis"
-        )
+        stages.places(config)
     return config
 
 

@@ -39,7 +39,11 @@ def refused(text, tmp_path, monkeypatch):
         ({"mesh": {"gpu": 3}}, ["mesh", "3 devices", "8"]),
         ({"mesh": {"gpu": -1, "node": 3}}, ["mesh.gpu=-1", "8"]),
         ({"mesh": {"gpu": -1, "node": -1}}, ["mesh.node", "mesh.gpu", "-1"]),
-        ({"mesh": {"gpu": 4, "pipe": 2}}, ["mesh.pipe"]),
+        ({"mesh": {"gpu": 4, "pipe": 2}, "layout": {"zero": 3}}, ["mesh.pipe=2", "layout.zero=1"]),
+        (
+            {"mesh": {"gpu": 4, "pipe": 2}, "layout": {"stage_layers": (1, 2)}},
+            ["layout.stage_layers", "model.layers=2"],
+        ),
         ({"model": {"experts": 12}}, ["model.experts=12", "mesh.gpu=8"]),
         ({"model": {"experts": 9}}, ["model.experts=9", "model.groups"]),
         ({"model": {"top_k": 5}}, ["model.top_k=5", "model.top_groups"]),
