@@ -27,6 +27,7 @@ LAYOUTS = {
     "ZeRO-3": dict(replica=2, node=2, gpu=2, zero=3),
     "ZeRO-3 with tensor, recomputing": dict(gpu=4, tensor=2, zero=3, recompute="report"),
     "recomputing all": dict(replica=2, gpu=2, recompute="full", zero=1),
+    "a pipeline": dict(pipe=2, node=2, tensor=2, zero=1),
     "dense dispatch": dict(replica=4, dispatch="reference"),
 }
 

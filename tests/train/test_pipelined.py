@@ -33,18 +33,16 @@ def gradients(config, sizes, tokens):
     return jax.device_get(out)
 
 
-V = {"layout_pipeline": "dualpipev"}
 TIGHT = {"layout_buffer": 0.6}  # tokens need further rounds
 CASES = {
-    "2 ranks": ({"pipe": 2}, {"model_layers": 2, "layout_zero": 0}),
     "2 ranks, 2 GPUs": ({"pipe": 2, "gpu": 2}, {"model_layers": 2, **TIGHT}),
     "2 ranks, 2 nodes of 2": ({"pipe": 2, "node": 2, "gpu": 2}, {"model_layers": 2}),
-    "2 ranks, replicas, tensor": ({"pipe": 2, "replica": 2, "tensor": 2}, {"model_layers": 2}),
-    "4 ranks": ({"pipe": 4}, {"model_layers": 4, "model_mtp_depth": 2}),
-    "4 ranks, 2 nodes": ({"pipe": 4, "node": 2}, {"model_layers": 4, "layout_ramps": "skip"}),
+    "4 ranks": ({"pipe": 4}, {"model_layers": 4, "model_mtp_depth": 2, "layout_zero": 0}),
     "8 ranks": ({"pipe": 8}, {"model_layers": 8}),
-    "V, 2 ranks, 2 GPUs": ({"pipe": 2, "gpu": 2}, {"model_layers": 4, **V}),
-    "V, 4 ranks": ({"pipe": 4}, {"model_layers": 8, "layout_ramps": "skip", **V}),
+    "V, 2 ranks, 2 GPUs": (
+        {"pipe": 2, "gpu": 2},
+        {"model_layers": 4, "layout_pipeline": "dualpipev", "layout_ramps": "skip"},
+    ),
     "uneven": (
         {"pipe": 4},
         {
