@@ -82,11 +82,12 @@ class Stage:
             flight = self._flight(slot, on)
             yield from flight.forward(x, shared=flight.weights["shared"] is not None)
             x, routing = flight.result()
-            kept.append(flight.kept().leaves)
+            held = flight.kept()
+            kept.append(held.leaves)
             shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), routing
             )
-            self.traced.append((flight.kept().structure, shapes))
+            self.traced.append((held.structure, shapes))
             routed = (routing.load, routing.balance, routing.traffic)
             sent = flight.kind.routed
             sums.append(jax.tree.map(lambda value, sent=sent: jnp.where(sent, value, 0), routed))

@@ -148,7 +148,7 @@ class _Tick:
         # A read before all writes: otherwise the compiler copies whole pools to be safe.
         (x, d_y, kept), (xs, d_ys, kepts) = lax.optimization_barrier((reads, pools))
         # Only even ticks begin a micro-batch, and only odd ones end it, forward and backward.
-        is_first = self._holds(0, f if parity == 0 else b)
+        is_first = self._holds(0, 0)
         if parity == 0:
             x = jnp.where(is_first, stages.first(now["f_micro"]), x)
         (y, new, sums), (d_x, gradients) = self._both(f, b, x, d_y, kept, f_on, b_on, skip)
@@ -156,7 +156,7 @@ class _Tick:
         y_here, d_x_here = lax.ppermute((y, d_x), AXIS, swaps) if swaps else (y, d_x)
         total = state["total"]
         if parity == 1:
-            ends = self._holds(wall.stages - 1, f) & f_on
+            ends = self._holds(wall.stages - 1, 1) & f_on
             total, d_top = _perhaps(
                 ends,
                 lambda both: stages.last(now["f_micro"], y, both[0]),
