@@ -1,7 +1,8 @@
-"""Eight emulated CPU devices, quick compiles, and no silent broadcasting of ranks."""
+"""Eight emulated CPU devices, quick compiles that are kept, no silent broadcasting of ranks."""
 
 import importlib.metadata
 import os
+import tempfile
 
 # Read when JAX starts, here and in the processes that tests start. Compiling takes most of the
 # tests' time, and nearly every program runs a few steps on a few numbers only.
@@ -9,6 +10,11 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 if importlib.metadata.version("jax") < "0.11":  # later releases do not know it
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+# What one process has compiled, the others read: workers, and the runs that tests start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

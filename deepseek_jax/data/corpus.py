@@ -6,13 +6,14 @@ number of processes may start at once and the first to finish serves the others.
 where they are; only the index of their documents is kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,14 +121,16 @@ def _from_text(config: DataConfig, vocab: int, say: Callable[[str], None]) -> Co
         _tokenise(source, config, vocab, folder, say)
 
     folder = _cached(config.cache, made_of, build)
-    meta = json.loads((folder / "meta.json").read_text())
-    words = tokenizer.read(folder / "tokenizer.json")
-    words.description = meta["tokenizer"]
+    with _reading(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        size, description = meta["bytes"], meta["tokenizer"]
+        words = tokenizer.read(folder / "tokenizer.json")
+        documents = np.load(folder / "documents.npy")  # [D, 3]: start, stop, row of the source
+        tokens = np.memmap(folder / "tokens.bin", meta["dtype"], "r").view(np.ndarray)
+        if len(tokens) != documents[-1, 1]:
+            raise ValueError(f"{len(tokens)} tokens, not {documents[-1, 1]}")
+    words.description = description
     tokenizer.fitting(words, vocab)
-    documents = np.load(folder / "documents.npy")  # [D, 3]: start, stop, row of the source
-    tokens = np.memmap(folder / "tokens.bin", meta["dtype"], "r").view(np.ndarray)
-    if len(tokens) != documents[-1, 1]:
-        raise ConfigError(f"data.cache: {folder} is damaged; delete it, to have it made again")
     rows = documents[:, 2]
     return _corpus(
         (tokens,),
@@ -136,7 +139,7 @@ def _from_text(config: DataConfig, vocab: int, say: Callable[[str], None]) -> Co
         words,
         lambda document: source[int(rows[document])].encode(),
         share=config.held_out,
-        size=meta["bytes"],
+        size=size,
         description=words.description,
     )
 
@@ -192,8 +195,10 @@ def _from_tokens(
         (folder / "meta.json").write_text(json.dumps(meta))
 
     folder = _cached(config.cache, made_of, build)
-    meta = json.loads((folder / "meta.json").read_text())
-    used = meta["largest"] + 1
+    with _reading(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        used, has_bos = meta["largest"] + 1, meta["has_bos"]
+        spans = np.load(folder / "documents.npy")
     if used > vocab:
         raise ConfigError(
             f"model.vocab={vocab} is too small for data.path={config.path!r}, whose ids reach "
@@ -217,9 +222,8 @@ def _from_tokens(
         if config.fim_rate:
             marks = dataclasses.replace(marks, fim=(first, first + 1, first + 2))
         say("data: no data.tokenizer for these token files; end of text is taken to be id 1")
-    if not meta["has_bos"]:
+    if not has_bos:
         marks = dataclasses.replace(marks, bos=None)
-    spans = np.load(folder / "documents.npy")
 
     def text(document: int) -> bytes:
         ids = corpus.body(document)
@@ -279,6 +283,18 @@ def split(documents: int, share: float) -> tuple[np.ndarray, np.ndarray]:
         )
     order = np.random.default_rng([_SPLIT_SEED, documents]).permutation(documents)
     return np.sort(order[count:]), order[:count]
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Raises ConfigError for whatever is wrong with this folder of the cache."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"data.cache: {folder} is damaged ({reason}); delete it, to have it made again"
+        ) from error
 
 
 def _cached(cache: str, made_of: Sequence[str], build: Callable[[Path], None]) -> Path:

@@ -124,11 +124,19 @@ def test_unusable_caches_are_named(corpus_of, config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be written.*set data\.cache"):
         corpus_of(some_texts(30), cache=str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.npy", "meta.json", "tokenizer.json"])
+def test_a_damaged_cache_is_named(corpus_of, config, name):
     corpus_of(some_texts(30))
     (entry,) = Path(config.cache).iterdir()
-    (entry / "tokens.bin").write_bytes(b"\0\0")
-    with pytest.raises(ConfigError, match=r"data\.cache: .*damaged"):
-        corpus_of(some_texts(30))
+    for damage in (b"\0\0", b"", b"{}", None):
+        (entry / name).unlink()
+        if damage is not None:
+            (entry / name).write_bytes(damage)
+        with pytest.raises(ConfigError, match=rf"data\.cache: {entry} is damaged .*delete it"):
+            corpus_of(some_texts(30))
+        (entry / name).touch()
 
 
 @pytest.mark.parametrize(

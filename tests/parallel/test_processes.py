@@ -27,14 +27,14 @@ def text(tmp_path_factory):
 
 def test_two_processes_are_one(text, tmp_path):
     """Stopped by SIGTERM as two processes, ended by one; and all of it by one alone."""
-    config, compiled = runs.tiny(text, mesh=MESH), tmp_path / "compiled"
+    config = runs.tiny(text, mesh=MESH)
     one, two = tmp_path / "one", tmp_path / "two"
-    whole = runs.start_main([*runs.arguments(config, one), "--emulate_devices=8"], compiled)
+    whole = runs.start_main([*runs.arguments(config, one), "--emulate_devices=8"])
     _, err = whole.communicate(timeout=200)
     assert (whole.returncode, err) == (0, "")
 
     slow = [*runs.arguments(config, two), "--emulate_devices=4"]
-    launched = runs.start([str(runs.ROOT / "launch/local.sh"), "2", *slow], compiled)
+    launched = runs.start([str(runs.ROOT / "launch/local.sh"), "2", *slow])
     try:
         while launched.poll() is None and len(runs.rows(two)) < 2:
             time.sleep(0.02)
@@ -47,7 +47,7 @@ def test_two_processes_are_one(text, tmp_path):
     assert reached >= 2 and runs.checkpoints(two)[-1] == reached
     assert out.count("compiling") == 1  # the other process does not speak
 
-    rest = runs.start_main([*runs.arguments(config, two), "--emulate_devices=8"], compiled)
+    rest = runs.start_main([*runs.arguments(config, two), "--emulate_devices=8"])
     out, err = rest.communicate(timeout=200)
     assert (rest.returncode, err) == (0, "") and f"resumed from step {reached}" in out
     np.testing.assert_allclose(runs.losses(two), runs.losses(one), rtol=1e-5)

@@ -4,6 +4,7 @@ Pipe 16 x replica 2 x node 8 x gpu 8; nothing runs here.
 """
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,9 @@ MATMUL = 1e9  # FLOPs; counting and sorting make tiny ones
 
 
 def config(**layout):
+    """Of one stage: a layer does not know of the 16."""
     c = v3_671b.get_config()
-    c.mesh.update(pipe=16, replica=2, node=8, gpu=8, tensor=1)
+    c.mesh.update(pipe=1, replica=2, node=8, gpu=8, tensor=1)
     c.layout.update(attention_block=2048, **layout)
     c.batch.micro_sequences = 1 * 2 * 8 * 8  # one of 4096 tokens on each device
     return configs.parse(c)
@@ -31,7 +33,7 @@ def config(**layout):
 
 def messages(config):
     """The all-to-alls of the first round, which is not in a loop."""
-    mesh = cluster.mesh(config.mesh)
+    mesh = cluster.mesh(dataclasses.replace(config.mesh, pipe=16))
     program = compiled.read(cluster.compile_for(layer.lower(config, mesh)), mesh, layer.KERNELS)
     return [c for c in program.collectives if c.kind == "all-to-all" and c.inside == "entry"]
 
@@ -51,33 +53,24 @@ def copies_per_token(config, hop):
     return found["send"][hop] / per_copy / config.batch.length / config.layout.buffer
 
 
-@pytest.fixture(scope="module")
-def in_flight():
-    return messages(config(micro_batches_in_flight=2))
-
-
-def test_bytes_are_those_of_the_plan(in_flight):
-    """Both micro-batches, and recomputation asks for no message again."""
+def test_two_micro_batches_in_flight():
+    """What the plan says travels, where it should, and under a matmul of the other's."""
+    found = messages(config(micro_batches_in_flight=2))
     plan, want = planned(config())
     assert [hop.over for hop in plan.hops] == [("node",), ("gpu",)]
+    # Twice, for two micro-batches: recomputation asks for no message again.
     want = collections.Counter(
         (over, each[hop])
         for hop, over in enumerate([("node",), ("gpu",)])
         for each in want.values()
         for _ in range(2)
     )
-    assert collections.Counter((c.axes, c.bytes) for c in in_flight) == want
-
-
-def test_the_slow_hop_stays_on_its_rail_and_the_fast_one_in_its_node(in_flight):
-    for c in in_flight:
+    assert collections.Counter((c.axes, c.bytes) for c in found) == want
+    assert len(found) == 16
+    for c in found:
+        # The slow hop stays on its rail, the fast one in its node.
         assert (c.slow_bytes > 0, c.fast_bytes > 0) == (c.axes == ("node",), c.axes == ("gpu",))
         assert c.group == 8
-
-
-def test_every_message_travels_under_a_matmul(in_flight):
-    assert len(in_flight) == 16
-    for c in in_flight:
         assert not c.is_sync, c
         assert any(gemm.flops > MATMUL for gemm in c.gemms), c
 

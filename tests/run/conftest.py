@@ -1,4 +1,4 @@
-"""Text to train on, a cache of compiled programs, and one device out of the eight."""
+"""Text to train on, and one device out of the eight."""
 
 import jax
 import numpy as np
@@ -15,12 +15,6 @@ def text(tmp_path_factory):
     for number in range(30):
         (folder / f"{number:02}.txt").write_text(" ".join(rng.choice(words, 120)))
     return folder
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Where processes find each other's compiled programs."""
-    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture

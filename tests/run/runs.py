@@ -15,7 +15,6 @@ from deepseek_jax.config import Config
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).with_name("tiny.py")
-COMPILED = "JAX_COMPILATION_CACHE_DIR"
 
 
 def tiny(text: Path, **sections: dict) -> Config:
@@ -37,22 +36,21 @@ def arguments(config: Config, workdir: Path) -> list[str]:
     return out
 
 
-def start(command: list[str], compiled: Path) -> subprocess.Popen:
-    """A command in a session of its own; `compiled` keeps programs from one process to the next."""
-    kept = {COMPILED: str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+def start(command: list[str]) -> subprocess.Popen:
+    """A command in a process of its own."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, **kept, "PATH": path},
+        env={**os.environ, "PATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def start_main(flags: list[str], compiled: Path) -> subprocess.Popen:
-    return start([sys.executable, "-m", "deepseek_jax.main", *flags], compiled)
+def start_main(flags: list[str]) -> subprocess.Popen:
+    return start([sys.executable, "-m", "deepseek_jax.main", *flags])
 
 
 def rows(workdir: Path) -> list[dict]:

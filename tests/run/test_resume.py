@@ -16,10 +16,10 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def whole(text, compiled, tmp_path_factory):
+def whole(text, tmp_path_factory):
     """(workdir, what was printed) of a run on one device that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    process = runs.start_main(runs.arguments(runs.tiny(text), workdir), compiled)
+    process = runs.start_main(runs.arguments(runs.tiny(text), workdir))
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     return workdir, out
@@ -46,10 +46,10 @@ def test_a_run_leaves_what_it_promises(whole):
     assert len(out.splitlines()) < 12
 
 
-def test_nothing_left_to_train_only_scores_again(whole, text, compiled):
+def test_nothing_left_to_train_only_scores_again(whole, text):
     workdir, _ = whole
     metrics, before = (workdir / "metrics.jsonl").read_bytes(), runs.bits(workdir)
-    process = runs.start_main(runs.arguments(runs.tiny(text), workdir), compiled)
+    process = runs.start_main(runs.arguments(runs.tiny(text), workdir))
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert "resumed from step" in out and "held-out" in out and "compiling" not in out
@@ -57,40 +57,50 @@ def test_nothing_left_to_train_only_scores_again(whole, text, compiled):
     assert runs.bits(workdir) == before
 
 
-def wait_for(process, workdir, step):
-    """Until a process has logged `step`, or has ended."""
+def wait_for(process, workdir, step, saved=0):
+    """Until a process has logged `step` and so many checkpoints are there, or it has ended."""
     deadline = time.monotonic() + 90
-    while process.poll() is None and len(runs.rows(workdir)) < step:
+
+    def reached():
+        return len(runs.rows(workdir)) >= step and len(runs.checkpoints(workdir)) >= saved
+
+    while process.poll() is None and not reached():
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
-def test_killed_again_and_again_it_ends_the_same(whole, text, compiled, tmp_path):
-    """kill -9 right after a logged step, which at every fourth is while it is being saved."""
+def test_killed_again_and_again_it_ends_the_same(whole, text, tmp_path):
+    """kill -9 right after a logged step, which at every fourth is while it is being saved; and
+    the newest checkpoint is lost."""
     flags = runs.arguments(runs.tiny(text), tmp_path / "run")
-    for step in (4, 9, 12):
-        process = runs.start_main(flags, compiled)
-        wait_for(process, tmp_path / "run", step)
+    for step, saved in ((4, 0), (9, 0), (12, 2)):
+        process = runs.start_main(flags)
+        wait_for(process, tmp_path / "run", step, saved)
         process.kill()
         process.communicate()
-    process = runs.start_main(flags, compiled)
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
+    newest = tmp_path / "run" / "checkpoints" / str(runs.checkpoints(tmp_path / "run")[-1])
+    (newest / "state" / "_METADATA").unlink()
+    process = runs.start_main(flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    [said] = err.splitlines()
+    assert f"{newest} cannot be read, trying an older one" in said
+    assert "resumed from step" in out
     np.testing.assert_array_equal(runs.losses(tmp_path / "run"), runs.losses(whole[0]))
     assert runs.bits(tmp_path / "run") == runs.bits(whole[0])
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(whole, text, compiled, tmp_path):
+def test_sigterm_saves_and_the_same_command_goes_on(whole, text, tmp_path):
     workdir = tmp_path / "run"
     flags = runs.arguments(runs.tiny(text, checkpoint={"every_steps": 1000}), workdir)
-    process = runs.start_main([*flags, "--stop_code=75"], compiled)
+    process = runs.start_main([*flags, "--stop_code=75"])
     wait_for(process, workdir, 3)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     reached = len(runs.rows(workdir))
     assert (process.returncode, err) == (75, "") and f"stopped after step {reached}" in out
     assert runs.checkpoints(workdir) == [reached] and reached < len(runs.losses(whole[0]))
-    process = runs.start_main(flags, compiled)
+    process = runs.start_main(flags)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "") and f"resumed from step {reached}" in out
     np.testing.assert_array_equal(runs.losses(workdir), runs.losses(whole[0]))
