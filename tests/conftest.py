@@ -1,8 +1,11 @@
 """Eight emulated CPU devices, quick compiles that are kept, no silent broadcasting of ranks."""
 
+import gc
 import importlib.metadata
 import os
 import tempfile
+
+gc.set_threshold(100_000, 50, 100)  # what tests have traced is long to look through
 
 # Read when JAX starts, here and in the processes that tests start. Compiling takes most of the
 # tests' time, and nearly every program runs a few steps on a few numbers only.

@@ -1,7 +1,7 @@
 """The project's own measurements: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, moe, memory, grouped or dispatch. The recipe comes from the config, the sizes from
-the measurement.
+NAME is train, moe, memory, grouped, dispatch or pipeline. The recipe comes from the config, the
+sizes from the measurement.
 """
 
 import importlib
@@ -20,9 +20,11 @@ from deepseek_jax.config import Config, ConfigError, parse
 CONFIG = command.define_config_flag()
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 EMULATE = flags.DEFINE_integer(
-    "emulate_devices", None, "Pretend to have this many CPU devices; dispatch without a GPU: 8."
+    "emulate_devices",
+    None,
+    "Pretend to have this many CPU devices; pipeline, and dispatch without a GPU: 8.",
 )
-NAMES = ("train", "moe", "memory", "grouped", "dispatch")
+NAMES = ("train", "moe", "memory", "grouped", "dispatch", "pipeline")
 
 
 def main(name: str) -> None:
@@ -50,7 +52,7 @@ def _emulate(name: str) -> None:
 
     if EMULATE.value is not None:
         processes.start(emulate_devices=EMULATE.value)
-    elif name == "dispatch":
+    elif name in ("dispatch", "pipeline"):
         jax.config.update("jax_num_cpu_devices", 8)
 
 

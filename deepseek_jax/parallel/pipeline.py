@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.parallel.ticks import IDLE, Wall
-from deepseek_jax.parallel.turns import Steps, straight, take_turns
+from deepseek_jax.parallel.turns import Steps, named, straight, take_turns
 
 AXIS = "pipe"
+FORWARD, BACKWARD = "forward", "backward"  # what a compiled program calls a tick's chunks
 
 
 class Stages(Protocol):
@@ -186,26 +187,17 @@ class _Tick:
     def _both(
         self, f: int, b: int, x: Any, d_y: Any, kept: Any, f_on: Any, b_on: Any, skip: bool
     ) -> tuple[Any, Any]:
-        stages = self.stages
+        forward = named(FORWARD, self.stages.forward(f, x, f_on))
+        backward = named(BACKWARD, self.stages.backward(b, kept, d_y, b_on))
         if not skip:
             out: dict[str, Any] = {}
-            works = {
-                "f": _into(out, "f", stages.forward(f, x, f_on)),
-                "b": _into(out, "b", stages.backward(b, kept, d_y, b_on)),
-            }
+            works = {"f": _into(out, "f", forward), "b": _into(out, "b", backward)}
             take_turns(works, self.pipeline.turns)
             return out["f"], out["b"]
-        forward = lax.cond(
-            f_on,
-            lambda: straight(stages.forward(f, x, f_on)),
-            lambda: _zeros(self.whole[f]),
+        return (
+            lax.cond(f_on, lambda: straight(forward), lambda: _zeros(self.whole[f])),
+            lax.cond(b_on, lambda: straight(backward), lambda: _zeros(self.back[b])),
         )
-        backward = lax.cond(
-            b_on,
-            lambda: straight(stages.backward(b, kept, d_y, b_on)),
-            lambda: _zeros(self.back[b]),
-        )
-        return forward, backward
 
 
 def _into(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:

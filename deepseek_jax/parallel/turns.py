@@ -7,6 +7,7 @@ both compute, then both wait. A fence between turns keeps them a step apart.
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 from jax import lax
 
 Result = TypeVar("Result")
@@ -22,6 +23,18 @@ def straight(work: Steps[Result]) -> Result:
             value = work.send(value)
         except StopIteration as end:
             return end.value
+
+
+def named(name: str, work: Steps[Result]) -> Steps[Result]:
+    """The same work, whose operations carry a name in the compiled program."""
+    value = None
+    while True:
+        with jax.named_scope(name):
+            try:
+                value = work.send(value)
+            except StopIteration as end:
+                return end.value
+        value = yield value
 
 
 def take_turns(works: Mapping[str, Steps[None]], turns: Sequence[str]) -> None:

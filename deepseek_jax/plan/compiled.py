@@ -33,6 +33,7 @@ class Gemm:
     """Something that keeps the matrix units busy.
 
     Attributes:
+      name, op_name: as of a `Collective`.
       op: what it is in the compiled program: a library call, "dot", or a Pallas kernel's name.
       flops: of one run, a multiply-add counting two.
       bytes: arguments and result of one run.
@@ -41,6 +42,7 @@ class Gemm:
     """
 
     name: str
+    op_name: str
     op: str
     flops: float
     bytes: int
@@ -301,7 +303,7 @@ def _gemm(line: Instruction, inputs: tuple[Array, ...], kernels: Kernels) -> Gem
         flops = kernels[op](inputs) if op else None
     if flops is None:
         return None
-    return Gemm(line.name, op, flops, _bytes(line, inputs), inputs[0].dtype)
+    return Gemm(line.name, line.op_name, op, flops, _bytes(line, inputs), inputs[0].dtype)
 
 
 def _bytes(line: Instruction, inputs: tuple[Array, ...]) -> int:

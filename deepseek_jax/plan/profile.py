@@ -125,16 +125,17 @@ def parse(profile: str) -> dict[str, float]:
     return {name: float(cost_us) / 1e6 for name, cost_us in found}
 
 
-def replay(program: Program, seconds: Mapping[str, float]) -> Timeline:
+def replay(program: Program, seconds: Mapping[str, float], computation: str = "") -> Timeline:
     """Runs the schedule on paper: compute in order, and one collective at a time beside it.
 
     Not modelled: the SMs that a collective takes from a GEMM, launches, and NCCL's start-up.
 
     Args:
       seconds: of one run of each instruction, as `costs` gives them, or measured.
+      computation: one run of this one, such as a loop's body, instead of the whole program.
     """
     run = _Replay(program, seconds)
-    total = run.through(program.module.entry, 0.0, 1)
+    total = run.through(computation or program.module.entry, 0.0, 1)
     waits = tuple(Wait(c, *run.waits[c.name]) for c in program.collectives if c.name in run.waits)
     return Timeline(total, run.compute, waits)
 

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
     ("arguments", "message"),
     [
         ((), "no NAME given"),
-        (("mo",), "there is no 'mo'; name one of train, moe, memory, grouped, dispatch"),
+        (("mo",), "there is no 'mo'; name one of train, moe, memory, grouped, dispatch, pipeline"),
         (("moe", "more"), "unexpected argument 'more'"),
     ],
 )

@@ -29,7 +29,7 @@ def get_config():
     )
     config.optimizer.update(ema_decay=0.9, moments="float32")
     config.data.update(tokenizer="byte", held_out=0.1)
-    config.checkpoint.update(every_steps=4, keep=2)
+    config.checkpoint.update(every_steps=4, keep=4)
     config.log.every_steps = 1
     config.evaluation.tokens = 512
     return config

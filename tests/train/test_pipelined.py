@@ -1,4 +1,7 @@
-"""A pipeline gives the loss and the gradients that one device gives."""
+"""A pipeline gives the loss and the gradients that one device gives.
+
+With two hops, and over steps of the optimiser, it is among the layouts of `test_layouts.py`.
+"""
 
 import dataclasses
 
@@ -36,15 +39,14 @@ def gradients(config, sizes, tokens):
 TIGHT = {"layout_buffer": 0.6}  # tokens need further rounds
 CASES = {
     "2 ranks, 2 GPUs": ({"pipe": 2, "gpu": 2}, {"model_layers": 2, **TIGHT}),
-    "2 ranks, 2 nodes of 2": ({"pipe": 2, "node": 2, "gpu": 2}, {"model_layers": 2}),
     "4 ranks": ({"pipe": 4}, {"model_layers": 4, "model_mtp_depth": 2, "layout_zero": 0}),
     "8 ranks": ({"pipe": 8}, {"model_layers": 8}),
     "V, 2 ranks, 2 GPUs": (
         {"pipe": 2, "gpu": 2},
         {"model_layers": 4, "layout_pipeline": "dualpipev", "layout_ramps": "skip"},
     ),
-    "uneven": (
-        {"pipe": 4},
+    "uneven, tensor": (
+        {"pipe": 4, "tensor": 2},
         {
             "model_layers": 5,
             "model_dense_layers": 2,

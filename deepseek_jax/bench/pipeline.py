@@ -1,0 +1,217 @@
+"""The pipeline as it runs: what its ticks do beside what the schedule says, and how it grows.
+
+`chunks` runs the executor on a stand-in for a model, a matmul a stage, and counts on the host every
+chunk that a device really computes. `growth` compiles and runs the gradients of the config's own
+model, one MoE layer a stage, over more and more micro-batches. Devices are emulated: they share
+this machine's cores, so seconds are the work of all ranks together, idle ticks included where
+`layout.ramps` is "mask".
+"""
+
+import collections
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.model import params
+from deepseek_jax.model.transformer import build_model
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel import schedule
+from deepseek_jax.parallel.pipeline import AXIS, Pipeline
+from deepseek_jax.parallel.schedule import Schedule, Work
+from deepseek_jax.parallel.ticks import Ticks, Wall, lockstep
+from deepseek_jax.parallel.turns import Steps
+from deepseek_jax.train.state import split
+from deepseek_jax.train.step import make_gradients, tokens_spec
+
+RANKS = (4, 8)
+KINDS = ("dualpipe", "dualpipev")
+BACKWARD_WORKS = (Work.BACKWARD, Work.INPUT_GRAD)
+TIMES = (1, 2, 4)  # 2 * ranks micro-batches, and more
+NOTE = "emulated devices on shared cores: seconds are the work of all ranks together"
+
+
+def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5) -> dict[str, Any]:
+    """Tables `chunks` and `growth`.
+
+    In `chunks`, forward and backward chunks of the busiest rank. `planned` are the schedule's own,
+    `ran` those that devices computed: with masked ramps that is one of each in every tick, idle or
+    not; with skipped ones just the planned. `useful` are the chunks that counted, over the planned.
+
+    In `growth`, `temp_MiB` are the temporaries of one device as the compiler reports them, `work`
+    is the number of chunks that the program computes and `seconds` the median of a step, both over
+    the row with the fewest micro-batches.
+    """
+    return {
+        "chunks": [
+            _counted(kind, n, 3 * n, skip)
+            for n in ranks
+            for kind in KINDS
+            for skip in (False, True)
+        ],
+        "growth": [row for n in ranks for row in _growth(config, n, repeats)],
+        "note": NOTE,
+    }
+
+
+def _plan(kind: str, ranks: int, micro_batches: int) -> tuple[Schedule, Ticks, Wall]:
+    made = schedule.BY_NAME[kind](ranks, micro_batches)
+    return made, lockstep(made), Wall(made.ranks, made.stages)
+
+
+def _counted(kind: str, ranks: int, micro_batches: int, skip: bool) -> dict[str, Any]:
+    made, ticks, wall = _plan(kind, ranks, micro_batches)
+    planned = collections.Counter(
+        (task.work, rank)
+        for rank, program in enumerate(made.programs)
+        for step in program
+        for task in step
+    )
+    tally: collections.Counter[tuple[str, int, bool]] = collections.Counter()
+
+    def count(name: str, rank: Any, on: Any) -> None:
+        tally[name, int(rank), bool(on)] += 1
+
+    @jax.shard_map(mesh=_mesh(ranks), in_specs=P(), out_specs=P(), check_vma=False)
+    def run(weight):
+        stages = _Counted(weight, count)
+        pipeline = Pipeline(wall, ticks.slots, ["fb"], skip)
+        tables = {name: jnp.asarray(table) for name, table in ticks.tables.items()}
+        edges = tuple(jnp.int32(n) for n in (*ticks.steady, ticks.count))
+        gradients, _, _ = pipeline.run(stages, weight[:1], jnp.zeros(()), tables, edges)
+        return jax.lax.psum(sum(gradients), AXIS)
+
+    jax.block_until_ready(jax.jit(run)(jnp.eye(8) / 2))
+    jax.effects_barrier()
+    row: dict[str, Any] = {"kind": kind, "ranks": ranks, "micro_batches": micro_batches}
+    row |= {"ramps": "skip" if skip else "mask", "ticks": ticks.count}
+    for name, works in (("forward", [Work.FORWARD]), ("backward", BACKWARD_WORKS)):
+        each = [sum(planned[work, rank] for work in works) for rank in range(ranks)]
+        ran = [tally[name, rank, True] + tally[name, rank, False] for rank in range(ranks)]
+        useful = [tally[name, rank, True] for rank in range(ranks)]
+        row |= {f"{name}_planned": max(each), f"{name}_ran": max(ran)}
+        row[f"{name}_useful"] = sum(useful) / sum(each)
+    return row
+
+
+def _mesh(ranks: int) -> jax.sharding.Mesh:
+    return meshes.build(MeshConfig(pipe=ranks, replica=1, node=1, gpu=1, tensor=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    """A matmul for every stage, and a call to the host for every chunk that a device computes."""
+
+    weight: jax.Array
+    count: Any
+
+    def first(self, micro: jax.Array) -> jax.Array:
+        return jnp.ones_like(self.weight[:1])
+
+    def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[Any]:
+        jax.debug.callback(self.count, "forward", jax.lax.axis_index(AXIS), on)
+        y = yield x @ self.weight
+        return y, [x], ()
+
+    def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
+        jax.debug.callback(self.count, "backward", jax.lax.axis_index(AXIS), on)
+        d_x = yield d_y @ self.weight.T
+        return d_x, kept[0].T @ d_y
+
+    def last(self, micro: jax.Array, y: jax.Array, total: jax.Array) -> tuple[Any, jax.Array]:
+        return total + y.sum(), jnp.ones_like(y)
+
+    def first_gradient(self, micro: jax.Array, d_x: jax.Array, total: jax.Array) -> jax.Array:
+        return total
+
+
+def _growth(config: Config, ranks: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows for one number of ranks; runs take turns, so that a busy machine slows all of them."""
+    counts = [2 * ranks * times for times in TIMES]
+    made = [_Gradients.compile(_sized(config, ranks, count)) for count in counts]
+    seconds = np.median([[one.seconds() for one in made] for _ in range(repeats)], axis=0)
+    ticks = [_plan(config.layout.pipeline, ranks, count)[1].count for count in counts]
+    masked = config.layout.ramps == "mask"
+    work = np.array(ticks if masked else counts)
+    return [
+        {
+            "kind": config.layout.pipeline,
+            "ranks": ranks,
+            "micro_batches": count,
+            "ticks": ticks[i],
+            "trace_seconds": made[i].trace_seconds,
+            "compile_seconds": made[i].compile_seconds,
+            "temp_MiB": made[i].temp_bytes / 2**20,
+            "work": float(work[i] / work[0]),
+            "seconds": float(seconds[i] / seconds[0]),
+        }
+        for i, count in enumerate(counts)
+    ]
+
+
+def _sized(config: Config, ranks: int, micro_batches: int) -> Config:
+    sequences = 2 * micro_batches
+    stages = 2 * ranks if config.layout.pipeline == "dualpipev" else ranks
+    sizes: dict[str, Any] = dict(
+        vocab=256, layers=stages, dense_layers=0, d_model=128, heads=2, q_latent=64, kv_latent=32,
+        d_nope=32, d_rope=16, d_value=32, experts=8, shared_experts=1, top_k=2, groups=2,
+        top_groups=1, d_expert=128, mtp_depth=0,
+    )  # fmt: skip
+    mesh = dataclasses.replace(config.mesh, pipe=ranks, replica=1, node=1, gpu=1, tensor=1)
+    batch = dict(length=128, sequences=sequences, ramp_sequences=sequences, micro_sequences=2)
+    layout: dict[str, Any] = dict(
+        zero=0, dispatch="two_hop", micro_batches_in_flight=1, stage_layers=()
+    )
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        model=dataclasses.replace(config.model, **sizes),
+        batch=dataclasses.replace(config.batch, **batch),
+        layout=dataclasses.replace(config.layout, attention_block=128, loss_chunk=256, **layout),
+        precision=dataclasses.replace(config.precision, recipe="float32"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """A compiled gradient program and what it is given."""
+
+    run: Any
+    given: Any
+    trace_seconds: float
+    compile_seconds: float
+    temp_bytes: int
+
+    @classmethod
+    def compile(cls, config: Config) -> "_Gradients":
+        mesh, layout = meshes.build(config.mesh), meshes.layout(config)
+        _, weights, bias = split(build_model(config.model, jax.random.key(0)))
+        places = params.place(weights, lambda *a: NamedSharding(mesh, layout.storage(*a)))
+        count = config.batch.sequences // config.batch.micro_sequences
+        shape = count, config.batch.micro_sequences, config.batch.length + 1
+        tokens = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
+        with jax.set_mesh(mesh):
+            weights = jax.device_put(weights, places)
+            tokens = jax.device_put(tokens, NamedSharding(mesh, tokens_spec(layout)))
+            given = weights, bias, tokens, jnp.int32(count), jnp.float32(0.3)
+            begin = time.perf_counter()
+            lowered = jax.jit(make_gradients(config, layout, mesh)).lower(*given)
+            traced = time.perf_counter()
+            compiled = lowered.compile()
+            done = time.perf_counter()
+        analysis = compiled.memory_analysis()
+        assert analysis is not None  # CPU and GPU both have one
+        made = cls(compiled, given, traced - begin, done - traced, analysis.temp_size_in_bytes)
+        made.seconds()
+        return made
+
+    def seconds(self) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(self.run(*self.given))
+        return time.perf_counter() - begin
