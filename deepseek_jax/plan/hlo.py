@@ -167,16 +167,20 @@ def _balanced(text: str) -> tuple[str, str]:
 
 
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{((?:'\w+',?)+)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{((?:'\w+',?)+)\}"
+)
 _LISTS = re.compile(r"(replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 
 
 def groups(instruction: Instruction, devices: int) -> np.ndarray:
     """Which devices exchange with each other: a row for each group, of positions in the mesh.
 
-    Three spellings are read: lists; `mesh['a'=2,'b'=4] {'b'}`, the groups along b of jax 0.12; and
+    Three spellings are read: lists; `mesh['a'=2,'b'=4] {'b'}`, the groups along b; and
     `[g,n]<=[dims]T(permutation)`, which is
-    `arange(prod(dims)).reshape(dims).transpose(permutation).reshape(g, n)`. Of a permute every
+    `arange(prod(dims)).reshape(dims).transpose(permutation).reshape(g, n)`. A mesh may say in the
+    same way, `device_ids=([dims]T(permutation))`, how its devices are ordered. Of a permute every
     pair (source, target) is a group.
 
     Raises:
@@ -184,16 +188,15 @@ def groups(instruction: Instruction, devices: int) -> np.ndarray:
     """
     text = instruction.attributes.partition(", metadata=")[0]
     if iota := _IOTA.search(text):
-        order = _counted(_sizes(iota[3]))
-        order = order.transpose(_sizes(iota[4])) if iota[4] else order
-        return order.reshape(int(iota[1]), int(iota[2]))
+        return _ordered(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))
     if named := _MESH.search(text):
         names = re.findall(r"'(\w+)'=", named[1])
-        along = [names.index(name) for name in re.findall(r"'(\w+)'", named[2])]
+        along = [names.index(name) for name in re.findall(r"'(\w+)'", named[4])]
         others = [axis for axis in range(len(names)) if axis not in along]
         sizes = tuple(int(size) for size in re.findall(r"=(\d+)", named[1]))
         last = math.prod(sizes[axis] for axis in along)
-        return _counted(sizes).transpose(*others, *along).reshape(-1, last)
+        devices_of = _ordered(named[2], named[3]) if named[2] else _counted(sizes)
+        return devices_of.reshape(sizes).transpose(*others, *along).reshape(-1, last)
     lists = _LISTS.search(text)
     if lists and lists[2]:
         return np.array([_sizes(group) for group in re.findall(r"\{([\d,]*)\}", lists[2])])
@@ -202,6 +205,11 @@ def groups(instruction: Instruction, devices: int) -> np.ndarray:
     if lists and lists[1] == "source_target_pairs":
         return np.zeros((1, 1), int)  # nobody sends
     return _counted((1, devices))
+
+
+def _ordered(dims: str, permutation: str | None) -> np.ndarray:
+    order = _counted(_sizes(dims))
+    return order.transpose(_sizes(permutation)) if permutation else order
 
 
 def _counted(shape: tuple[int, ...]) -> np.ndarray:

@@ -91,11 +91,13 @@ def compile_profiled(
     return cluster.compile_for(lowered, options, text(costs(first, rates or Rates())))
 
 
-def costs(program: Program, rates: Rates) -> dict[str, float]:
+def costs(program: Program, rates: Rates, unknown_trips: int = 1) -> dict[str, float]:
     """Seconds of one run of each instruction, by the scheduler's name; what takes none is left out.
 
-    A loop counts its body's replay times its trips, one where these are unknown; a conditional the
-    longest of its branches.
+    A loop counts its body's replay times its trips; a conditional the longest of its branches.
+
+    Args:
+      unknown_trips: of a loop whose length the compiler does not know.
     """
     module = program.module
     found = {c.name: _collective_seconds(c, rates) for c in program.collectives}
@@ -110,7 +112,7 @@ def costs(program: Program, rates: Rates) -> dict[str, float]:
             found[line.scheduling_name] = _seconds(program, computation, line, rates)
     for _, line in steps:
         if _steps_into(line):
-            found[line.scheduling_name] = _Replay(program, found).into(line, 0.0, 1)
+            found[line.scheduling_name] = _Replay(program, found, unknown_trips).into(line, 0.0, 1)
     return {name: seconds for name, seconds in found.items() if seconds}
 
 
@@ -125,7 +127,9 @@ def parse(profile: str) -> dict[str, float]:
     return {name: float(cost_us) / 1e6 for name, cost_us in found}
 
 
-def replay(program: Program, seconds: Mapping[str, float], computation: str = "") -> Timeline:
+def replay(
+    program: Program, seconds: Mapping[str, float], computation: str = "", unknown_trips: int = 1
+) -> Timeline:
     """Runs the schedule on paper: compute in order, and one collective at a time beside it.
 
     Not modelled: the SMs that a collective takes from a GEMM, launches, and NCCL's start-up.
@@ -133,8 +137,9 @@ def replay(program: Program, seconds: Mapping[str, float], computation: str = ""
     Args:
       seconds: of one run of each instruction, as `costs` gives them, or measured.
       computation: one run of this one, such as a loop's body, instead of the whole program.
+      unknown_trips: as in `costs`.
     """
-    run = _Replay(program, seconds)
+    run = _Replay(program, seconds, unknown_trips)
     total = run.through(computation or program.module.entry, 0.0, 1)
     waits = tuple(Wait(c, *run.waits[c.name]) for c in program.collectives if c.name in run.waits)
     return Timeline(total, run.compute, waits)
@@ -143,8 +148,11 @@ def replay(program: Program, seconds: Mapping[str, float], computation: str = ""
 class _Replay:
     """Walks through computations and adds up, each `times` its single run."""
 
-    def __init__(self, program: Program, seconds: Mapping[str, float]) -> None:
+    def __init__(
+        self, program: Program, seconds: Mapping[str, float], unknown_trips: int
+    ) -> None:
         self.module, self.seconds, self.compute = program.module, seconds, 0.0
+        self.unknown_trips = unknown_trips
         self.waits: dict[str, tuple[float, float]] = {}  # travelling, exposed
         self.starts = {(c.computation, c.start): c for c in program.collectives}
         self.dones = {(c.computation, c.done): c for c in program.collectives}
@@ -180,8 +188,10 @@ class _Replay:
         if line.opcode != "while":
             longest = max(line.calls, key=lambda called: self.through(called, busy, 0))
             return self.through(longest, busy, times)
-        trips = line.trips if line.trips is not None else 1
-        first = self.through(line.body, busy, times) if trips else 0.0
+        trips = self.unknown_trips if line.trips is None else line.trips
+        if not trips:
+            return 0.0
+        first = self.through(line.body, busy, times)
         return first + (trips - 1) * self.through(line.body, 0.0, times * (trips - 1))
 
 

@@ -74,12 +74,20 @@ class Pair:
         return 1 - self.exposed / self.travelling
 
 
+def costs(program: Program, rates: profile.Rates) -> dict[str, float]:
+    """As `profile.costs`, on a rank in the middle whose messages fit their first round.
+
+    The loops of unknown length in a tick are further rounds, and the model's end.
+    """
+    return profile.costs(program, rates, unknown_trips=0)
+
+
 def read(program: Program, rates: profile.Rates) -> Pair:
     """The steady pair of ticks: the loop body with the most all-to-alls."""
     messages = [c for c in program.collectives if c.kind == "all-to-all"]
     bodies = [c.computation for c in messages if c.inside == "while"]
     body = max(bodies, key=bodies.count)
-    timeline = profile.replay(program, profile.costs(program, rates), body)
+    timeline = profile.replay(program, costs(program, rates), body, unknown_trips=0)
     waits = [w for w in timeline.waits if w.collective.kind == "all-to-all"]
     return Pair(
         computation=body,

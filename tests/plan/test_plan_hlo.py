@@ -60,6 +60,10 @@ def test_bytes_of_an_array(dtype, shape, size):
         ("replica_groups=[4,2]<=[2,2,2]T(2,0,1)", [(0, 2), (4, 6), (1, 3), (5, 7)]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [(0, 1, 2, 3), (4, 5, 6, 7)]),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        (
+            "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}",
+            [(0, 2, 4, 6), (1, 3, 5, 7)],
+        ),
         ("source_target_pairs={{0,1},{1,0}}", [(0, 1), (1, 0)]),
     ],
 )
