@@ -181,10 +181,10 @@ class Flight:
         self.arrived = arrived = yield from self.dispatch.sending(
             gated.tokens, *self.sent, everything, self.experts
         )
-        up = yield self._into(gate_up, self._rows())
-        out = yield self._step("down", self._out_of, down, up, arrived.weights)
         if shared:
             yield from self.shared_forward()
+        up = yield self._into(gate_up, self._rows())
+        out = yield self._step("down", self._out_of, down, up, arrived.weights)
         self.summed, served = yield from self.dispatch.combining(out, arrived.route)
         self.served = served | ~everything
 
@@ -206,8 +206,11 @@ class Flight:
         d_experts, *d_more = self._further_rounds(d_out)
         travelled = yield from self.dispatch.combine_gradient(d_out, route)
         d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
-        d_down, d_up, d_weights = yield self.pulls["down"](d_out)
-        d_gate_up, d_rows = yield jax.vjp(self._into, gate_up, self._rows())[1](d_up)
+        # No step waits for the weights' gradients: they are work for wherever there is none.
+        d_down, *d_hidden = self.pulls["down"](d_out)
+        d_up, d_weights = yield d_hidden
+        d_gate_up, d_rows = jax.vjp(self._into, gate_up, self._rows())[1](d_up)
+        d_rows = yield d_rows
         self.d_experts = jax.tree.map(jnp.add, (d_gate_up, d_down), d_experts)
         d_sent = yield from self.dispatch.send_gradient(d_rows, d_weights, route)
         d_tokens, d_weights = jax.tree.map(jnp.add, d_sent, tuple(d_more))

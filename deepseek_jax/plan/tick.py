@@ -9,12 +9,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
+from deepseek_jax.model import execution, params
+from deepseek_jax.model.block import Block
+from deepseek_jax.model.flights import Kind, hops_of
+from deepseek_jax.model.stage import Slot, Stage, turns
+from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD
+from deepseek_jax.parallel import schedule as schedules
+from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD, Pipeline
+from deepseek_jax.parallel.stages import wall
+from deepseek_jax.parallel.ticks import lockstep
+from deepseek_jax.parallel.turns import Steps
 from deepseek_jax.plan import layer, profile
 from deepseek_jax.plan.compiled import Collective, Copy, Gemm, Program
 from deepseek_jax.train import optimizer, schedule, state
@@ -47,6 +57,91 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
     with jax.set_mesh(mesh):
         return step.lower(state.abstract(config, places, adam), tokens, number(jnp.int32), hyper)
+
+
+def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """The ticks of a pipeline with one MoE layer in a stage and nothing before or after them.
+
+    Quick to compile, and what it shows of messages is so in a pipeline of any depth.
+
+    Args:
+      mesh: as in `lower`.
+    """
+    layout = meshes.layout(config)
+    how = dataclasses.replace(execution.of(config), flights=1)
+    whole = jax.eval_shape(
+        lambda key: Block(config.model, dense=False, rngs=nnx.Rngs(params=key)), jax.random.key(0)
+    )
+    parts: Any = nnx.split(whole, nnx.Param, ...)
+    graph, weights, rest = parts
+    weights = jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights)
+    specs = params.place(weights, lambda names, _: layout.spec(names))
+    made = schedules.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
+    held, ticks = wall(config), lockstep(made)
+    like: Any = jax.ShapeDtypeStruct((1, config.batch.length, config.model.d_model), jnp.bfloat16)
+
+    def local(weights, rest, tables):
+        with axes.active(layout):
+            blocks = [nnx.merge(graph, each, rest) for each in weights]
+            run = _Alone([_stage(block, how, config) for block in blocks], like)
+            edges = [jnp.int32(tick) for tick in (*ticks.steady, ticks.count)]
+            pipeline = Pipeline(held, ticks.slots, turns(1, hops_of(how)), skip=False)
+            return pipeline.run(run, like, jnp.float32(0), tables, edges)[0]
+
+    both, nowhere = (specs, specs), P()
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(both, P(), P()), out_specs=nowhere, check_vma=False
+    )
+
+    def placed(spec: P, tree: Any) -> Any:
+        place = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+        )
+
+    given = (weights, weights), rest, ticks.tables
+    arguments = jax.tree.map(
+        placed, (both, P(), P()), given, is_leaf=lambda leaf: isinstance(leaf, P)
+    )
+    with jax.set_mesh(mesh):
+        return jax.jit(mapped).lower(*arguments)
+
+
+def _stage(block: Any, how: execution.Execution, config: Config) -> Stage:
+    modules = {
+        "attention_norm": block.attention_norm,
+        "attention": block.attention,
+        "feed_norm": block.feed_norm,
+        "router": block.feed.router,
+        "experts": block.feed.experts,
+    }
+    if config.model.shared_experts:
+        modules["shared"] = block.feed.shared
+    slot = Slot(modules, Kind(routed=jnp.bool_(True), dense=jnp.bool_(False)))
+    return Stage([slot], how, config.model.experts, jnp.float32(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alone:
+    """Stages of a model that begins with zeros and whose loss is the sum of what comes out."""
+
+    chunks: list[Stage]
+    like: Any
+
+    def first(self, micro: jax.Array) -> jax.Array:
+        return jnp.zeros(self.like.shape, self.like.dtype)
+
+    def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[Any]:
+        return self.chunks[chunk].forward(x, on)
+
+    def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
+        return self.chunks[chunk].backward(kept, d_y, on)
+
+    def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
+        return total + y.sum(dtype=jnp.float32), jnp.ones_like(y)
+
+    def first_gradient(self, micro: jax.Array, d_x: jax.Array, total: Any) -> Any:
+        return total
 
 
 @dataclasses.dataclass(frozen=True)
