@@ -184,7 +184,11 @@ class Flight:
         if shared:
             yield from self.shared_forward()
         up = yield self._into(gate_up, self._rows())
-        out = yield self._step("down", self._out_of, down, up, arrived.weights)
+        inputs = down, up, arrived.weights
+        if how.recompute == "full":
+            out = yield self._out_of(*inputs)
+        else:
+            out = yield self._step("down", self._out_of, *inputs)
         self.summed, served = yield from self.dispatch.combining(out, arrived.route)
         self.served = served | ~everything
 
@@ -207,7 +211,7 @@ class Flight:
         travelled = yield from self.dispatch.combine_gradient(d_out, route)
         d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
         # No step waits for the weights' gradients: they are work for wherever there is none.
-        d_down, *d_hidden = self.pulls["down"](d_out)
+        d_down, *d_hidden = self._pull_down(d_out)
         d_up, d_weights = yield d_hidden
         d_gate_up, d_rows = jax.vjp(self._into, gate_up, self._rows())[1](d_up)
         d_rows = yield d_rows
@@ -233,6 +237,13 @@ class Flight:
             "experts": self.d_experts,
             "shared": self.d_shared,
         }
+
+    def _pull_down(self, d_out: jax.Array) -> Any:
+        if "down" in self.pulls:
+            return self.pulls["down"](d_out)
+        gate_up, down = self.weights["experts"]
+        up = self._into(gate_up, self._rows())
+        return jax.vjp(self._out_of, down, up, self.arrived.weights)[1](d_out)
 
     def _further_rounds(self, d_out: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         norm, _ = self.weights["gate"]
@@ -271,9 +282,12 @@ class Flight:
     def _step(self, name: str, fn: Any, *inputs: Any) -> Any:
         """fn(*inputs), which backward can pull a cotangent through."""
         policies = jax.checkpoint_policies
-        policy = policies.save_only_these_names(*KEPT)
-        if self.how.recompute == "none":
-            policy = policies.save_from_both_policies(policies.dots_saveable, policy)
+        kept = policies.save_only_these_names(*KEPT)
+        policy = {
+            "none": policies.save_from_both_policies(policies.dots_saveable, kept),
+            "report": kept,
+            "full": policies.nothing_saveable,
+        }[self.how.recompute]
         fn = jax.checkpoint(fn, policy=policy, prevent_cse=False)
         out, self.pulls[name] = jax.vjp(fn, *inputs)
         return out
@@ -282,11 +296,12 @@ class Flight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A pytree without the leaves that are weights: these are kept once, and not by each flight.
+    """A pytree, every array in it once, without those that are weights: these are not kept.
 
     Attributes:
-      leaves: the others.
-      structure: of the whole tree, and for each of its leaves which weight it is, or None.
+      leaves: what is kept.
+      structure: of the whole tree, and for each of its leaves (whether it is a weight, its number
+        among the weights or the kept).
     """
 
     leaves: list[jax.Array]
@@ -296,13 +311,20 @@ class Kept:
 def _without(weights: Any, tree: Any) -> Kept:
     leaves, structure = jax.tree.flatten(tree)
     number = {id(weight): i for i, weight in enumerate(jax.tree.leaves(weights))}
-    which = tuple(number.get(id(leaf)) for leaf in leaves)
-    rest = [leaf for leaf, i in zip(leaves, which, strict=True) if i is None]
+    rest = {id(leaf): leaf for leaf in leaves if id(leaf) not in number}
+    place = {leaf: i for i, leaf in enumerate(rest)}
+    which = tuple(
+        (True, number[id(leaf)]) if id(leaf) in number else (False, place[id(leaf)])
+        for leaf in leaves
+    )
     # Named, so that recomputing the layer around it keeps it too.
-    return Kept([checkpoint_name(leaf, "flight") for leaf in rest], (structure, which))
+    kept = [checkpoint_name(leaf, "flight") for leaf in rest.values()]
+    return Kept(kept, (structure, which))
 
 
 def _with(weights: Any, kept: Kept) -> Any:
-    (structure, which), rest = kept.structure, iter(kept.leaves)
+    structure, which = kept.structure
     known = jax.tree.leaves(weights)
-    return jax.tree.unflatten(structure, [next(rest) if i is None else known[i] for i in which])
+    return jax.tree.unflatten(
+        structure, [known[i] if weight else kept.leaves[i] for weight, i in which]
+    )

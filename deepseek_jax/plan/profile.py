@@ -148,9 +148,7 @@ def replay(
 class _Replay:
     """Walks through computations and adds up, each `times` its single run."""
 
-    def __init__(
-        self, program: Program, seconds: Mapping[str, float], unknown_trips: int
-    ) -> None:
+    def __init__(self, program: Program, seconds: Mapping[str, float], unknown_trips: int) -> None:
         self.module, self.seconds, self.compute = program.module, seconds, 0.0
         self.unknown_trips = unknown_trips
         self.waits: dict[str, tuple[float, float]] = {}  # travelling, exposed

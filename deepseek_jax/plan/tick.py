@@ -84,7 +84,7 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
         with axes.active(layout):
             blocks = [nnx.merge(graph, each, rest) for each in weights]
             run = _Alone([_stage(block, how, config) for block in blocks], like)
-            edges = [jnp.int32(tick) for tick in (*ticks.steady, ticks.count)]
+            edges: Any = tuple(jnp.int32(tick) for tick in (*ticks.steady, ticks.count))
             pipeline = Pipeline(held, ticks.slots, turns(1, hops_of(how)), skip=False)
             return pipeline.run(run, like, jnp.float32(0), tables, edges)[0]
 

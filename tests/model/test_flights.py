@@ -87,7 +87,7 @@ def test_redundant_experts_are_refused():
         flights.layer(block, jnp.zeros((2, 4, config.d_model)), Execution(flights=2))
 
 
-@pytest.mark.parametrize("recompute", ["none", "report"])
+@pytest.mark.parametrize("recompute", ["none", "report", "full"])
 def test_backward_keeps_no_weight_of_each_flight(recompute):
     config = small.config().model
     block = jax.eval_shape(lambda: Block(config, dense=False, rngs=nnx.Rngs(params=0)))
