@@ -206,18 +206,17 @@ class Flight:
 
     def backward(self, *, shared: bool = False) -> Steps[None]:
         (gate_up, _), route = self.weights["experts"], self.arrived.route
-        d_out = self.d_out.reshape(-1, self.d_out.shape[-1])
-        d_experts, *d_more = self._further_rounds(d_out)
-        travelled = yield from self.dispatch.combine_gradient(d_out, route)
+        d_home = self.d_out.reshape(-1, self.d_out.shape[-1])
+        travelled = yield from self.dispatch.combine_gradient(d_home, route)
         d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
         # No step waits for the weights' gradients: they are work for wherever there is none.
         d_down, *d_hidden = self._pull_down(d_out)
         d_up, d_weights = yield d_hidden
         d_gate_up, d_rows = jax.vjp(self._into, gate_up, self._rows())[1](d_up)
         d_rows = yield d_rows
-        self.d_experts = jax.tree.map(jnp.add, (d_gate_up, d_down), d_experts)
         d_sent = yield from self.dispatch.send_gradient(d_rows, d_weights, route)
-        d_tokens, d_weights = jax.tree.map(jnp.add, d_sent, tuple(d_more))
+        first = (d_gate_up, d_down), *d_sent
+        self.d_experts, d_tokens, d_weights = self._with_further_rounds(d_home, first)
         nothing: Any = np.zeros(self.sent[1].shape, jax.dtypes.float0)
         d_gated = Gated(d_tokens, d_weights, nothing, self.d_routing)
         self.d_gate, d_x = self.pulls["gate"](d_gated)
@@ -245,19 +244,21 @@ class Flight:
         up = self._into(gate_up, self._rows())
         return jax.vjp(self._out_of, down, up, self.arrived.weights)[1](d_out)
 
-    def _further_rounds(self, d_out: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
+    def _with_further_rounds(
+        self, d_home: jax.Array, first: tuple[Any, jax.Array, jax.Array]
+    ) -> tuple[Any, jax.Array, jax.Array]:
         norm, _ = self.weights["gate"]
-        tokens = norm(self.x).reshape(d_out.shape)
-        work = functools.partial(through_experts, self.how)
+        tokens = norm(self.x).reshape(d_home.shape)
         return complete_gradient(
             self.dispatch,
-            work,
+            functools.partial(through_experts, self.how),
             self.weights["experts"],
             axes.fan_out(tokens, "expert_width"),
             *self.sent,
             self.experts,
             self.served,
-            d_out,
+            d_home,
+            first,
         )
 
     def _rows(self) -> jax.Array:

@@ -60,13 +60,14 @@ def complete_gradient(
     total: int,
     served: jax.Array,
     d_out: jax.Array,
+    first: tuple[Any, jax.Array, jax.Array],
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """What the further rounds add to the gradients of experts, tokens and weights."""
+    """The gradients of experts, tokens and weights: the first round's, and what others add."""
     count, top_k = chosen.shape
     if dispatch.complete(count, top_k, total):
-        return jax.tree.map(jnp.zeros_like, (experts, tokens, weights))
+        return first
     saved = experts, tokens, weights, chosen, ~served
-    return _further_backward(dispatch, work, total, saved, (d_out,))[:3]
+    return _further_gradients(dispatch, work, total, saved, d_out, first)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -94,8 +95,13 @@ def _further_forward(dispatch, work, total, experts, tokens, weights, chosen, le
 
 
 def _further_backward(dispatch, work, total, saved, cotangents):
+    zeros = jax.tree.map(jnp.zeros_like, saved[:3])
+    gradients = _further_gradients(dispatch, work, total, saved, cotangents[0], zeros)
+    return *gradients, None, None, cotangents[0]
+
+
+def _further_gradients(dispatch, work, total, saved, d_out, first):
     experts, tokens, weights, chosen, left = saved
-    d_out = cotangents[0]
 
     def one(state):
         _, left, gradients = state
@@ -107,10 +113,7 @@ def _further_backward(dispatch, work, total, saved, cotangents):
         left = left & ~served
         return _any(left), left, jax.tree.map(jnp.add, gradients, pull(d_out))
 
-    zeros = jax.tree.map(jnp.zeros_like, (experts, tokens, weights))
-    start = _any(left), left, zeros
-    gradients = lax.while_loop(lambda state: state[0], one, start)[2]
-    return *gradients, None, None, d_out
+    return lax.while_loop(lambda state: state[0], one, (_any(left), left, first))[2]
 
 
 _further.defvjp(_further_forward, _further_backward)
