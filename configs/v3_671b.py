@@ -61,7 +61,8 @@ def get_config() -> ConfigDict:
             pipeline="dualpipe",  # section 3.2.1; "dualpipev" holds every stage once
             stage_layers=(),  # layers of each stage; () is equally many, the last ones fewer
             ramps="mask",  # ticks that fill and drain the pipeline make and drop, or "skip", idle work
-            recompute="report",  # section 3.2.3: norms, MLA up-projections and SwiGLU
+            cost_profile="",  # a file of what each instruction costs, for the GPU's scheduler
+            recompute="report",  # section 3.2.3: norms, MLA up-projections and SwiGLU; or "full"
             attention_block=512,  # query rows that are scored at once
             unroll=1,  # layers compiled one after another; 1 is a plain loop, fast to compile
             loss_chunk=512,  # tokens whose logits are held at once, per device

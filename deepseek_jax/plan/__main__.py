@@ -4,6 +4,9 @@ python -m deepseek_jax.plan --config=FILE [--devices=N] [--json]
     parameters, operations and memory of a config.
 python -m deepseek_jax.plan schedule --pipe=8 --micro_batches=20 [--kind=dualpipe] [--json]
     who does what when in a pipeline, and its bubbles beside others'; draws it into --picture.
+python -m deepseek_jax.plan step --config=FILE [--costs=costs.pbtxt] [--json]
+    a pipelined training step, compiled for a virtual GPU cluster: what its messages travel under,
+    what it holds; --costs writes what layout.cost_profile takes. Minutes for a large model.
 """
 
 import json
@@ -14,8 +17,10 @@ import jax
 from absl import flags
 
 from deepseek_jax import command
+from deepseek_jax.bench.report import text as aligned
 from deepseek_jax.config import ConfigError
-from deepseek_jax.plan import pipeline, report
+from deepseek_jax.hardware import compiler
+from deepseek_jax.plan import pipeline, report, tick
 
 CONFIG = command.define_config_flag()
 DEVICES = flags.DEFINE_integer("devices", None, "Devices to plan for, where a mesh axis is -1.")
@@ -25,17 +30,22 @@ MICRO = flags.DEFINE_integer("micro_batches", None, "schedule: micro-batches of 
 KIND = flags.DEFINE_string("kind", "dualpipe", "schedule: 1f1b, zb1p, dualpipe or dualpipev.")
 PICTURE = flags.DEFINE_string("picture", "schedule.png", "schedule: where to draw; empty: nowhere.")
 
-NAMES = ("schedule",)
-OF_SCHEDULE = ("pipe", "micro_batches", "kind", "picture")
-OF_CONFIG = ("config", "devices")
+COSTS = flags.DEFINE_string("costs", "", "step: where to write what each instruction costs.")
+
+OF = {
+    "": ("config", "devices"),
+    "schedule": ("pipe", "micro_batches", "kind", "picture"),
+    "step": ("config", "costs"),
+}
+NAMES = tuple(name for name in OF if name)
 
 
 def main(name: str = "") -> None:
-    for flag in OF_CONFIG if name else OF_SCHEDULE:
+    for flag in sorted({flag for others in OF.values() for flag in others} - set(OF[name])):
         if flags.FLAGS[flag].present:
-            raise ConfigError(f"--{flag} does not go {'with' if name else 'without'} schedule")
+            raise ConfigError(f"--{flag} does not go with plan {name}".rstrip())
     if name:
-        schedule()
+        {"schedule": schedule, "step": step}[name]()
         return
     jax.config.update("jax_platforms", "cpu")  # shapes only: never take an accelerator's memory
     planned = report.plan(command.read_config(CONFIG), DEVICES.value)
@@ -57,6 +67,14 @@ def schedule() -> None:
     print(pipeline.text(compared))
     if "picture" in compared:
         print(f"drawn in {compared['picture']}")
+
+
+def step() -> None:
+    file = Path(COSTS.value) if COSTS.value else None
+    if file and not COSTS.value.endswith(compiler.ENDING):
+        raise ConfigError(f"--costs={COSTS.value} must end in {compiler.ENDING}, or XLA ignores it")
+    found = tick.measure(command.read_config(CONFIG), file)
+    print(json.dumps(found, indent=2) if JSON.value else aligned(found))
 
 
 if __name__ == "__main__":

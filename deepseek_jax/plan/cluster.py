@@ -21,22 +21,14 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from deepseek_jax.config import MESH_AXES, ConfigError, MeshConfig
-from deepseek_jax.hardware import network, target
+from deepseek_jax.hardware import compiler, network, target
 
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 INSTALL = 'pip install -e ".[cluster]"'
 _PTXAS = Path("/usr/local/cuda/bin/ptxas")  # the toolkit's usual place, also searched by XLA
 
 # Triton GEMMs are picked by timing, which no absent device allows: cuBLAS calls stay readable.
-# Merged dots join two chunks' GEMMs into one that waits for both chunks' traffic. At its default of
-# 95 % the scheduler gives up overlap, silently, in programs whose real peak fits. Command buffers
-# would hide compute from the schedule.
-OPTIONS: Mapping[str, Any] = {
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_dot_merger_threshold_mb": 0,
-    "xla_gpu_memory_limit_slop_factor": 125,
-    "xla_gpu_enable_command_buffer": "",
-}
+OPTIONS: Mapping[str, Any] = {**compiler.OPTIONS, "xla_gpu_enable_triton_gemm": False}
 
 
 def installed() -> dict[str, str]:
@@ -112,12 +104,11 @@ def compile_for(
     chosen = {**OPTIONS, **(options or {})}
     if not profile:
         return lowered.compile(compiler_options=chosen)
-    # A new path each time: JAX caches by options and would not see that a file has changed. XLA
-    # reads this ending as text, and ignores a file of any other without a word.
+    # A new path each time: JAX caches by options and would not see that a file has changed.
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "costs.pbtxt"
+        file = Path(folder) / f"costs{compiler.ENDING}"
         file.write_text(profile)
-        chosen["xla_gpu_pgle_profile_file_or_directory_path"] = str(file)
+        chosen[compiler.PROFILE] = str(file)
         return lowered.compile(compiler_options=chosen)
 
 

@@ -4,7 +4,10 @@ The body of the loop over ticks holds two of them, one of either parity; what it
 under, what it copies and how long a replay of it takes is read from there. Nothing runs here.
 """
 
+import collections
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.flights import Kind, hops_of
@@ -25,12 +28,15 @@ from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD, Pipeline
 from deepseek_jax.parallel.stages import wall
 from deepseek_jax.parallel.ticks import lockstep
 from deepseek_jax.parallel.turns import Steps
-from deepseek_jax.plan import layer, profile
+from deepseek_jax.plan import cluster, compiled, layer, profile
 from deepseek_jax.plan.compiled import Collective, Copy, Gemm, Program
+from deepseek_jax.plan.hlo import Array
+from deepseek_jax.plan.profile import Rates
 from deepseek_jax.train import optimizer, schedule, state
 from deepseek_jax.train.step import make_step, tokens_spec
 
 KERNELS = layer.KERNELS
+LARGEST = 12  # arrays that are listed
 
 
 def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
@@ -152,6 +158,7 @@ class Pair:
       computation: its name in the program.
       messages: the all-to-alls of MoE layers.
       copies: arrays that are copied whole, largest first.
+      kept: what the loop carries from one pair to the next: type and shape -> how many arrays.
       seconds, compute: of a replay, and at work in it.
       travelling, exposed: seconds of the messages, and those that compute waits for them.
     """
@@ -159,6 +166,7 @@ class Pair:
     computation: str
     messages: tuple[Collective, ...]
     copies: tuple[Copy, ...]
+    kept: Mapping[Array, int]
     seconds: float
     compute: float
     travelling: float
@@ -169,7 +177,7 @@ class Pair:
         return 1 - self.exposed / self.travelling
 
 
-def costs(program: Program, rates: profile.Rates) -> dict[str, float]:
+def costs(program: Program, rates: Rates) -> dict[str, float]:
     """As `profile.costs`, on a rank in the middle whose messages fit their first round.
 
     The loops of unknown length in a tick are further rounds, and the model's end.
@@ -177,22 +185,34 @@ def costs(program: Program, rates: profile.Rates) -> dict[str, float]:
     return profile.costs(program, rates, unknown_trips=0)
 
 
-def read(program: Program, rates: profile.Rates) -> Pair:
+def read(program: Program, rates: Rates) -> Pair:
     """The steady pair of ticks: the loop body with the most all-to-alls."""
     messages = [c for c in program.collectives if c.kind == "all-to-all"]
     bodies = [c.computation for c in messages if c.inside == "while"]
     body = max(bodies, key=bodies.count)
+    loop = next(
+        line
+        for computation in program.module.computations.values()
+        for line in computation.values()
+        if line.opcode == "while" and line.body == body
+    )
     timeline = profile.replay(program, costs(program, rates), body, unknown_trips=0)
     waits = [w for w in timeline.waits if w.collective.kind == "all-to-all"]
     return Pair(
         computation=body,
         messages=tuple(c for c in messages if c.computation == body),
         copies=tuple(c for c in program.copies if c.computation == body),
+        kept=collections.Counter(loop.arrays),
         seconds=timeline.total,
         compute=timeline.compute,
         travelling=sum(wait.seconds for wait in waits),
         exposed=sum(wait.exposed for wait in waits),
     )
+
+
+def under(message: Collective) -> list[Gemm]:
+    """The GEMMs that a message travels under; counting and sorting make tiny ones."""
+    return [gemm for gemm in message.gemms if gemm.flops > 1e9]
 
 
 def of_other_chunk(message: Collective, gemm: Gemm) -> bool:
@@ -203,3 +223,55 @@ def of_other_chunk(message: Collective, gemm: Gemm) -> bool:
 def _chunk(op_name: str) -> str:
     """FORWARD or BACKWARD; empty for what is of neither."""
     return next((part for part in op_name.split("/") if part in (FORWARD, BACKWARD)), "")
+
+
+def measure(config: Config, file: Path | None = None) -> dict[str, Any]:
+    """Compiles a step for the virtual cluster, with the compiler's own costs and with ours.
+
+    Nothing in it is a time that was measured: see `profile.py`.
+
+    Args:
+      file: where our costs are written, for layout.cost_profile.
+
+    Raises:
+      ConfigError: no pipeline, or what this needs is not installed.
+    """
+    if config.mesh.pipe == 1:
+        raise ConfigError("plan step reads the ticks of a pipeline; set mesh.pipe above 1")
+    mesh, rates = cluster.mesh(config.mesh), Rates()
+    lowered = lower(config, mesh)
+    first = compiled.read(cluster.compile_for(lowered), mesh, KERNELS)
+    text = profile.text(costs(first, rates))
+    if file:
+        file.write_text(text)
+    second = compiled.read(cluster.compile_for(lowered, profile=text), mesh, KERNELS)
+    both = {"the compiler's": read(first, rates), "ours": read(second, rates)}
+    held = both["ours"].kept
+    largest = sorted(held, key=lambda array: -array.bytes * held[array])[:LARGEST]
+    return {
+        "peak_GiB": second.peak_bytes / 2**30,
+        "carried_GiB": sum(array.bytes * n for array, n in held.items()) / 2**30,
+        "two ticks": [{"costs": name, **_row(pair)} for name, pair in both.items()],
+        "carried": [
+            {
+                "array": f"{array.dtype}[{', '.join(map(str, array.shape))}]",
+                "arrays": held[array],
+                "GiB": array.bytes * held[array] / 2**30,
+            }
+            for array in largest
+        ],
+    }
+
+
+def _row(pair: Pair) -> dict[str, Any]:
+    each = [(message, under(message)) for message in pair.messages]
+    return {
+        "messages": len(each),
+        "asynchronous": sum(not message.is_sync for message, _ in each),
+        "under_a_gemm": sum(bool(gemms) for _, gemms in each),
+        "under_the_other": sum(any(of_other_chunk(m, g) for g in gemms) for m, gemms in each),
+        "hidden": pair.hidden_share,
+        "milliseconds": 1e3 * pair.seconds,
+        "compute": 1e3 * pair.compute,
+        "largest_copy_MiB": max((copy.bytes for copy in pair.copies), default=0) / 2**20,
+    }

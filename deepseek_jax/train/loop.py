@@ -20,6 +20,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.data.scoring import held_out
+from deepseek_jax.hardware import compiler
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel import processes, stages
 from deepseek_jax.train import evaluate, optimizer, schedule, state, workdir
@@ -90,6 +91,7 @@ def _run(
     move_ema = make_ema(config, places)
     all_finite = jax.jit(_all_finite)
     place = NamedSharding(mesh, tokens_spec(layout))
+    options = compiler.options(jax.default_backend(), config.layout.cost_profile)
     done = saved = int(now.step)
     stop = processes.StopSignal()
     stop.install()
@@ -108,7 +110,7 @@ def _run(
         )
         if compiled is None:
             report.say("compiling the training step")
-            compiled = step.lower(*inputs).compile()
+            compiled = step.lower(*inputs).compile(compiler_options=options)
             logged_at = time.perf_counter()  # the speed of a step is without its compilation
         moved, metrics = compiled(*inputs)
         del inputs  # the state in it was donated
@@ -154,6 +156,7 @@ def check_devices(config: Config) -> Config:
     configs.check(config)
     if mesh.pipe > 1:
         stages.places(config)
+    compiler.options(jax.default_backend(), config.layout.cost_profile)
     return config
 
 

@@ -94,9 +94,9 @@ def test_pictures_that_cannot_be(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("figure",), "there is no 'figure'; name one of schedule"),
+        (("figure",), "there is no 'figure'; name one of schedule, step"),
         (("schedule", "--pipe=7", "--micro_batches=20"), "mesh.pipe=6 or mesh.pipe=8"),
-        (("--config=configs/v3_tiny.py", "--pipe=8"), "--pipe does not go without schedule"),
+        (("--config=configs/v3_tiny.py", "--pipe=8"), "--pipe does not go with plan"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

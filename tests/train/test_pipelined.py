@@ -38,12 +38,11 @@ def gradients(config, sizes, tokens):
 
 TIGHT = {"layout_buffer": 0.6}  # tokens need further rounds
 CASES = {
-    "2 ranks, 2 GPUs": ({"pipe": 2, "gpu": 2}, {"model_layers": 2, **TIGHT}),
     "4 ranks": ({"pipe": 4}, {"model_layers": 4, "model_mtp_depth": 2, "layout_zero": 0}),
     "8 ranks": ({"pipe": 8}, {"model_layers": 8, "layout_recompute": "full"}),
     "V, 2 ranks, 2 GPUs": (
         {"pipe": 2, "gpu": 2},
-        {"model_layers": 4, "layout_pipeline": "dualpipev", "layout_ramps": "skip"},
+        {"model_layers": 4, "layout_pipeline": "dualpipev", "layout_ramps": "skip", **TIGHT},
     ),
     "uneven, tensor": (
         {"pipe": 4, "tensor": 2},

@@ -1,0 +1,45 @@
+"""The ticks of DualPipe, compiled for 2,048 H100s: pipe 16 x replica 2 x node 8 x gpu 8.
+
+A layer of V3's sizes in each stage, nothing before or after them, and the compiler's own costs.
+What ours hide is read by `python -m deepseek_jax.plan step`. Nothing runs here.
+"""
+
+import collections
+
+import pytest
+
+from configs import v3_671b
+from deepseek_jax import config as configs
+from deepseek_jax.plan import cluster, compiled, profile, tick
+
+pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
+
+
+def test_each_chunk_hides_the_messages_of_the_other():
+    c = v3_671b.get_config()
+    c.layout.recompute = "full"
+    config = configs.parse(c)
+    mesh = cluster.mesh(config.mesh)
+    done = cluster.compile_for(tick.lower_alone(config, mesh))
+    program = compiled.read(done, mesh, tick.KERNELS)
+    pair = tick.read(program, profile.Rates())
+    # Two ticks of a forward and a backward chunk, each two hops out and two home.
+    assert collections.Counter(c.axes for c in pair.messages) == {("node",): 8, ("gpu",): 8}
+    for message in pair.messages:
+        assert not message.is_sync and tick.under(message), message
+    others = [any(tick.of_other_chunk(m, g) for g in tick.under(m)) for m in pair.messages]
+    assert sum(others) >= 10
+    assert pair.hidden_share > 0.4
+    assert not any(copy.bytes > 32 * 2**20 for copy in pair.copies)
+    # A layer keeps what arrived and its two inputs for each slot, and nothing made of a weight.
+    slots = lockstep_slots(config)
+    kept = {array.shape[1:] for array in pair.kept if array.shape[:1] == (slots,)}
+    rows = 4096 * 8 * 5 // 4
+    large = {shape for shape in kept if len(shape) > 1 and shape[-1] > 1000}
+    assert large == {(rows, 7168), (1, 4096, 7168)}
+    assert program.peak_bytes < 24 * 2**30
+
+
+def lockstep_slots(config):
+    made = tick.schedules.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
+    return tick.lockstep(made).slots["kept"]
