@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from deepseek_jax.hardware import chips, network, target
+from deepseek_jax.config import ConfigError
+from deepseek_jax.hardware import chips, compiler, network, target
 
 
 def test_every_number_is_positive():
@@ -103,3 +104,16 @@ def test_the_text_form_of_a_device():
     config = {"name": 'a "b"', "on": True, "info": {"ghz": 1.5, "feature_extension": "FAST"}}
     lines = ['name: "a \\"b\\""', "on: true", "info { ghz: 1.5 feature_extension: FAST }"]
     assert target.text(config) == "\n".join(lines)
+
+
+def test_gpus_are_told_what_instructions_cost(tmp_path):
+    costs = tmp_path / "costs.pbtxt"
+    with pytest.raises(ConfigError, match=r"layout\.cost_profile=.*plan step"):
+        compiler.options("gpu", str(costs))
+    costs.touch()
+    assert compiler.options("gpu", str(costs)) == compiler.options("gpu") | {
+        compiler.PROFILE: str(costs)
+    }
+    assert compiler.options("cpu", str(costs)) == {}
+    with pytest.raises(ConfigError, match=r"ends in \.pbtxt"):
+        compiler.options("gpu", str(costs.rename(tmp_path / "costs.txt")))

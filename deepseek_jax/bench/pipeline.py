@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Config, MeshConfig
+from deepseek_jax.config import Config, ConfigError, MeshConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import build_model
 from deepseek_jax.parallel import mesh as meshes
@@ -47,7 +47,15 @@ def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5)
     In `growth`, `temp_MiB` are the temporaries of one device as the compiler reports them, `work`
     is the number of chunks that the program computes and `seconds` the median of a step, both over
     the row with the fewest micro-batches.
+
+    Raises:
+      ConfigError: more ranks than devices.
     """
+    if max(ranks) > jax.device_count():
+        raise ConfigError(
+            f"bench pipeline needs {max(ranks)} devices and there are {jax.device_count()}; "
+            f"use --emulate_devices={max(ranks)}"
+        )
     return {
         "chunks": [
             _counted(kind, n, 3 * n, skip)

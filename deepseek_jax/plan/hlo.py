@@ -195,8 +195,8 @@ def groups(instruction: Instruction, devices: int) -> np.ndarray:
         others = [axis for axis in range(len(names)) if axis not in along]
         sizes = tuple(int(size) for size in re.findall(r"=(\d+)", named[1]))
         last = math.prod(sizes[axis] for axis in along)
-        devices_of = _ordered(named[2], named[3]) if named[2] else _counted(sizes)
-        return devices_of.reshape(sizes).transpose(*others, *along).reshape(-1, last)
+        order = _ordered(named[2], named[3]) if named[2] else _counted(sizes)
+        return order.reshape(sizes).transpose(*others, *along).reshape(-1, last)
     lists = _LISTS.search(text)
     if lists and lists[2]:
         return np.array([_sizes(group) for group in re.findall(r"\{([\d,]*)\}", lists[2])])

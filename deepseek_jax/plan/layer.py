@@ -29,12 +29,7 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
       mesh: real or virtual (`cluster.mesh`), of the sizes of `config.mesh`.
     """
     layout, how = meshes.layout(config), execution.of(config)
-    whole = jax.eval_shape(
-        lambda key: Block(config.model, dense=False, rngs=nnx.Rngs(params=key)), jax.random.key(0)
-    )
-    graph, weights, *others = nnx.split(whole, nnx.Param, ...)
-    (rest,) = others
-    weights = jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights)
+    graph, weights, rest = abstract(config, how)
     batch = P(layout.mesh_axes("batch") or None)
     specs = params.place(weights, lambda names, _: layout.spec(names)), P(), batch
 
@@ -54,20 +49,30 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     sequences = config.batch.micro_sequences * how.flights
     shape = sequences, config.batch.length, config.model.d_model
     x = jax.ShapeDtypeStruct(shape, how.recipe.compute)
+    with jax.set_mesh(mesh):
+        return jax.jit(mapped).lower(*placed(mesh, specs, (weights, rest, x)))
 
-    def placed(spec: P, tree: Any) -> Any:
+
+def abstract(config: Config, how: execution.Execution) -> tuple[Any, nnx.State, nnx.State]:
+    """(structure, weights as matmuls read them, the rest) of a MoE layer, shapes only."""
+    whole = jax.eval_shape(
+        lambda key: Block(config.model, dense=False, rngs=nnx.Rngs(params=key)), jax.random.key(0)
+    )
+    parts: Any = nnx.split(whole, nnx.Param, ...)
+    graph, weights, rest = parts
+    return graph, jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights), rest
+
+
+def placed(mesh: Mesh, specs: Any, trees: Any) -> Any:
+    """Shapes of arguments that live as `specs` say, a prefix of the trees."""
+
+    def each(spec: P, tree: Any) -> Any:
         place = NamedSharding(mesh, spec)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
         )
 
-    arguments = jax.tree.map(placed, specs, (weights, rest, x), is_leaf=_is_spec)
-    with jax.set_mesh(mesh):
-        return jax.jit(mapped).lower(*arguments)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, P)
+    return jax.tree.map(each, specs, trees, is_leaf=lambda leaf: isinstance(leaf, P))
 
 
 def _grouped_flops(arrays: tuple[Array, ...]) -> float:

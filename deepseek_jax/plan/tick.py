@@ -1,4 +1,4 @@
-"""One training step of a pipeline, compiled for the cluster it is meant for, and its ticks.
+"""The ticks of a pipelined step, in a program compiled for the cluster it is meant for.
 
 The body of the loop over ticks holds two of them, one of either parity; what its messages travel
 under, what it copies and how long a replay of it takes is read from there. Nothing runs here.
@@ -6,24 +6,23 @@ under, what it copies and how long a replay of it takes is read from there. Noth
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.hardware import compiler
 from deepseek_jax.model import execution, params
-from deepseek_jax.model.block import Block
 from deepseek_jax.model.flights import Kind, hops_of
 from deepseek_jax.model.stage import Slot, Stage, turns
-from deepseek_jax.parallel import axes
+from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import schedule as schedules
 from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD, Pipeline
 from deepseek_jax.parallel.stages import wall
 from deepseek_jax.parallel.ticks import lockstep
@@ -32,37 +31,9 @@ from deepseek_jax.plan import cluster, compiled, layer, profile
 from deepseek_jax.plan.compiled import Collective, Copy, Gemm, Program
 from deepseek_jax.plan.hlo import Array
 from deepseek_jax.plan.profile import Rates
-from deepseek_jax.train import optimizer, schedule, state
-from deepseek_jax.train.step import make_step, tokens_spec
 
 KERNELS = layer.KERNELS
 LARGEST = 12  # arrays that are listed
-
-
-def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """A training step, its state donated; the average, which is in host memory, left out.
-
-    Args:
-      mesh: real or virtual (`cluster.mesh`), of the sizes of `config.mesh`.
-    """
-    without = dataclasses.replace(config.optimizer, ema_decay=0.0)
-    config = dataclasses.replace(config, optimizer=without)
-    layout, adam = meshes.layout(config), optimizer.build(config.optimizer)
-    places = state.shardings(config, layout, mesh, adam)
-    whole, batch = NamedSharding(mesh, P()), config.batch
-
-    def number(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((), dtype, sharding=whole)
-
-    tokens = jax.ShapeDtypeStruct(
-        (schedule.most_micro_batches(batch), batch.micro_sequences, batch.length + 1),
-        jnp.int32,
-        sharding=NamedSharding(mesh, tokens_spec(layout)),
-    )
-    hyper = schedule.Hyper(*(number(jnp.float32) for _ in dataclasses.fields(schedule.Hyper)))
-    step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
-    with jax.set_mesh(mesh):
-        return step.lower(state.abstract(config, places, adam), tokens, number(jnp.int32), hyper)
 
 
 def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
@@ -71,20 +42,17 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     Quick to compile, and what it shows of messages is so in a pipeline of any depth.
 
     Args:
-      mesh: as in `lower`.
+      mesh: real or virtual (`cluster.mesh`), of the sizes of `config.mesh`.
     """
     layout = meshes.layout(config)
     how = dataclasses.replace(execution.of(config), flights=1)
-    whole = jax.eval_shape(
-        lambda key: Block(config.model, dense=False, rngs=nnx.Rngs(params=key)), jax.random.key(0)
-    )
-    parts: Any = nnx.split(whole, nnx.Param, ...)
-    graph, weights, rest = parts
-    weights = jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights)
-    specs = params.place(weights, lambda names, _: layout.spec(names))
-    made = schedules.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
+    graph, weights, rest = layer.abstract(config, how)
+    one = params.place(weights, lambda names, _: layout.spec(names))
+    made = schedule.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
     held, ticks = wall(config), lockstep(made)
-    like: Any = jax.ShapeDtypeStruct((1, config.batch.length, config.model.d_model), jnp.bfloat16)
+    like: Any = jax.ShapeDtypeStruct(
+        (1, config.batch.length, config.model.d_model), how.recipe.compute
+    )
 
     def local(weights, rest, tables):
         with axes.active(layout):
@@ -94,23 +62,11 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
             pipeline = Pipeline(held, ticks.slots, turns(1, hops_of(how)), skip=False)
             return pipeline.run(run, like, jnp.float32(0), tables, edges)[0]
 
-    both, nowhere = (specs, specs), P()
-    mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(both, P(), P()), out_specs=nowhere, check_vma=False
-    )
-
-    def placed(spec: P, tree: Any) -> Any:
-        place = NamedSharding(mesh, spec)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
-        )
-
+    specs = (one, one), P(), P()
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     given = (weights, weights), rest, ticks.tables
-    arguments = jax.tree.map(
-        placed, (both, P(), P()), given, is_leaf=lambda leaf: isinstance(leaf, P)
-    )
     with jax.set_mesh(mesh):
-        return jax.jit(mapped).lower(*arguments)
+        return jax.jit(mapped).lower(*layer.placed(mesh, specs, given))
 
 
 def _stage(block: Any, how: execution.Execution, config: Config) -> Stage:
@@ -225,19 +181,32 @@ def _chunk(op_name: str) -> str:
     return next((part for part in op_name.split("/") if part in (FORWARD, BACKWARD)), "")
 
 
-def measure(config: Config, file: Path | None = None) -> dict[str, Any]:
+def measure(
+    config: Config, lower: Callable[[Config, Mesh], jax.stages.Lowered], file: Path | None = None
+) -> dict[str, Any]:
     """Compiles a step for the virtual cluster, with the compiler's own costs and with ours.
 
     Nothing in it is a time that was measured: see `profile.py`.
 
     Args:
+      lower: `train.lowered.lower`, of a floor above.
       file: where our costs are written, for layout.cost_profile.
 
     Raises:
-      ConfigError: no pipeline, or what this needs is not installed.
+      ConfigError: no pipeline or no messages in it, a file that cannot be, or what this needs is
+        not installed.
     """
     if config.mesh.pipe == 1:
         raise ConfigError("plan step reads the ticks of a pipeline; set mesh.pipe above 1")
+    if not meshes.layout(config).mesh_axes("experts"):
+        raise ConfigError(
+            "plan step reads what messages to experts travel under, and on this layout all experts "
+            "are on every device; set mesh.node or mesh.gpu above 1"
+        )
+    if file and file.suffix != compiler.ENDING:
+        raise ConfigError(f"--costs={file} must end in {compiler.ENDING}, or XLA ignores it")
+    if file and not file.absolute().parent.is_dir():
+        raise ConfigError(f"--costs={file}: there is no folder {file.absolute().parent}")
     mesh, rates = cluster.mesh(config.mesh), Rates()
     lowered = lower(config, mesh)
     first = compiled.read(cluster.compile_for(lowered), mesh, KERNELS)

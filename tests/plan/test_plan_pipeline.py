@@ -97,6 +97,7 @@ def test_pictures_that_cannot_be(name, tmp_path):
         (("figure",), "there is no 'figure'; name one of schedule, step"),
         (("schedule", "--pipe=7", "--micro_batches=20"), "mesh.pipe=6 or mesh.pipe=8"),
         (("--config=configs/v3_tiny.py", "--pipe=8"), "--pipe does not go with plan"),
+        (("step", "--config=configs/v3_tiny.py", "--devices=8"), "--devices does not go with plan"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

@@ -5,12 +5,19 @@ What ours hide is read by `python -m deepseek_jax.plan step`. Nothing runs here.
 """
 
 import collections
+import re
+from pathlib import Path
 
 import pytest
 
 from configs import v3_671b
 from deepseek_jax import config as configs
+from deepseek_jax.config import ConfigError
+from deepseek_jax.parallel import schedule
+from deepseek_jax.parallel.ticks import lockstep
 from deepseek_jax.plan import cluster, compiled, profile, tick
+from deepseek_jax.train import lowered
+from tests.run.tiny import get_config as small
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
 
@@ -40,6 +47,36 @@ def test_each_chunk_hides_the_messages_of_the_other():
     assert program.peak_bytes < 24 * 2**30
 
 
+def pipelined(**mesh):
+    c = small()
+    c.mesh.update(**{"pipe": 2, "node": 2, "gpu": 2, **mesh})
+    return configs.parse(c)
+
+
+def test_a_whole_step_is_lowered_for_the_cluster():
+    """With the model's ends, the way of its weights to their ranks, and the optimiser."""
+    config = pipelined()
+    text = lowered.lower(config, cluster.mesh(config.mesh)).as_text()
+    assert "num_partitions = 8" in text and text.count("all_to_all") > 16
+
+
+@pytest.mark.parametrize(
+    ("mesh", "file", "message"),
+    [
+        ({"pipe": 1}, None, "set mesh.pipe above 1"),
+        ({"node": 1, "gpu": 1}, None, "set mesh.node or mesh.gpu above 1"),
+        ({}, Path("costs.txt"), "--costs=costs.txt must end in .pbtxt"),
+        ({}, Path("/no/costs.pbtxt"), "there is no folder /no"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_it_is_compiled(mesh, file, message):
+    def lower(config, mesh):
+        raise AssertionError("lowered before the check")
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        tick.measure(pipelined(**mesh), lower, file)
+
+
 def lockstep_slots(config):
-    made = tick.schedules.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
-    return tick.lockstep(made).slots["kept"]
+    made = schedule.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
+    return lockstep(made).slots["kept"]
