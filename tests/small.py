@@ -25,7 +25,8 @@ RULES = v3_671b.get_config().layout.rules.to_dict()
 def config(**changes: Any) -> Config:
     """One dense and one MoE layer, one MTP depth; `changes` as section_key=value.
 
-    The wide init keeps the router's scores apart, so that rounding does not change a choice.
+    The wide init keeps the router's scores apart, so that rounding does not change a choice. The
+    buffer has room for all that is ever sent: what is made for further rounds compiles slowly.
     """
     c = v3_671b.get_config()
     c.model.update(
@@ -34,7 +35,7 @@ def config(**changes: Any) -> Config:
         d_expert=16, init_std=0.1,
     )  # fmt: skip
     c.mesh.update(pipe=1, replica=1, node=1, gpu=1, tensor=1)
-    c.layout.update(recompute="none", attention_block=16, loss_chunk=24, zero=0)
+    c.layout.update(recompute="none", attention_block=16, loss_chunk=24, zero=0, buffer=100.0)
     c.precision.update(recipe="float32", dispatch="compute")
     c.optimizer.update(moments="float32", ema_decay=0.0)
     c.batch.update(length=16, sequences=16, ramp_sequences=8, micro_sequences=8)
