@@ -24,7 +24,7 @@ from deepseek_jax.hardware.chips import Chip
 from deepseek_jax.model.router import select_experts
 from deepseek_jax.parallel import axes, message
 from deepseek_jax.parallel.axes import Layout
-from deepseek_jax.parallel.dispatch import Hops, Route
+from deepseek_jax.parallel.dispatch import Hops, Route, rows_home, rows_out
 from deepseek_jax.parallel.message import Field
 from deepseek_jax.precision.payload import FP8
 
@@ -198,30 +198,30 @@ def moves(config: Config, case: Case) -> list[Piece]:
 
     def out_slow(changes, route):
         tokens, weights, named = changes
-        return message.pack(tuple(map(route.hops[0].out, (*FP8.encode(tokens), weights, named))))
+        return route.hops[0].out(message.pack((*FP8.encode(tokens), weights, named)))
 
     def out_fast(words, route):
-        return message.pack(tuple(map(route.hops[1].out, message.unpack(words, sent))))
+        return route.hops[1].out(words)
 
     def out_local(words, route):
-        *rows, _, _ = message.unpack(words, sent)
-        return FP8.decode(tuple(map(route.local.out, rows)), case.dtype)
+        return FP8.decode(rows_out(route.local, words, sent[:-2]), case.dtype)
 
     def home_local(out, route):
-        return message.pack(
-            (
-                route.local.home(out).astype(case.dtype),
-                route.local.choice_sent.astype(jnp.uint8),
-            )
-        )
+        words = rows_home(route.local, message.pack((out,)), home[0])
+        served = route.local.choice_sent.astype(jnp.uint8)
+        return jnp.concatenate([words, message.pack((served,))], axis=1)
 
     def home_fast(words, route):
-        rows, served = map(route.hops[1].home, message.unpack(words, home))
-        return message.pack((rows.astype(case.dtype), served))
+        served = route.hops[1].home(served_of(words))
+        words = rows_home(route.hops[1], words, home[0])
+        return jnp.concatenate([words, message.pack((served,))], axis=1)
 
     def home_slow(words, route):
-        rows, served = map(route.hops[0].home, message.unpack(words, home))
-        return rows.astype(case.dtype), served > 0
+        rows = message.unpack(rows_home(route.hops[0], words, home[0]), home[:1])[0]
+        return rows, route.hops[0].home(served_of(words)) > 0
+
+    def served_of(words):
+        return message.unpack(words[:, home[0].words :], home[1:])[0]
 
     # (name, the piece, bytes that it has to read); it has to write its result.
     chain = [

@@ -57,7 +57,8 @@ class Store:
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
         """Writes a step in the background, after the step before it is done.
 
-        The state is copied before this returns, so the caller may donate it. A step that this store
+        What is in device memory is copied before this returns, so the caller may donate it; what is
+        in host memory is read until the write is done, and must stay. A step that this store
         has saved or restored is not written again: its number names one state.
 
         Args:

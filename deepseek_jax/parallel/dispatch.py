@@ -119,15 +119,14 @@ class Hop:
     parts: int
     slots: int
 
-    def exchange(self, arrays: tuple[jax.Array, ...]) -> Steps[tuple[jax.Array, ...]]:
-        """Arrays of (parts * slots) rows: lane i goes to device i; lane i now came from there.
+    def exchange(self, words: jax.Array) -> Steps[jax.Array]:
+        """(parts * slots)W: lane i goes to device i; lane i now came from there.
 
         One step, which ends when the message is there.
         """
-        words = message.pack(arrays).reshape(self.parts, self.slots, -1)
-        arrived = yield lax.all_to_all(words, self.over, 0, 0, tiled=True)
-        fields = [Field.of(x) for x in arrays]
-        return tuple(message.unpack(arrived.reshape(self.parts * self.slots, -1), fields))
+        lanes = words.reshape(self.parts, self.slots, -1)
+        arrived = yield lax.all_to_all(lanes, self.over, 0, 0, tiled=True)
+        return arrived.reshape(words.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,19 +232,20 @@ class Hops:
         count, top_k = experts.shape
         plan = self.plan(count, top_k, total)
         named = jnp.where(left, experts + 1, NOBODY).astype(_id_dtype(total))
-        rows: Any = self.payload.encode(tokens)
-        span, fans = total, []
+        sent: Any = (*self.payload.encode(tokens), weights, named)
+        fields, words = [Field.of(x) for x in sent], message.pack(sent)
+        first, span, fans = jnp.int32(0), total, []
         for hop in plan.hops:
+            ids = _among(message.unpack(words, fields)[-1], first, span)
             span //= hop.parts
-            ids = named.astype(jnp.int32) - 1
             hop_fan = fan.lanes(jnp.where(ids < 0, hop.parts, ids // span), hop.parts, hop.slots)
-            copies = tuple(map(hop_fan.out, (*rows, weights, named)))
-            *rows, weights, named = yield from hop.exchange(copies)
-            named = _mine(named, lax.axis_index(hop.over), span)
+            words = yield from hop.exchange(hop_fan.out(words))
+            first += lax.axis_index(hop.over) * span
             fans.append(hop_fan)
-        local, sizes = fan.sorted_by_place(named.astype(jnp.int32) - 1, plan.here, plan.slots)
+        *_, weights, named = message.unpack(words, fields)
+        local, sizes = fan.sorted_by_place(_among(named, first, span), plan.here, plan.slots)
         route = _named("route", Route(tuple(fans), local, plan))
-        rows, weights = tuple(map(route.local.out, rows)), route.local.choices_out(weights)
+        rows, weights = rows_out(local, words, fields[:-2]), local.choices_out(weights)
         rows, weights = _named("arrived", (rows, weights))
         return Arrived(rows, weights, _named("route", sizes), route, plan.likely)
 
@@ -253,28 +253,45 @@ class Hops:
         self, d_rows: jax.Array, d_weights: jax.Array, route: Route
     ) -> Steps[tuple[jax.Array, jax.Array]]:
         """Gradients of SD and S -> those of MD and MK."""
-        dtype = d_rows.dtype
-        d_rows, d_weights = route.local.home(d_rows), route.local.choices_home(d_weights)
-        for hop, hop_fan in zip(reversed(route.plan.hops), reversed(route.hops), strict=True):
-            d_rows, d_weights = yield from hop.exchange((d_rows.astype(dtype), d_weights))
-            d_rows, d_weights = hop_fan.home(d_rows), hop_fan.home(d_weights)
-        return d_rows.astype(dtype), d_weights
+        return (yield from self._homeward(d_rows, route.local.choices_home(d_weights), route))
 
     def combining(self, out: jax.Array, route: Route) -> Steps[tuple[jax.Array, jax.Array]]:
-        dtype = out.dtype
-        home, served = route.local.home(out), route.local.choice_sent.astype(jnp.uint8)
-        for hop, hop_fan in zip(reversed(route.plan.hops), reversed(route.hops), strict=True):
-            home, served = yield from hop.exchange((home.astype(dtype), served))
-            # Each copy carries other choices of its token, so a sum says which were served at all.
-            home, served = hop_fan.home(home), hop_fan.home(served)
-        return home.astype(dtype), served > 0
+        # Each copy carries other choices of its token, so a sum says which were served at all.
+        served = route.local.choice_sent.astype(jnp.uint8)
+        home, served = yield from self._homeward(out, served, route)
+        return home, served > 0
 
     def combine_gradient(self, d_out: jax.Array, route: Route) -> Steps[tuple[jax.Array, ...]]:
         """Gradient of MD -> that of SD."""
         rows = self.payload.encode(d_out)
+        words = message.pack(rows)
         for hop, hop_fan in zip(route.plan.hops, route.hops, strict=True):
-            rows = yield from hop.exchange(tuple(map(hop_fan.out, rows)))
-        return tuple(map(route.local.out, rows))
+            words = yield from hop.exchange(hop_fan.out(words))
+        return rows_out(route.local, words, [Field.of(x) for x in rows])
+
+    def _homeward(self, rows, numbers, route) -> Steps[tuple[jax.Array, jax.Array]]:
+        """Rows SD -> MD and a number of each choice -> MK, summed wherever copies meet."""
+        row, number = Field.of(rows), Field.of(numbers)
+        words = rows_home(route.local, message.pack((rows,)), row)
+        for hop, hop_fan in zip(reversed(route.plan.hops), reversed(route.hops), strict=True):
+            mail = jnp.concatenate([words, message.pack((numbers,))], axis=1)
+            mail = yield from hop.exchange(mail)
+            words = rows_home(hop_fan, mail, row)
+            (numbers,) = message.unpack(mail[:, row.words :], [number])
+            numbers = hop_fan.home(numbers)
+        return message.unpack(words, [row])[0], numbers
+
+
+def rows_out(local: Fan, words: jax.Array, fields: list[Field]) -> tuple[jax.Array, ...]:
+    """The first fields of RW words, in the slots of a device's own experts: arrays S...."""
+    width = sum(field.words for field in fields)
+    return tuple(message.unpack(local.out(words[:, :width]), fields))
+
+
+def rows_home(copies: Fan, words: jax.Array, row: Field) -> jax.Array:
+    """SW words that begin with a row -> the words RW of their sums in float32, rounded once."""
+    read = functools.partial(message.numbers, dtype=row.dtype)
+    return message.of_numbers(copies.home(words[:, : row.words], read), row.dtype)
 
 
 NOBODY = 0  # on a hop, expert e is called e + 1, so that an empty slot asks for nobody
@@ -303,10 +320,10 @@ def _send_backward(hops, total, route, cotangent):
 _send.defvjp(_send_forward, _send_backward)
 
 
-def _mine(named: jax.Array, device: jax.Array, span: int) -> jax.Array:
-    """Names counted from this device's first expert; those of other devices become nobody."""
-    wide = named.astype(jnp.int32) - device * span
-    return jnp.where((wide > 0) & (wide <= span), wide, NOBODY).astype(named.dtype)
+def _among(named: jax.Array, first: jax.Array, span: int) -> jax.Array:
+    """Names -> int32 ids counted from expert `first`; -1 for nobody, and from `span` on."""
+    ids = named.astype(jnp.int32) - 1 - first
+    return jnp.where((ids >= 0) & (ids < span), ids, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

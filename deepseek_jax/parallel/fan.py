@@ -7,6 +7,8 @@ Each is the transpose of the other and both are gathers, so no gradient ever sca
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +36,15 @@ class Fan:
         """R... -> S..., zero in empty slots."""
         return _where(self.used, _take(x, self.choice // self.choice_slot.shape[1]))
 
-    def home(self, x: jax.Array) -> jax.Array:
-        """S... -> R..., the sum over a row's copies; float32 for floats of fewer bits."""
-        wide = jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+    def home(self, x: jax.Array, read: Callable[[jax.Array], Any] | None = None) -> Any:
+        """S... -> R..., the sum over a row's copies; float32 for floats of fewer bits.
+
+        Args:
+          read: what to sum of the copies' bits, an array or several, instead of the copies.
+        """
         copies = range(self.slot.shape[1])
-        parts = [_where(self.sent[:, j], _take(x, self.slot[:, j])).astype(wide) for j in copies]
-        return sum(parts[1:], parts[0])
+        bits = [_where(self.sent[:, j], _take(x, self.slot[:, j])) for j in copies]
+        return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *map(read or _wide, bits))
 
     def choices_out(self, x: jax.Array) -> jax.Array:
         """RK, a number of each choice -> S, zero in empty slots."""
@@ -124,6 +129,10 @@ def _fan(places: jax.Array, sent: jax.Array, slot: jax.Array, used: jax.Array) -
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="promise_in_bounds")
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
 
 
 def _where(mask: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Several arrays of the same rows as one array of 32-bit words, so that they travel as one message.
 
-Each field is padded to whole words. Bits are moved, never converted.
+Each field is padded to whole words. Bits are moved, never converted. A GPU gathers words several
+times as fast as the bytes in them, so rows stay words from hop to hop, and are summed as words.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 WORD_BYTES = 4
@@ -44,6 +46,27 @@ def unpack(words: jax.Array, fields: Sequence[Field]) -> list[jax.Array]:
         start += field.words
     return out
 
+
+def numbers(words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+    """The numbers of RW words, each place of a word apart: float32 RW, one of them or a pair."""
+    if dtype == jnp.float32:
+        return (lax.bitcast_convert_type(words, dtype),)
+    if dtype != jnp.bfloat16:
+        raise ValueError(f"rows of {dtype} are not summed as words; expected float32 or bfloat16")
+    halves = words << _HALF, words & _UPPER  # a bfloat16 is the upper half of a float32
+    return tuple(lax.bitcast_convert_type(half, jnp.float32) for half in halves)
+
+
+def of_numbers(parts: tuple[jax.Array, ...], dtype: jnp.dtype) -> jax.Array:
+    """Back from `numbers`, rounded to `dtype`."""
+    bits = _BITS[dtype.itemsize]
+    lower, *upper = (
+        lax.bitcast_convert_type(part.astype(dtype), bits).astype(jnp.uint32) for part in parts
+    )
+    return lower | (upper[0] << _HALF) if upper else lower
+
+
+_HALF, _UPPER = np.uint32(16), np.uint32(0xFFFF0000)
 
 # Bits that go through arithmetic types do not all survive: a backend may widen bfloat16 to move it.
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}

@@ -269,7 +269,10 @@ def _move_biases(
 
 
 def make_ema(config: Config, places: TrainState) -> Callable[[nnx.State, nnx.State], nnx.State]:
-    """(average in host memory, parameters) -> the new average, in host memory; donates the old."""
+    """(average in host memory, parameters) -> the new average, in host memory.
+
+    The old one is not donated: a checkpoint in the making may still read it where it lies.
+    """
     decay = config.optimizer.ema_decay
 
     def update(ema, new):
@@ -279,4 +282,4 @@ def make_ema(config: Config, places: TrainState) -> Callable[[nnx.State, nnx.Sta
 
         return jax.tree.map(one, ema, new, places.ema)
 
-    return jax.jit(update, out_shardings=places.ema, donate_argnums=0)
+    return jax.jit(update, out_shardings=places.ema)

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import v3_tiny
+from configs import v3_671b, v3_tiny
 from deepseek_jax import config as configs
-from deepseek_jax.bench import grouped, memory, moe
+from deepseek_jax.bench import grouped, layer, memory, moe, tiles
 from deepseek_jax.hardware import chips
+from deepseek_jax.precision import grouped_kernel
 from deepseek_jax.precision.grouped import reference
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
     ("arguments", "message"),
     [
         ((), "no NAME given"),
-        (("mo",), "there is no 'mo'; name one of train, moe, memory, grouped, dispatch, pipeline"),
+        (("mo",), "there is no 'mo'; name one of train, moe, memory, layer,"),
         (("moe", "more"), "unexpected argument 'more'"),
     ],
 )
@@ -59,6 +60,38 @@ def test_moe_rows(tiny):
     rows = moe.measure(tiny, rounds=1)["layers"]
     assert [row["experts"] for row in rows] == [16, 32, 64]
     assert rows[0]["ratio"] == 1 and all(row["seconds"] > 0 for row in rows)
+
+
+def test_layer_rows(tiny):
+    """On a CPU, which is nowhere near the rates that are assumed of an H800."""
+    found = layer.measure(tiny, calls=1, repeats=1)
+    rows = found["layer"]
+    assert [row["piece"] for row in rows] == [
+        "attention", "layer, recompute full", "layer, recompute report",
+    ]  # fmt: skip
+    for row in rows:
+        assert row["of_predicted"] == pytest.approx(row["milliseconds"] / row["predicted"])
+        assert row["of_predicted"] > 1 and row["tflops_per_s"] > 0 and row["peak_GiB"] > 0
+    assert found["peak_tflops_per_s"] is None
+
+
+def test_a_layer_gets_the_rows_of_v3(tiny):
+    """8 choices of each of 4096 tokens, and weights of eight experts for them."""
+    model = layer.sized(tiny, wide=True).model
+    full = configs.parse(v3_671b.get_config()).model
+    assert {name: getattr(full, name) for name in layer.WIDTHS} == layer.WIDTHS
+    assert model.top_k == full.top_k == model.experts
+
+
+def test_tiles_rows(tiny):
+    tile = grouped_kernel.Tile(height=16, width=16, depth=16, neighbours=2)
+    case = grouped.Case("float32", (SHAPE,), calls=1)
+    found = tiles.measure(tiny, case=case, tiles=[tile], rounds=1, interpret=True)
+    ((row,),) = (v for v in found.values() if type(v) is list)
+    assert row["height"] == 16 and all(row[name] > 0 for name in tiles.PRODUCTS)
+    assert tiles.candidates()[0] == grouped_kernel.BFLOAT16_TILE
+    with pytest.raises(configs.ConfigError, match="no GPU"):
+        tiles.measure(tiny)
 
 
 SHAPE = grouped.Shape(rows=48, experts=3, width=8, out=16)

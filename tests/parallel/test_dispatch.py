@@ -267,7 +267,7 @@ def test_reference_refuses_experts_that_are_elsewhere():
 
 def test_the_config_names_dispatch_and_payload():
     fp8 = dispatch.of(small.config(layout_dispatch="two_hop", precision_dispatch="fp8"))
-    assert fp8 == Hops(gpu_apart=True, buffer=1.25, most_nodes=2, payload=FP8)
+    assert fp8 == Hops(gpu_apart=True, buffer=100.0, most_nodes=2, payload=FP8)
     flat = dispatch.of(small.config(layout_dispatch="flat", layout_buffer=2.0))
     assert flat == Hops(gpu_apart=False, buffer=2.0, most_nodes=2, payload=AS_IS)
     assert dispatch.of(small.config(layout_dispatch="reference")) == Reference(AS_IS)

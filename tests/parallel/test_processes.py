@@ -27,7 +27,7 @@ def text(tmp_path_factory):
 
 def test_two_processes_are_one(text, tmp_path):
     """Stopped by SIGTERM as two processes, ended by one; and all of it by one alone."""
-    config = runs.tiny(text, mesh=MESH, model={"mtp_depth": 0}, layout={"buffer": 100.0})
+    config = runs.tiny(text, mesh=MESH)
     one, two = tmp_path / "one", tmp_path / "two"
     whole = runs.start_main([*runs.arguments(config, one), "--emulate_devices=8"])
     _, err = whole.communicate(timeout=200)

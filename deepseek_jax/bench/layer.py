@@ -1,0 +1,151 @@
+"""What one device computes in a layer, measured beside what `plan` assumes that it costs.
+
+On a GPU: a MoE layer of V3 with 4096 tokens in bfloat16 and eight experts, to which every token
+goes: as many rows as a balanced router gives a GPU of an expert group. Elsewhere the widths are
+those of the config. Forward and backward, with no other device to exchange with.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.bench.grouped import known_chip
+from deepseek_jax.config import Config
+from deepseek_jax.hardware import compiler
+from deepseek_jax.model import execution, params
+from deepseek_jax.model.mla import LatentAttention, attend
+from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.plan import compiled, layer, profile
+from deepseek_jax.train import state
+
+WIDTHS: dict[str, Any] = dict(
+    d_model=7168, heads=128, q_latent=1536, kv_latent=512, d_nope=128, d_rope=64, d_value=128,
+    shared_experts=1, d_expert=2048,
+)  # fmt: skip
+EXPERTS, LENGTH = 8, 4096
+POLICIES = ("full", "report")
+
+
+def measure(
+    config: Config, *, calls: int = 3, repeats: int = 5, wide: bool | None = None
+) -> dict[str, Any]:
+    """Table `layer`: attention alone, then the layer under each policy of recomputation.
+
+    `predicted` is the time that `plan.profile` gives the compiled program at its assumed rates,
+    `of_predicted` what was measured over it. `tflops_per_s` counts the program's own GEMMs, those
+    of recomputation too.
+
+    Args:
+      calls: runs that are timed together, so that no launch is awaited.
+      repeats: of which the median is taken.
+      wide: V3's widths; None for these on a GPU only.
+    """
+    device = jax.devices()[0]
+    small = sized(config, wide=device.platform == "gpu" if wide is None else wide)
+    rows = [_row("attention", _attention(small), small, calls, repeats)]
+    for policy in POLICIES:
+        each = dataclasses.replace(
+            small, layout=dataclasses.replace(small.layout, recompute=policy)
+        )
+        lowered = layer.lower(each, meshes.build(each.mesh))
+        rows.append(_row(f"layer, recompute {policy}", lowered, each, calls, repeats))
+    chip = known_chip(device.device_kind)
+    return {
+        "device": device.device_kind,
+        "peak_tflops_per_s": None if chip is None else chip.peak_flops_per_s["bfloat16"] / 1e12,
+        "assumed_tflops_per_s": profile.Rates().flops / 1e12,
+        "layer": rows,
+    }
+
+
+def sized(config: Config, *, wide: bool) -> Config:
+    """One device's part of the recipe of `config`: every token goes to all experts."""
+    model = dataclasses.replace(
+        config.model,
+        **(WIDTHS if wide else {}),
+        experts=EXPERTS,
+        top_k=EXPERTS,
+        groups=1,
+        top_groups=1,
+    )
+    batch = dataclasses.replace(
+        config.batch, length=LENGTH if wide else config.batch.length, micro_sequences=1
+    )
+    return dataclasses.replace(
+        config,
+        model=model,
+        batch=batch,
+        mesh=dataclasses.replace(config.mesh, pipe=1, replica=1, node=1, gpu=1, tensor=1),
+        layout=dataclasses.replace(config.layout, zero=0, micro_batches_in_flight=1),
+        precision=dataclasses.replace(config.precision, recipe="bfloat16"),
+    )
+
+
+def _attention(config: Config) -> jax.stages.Lowered:
+    """The norm before it, attention and the residual."""
+    model, how = config.model, execution.of(config)
+
+    def both(key: jax.Array) -> Any:
+        rngs = nnx.Rngs(params=key)
+        return RMSNorm(model.d_model, eps=model.norm_eps), LatentAttention(model, rngs=rngs)
+
+    graph, weights, rest = state.split(jax.eval_shape(both, jax.random.key(0)))
+    weights = jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights)
+
+    def total(weights, rest, x):
+        norm, attention = nnx.merge(graph, weights, rest)
+        return (attend(norm, attention, x, how).astype("float32") ** 2).sum()
+
+    shape = config.batch.micro_sequences, config.batch.length, model.d_model
+    x = jax.ShapeDtypeStruct(shape, how.recipe.compute)
+    return jax.jit(jax.grad(total, (0, 2))).lower(weights, rest, x)
+
+
+def _row(name: str, lowered: jax.stages.Lowered, config: Config, calls: int, repeats: int):
+    mesh = meshes.build(config.mesh)
+    run = lowered.compile(compiler.options(jax.default_backend()))
+    program = compiled.read(run, mesh, layer.KERNELS)
+    rates = profile.Rates()
+    predicted = profile.replay(program, profile.costs(program, rates)).total
+    import sys
+
+    print(name, "compiled", time.time(), file=sys.stderr, flush=True)
+    spent = _seconds(run, _drawn(lowered), calls, repeats)
+    flops = sum(gemm.flops * gemm.times for gemm in program.gemms)
+    return {
+        "piece": name,
+        "milliseconds": 1e3 * spent,
+        "predicted": 1e3 * predicted,
+        "of_predicted": spent / predicted,
+        "tflops_per_s": flops / spent / 1e12,
+        "peak_GiB": program.peak_bytes / 2**30,
+    }
+
+
+def _drawn(lowered: jax.stages.Lowered) -> Any:
+    """Arguments of a lowered program, small and random."""
+    leaves, tree = jax.tree.flatten(lowered.args_info[0])
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    drawn = [
+        (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def _seconds(run: Callable[..., Any], given: Any, calls: int, repeats: int) -> float:
+    jax.block_until_ready(run(*given))
+    taken = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            out = run(*given)
+        jax.block_until_ready(out)
+        taken.append((time.perf_counter() - begin) / calls)
+    return float(np.median(taken))

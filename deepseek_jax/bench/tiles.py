@@ -1,0 +1,109 @@
+"""Which tiles of the grouped matmul's kernels are fastest on this GPU.
+
+At the sizes of `grouped.GPU`: both matmuls of four of V3's experts, with a balanced router. The
+three products are those of forward, of the rows' gradient and of the weights'.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.bench import grouped
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.precision import grouped_kernel
+from deepseek_jax.precision.grouped_kernel import BFLOAT16_TILE, Tile
+
+PRODUCTS = ("forward", "rows", "weights")
+
+
+def candidates() -> tuple[Tile, ...]:
+    """The tile in use first."""
+    sizes = ((128, 256), (256, 128), (128, 128), (64, 256))
+    found = [
+        Tile(*size, depth=depth, warps=warps, stages=stages)
+        for size, depth, (warps, stages) in itertools.product(
+            sizes, (32, 64), ((4, 4), (8, 3), (8, 4))
+        )
+    ]
+    found += [dataclasses.replace(BFLOAT16_TILE, neighbours=number) for number in (4, 8, 32)]
+    return tuple(dict.fromkeys([BFLOAT16_TILE, *found]))
+
+
+def measure(
+    config: Config,
+    *,
+    case: grouped.Case = grouped.GPU,
+    tiles: Iterable[Tile] | None = None,
+    rounds: int = 3,
+    interpret: bool = False,
+) -> dict[str, Any]:
+    """TFLOP/s of each product for each tile, the median over rounds; 0 where one does not compile.
+
+    Raises:
+      ConfigError: there is no GPU to tune for, and the kernels are not to be interpreted.
+    """
+    del config  # sizes and dtype are the measurement's own
+    device = jax.devices()[0]
+    if device.platform != "gpu" and not interpret:
+        raise ConfigError("bench tiles times a GPU's kernels, and this machine has no GPU")
+    found: dict[str, Any] = {"device": device.device_kind, "dtype": case.dtype}
+    for shape in case.shapes:
+        key = f"{shape.rows} rows, {shape.experts} experts, {shape.width} x {shape.out}"
+        found[key] = _rows(shape, case, tuple(tiles or candidates()), rounds, interpret)
+    return found
+
+
+def _rows(shape, case, tiles, rounds, interpret) -> list[dict[str, Any]]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows = jax.random.normal(keys[0], (shape.rows, shape.width), case.dtype)
+    weight = jax.random.normal(keys[1], (shape.experts, shape.width, shape.out), case.dtype)
+    pull = jax.random.normal(keys[2], (shape.rows, shape.out), case.dtype)
+    given = rows, weight, jnp.asarray(shape.sizes()["balanced"]), pull
+    with ThreadPoolExecutor() as pool:  # compiling is most of the wait
+        each = [
+            pool.submit(_compiled, tile, product, given, interpret)
+            for tile, product in itertools.product(tiles, PRODUCTS)
+        ]
+    compiled = [one.result() for one in each]
+    spent = [[_seconds(step, given, case.calls) for step in compiled] for _ in range(rounds)]
+    rates = shape.flops() / np.median(spent, axis=0).reshape(len(tiles), len(PRODUCTS)) / 1e12
+    return [
+        {**dataclasses.asdict(tile), **dict(zip(PRODUCTS, map(float, each), strict=True))}
+        for tile, each in zip(tiles, rates, strict=True)
+    ]
+
+
+def _compiled(tile: Tile, product: str, given: Any, interpret: bool) -> Callable[..., Any] | None:
+    """None for a tile that needs more of the chip than there is."""
+    options: Any = {"tile": tile, "interpret": interpret}
+
+    def run(rows, weight, sizes, pull):
+        if product == "forward":
+            return grouped_kernel.product(rows, weight, sizes, **options)
+        if product == "rows":
+            return grouped_kernel.product(pull, weight, sizes, transpose=True, **options)
+        return grouped_kernel.gradients((rows, weight, sizes), pull, **options)[1]
+
+    step = jax.jit(run)
+    try:
+        jax.block_until_ready(step(*given))
+    except jax.errors.JaxRuntimeError:
+        return None
+    return step
+
+
+def _seconds(step: Callable[..., Any] | None, given: Any, calls: int) -> float:
+    if step is None:
+        return float("inf")
+    begin = time.perf_counter()
+    for _ in range(calls):
+        out = step(*given)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - begin) / calls
