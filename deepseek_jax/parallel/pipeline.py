@@ -17,7 +17,8 @@ from deepseek_jax.parallel.ticks import IDLE, Wall
 from deepseek_jax.parallel.turns import Steps, named, straight, take_turns
 
 AXIS = "pipe"
-FORWARD, BACKWARD = "forward", "backward"  # what a compiled program calls a tick's chunks
+# What a compiled program calls ticks, and the chunks in each.
+TICKS, FORWARD, BACKWARD = ("even", "odd"), "forward", "backward"
 
 
 class Stages(Protocol):
@@ -152,7 +153,8 @@ class _Tick:
         is_first = self._holds(0, 0)
         if parity == 0:
             x = jnp.where(is_first, stages.first(now["f_micro"]), x)
-        (y, new, sums), (d_x, gradients) = self._both(f, b, x, d_y, kept, f_on, b_on, skip)
+        with jax.named_scope(TICKS[parity]):
+            (y, new, sums), (d_x, gradients) = self._both(f, b, x, d_y, kept, f_on, b_on, skip)
         swaps = wall.swaps(parity)
         y_here, d_x_here = lax.ppermute((y, d_x), AXIS, swaps) if swaps else (y, d_x)
         total = state["total"]

@@ -23,7 +23,7 @@ from deepseek_jax.model.flights import Kind, hops_of
 from deepseek_jax.model.stage import Slot, Stage, turns
 from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD, Pipeline
+from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD, TICKS, Pipeline
 from deepseek_jax.parallel.stages import wall
 from deepseek_jax.parallel.ticks import lockstep
 from deepseek_jax.parallel.turns import Steps
@@ -179,6 +179,26 @@ def of_other_chunk(message: Collective, gemm: Gemm) -> bool:
 def _chunk(op_name: str) -> str:
     """FORWARD or BACKWARD; empty for what is of neither."""
     return next((part for part in op_name.split("/") if part in (FORWARD, BACKWARD)), "")
+
+
+def dependences(program: Program, computation: str) -> list[tuple[str, str]]:
+    """What of a forward chunk needs something of the same tick's backward chunk, or the reverse.
+
+    Returns:
+      (instruction, label) of each that is on a wrong path; the label is "even/forward" or so.
+    """
+    labels = [f"{tick}/{chunk}" for tick in TICKS for chunk in (FORWARD, BACKWARD)]
+    other = {f"{t}/{FORWARD}": f"{t}/{BACKWARD}" for t in TICKS}
+    other |= {backward: forward for forward, backward in other.items()}
+    needs: dict[str, set[str]] = {}
+    found = []
+    for line in program.module.computations[computation].values():
+        above = set().union(*(needs.get(name, set()) for name in line.operands))
+        own = next((label for label in labels if f"/{label}/" in line.op_name), None)
+        if own and other[own] in above:
+            found.append((line.name, own))
+        needs[line.name] = above | {own} if own else above
+    return found
 
 
 def measure(
