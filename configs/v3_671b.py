@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
             pipeline="dualpipe",  # section 3.2.1; "dualpipev" holds every stage once
             stage_layers=(),  # layers of each stage; () is equally many, the last ones fewer
             ramps="mask",  # ticks that fill and drain the pipeline make and drop, or "skip", idle work
+            defer_weight_gradients=False,  # until neighbours have been served: less bubble, far more memory
             cost_profile="",  # a file of what each instruction costs, for the GPU's scheduler
             recompute="report",  # section 3.2.3: norms, MLA up-projections and SwiGLU; or "full"
             attention_block=512,  # query rows that are scored at once

@@ -108,6 +108,7 @@ class LayoutConfig:
     pipeline: str
     stage_layers: tuple[int, ...]
     ramps: str
+    defer_weight_gradients: bool
     cost_profile: str
     recompute: str
     attention_block: int

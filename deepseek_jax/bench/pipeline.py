@@ -4,7 +4,7 @@
 chunk that a device really computes. `growth` compiles and runs the gradients of the config's own
 model, one MoE layer a stage, over more and more micro-batches. Devices are emulated: they share
 this machine's cores, so seconds are the work of all ranks together, idle ticks included where
-`layout.ramps` is "mask".
+`layout.ramps` is "mask". `halves` splits the backward pass of such a layer in two.
 """
 
 import collections
@@ -15,18 +15,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config, ConfigError, MeshConfig
-from deepseek_jax.model import params
+from deepseek_jax.model import execution, params
+from deepseek_jax.model.stage import Stage
 from deepseek_jax.model.transformer import build_model
+from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import schedule
 from deepseek_jax.parallel.pipeline import AXIS, Pipeline
 from deepseek_jax.parallel.schedule import Schedule, Work
 from deepseek_jax.parallel.ticks import Ticks, Wall, lockstep
-from deepseek_jax.parallel.turns import Steps
+from deepseek_jax.parallel.turns import Steps, straight
+from deepseek_jax.plan import layer, tick
 from deepseek_jax.train.state import split
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
@@ -38,7 +41,7 @@ NOTE = "emulated devices on shared cores: seconds are the work of all ranks toge
 
 
 def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5) -> dict[str, Any]:
-    """Tables `chunks` and `growth`.
+    """Tables `chunks`, `growth` and `halves`.
 
     In `chunks`, forward and backward chunks of the busiest rank. `planned` are the schedule's own,
     `ran` those that devices computed: with masked ramps that is one of each in every tick, idle or
@@ -47,6 +50,10 @@ def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5)
     In `growth`, `temp_MiB` are the temporaries of one device as the compiler reports them, `work`
     is the number of chunks that the program computes and `seconds` the median of a step, both over
     the row with the fewest micro-batches.
+
+    In `halves`, for each policy of recomputation, FLOPs as the compiler counts them: of a layer's
+    whole backward pass, of what is left of it when the weights' gradients are deferred, and of
+    these; and the two parts over the whole.
 
     Raises:
       ConfigError: more ranks than devices.
@@ -64,6 +71,7 @@ def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5)
             for skip in (False, True)
         ],
         "growth": [row for n in ranks for row in _growth(config, n, repeats)],
+        "halves": [_halves(config, recompute) for recompute in ("none", "report", "full")],
         "note": NOTE,
     }
 
@@ -130,7 +138,10 @@ class _Counted:
     def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
         jax.debug.callback(self.count, "backward", jax.lax.axis_index(AXIS), on)
         d_x = yield d_y @ self.weight.T
-        return d_x, kept[0].T @ d_y
+        return d_x, kept[0].T @ d_y, []
+
+    def rest_of_backward(self, chunk: int, later: Any) -> Any:
+        raise AssertionError("nothing was left")
 
     def last(self, micro: jax.Array, y: jax.Array, total: jax.Array) -> tuple[Any, jax.Array]:
         return total + y.sum(), jnp.ones_like(y)
@@ -184,6 +195,55 @@ def _sized(config: Config, ranks: int, micro_batches: int) -> Config:
         layout=dataclasses.replace(config.layout, attention_block=128, loss_chunk=256, **layout),
         precision=dataclasses.replace(config.precision, recipe="float32"),
     )
+
+
+def _halves(config: Config, recompute: str) -> dict[str, Any]:
+    """Of a MoE layer on one device, whose buffers need no further rounds."""
+    sized = _sized(config, 1, 1)
+    options = dataclasses.replace(sized.layout, recompute=recompute, buffer=100.0)
+    sized = dataclasses.replace(sized, layout=options)
+    how, on = execution.of(sized), jnp.bool_(True)
+    graph, weights, rest = layer.abstract(sized, how)
+    x = jax.ShapeDtypeStruct((2, sized.batch.length, sized.model.d_model), how.recipe.compute)
+
+    def traced(defer: bool, weights: Any, rest: Any, x: Any) -> tuple[Stage, Any]:
+        """The stage, and what forward keeps."""
+        made = tick.stage_of(nnx.merge(graph, weights, rest), how, sized)
+        stage = dataclasses.replace(made, defer=defer)
+        return stage, straight(stage.forward(x, on))[1]
+
+    def kept_of(*given: Any) -> Any:
+        return traced(False, *given)[1]
+
+    def whole_of(kept: Any, *given: Any) -> Any:
+        return straight(traced(False, *given)[0].backward(kept, given[2], on))[:2]
+
+    def inputs_of(kept: Any, *given: Any) -> Any:
+        d_x, _, later = straight(traced(True, *given)[0].backward(kept, given[2], on))
+        return d_x, later
+
+    def rest_of(later: Any, kept: Any, *given: Any) -> Any:
+        stage, _ = traced(True, *given)
+        jax.eval_shape(lambda kept: straight(stage.backward(kept, given[2], on)), kept)
+        return stage.rest_of_backward(later)
+
+    def flops(run: Any, *given: Any) -> float:
+        counted: Any = jax.jit(run).lower(*given).compile().cost_analysis()
+        return float(counted["flops"])
+
+    with axes.active(meshes.layout(sized)):
+        given: Any = weights, rest, x
+        kept = jax.eval_shape(kept_of, *given)
+        later = jax.eval_shape(inputs_of, kept, *given)[1]
+        whole, inputs = (flops(run, kept, *given) for run in (whole_of, inputs_of))
+        others = flops(rest_of, later, kept, *given)
+    return {
+        "recompute": recompute,
+        "whole": whole,
+        "inputs": inputs,
+        "weights": others,
+        "halves_of_whole": (inputs + others) / whole,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

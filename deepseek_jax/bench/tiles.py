@@ -88,8 +88,8 @@ def _compiled(tile: Tile, product: str, given: Any, interpret: bool) -> Callable
         if product == "forward":
             return grouped_kernel.product(rows, weight, sizes, **options)
         if product == "rows":
-            return grouped_kernel.product(pull, weight, sizes, transpose=True, **options)
-        return grouped_kernel.gradients((rows, weight, sizes), pull, **options)[1]
+            return grouped_kernel.rows_gradient((rows, weight, sizes), pull, **options)
+        return grouped_kernel.weight_gradient((rows, weight, sizes), pull, **options)
 
     step = jax.jit(run)
     try:

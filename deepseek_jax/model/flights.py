@@ -31,7 +31,8 @@ from deepseek_jax.model.moe import (
     through_experts,
 )
 from deepseek_jax.model.router import Routing, joined
-from deepseek_jax.parallel import axes
+from deepseek_jax.parallel import axes, deferral
+from deepseek_jax.parallel.deferral import Later
 from deepseek_jax.parallel.dispatch import Arrived, Hops
 from deepseek_jax.parallel.rounds import complete_gradient
 from deepseek_jax.parallel.turns import Steps, beside, take_turns
@@ -142,11 +143,18 @@ class Flight:
     d_routing: Routing
 
     def __init__(
-        self, how: Execution, experts: int, weights: Any, kind: Kind | None = None
+        self,
+        how: Execution,
+        experts: int,
+        weights: Any,
+        kind: Kind | None = None,
+        defer: bool = False,
     ) -> None:
+        """With `defer` the weights' gradients are left to `rest_of_gradients`."""
         assert isinstance(how.dispatch, Hops)  # as config.py makes sure
         self.how, self.dispatch, self.experts, self.weights = how, how.dispatch, experts, weights
         self.kind = kind or Kind(routed=np.True_, dense=np.False_)
+        self.defer = defer
         self.pulls: dict[str, Any] = {}
         self.shared = self.d_shared = None
 
@@ -205,31 +213,41 @@ class Flight:
     # Backward: d_x is the cotangent of x, and d_ that of others.
 
     def backward(self, *, shared: bool = False) -> Steps[None]:
-        (gate_up, _), route = self.weights["experts"], self.arrived.route
+        route = self.arrived.route
         d_home = self.d_out.reshape(-1, self.d_out.shape[-1])
         travelled = yield from self.dispatch.combine_gradient(d_home, route)
         d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
         # No step waits for the weights' gradients: they are work for wherever there is none.
-        d_down, *d_hidden = self._pull_down(d_out)
+        d_down, d_hidden = self._apart(self._pull_down, d_out)
         d_up, d_weights = yield d_hidden
-        d_gate_up, d_rows = jax.vjp(self._into, gate_up, self._rows())[1](d_up)
+        d_gate_up, d_rows = self._apart(self._pull_into, d_up)
         d_rows = yield d_rows
         d_sent = yield from self.dispatch.send_gradient(d_rows, d_weights, route)
-        first = (d_gate_up, d_down), *d_sent
-        self.d_experts, d_tokens, d_weights = self._with_further_rounds(d_home, first)
+        self.d_experts = d_gate_up, d_down
+        first = _made(self.weights["experts"], self.d_experts), *d_sent
+        self.d_rounds, d_tokens, d_weights = self._with_further_rounds(d_home, first)
         nothing: Any = np.zeros(self.sent[1].shape, jax.dtypes.float0)
         d_gated = Gated(d_tokens, d_weights, nothing, self.d_routing)
-        self.d_gate, d_x = self.pulls["gate"](d_gated)
+        self.d_gate, d_x = self._apart(self.pulls["gate"], d_gated)
         if shared:
             yield from self.shared_backward()
-        self.d_attend, self.d_x = yield self.pulls["attend"](self.d_x + d_x)
+        self.d_attend, d_x = self._apart(self.pulls["attend"], self.d_x + d_x)
+        self.d_x = yield d_x
 
     def shared_backward(self) -> Steps[None]:
-        self.d_shared, d_x = yield self.pulls["shared"](self.d_out)
+        self.d_shared, d_x = self._apart(self.pulls["shared"], self.d_out)
+        d_x = yield d_x
         self.d_x = self.d_x + d_x
 
     def gradients(self) -> dict[str, Any]:
-        """Of the weights."""
+        """Of the weights; zeros for those that are missing yet."""
+        return _made(self.weights, {**self._all_gradients(), "experts": self.d_rounds})
+
+    def missing(self) -> "Kept":
+        """What `rest_of_gradients` makes the others of."""
+        return _without(self.weights, self._all_gradients())
+
+    def _all_gradients(self) -> dict[str, Any]:
         return {
             "attend": self.d_attend,
             "gate": self.d_gate,
@@ -237,12 +255,23 @@ class Flight:
             "shared": self.d_shared,
         }
 
+    def _apart(self, pull: Any, cotangent: Any) -> tuple[Any, Any]:
+        """The gradients of weights, or what makes them later; and those of the inputs."""
+        return deferral.split(lambda: pull(cotangent)) if self.defer else pull(cotangent)
+
+    def _pull_into(self, d_up: jax.Array) -> Any:
+        gate_up, _ = self.weights["experts"]
+        return jax.vjp(self._into, gate_up, self._rows())[1](d_up)
+
     def _pull_down(self, d_out: jax.Array) -> Any:
         if "down" in self.pulls:
-            return self.pulls["down"](d_out)
-        gate_up, down = self.weights["experts"]
-        up = self._into(gate_up, self._rows())
-        return jax.vjp(self._out_of, down, up, self.arrived.weights)[1](d_out)
+            d_down, *d_hidden = self.pulls["down"](d_out)
+        else:
+            gate_up, down = self.weights["experts"]
+            up = self._into(gate_up, self._rows())
+            pull = jax.vjp(self._out_of, down, up, self.arrived.weights)[1]
+            d_down, *d_hidden = pull(d_out)
+        return d_down, d_hidden
 
     def _with_further_rounds(
         self, d_home: jax.Array, first: tuple[Any, jax.Array, jax.Array]
@@ -292,6 +321,25 @@ class Flight:
         fn = jax.checkpoint(fn, policy=policy, prevent_cse=False)
         out, self.pulls[name] = jax.vjp(fn, *inputs)
         return out
+
+
+def rest_of_gradients(weights: Any, missing: "Kept") -> Any:
+    """The gradients of weights that a flight which defers them left."""
+    left = _with(weights, missing)
+    return jax.tree.map(lambda later: later.make(), left, is_leaf=_is_later)
+
+
+def _made(weights: Any, gradients: Any) -> Any:
+    """The gradients, with zeros for what is to be made later."""
+
+    def one(gradient: Any, weight: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, weight) if _is_later(gradient) else gradient
+
+    return jax.tree.map(one, gradients, weights, is_leaf=_is_later)
+
+
+def _is_later(x: Any) -> bool:
+    return isinstance(x, Later)
 
 
 @jax.tree_util.register_dataclass

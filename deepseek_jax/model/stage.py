@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.flights import Flight, Kept, Kind
+from deepseek_jax.model.flights import Flight, Kept, Kind, rest_of_gradients
 from deepseek_jax.model.router import Routing
 from deepseek_jax.parallel.turns import Steps
 
@@ -65,15 +65,19 @@ class Stage:
       how: as a model runs them.
       experts: E.
       balance: () what a sequence's balance loss counts in the objective.
+      defer: leave the weights' gradients to `rest_of_backward`.
       traced: of each slot the structure of what forward keeps and the shapes of its routing: known
         once a forward pass was traced.
+      missing: of each slot the structure of what backward leaves.
     """
 
     slots: list[Slot]
     how: Execution
     experts: int
     balance: jax.Array
+    defer: bool = False
     traced: list[Any] = dataclasses.field(default_factory=list)
+    missing: list[Any] = dataclasses.field(default_factory=list)
 
     def forward(self, x: jax.Array, on: jax.Array) -> Steps[tuple[jax.Array, Any, Any]]:
         """x BSD -> BSD, what backward needs, and (load, balance, traffic) stacked over slots."""
@@ -95,9 +99,12 @@ class Stage:
 
     def backward(
         self, kept: Any, d_x: jax.Array, on: jax.Array
-    ) -> Steps[tuple[jax.Array, list[dict[str, Any]]]]:
-        """The gradient of what forward returned -> that of its x, and float32 ones of each slot."""
+    ) -> Steps[tuple[jax.Array, list[dict[str, Any]], list[Any]]]:
+        """The gradient of what forward returned -> that of its x, float32 ones of each slot, and
+        of what others are to be made."""
         gradients: list[Any] = []
+        later: list[Any] = []
+        self.missing = []
         layers = zip(self.slots, kept, self.traced, strict=True)
         for slot, leaves, (structure, routing) in reversed(list(layers)):
             flight = self._flight(slot, on)
@@ -106,13 +113,30 @@ class Stage:
             flight.landed(Kept(leaves, structure), (d_x, d_routing))
             yield from flight.backward(shared=flight.weights["shared"] is not None)
             d_x = flight.d_x
-            _, pull = jax.vjp(weights, slot.modules)
-            gradients.append(_wide(pull(flight.gradients())[0]))
-        return d_x, gradients[::-1]
+            gradients.append(_of_modules(slot, flight.gradients()))
+            if self.defer:
+                left = flight.missing()
+                later.append(left.leaves)
+                self.missing.append(left.structure)
+        return d_x, gradients[::-1], later
+
+    def rest_of_backward(self, later: list[Any]) -> list[dict[str, Any]]:
+        """The gradients that backward left, of each slot."""
+        layers = zip(reversed(self.slots), later, self.missing, strict=True)
+        return [
+            _of_modules(slot, rest_of_gradients(weights(slot.modules), Kept(leaves, structure)))
+            for slot, leaves, structure in layers
+        ][::-1]
 
     def _flight(self, slot: Slot, on: jax.Array) -> Flight:
         kind = dataclasses.replace(slot.kind, routed=slot.kind.routed & on)
-        return Flight(self.how, self.experts, weights(slot.modules), kind)
+        return Flight(self.how, self.experts, weights(slot.modules), kind, self.defer)
+
+
+def _of_modules(slot: Slot, gradients: dict[str, Any]) -> Any:
+    """Gradients of a flight's weights, as float32 ones of the modules that they are in."""
+    _, pull = jax.vjp(weights, slot.modules)
+    return _wide(pull(gradients)[0])
 
 
 def _pull_of_balance(routing: Routing, balance: jax.Array) -> Routing:

@@ -37,8 +37,13 @@ class Stages(Protocol):
 
     def backward(
         self, chunk: int, kept: list[jax.Array], d_y: jax.Array, on: jax.Array
-    ) -> Steps[tuple[jax.Array, Any]]:
-        """The gradients of the input and of the chunk's weights, these float32."""
+    ) -> Steps[tuple[jax.Array, Any, list[Any]]]:
+        """The gradients of the input and of the chunk's weights, these float32; and, if the model
+        defers them, what is missing of the weights' as arrays that `rest_of_backward` wants."""
+        ...
+
+    def rest_of_backward(self, chunk: int, later: list[Any]) -> Any:
+        """What is missing of the weights' gradients."""
         ...
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
@@ -99,11 +104,13 @@ class Pipeline:
             )
             for c in (0, 1)
         ]  # fmt: skip
-        assert _shapes(whole[0][1]) == _shapes(whole[1][1]), "chunks keep different things"
+        for one, other in ((whole[0][1], whole[1][1]), (back[0][2], back[1][2])):
+            assert _shapes(one) == _shapes(other), "chunks keep different things"
         state = {
             "x": _pool(like, self.slots["x"]),
             "d_y": _pool(like, self.slots["d_y"]),
             "kept": jax.tree.map(lambda leaf: _pool(leaf, self.slots["kept"]), whole[0][1]),
+            "later": jax.tree.map(lambda leaf: _pool(leaf, self.slots["later"]), back[0][2]),
             "sums": [_zeros(w[2]) for w in whole],
             "gradients": [_zeros(b[1]) for b in back],
             "total": total,
@@ -154,7 +161,7 @@ class _Tick:
         if parity == 0:
             x = jnp.where(is_first, stages.first(now["f_micro"]), x)
         with jax.named_scope(TICKS[parity]):
-            (y, new, sums), (d_x, gradients) = self._both(f, b, x, d_y, kept, f_on, b_on, skip)
+            (y, new, sums), (d_x, made, missing) = self._both(f, b, x, d_y, kept, f_on, b_on, skip)
         swaps = wall.swaps(parity)
         y_here, d_x_here = lax.ppermute((y, d_x), AXIS, swaps) if swaps else (y, d_x)
         total = state["total"]
@@ -171,14 +178,30 @@ class _Tick:
                 lambda total: stages.first_gradient(now["b_micro"], d_x, total),
                 total,
             )
+        gradients = _added(state["gradients"], b, made, b_on)
+        later = jax.tree.map(lambda pool, x: _write(pool, now["w_to"], x), state["later"], missing)
+        if jax.tree.leaves(later):  # after the swap: no neighbour waits for it
+            gradients = [self._rest(c, later, now, total) for c, total in enumerate(gradients)]
         return {
             "x": _write(xs, now["y_to"], y_here),
             "d_y": _write(d_ys, now["d_x_to"], d_x_here),
             "kept": jax.tree.map(lambda pool, leaf: _write(pool, now["f_kept"], leaf), kepts, new),
             "sums": _added(state["sums"], f, sums, f_on),
-            "gradients": _added(state["gradients"], b, gradients, b_on),
+            "gradients": gradients,
+            "later": later,
             "total": total,
         }
+
+    def _rest(self, chunk: int, later: Any, now: dict[str, jax.Array], total: Any) -> Any:
+        """The gradients of a chunk's weights, with those that were deferred until this tick."""
+
+        def add(total: Any) -> Any:
+            with jax.named_scope(BACKWARD):
+                taken = jax.tree.map(lambda pool: _read(pool, now["w_from"]), later)
+                more = self.stages.rest_of_backward(chunk, taken)
+            return jax.tree.map(jnp.add, total, more)
+
+        return _perhaps(now["w_chunk"] == chunk, add, total)
 
     def _holds(self, stage: int, chunk: int) -> jax.Array:
         """Whether this rank's chunk is that stage."""

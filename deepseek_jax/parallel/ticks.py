@@ -20,7 +20,10 @@ import numpy as np
 from deepseek_jax.parallel.schedule import Schedule, Task, Work
 
 IDLE = -1
-COLUMNS = ("f_micro", "f_in", "f_kept", "b_micro", "b_in", "b_kept", "y_to", "d_x_to")
+COLUMNS = (
+    "f_micro", "f_in", "f_kept", "b_micro", "b_in", "b_kept", "y_to", "d_x_to", "w_to", "w_from",
+    "w_chunk",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +31,11 @@ class Ticks:
     """Attributes:
     tables: name -> [T, ranks] int32, T even. f_micro, b_micro: the micro-batch of a tick's forward
       and backward, or IDLE. f_in, b_in: the slots that their inputs wait in. f_kept, b_kept: the
-      slots for what forward keeps for backward. y_to, d_x_to: the slots for what arrives.
-    slots: of the pools "x" (inputs of forward), "d_y" (of backward) and "kept". None grows with
-      the number of micro-batches.
+      slots for what forward keeps for backward. y_to, d_x_to: the slots for what arrives. w_to,
+      w_from: where backward leaves what the weights' gradients are made of, and what is taken to
+      make those of w_chunk, or IDLE; all three are IDLE where nothing is deferred.
+    slots: of the pools "x" (inputs of forward), "d_y" (of backward), "kept", and "later" where
+      gradients are deferred. None grows with the number of micro-batches.
     steady: [first, end) ticks in which every rank does both.
     """
 
@@ -90,14 +95,19 @@ class Wall:
         return pairs
 
 
-def lockstep(schedule: Schedule) -> Ticks:
-    """The tables of DualPipe or DualPipeV, weight gradients made where their backward is."""
+def lockstep(schedule: Schedule, defer: bool = False) -> Ticks:
+    """The tables of DualPipe or DualPipeV.
+
+    Args:
+      defer: make a weight's gradients when the schedule says so, at most one chunk's in a tick,
+        instead of where their backward is.
+    """
     wall = Wall(schedule.ranks, schedule.stages)
-    rows = list(_rows(schedule, wall))
+    rows = list(_rows(schedule, wall, defer))
     rows += [[{} for _ in range(wall.ranks)]] * (len(rows) % 2)
     tables = {name: np.full((len(rows), wall.ranks), IDLE, np.int32) for name in COLUMNS}
     slots = _fill(tables, rows, wall)
-    busy = [all(len(work) == 2 for work in row) for row in rows]
+    busy = [all({"F", "B"} <= work.keys() for work in row) for row in rows]
     first = next((t for t in range(0, len(rows), 2) if busy[t] and busy[t + 1]), len(rows))
     end = first
     while end < len(rows) and busy[end] and busy[end + 1]:
@@ -105,24 +115,31 @@ def lockstep(schedule: Schedule) -> Ticks:
     return Ticks(tables, slots, (first, end))
 
 
-Row = list[dict[str, Task]]  # of each rank: its forward and backward of one tick
+# Of each rank: its forward F and backward B of one tick, and whose weights' gradients are made, W.
+Row = list[dict[str, Task]]
 
 
-def _rows(schedule: Schedule, wall: Wall) -> Iterator[Row]:
+def _rows(schedule: Schedule, wall: Wall, defer: bool) -> Iterator[Row]:
     """Every rank's program in its order, each task in the first tick that it can have."""
     programs = [
-        collections.deque(t for step in program for t in step if t.work is not Work.WEIGHT_GRAD)
+        collections.deque(
+            t for step in program for t in step if defer or t.work is not Work.WEIGHT_GRAD
+        )
         for program in schedule.programs
     ]
     made: dict[tuple[str, int, int], int] = {}  # (F or B, stage, micro-batch) -> tick
     last = schedule.stages - 1
+    waiting: list[collections.deque[Task]] = [collections.deque() for _ in programs]
     tick = 0
-    while any(programs):
+    while any(programs) or any(waiting):
         row: Row = [{} for _ in programs]
         for rank, program in enumerate(programs):
             forward_stage = wall.phase_stage(rank, (tick + wall.depth(rank)) & 1)
             while program:
                 task = program[0]
+                if task.work is Work.WEIGHT_GRAD:
+                    waiting[rank].append(program.popleft())
+                    continue
                 kind = "F" if task.work is Work.FORWARD else "B"
                 if kind == "F":
                     needs = ("F", task.stage - 1, task.micro) if task.stage else None
@@ -135,6 +152,10 @@ def _rows(schedule: Schedule, wall: Wall) -> Iterator[Row]:
                     break
                 row[rank][kind] = program.popleft()
                 made[kind, task.stage, task.micro] = tick
+                if defer and task.work is Work.BACKWARD:
+                    waiting[rank].append(task)
+            if waiting[rank]:
+                row[rank]["W"] = waiting[rank].popleft()
         yield row
         tick += 1
         if tick > 8 * (schedule.stages + schedule.micro_batches):
@@ -155,9 +176,15 @@ class _Slots:
         return self.made - 1
 
 
+# What every tick writes, and the pool that it writes to.
+FILLED = (("f_kept", "kept"), ("y_to", "x"), ("d_x_to", "d_y"), ("w_to", "later"))
+
+
 def _fill(tables: dict[str, np.ndarray], rows: list[Row], wall: Wall) -> dict[str, int]:
     """Gives every value a slot from the tick that makes it to the tick that reads it."""
-    pools = {name: [_Slots() for _ in range(wall.ranks)] for name in ("x", "d_y", "kept")}
+    defer = any("W" in work for row in rows for work in row)
+    names = ("x", "d_y", "kept", *(["later"] if defer else []))
+    pools = {name: [_Slots() for _ in range(wall.ranks)] for name in names}
     where: dict[tuple[str, int, int, int], int] = {}
     idle: list[tuple[str, str, int, int, int]] = []
     last = wall.stages - 1
@@ -165,12 +192,19 @@ def _fill(tables: dict[str, np.ndarray], rows: list[Row], wall: Wall) -> dict[st
     def read(column: str, pool: str, tick: int, rank: int, task: Task) -> None:
         slot = where.pop((pool, rank, task.stage, task.micro))
         tables[column][tick, rank] = slot
-        pools[pool][rank].free.append(slot)
+        freed.append((pools[pool][rank], slot))
 
     def write(column: str, pool: str, tick: int, rank: int, stage: int, micro: int) -> None:
         slot = pools[pool][rank].take()
         assert tables[column][tick, rank] == IDLE
         tables[column][tick, rank] = where[pool, rank, stage, micro] = slot
+
+    freed: list[tuple[_Slots, int]] = []
+
+    def free() -> None:
+        for pool, slot in freed:
+            pool.free.append(slot)
+        freed.clear()
 
     for tick, row in enumerate(rows):
         for rank, work in enumerate(row):
@@ -182,6 +216,7 @@ def _fill(tables: dict[str, np.ndarray], rows: list[Row], wall: Wall) -> dict[st
                 tables["b_micro"][tick, rank] = backward.micro
                 read("b_in", "d_y", tick, rank, backward)
                 read("b_kept", "kept", tick, rank, backward)
+        free()
         for rank, work in enumerate(row):
             phase = (tick + wall.depth(rank)) & 1
             if forward := work.get("F"):
@@ -194,11 +229,17 @@ def _fill(tables: dict[str, np.ndarray], rows: list[Row], wall: Wall) -> dict[st
             if (backward := work.get("B")) and backward.stage:
                 to = wall.neighbour(rank, 1 - phase, -1)
                 write("d_x_to", "d_y", tick, to, backward.stage - 1, backward.micro)
-        for column, name in (("f_kept", "kept"), ("y_to", "x"), ("d_x_to", "d_y")):
+            if backward and defer:
+                write("w_to", "later", tick, rank, backward.stage, backward.micro)
+            if weight := work.get("W"):  # the pool's one read that is after the tick's write
+                read("w_from", "later", tick, rank, weight)
+                tables["w_chunk"][tick, rank] = weight.stage != wall.stage(rank, 0)
+        for column, name in FILLED if defer else FILLED[:-1]:
             for rank, pool in enumerate(pools[name]):
                 if tables[column][tick, rank] == IDLE:  # nobody will read it: to a free slot
                     slot = pool.free[-1] if pool.free else pool.made
                     idle.append((column, name, tick, rank, slot))
+        free()
     assert not where, "a value that nobody reads"
     slots = {name: max(pool.made for pool in ranks) for name, ranks in pools.items()}
     for column, name, tick, rank, slot in idle:
@@ -209,16 +250,32 @@ def _fill(tables: dict[str, np.ndarray], rows: list[Row], wall: Wall) -> dict[st
     return slots
 
 
-def makespan(ticks: Ticks, forward: float, backward: float, pair: float | None = None) -> float:
-    """Time of all ticks where a rank waits for its neighbour of the tick before, and no longer."""
+def makespan(
+    ticks: Ticks,
+    forward: float,
+    backward: float,
+    pair: float | None = None,
+    weight: float = 0.0,
+) -> float:
+    """Time of all ticks where a rank waits for its neighbour of the tick before, and no longer.
+
+    Args:
+      backward: of both gradients.
+      pair: of forward beside backward; one after the other if None.
+      weight: that part of `backward` which comes after the swap, where it is deferred.
+    """
     both = forward + backward if pair is None else pair
-    running_f, running_b = ticks.tables["f_micro"] != IDLE, ticks.tables["b_micro"] != IDLE
-    cost = np.where(running_f & running_b, both, forward * running_f + backward * running_b)
-    ranks = cost.shape[1]
+    made_f, made_b, made_w = (
+        ticks.tables[name] != IDLE for name in ("f_micro", "b_micro", "w_from")
+    )
+    before = np.where(made_f & made_b, both, forward * made_f + backward * made_b)
+    before = before - weight * made_b
+    ranks = before.shape[1]
     end = np.zeros(ranks)
-    for tick, each in enumerate(cost):
+    for tick, (each, after) in enumerate(zip(before, weight * made_w, strict=True)):
         end = end + each
         first = tick % 2
         for rank in range(first, ranks - 1, 2):
             end[rank : rank + 2] = end[rank : rank + 2].max()
+        end = end + after
     return float(end.max())

@@ -84,6 +84,11 @@ class Instruction:
         return (*names, *re.findall(r"%([\w.\-]+)", branches.group(1) if branches else ""))
 
     @property
+    def index(self) -> int:
+        """Which element of a tuple a get-tuple-element takes; which argument a parameter is."""
+        return int(self._find(r"^(\d+)\)" if self.opcode == "parameter" else r"index=(\d+)"))
+
+    @property
     def body(self) -> str:
         """The computation that a loop repeats."""
         return self._find(r"body=%([\w.\-]+)")
@@ -140,7 +145,9 @@ def parse(text: str) -> Module:
 def _instruction(name: str, line: str, root: bool) -> Instruction:
     shape, rest = _balanced(line) if line.startswith("(") else line.split(" ", 1)
     opcode, _, rest = rest.strip().partition("(")
-    inside, attributes = ("", rest) if opcode == "constant" else _balanced("(" + rest)
+    inside, attributes = (
+        ("", rest) if opcode in ("constant", "parameter") else _balanced("(" + rest)
+    )
     arrays = re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape)
     return Instruction(
         name=name,

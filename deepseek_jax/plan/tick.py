@@ -29,7 +29,7 @@ from deepseek_jax.parallel.ticks import lockstep
 from deepseek_jax.parallel.turns import Steps
 from deepseek_jax.plan import cluster, compiled, layer, profile
 from deepseek_jax.plan.compiled import Collective, Copy, Gemm, Program
-from deepseek_jax.plan.hlo import Array
+from deepseek_jax.plan.hlo import Array, Computation, Instruction
 from deepseek_jax.plan.profile import Rates
 
 KERNELS = layer.KERNELS
@@ -49,7 +49,7 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     graph, weights, rest = layer.abstract(config, how)
     one = params.place(weights, lambda names, _: layout.spec(names))
     made = schedule.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
-    held, ticks = wall(config), lockstep(made)
+    held, ticks = wall(config), lockstep(made, config.layout.defer_weight_gradients)
     like: Any = jax.ShapeDtypeStruct(
         (1, config.batch.length, config.model.d_model), how.recipe.compute
     )
@@ -57,7 +57,7 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     def local(weights, rest, tables):
         with axes.active(layout):
             blocks = [nnx.merge(graph, each, rest) for each in weights]
-            run = _Alone([_stage(block, how, config) for block in blocks], like)
+            run = _Alone([stage_of(block, how, config) for block in blocks], like)
             edges: Any = tuple(jnp.int32(tick) for tick in (*ticks.steady, ticks.count))
             pipeline = Pipeline(held, ticks.slots, turns(1, hops_of(how)), skip=False)
             return pipeline.run(run, like, jnp.float32(0), tables, edges)[0]
@@ -69,7 +69,8 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
         return jax.jit(mapped).lower(*layer.placed(mesh, specs, given))
 
 
-def _stage(block: Any, how: execution.Execution, config: Config) -> Stage:
+def stage_of(block: Any, how: execution.Execution, config: Config) -> Stage:
+    """A MoE `Block` as all that is in a stage."""
     modules = {
         "attention_norm": block.attention_norm,
         "attention": block.attention,
@@ -80,7 +81,8 @@ def _stage(block: Any, how: execution.Execution, config: Config) -> Stage:
     if config.model.shared_experts:
         modules["shared"] = block.feed.shared
     slot = Slot(modules, Kind(routed=jnp.bool_(True), dense=jnp.bool_(False)))
-    return Stage([slot], how, config.model.experts, jnp.float32(0))
+    defer = config.layout.defer_weight_gradients
+    return Stage([slot], how, config.model.experts, jnp.float32(0), defer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,9 @@ class _Alone:
 
     def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
         return self.chunks[chunk].backward(kept, d_y, on)
+
+    def rest_of_backward(self, chunk: int, later: Any) -> Any:
+        return self.chunks[chunk].rest_of_backward(later)
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
         return total + y.sum(dtype=jnp.float32), jnp.ones_like(y)
@@ -191,14 +196,47 @@ def dependences(program: Program, computation: str) -> list[tuple[str, str]]:
     other = {f"{t}/{FORWARD}": f"{t}/{BACKWARD}" for t in TICKS}
     other |= {backward: forward for forward, backward in other.items()}
     needs: dict[str, set[str]] = {}
-    found = []
-    for line in program.module.computations[computation].values():
-        above = set().union(*(needs.get(name, set()) for name in line.operands))
-        own = next((label for label in labels if f"/{label}/" in line.op_name), None)
+    varying: set[str] = set()
+    found, lines = [], program.module.computations[computation]
+    for line in lines.values():
+        operands, op_name = _made_of(program, lines, line)
+        above = set().union(*(needs[name] for name in operands))
+        if line.opcode == "parameter" or not varying.isdisjoint(operands):
+            varying.add(line.name)  # others are made of constants, and shared by all who want them
+        own = next((x for x in labels if f"/{x}/" in op_name and line.name in varying), None)
         if own and other[own] in above:
             found.append((line.name, own))
         needs[line.name] = above | {own} if own else above
     return found
+
+
+def _made_of(
+    program: Program, lines: Computation, line: Instruction
+) -> tuple[tuple[str, ...], str]:
+    """What an instruction needs, and where it is from in the Python program.
+
+    One element of a fence, or of several that were fused for being alike, needs its own part alone.
+    """
+    if line.opcode != "get-tuple-element":
+        several = line.opcode in ("tuple", "fusion") and len(line.arrays) > 1
+        return line.operands, "" if several else line.op_name
+    whole = lines[line.operands[0]]
+    if whole.opcode == "tuple":
+        return (whole.operands[line.index],), line.op_name
+    if whole.opcode != "fusion":
+        return line.operands, line.op_name
+    inside = program.module.computations[whole.calls[0]]
+    root = next(each for each in inside.values() if each.root)
+    element = inside[root.operands[line.index]] if root.opcode == "tuple" else root
+    reached, ahead = {element.name}, [element]
+    while ahead:
+        for name in ahead.pop().operands:
+            if name not in reached:
+                reached.add(name)
+                ahead.append(inside[name])
+    given = [each for each in inside.values() if each.opcode == "parameter"]
+    numbers = [each.index for each in given if each.name in reached]
+    return tuple(whole.operands[number] for number in numbers), element.op_name
 
 
 def measure(

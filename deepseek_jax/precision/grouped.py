@@ -142,9 +142,13 @@ def _forward(rows, weight, sizes, share, block, backend):
     return _grouped(rows, weight, sizes, share, block, backend), (rows, weight, sizes)
 
 
-def _backward(share, block, saved, d_out):
+def _rows_gradient(share, block, saved, d_out):
+    _, weight, sizes = saved
+    return _product(d_out, weight, sizes, share, block, transpose=True)
+
+
+def _weight_gradient(share, block, saved, d_out):
     rows, weight, sizes = saved
-    d_rows = _product(d_out, weight, sizes, share, block, transpose=True)
     if share:
         row, used, _, _ = _in_shares(sizes, share, rows.shape[0])
         mine, theirs = _masked(used, _take(rows, row)), _take(d_out, row)
@@ -164,14 +168,21 @@ def _backward(share, block, saved, d_out):
         more = so_far + exact_einsum("MD,MF->DF", mine, theirs)
         return lax.dynamic_update_index_in_dim(total, more, experts[i], 0)
 
-    d_weight = lax.fori_loop(0, count, body, d_weight)
-    return d_rows, d_weight.astype(weight.dtype), None
+    return lax.fori_loop(0, count, body, d_weight).astype(weight.dtype)
 
 
 def _gradients(share, block, backend, saved, d_out):
-    # The choice is made here and not around all of it, or both forms would save what they need.
-    portable = functools.partial(_backward, share, block)
-    return backend(portable, grouped_kernel.gradients)(saved, d_out)
+    # The choice is made here and not around all of it, or both forms would save what they need; and
+    # for each gradient apart, for that of the weight may be made later.
+    makers = (
+        (_rows_gradient, grouped_kernel.rows_gradient),
+        (_weight_gradient, grouped_kernel.weight_gradient),
+    )
+    d_rows, d_weight = (
+        backend(functools.partial(portable, share, block), kernel)(saved, d_out)
+        for portable, kernel in makers
+    )
+    return d_rows, d_weight, None
 
 
 _grouped.defvjp(_forward, _gradients)

@@ -5,7 +5,7 @@ is read back to the host: which expert a program works for, and on which rows, i
 on the device. `tests/precision/test_grouped_kernel.py` runs the kernels in interpret mode and
 compiles them for an H100; the bfloat16 tile is the fastest of those that `bench tiles` tried on
 one. jax 0.12 still runs Pallas kernels by way of Triton and warns that it will stop: `product` and
-`gradients` are then what another backend has to supply.
+the two gradients are then what another backend has to supply.
 """
 
 import dataclasses
@@ -77,20 +77,27 @@ def product(
     )(*blocks, rows, weight)
 
 
-def gradients(
-    saved: tuple[jax.Array, jax.Array, jax.Array],
-    d_out: jax.Array,
-    *,
-    tile: Tile | None = None,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, None]:
-    """Of `product`'s rows, weight and sizes, which are `saved`."""
+# What a product was given: rows, weight, sizes.
+Saved = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def rows_gradient(
+    saved: Saved, d_out: jax.Array, *, tile: Tile | None = None, interpret: bool = False
+) -> jax.Array:
+    """Of `product`'s rows: MD from MF."""
+    _, weight, sizes = saved
+    return product(d_out, weight, sizes, transpose=True, tile=tile, interpret=interpret)
+
+
+def weight_gradient(
+    saved: Saved, d_out: jax.Array, *, tile: Tile | None = None, interpret: bool = False
+) -> jax.Array:
+    """Of `product`'s weight: EDF, in its dtype."""
     rows, weight, sizes = saved
-    d_rows = product(d_out, weight, sizes, transpose=True, tile=tile, interpret=interpret)
     tile = tile or _default_tile(rows.dtype)
     experts, deep, wide = weight.shape
     ends = jnp.cumsum(sizes)
-    d_weight = _call(
+    return _call(
         _weight_gradient_kernel,
         jax.ShapeDtypeStruct(weight.shape, weight.dtype),
         grid=(
@@ -101,7 +108,6 @@ def gradients(
         tile=tile,
         interpret=interpret,
     )(ends - sizes, ends, rows, d_out)
-    return d_rows, d_weight, None
 
 
 def _default_tile(dtype: jnp.dtype) -> Tile:

@@ -40,7 +40,8 @@ def timetables(config: Config) -> list[Ticks]:
         for count in (fewest_micro_batches, most_micro_batches)
     )
     make = schedule.BY_NAME[config.layout.pipeline]
-    return [lockstep(make(config.mesh.pipe, count)) for count in range(first, last + 1, 2)]
+    defer = config.layout.defer_weight_gradients
+    return [lockstep(make(config.mesh.pipe, count), defer) for count in range(first, last + 1, 2)]
 
 
 def make_gradients(
@@ -72,6 +73,7 @@ def make_gradients(
                     how,
                     config.model.experts,
                     balance,
+                    config.layout.defer_weight_gradients,
                 )
                 for chunk in (0, 1)
             ]
@@ -126,6 +128,9 @@ class _Run:
 
     def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
         return self.chunks[chunk].backward(kept, d_y, on)
+
+    def rest_of_backward(self, chunk: int, later: Any) -> Any:
+        return self.chunks[chunk].rest_of_backward(later)
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
         tokens = self._tokens(micro)

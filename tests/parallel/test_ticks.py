@@ -198,6 +198,38 @@ def test_bubbles_of_known_sizes(ranks, count, bubble):
         assert makespan(ticks, forward=1, backward=2) == 3 * count + bubble
 
 
+@pytest.mark.parametrize(("ranks", "count", "bubble"), [(8, 20, 11), (16, 40, 27), (16, 120, 27)])
+def test_deferred_gradients_shorten_the_bubble(ranks, count, bubble):
+    for kind, half in (("dualpipe", 1), ("dualpipev", 2)):
+        made = BY_NAME[kind](ranks // half, count // half)
+        ticks = lockstep(made, defer=True)
+        assert makespan(ticks, forward=1, backward=2, weight=1) == 3 * count + bubble
+        assert ticks.count == lockstep(made).count and ticks.slots["later"] == ranks // 2
+
+
+@kinds
+def test_every_deferred_gradient_is_made_once(kind, ranks):
+    """After its backward, of the chunk that it was left by, from a slot that nobody has taken."""
+    for count in counts(kind, ranks):
+        ticks = lockstep(BY_NAME[kind](ranks, count), defer=True)
+        table = ticks.tables
+        for rank in range(ranks):
+            pool, made = Pool(ticks.slots["later"]), []
+            for tick in range(ticks.count):
+                to, taken = table["w_to"][tick, rank], table["w_from"][tick, rank]
+                if (micro := table["b_micro"][tick, rank]) != IDLE:
+                    pool.write(to, (micro, 1 - tick % 2))
+                else:
+                    assert pool.held[to] is NOTHING
+                assert (taken == IDLE) == (table["w_chunk"][tick, rank] == IDLE)
+                if taken != IDLE:
+                    micro, chunk = pool.read(taken, True)
+                    assert chunk == table["w_chunk"][tick, rank]
+                    made.append((micro, chunk))
+            assert len(made) == len(set(made)) == (table["b_micro"][:, rank] != IDLE).sum()
+            assert all(value is NOTHING for value in pool.held)
+
+
 @kinds
 def test_swaps(kind, ranks):
     wall = wall_of(kind, ranks)

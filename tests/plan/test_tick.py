@@ -36,7 +36,9 @@ def test_each_chunk_hides_the_messages_of_the_other():
         assert not message.is_sync and tick.under(message), message
     others = [any(tick.of_other_chunk(m, g) for g in tick.under(m)) for m in pair.messages]
     assert sum(others) >= 10
-    assert pair.hidden_share > 0.4
+    assert pair.hidden_share > 0.35
+    # Neither chunk of a tick needs anything of the other; of the tick before, both do.
+    assert tick.dependences(program, pair.computation) == []
     assert not any(copy.bytes > 32 * 2**20 for copy in pair.copies)
     # A layer keeps what arrived and its two inputs for each slot, and nothing made of a weight.
     slots = lockstep_slots(config)

@@ -41,10 +41,17 @@ CASES = {
         {"pipe": 4, "gpu": 2},
         {"model_layers": 4, "model_mtp_depth": 2, "layout_zero": 0, "layout_buffer": 0.6},
     ),  # tokens need further rounds
-    "8 ranks": ({"pipe": 8}, {"model_layers": 8, "layout_recompute": "full"}),
+    "8 ranks": (
+        {"pipe": 8},
+        {"model_layers": 8, "layout_recompute": "full", "layout_defer_weight_gradients": True},
+    ),
     "V, 2 ranks, 2 GPUs": (
         {"pipe": 2, "gpu": 2},
-        {"model_layers": 4, "layout_pipeline": "dualpipev", "layout_ramps": "skip"},
+        {
+            "model_layers": 4,
+            "layout_pipeline": "dualpipev",
+            "layout_ramps": "skip",
+        },
     ),
     "uneven, tensor": (
         {"pipe": 4, "tensor": 2},
