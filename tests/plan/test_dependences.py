@@ -25,7 +25,7 @@ ENTRY %body (x: f32[4], y: f32[4]) -> f32[4] {
   %fence = (f32[4], f32[4]) tuple(%f, %g), metadata={op_name="body/even/optimization_barrier"}
   %f1 = f32[4] get-tuple-element(%fence), index=0
   %g1 = f32[4] get-tuple-element(%fence), index=1
-  %fused = (f32[4], f32[4]) fusion(%f1, %g1), calls=%both, metadata={op_name="body/even/forward/neg"}
+  %fused = (f32[4], f32[4]) fusion(%f1, %g1), calls=%both
   %f2 = f32[4] get-tuple-element(%fused), index=0
   %g2 = f32[4] get-tuple-element(%fused), index=1
   %next = f32[4] negate(%g2), metadata={op_name="body/odd/forward/neg"}
