@@ -6,13 +6,14 @@ number does not grow with the micro-batches. Runs inside a `shard_map` that is m
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.parallel.carried import added, perhaps, pool, read, write, zeros
 from deepseek_jax.parallel.ticks import IDLE, Wall
 from deepseek_jax.parallel.turns import Steps, named, straight, take_turns
 
@@ -101,11 +102,11 @@ class Pipeline:
         ]  # fmt: skip
         assert _shapes(whole[0][1]) == _shapes(whole[1][1]), "chunks keep different things"
         state = {
-            "x": _pool(like, self.slots["x"]),
-            "d_y": _pool(like, self.slots["d_y"]),
-            "kept": jax.tree.map(lambda leaf: _pool(leaf, self.slots["kept"]), whole[0][1]),
-            "sums": [_zeros(w[2]) for w in whole],
-            "gradients": [_zeros(b[1]) for b in back],
+            "x": pool(like, self.slots["x"]),
+            "d_y": pool(like, self.slots["d_y"]),
+            "kept": jax.tree.map(lambda leaf: pool(leaf, self.slots["kept"]), whole[0][1]),
+            "sums": [zeros(w[2]) for w in whole],
+            "gradients": [zeros(b[1]) for b in back],
             "total": total,
         }
         tick = _Tick(self, stages, rank, whole, back)
@@ -142,9 +143,9 @@ class _Tick:
         wall, stages, f, b = self.pipeline.wall, self.stages, parity, 1 - parity
         f_on, b_on = now["f_micro"] != IDLE, now["b_micro"] != IDLE
         reads = (
-            _read(state["x"], now["f_in"]),
-            _read(state["d_y"], now["b_in"]),
-            jax.tree.map(lambda pool: _read(pool, now["b_kept"]), state["kept"]),
+            read(state["x"], now["f_in"]),
+            read(state["d_y"], now["b_in"]),
+            jax.tree.map(lambda slots: read(slots, now["b_kept"]), state["kept"]),
         )
         pools = state["x"], state["d_y"], state["kept"]
         # A read before all writes: otherwise the compiler copies whole pools to be safe.
@@ -160,23 +161,23 @@ class _Tick:
         total = state["total"]
         if parity == 1:
             ends = self._holds(wall.stages - 1, 1) & f_on
-            total, d_top = _perhaps(
+            total, d_top = perhaps(
                 ends,
                 lambda both: stages.last(now["f_micro"], y, both[0]),
                 (total, jnp.zeros(y.shape, y.dtype)),
             )
             d_x_here = jnp.where(ends, d_top, d_x_here)
-            total = _perhaps(
+            total = perhaps(
                 is_first & b_on,
                 lambda total: stages.first_gradient(now["b_micro"], d_x, total),
                 total,
             )
         return {
-            "x": _write(xs, now["y_to"], y_here),
-            "d_y": _write(d_ys, now["d_x_to"], d_x_here),
-            "kept": jax.tree.map(lambda pool, leaf: _write(pool, now["f_kept"], leaf), kepts, new),
-            "sums": _added(state["sums"], f, sums, f_on),
-            "gradients": _added(state["gradients"], b, gradients, b_on),
+            "x": write(xs, now["y_to"], y_here),
+            "d_y": write(d_ys, now["d_x_to"], d_x_here),
+            "kept": jax.tree.map(lambda slots, leaf: write(slots, now["f_kept"], leaf), kepts, new),
+            "sums": added(state["sums"], f, sums, f_on),
+            "gradients": added(state["gradients"], b, gradients, b_on),
             "total": total,
         }
 
@@ -197,8 +198,8 @@ class _Tick:
             take_turns(works, self.pipeline.turns)
             return out["f"], out["b"]
         return (
-            lax.cond(f_on, lambda: straight(forward), lambda: _zeros(self.whole[f])),
-            lax.cond(b_on, lambda: straight(backward), lambda: _zeros(self.back[b])),
+            lax.cond(f_on, lambda: straight(forward), lambda: zeros(self.whole[f])),
+            lax.cond(b_on, lambda: straight(backward), lambda: zeros(self.back[b])),
         )
 
 
@@ -206,32 +207,5 @@ def _into(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:
     out[name] = yield from work
 
 
-def _perhaps(on: jax.Array, fn: Callable[[Any], Any], value: Any) -> Any:
-    """fn(value) or value. Unlike a conditional, a loop of one or no turn copies neither."""
-    return lax.fori_loop(0, on.astype(jnp.int32), lambda _, value: fn(value), value)
-
-
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-
-
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
-
-
-def _pool(like: Any, slots: int) -> jax.Array:
-    return jnp.zeros((slots, *like.shape), like.dtype)
-
-
-def _read(pool: jax.Array, slot: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(pool, slot, 0, keepdims=False)
-
-
-def _write(pool: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(pool, value, slot, 0)
-
-
-def _added(totals: list[Any], chunk: int, more: Any, on: jax.Array) -> list[Any]:
-    """What idle work made is dropped, whatever it is."""
-    added = jax.tree.map(lambda old, new: old + jnp.where(on, new, 0), totals[chunk], more)
-    return [added if c == chunk else total for c, total in enumerate(totals)]
