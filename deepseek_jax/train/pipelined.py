@@ -1,7 +1,7 @@
-"""The gradients of a step whose layers are spread over `pipe`: DualPipe with this model."""
+"""The gradients of a step whose layers are spread over `pipe`: its schedules with this model."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from deepseek_jax.model.stage import Stage, turns
 from deepseek_jax.model.transformer import Transformer, Trunk, abstract_model
 from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
+from deepseek_jax.parallel.one_by_one import Line, OneByOne
 from deepseek_jax.parallel.pipeline import AXIS, Pipeline
 from deepseek_jax.parallel.stages import Places, places, wall
 from deepseek_jax.parallel.ticks import IDLE, Ticks, Wall, lockstep
@@ -55,9 +56,8 @@ def make_gradients(
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
     how = dataclasses.replace(execution.of(config), flights=1)
-    held, where, tables = wall(config), places(config), timetables(config)
-    slots = {name: max(ticks.slots[name] for ticks in tables) for name in tables[0].slots}
-    skip = config.layout.ramps == "skip"
+    where = places(config)
+    pipeline = _executor(config, turns(where.slots, hops_of(how)))
     summed = (*(name for name in DATA_AXES if layout.sizes[name] > 1), AXIS)
 
     def local(masters, bias, tokens, count, mtp_weight):
@@ -73,7 +73,7 @@ def make_gradients(
                     config.model.experts,
                     balance,
                 )
-                for chunk in (0, 1)
+                for chunk in range(where.chunks)
             ]
             ends = params.gather(staged.ends(model), layout)
 
@@ -90,12 +90,9 @@ def make_gradients(
                 )
 
             run = _Run(chunks, ends, tokens, how, loss)
-            both_ways = turns(where.slots, hops_of(how))
-            pipeline = Pipeline(held, slots, both_ways, skip)
-            rows_of, steady = _timetable(tables, config, count, held)
             shape = tokens.shape[1], tokens.shape[2] - 1, config.model.d_model
             like: Any = jax.ShapeDtypeStruct(shape, how.recipe.compute)
-            gradients, sums, total = pipeline.run(run, like, run.nothing(like), rows_of, steady)
+            gradients, sums, total = pipeline(run, like, run.nothing(like), count)
             grads = staged.bring_home(model, gradients, total[0], where, config.model, layout)
             return grads, lax.psum(_all_sums(sums, total[1], where, config.model), summed)
 
@@ -106,6 +103,25 @@ def make_gradients(
         out_specs=(stored, P()),
         check_vma=False,
     )
+
+
+def _executor(config: Config, both_ways: Sequence[str]) -> Callable[..., Any]:
+    """(stages, like, total, count) -> what `Pipeline.run` returns, as layout.pipeline has it.
+
+    Args:
+      both_ways: `Pipeline.turns`.
+    """
+    held, skip = wall(config), config.layout.ramps == "skip"
+    if isinstance(held, Line):
+        return OneByOne(held.ranks, skip).run
+    tables = timetables(config)
+    slots = {name: max(ticks.slots[name] for ticks in tables) for name in tables[0].slots}
+    pipeline = Pipeline(held, slots, both_ways, skip)
+
+    def run(stages: _Run, like: jax.Array, total: Any, count: jax.Array) -> Any:
+        return pipeline.run(stages, like, total, *_timetable(tables, config, count, held))
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +200,7 @@ def _in_turns(ticks: Ticks, name: str, count: int, held: Wall) -> np.ndarray:
 
 def _all_sums(sums: list[Any], ends: Any, where: Places, config: ModelConfig) -> Any:
     """Sums of this rank's chunks and ends, with those of its layers in the layers' places."""
-    load, balance, traffic = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *sums)
+    load, balance, traffic = jax.tree.map(lambda *each: jnp.concatenate(each), *sums)
     rows = where.rows(config.dense_layers, config.moe_layers)
     mine = jnp.asarray(rows)[lax.axis_index(AXIS)]
 
