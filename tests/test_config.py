@@ -235,6 +235,7 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
     "changes",
     [
         {"mesh.pipe": 2},
+        {"mesh.pipe": 3, "layout.pipeline": "1f1b"},
         {"model.q_latent": 0, "model.score": "softmax", "model.group_score": "max"},
         {"model.experts": 64, "model.groups": 1, "model.top_groups": 1, "model.top_k": 6},
         {"model.dense_layers": 0},

@@ -1,7 +1,7 @@
 """The gradients of a step whose layers are spread over `pipe`: its schedules with this model."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ def make_gradients(
     stored = params.place(abstract, layout.storage)
     how = dataclasses.replace(execution.of(config), flights=1)
     where = places(config)
-    pipeline = _executor(config, turns(where.slots, hops_of(how)))
+    run_all = _executor(config)
     summed = (*(name for name in DATA_AXES if layout.sizes[name] > 1), AXIS)
 
     def local(masters, bias, tokens, count, mtp_weight):
@@ -92,7 +92,7 @@ def make_gradients(
             run = _Run(chunks, ends, tokens, how, loss)
             shape = tokens.shape[1], tokens.shape[2] - 1, config.model.d_model
             like: Any = jax.ShapeDtypeStruct(shape, how.recipe.compute)
-            gradients, sums, total = pipeline(run, like, run.nothing(like), count)
+            gradients, sums, total = run_all(run, like, run.nothing(like), count)
             grads = staged.bring_home(model, gradients, total[0], where, config.model, layout)
             return grads, lax.psum(_all_sums(sums, total[1], where, config.model), summed)
 
@@ -105,20 +105,17 @@ def make_gradients(
     )
 
 
-def _executor(config: Config, both_ways: Sequence[str]) -> Callable[..., Any]:
-    """(stages, like, total, count) -> what `Pipeline.run` returns, as layout.pipeline has it.
-
-    Args:
-      both_ways: `Pipeline.turns`.
-    """
+def _executor(config: Config) -> Callable[..., Any]:
+    """(stages, like, total, count) -> what `Pipeline.run` returns, as layout.pipeline has it."""
     held, skip = wall(config), config.layout.ramps == "skip"
     if isinstance(held, Line):
         return OneByOne(held.ranks, skip).run
     tables = timetables(config)
     slots = {name: max(ticks.slots[name] for ticks in tables) for name in tables[0].slots}
-    pipeline = Pipeline(held, slots, both_ways, skip)
 
     def run(stages: _Run, like: jax.Array, total: Any, count: jax.Array) -> Any:
+        both_ways = turns(places(config).slots, hops_of(stages.how))
+        pipeline = Pipeline(held, slots, both_ways, skip)
         return pipeline.run(stages, like, total, *_timetable(tables, config, count, held))
 
     return run

@@ -1,4 +1,4 @@
-"""1F1B on stages of one matmul each: gradients beside those of a plain loop, and what it holds on the way."""
+"""1F1B on stages of one matmul each: gradients beside a plain loop's, and what it holds."""
 
 import dataclasses
 from typing import Any
