@@ -106,7 +106,10 @@ def make_gradients(
 
 
 def _executor(config: Config) -> Callable[..., Any]:
-    """(stages, like, total, count) -> what `Pipeline.run` returns, as layout.pipeline has it."""
+    """(stages, like, total, count) -> what `Pipeline.run` returns, as layout.pipeline has it.
+
+    That is called where the layout is active, which knows the hops of a message.
+    """
     held, skip = wall(config), config.layout.ramps == "skip"
     if isinstance(held, Line):
         return OneByOne(held.ranks, skip).run
