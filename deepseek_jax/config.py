@@ -286,7 +286,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "layout.zero": (0, 1, 3),
     "layout.dispatch": ("two_hop", "flat", "reference"),
     "layout.micro_batches_in_flight": (1, 2),
-    "layout.pipeline": ("dualpipe", "dualpipev"),
+    "layout.pipeline": ("dualpipe", "dualpipev", "1f1b"),
     "layout.ramps": ("mask", "skip"),
     "layout.recompute": ("none", "full", "report"),
     "precision.recipe": ("float32", "bfloat16"),
@@ -530,14 +530,14 @@ def _check_dispatch(config: Config) -> None:
 
 
 def _check_pipeline(config: Config) -> None:
-    """What DualPipe asks of the layout; how layers are split is checked in `parallel/stages.py`."""
+    """What a pipeline asks of the layout; `parallel/stages.py` checks how layers are split."""
     pipe, layout, model = config.mesh.pipe, config.layout, config.model
     if pipe in (1, -1):
         return
     _need(
         layout.pipeline != "dualpipe" or pipe % 2 == 0,
         f"mesh.pipe={pipe}: layout.pipeline=dualpipe pairs ranks r and {pipe - 1} - r; set "
-        f"mesh.pipe={pipe + 1}, or layout.pipeline=dualpipev",
+        f"mesh.pipe={pipe + 1}, or layout.pipeline=dualpipev or layout.pipeline=1f1b",
     )
     _need(
         layout.zero < 3,
@@ -552,8 +552,13 @@ def _check_pipeline(config: Config) -> None:
     _need(
         layout.micro_batches_in_flight == 1,
         f"layout.micro_batches_in_flight={layout.micro_batches_in_flight} with mesh.pipe={pipe}: "
-        "DualPipe already puts messages under another micro-batch's work; set "
+        "which micro-batches run side by side is for layout.pipeline to say; set "
         "layout.micro_batches_in_flight=1",
+    )
+    _need(
+        not (layout.defer_weight_gradients and layout.pipeline == "1f1b"),
+        "layout.defer_weight_gradients fills the waits of DualPipe's schedule, and "
+        "layout.pipeline=1f1b has none for it; set layout.defer_weight_gradients=False",
     )
     _need(
         model.moe_layers > 0,

@@ -200,6 +200,10 @@ RULES = [
         },
         r"in_flight=2, .* batch\.sequences=16 make one .* set batch\.sequences=32",
     ),
+    (
+        {"mesh.pipe": 2, "layout.pipeline": "1f1b", "layout.defer_weight_gradients": True},
+        r"layout\.pipeline=1f1b has none .* set layout\.defer_weight_gradients=False",
+    ),
     ({"precision.dispatch": "fp16"}, r"precision\.dispatch .* compute, fp8"),
     # The batch.
     ({"model.mtp_depth": 4, "batch.length": 4}, r"model\.mtp_depth=4 .* batch\.length=4"),
@@ -235,6 +239,8 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
     "changes",
     [
         {"mesh.pipe": 2},
+        {"mesh.pipe": 3, "layout.pipeline": "1f1b"},
+        {"mesh.pipe": 2, "layout.ramps": "skip", "layout.defer_weight_gradients": True},
         {"model.q_latent": 0, "model.score": "softmax", "model.group_score": "max"},
         {"model.experts": 64, "model.groups": 1, "model.top_groups": 1, "model.top_k": 6},
         {"model.dense_layers": 0},

@@ -9,7 +9,9 @@ this machine's cores, so seconds are the work of all ranks together, idle ticks 
 
 import collections
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,16 +27,17 @@ from deepseek_jax.model.stage import Stage
 from deepseek_jax.model.transformer import build_model
 from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.one_by_one import OneByOne
 from deepseek_jax.parallel.pipeline import AXIS, Pipeline
 from deepseek_jax.parallel.schedule import Schedule, Work
-from deepseek_jax.parallel.ticks import Ticks, Wall, lockstep
+from deepseek_jax.parallel.ticks import Wall, lockstep
 from deepseek_jax.parallel.turns import Steps, straight
 from deepseek_jax.plan import layer, tick
 from deepseek_jax.train.state import split
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
 RANKS = (4, 8)
-KINDS = ("dualpipe", "dualpipev")
+KINDS = ("dualpipe", "dualpipev", "1f1b")
 BACKWARD_WORKS = (Work.BACKWARD, Work.INPUT_GRAD)
 TIMES = (1, 2, 4)  # 2 * ranks micro-batches, and more
 NOTE = "emulated devices on shared cores: seconds are the work of all ranks together"
@@ -46,6 +49,7 @@ def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5)
     In `chunks`, forward and backward chunks of the busiest rank. `planned` are the schedule's own,
     `ran` those that devices computed: with masked ramps that is one of each in every tick, idle or
     not; with skipped ones just the planned. `useful` are the chunks that counted, over the planned.
+    In a tick 1F1B has them one after the other, the others both at once.
 
     In `growth`, `temp_MiB` are the temporaries of one device as the compiler reports them, `work`
     is the number of chunks that the program computes and `seconds` the median of a step, both over
@@ -76,13 +80,25 @@ def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5)
     }
 
 
-def _plan(kind: str, ranks: int, micro_batches: int) -> tuple[Schedule, Ticks, Wall]:
-    made = schedule.BY_NAME[kind](ranks, micro_batches)
-    return made, lockstep(made), Wall(made.ranks, made.stages)
+def _executor(made: Schedule, skip: bool) -> tuple[int, Callable[..., Any]]:
+    """The ticks of a schedule, and (stages, like, total) -> what its executor's `run` returns."""
+    if made.kind == "1f1b":
+        plain, count = OneByOne(made.ranks, skip), made.micro_batches
+        return plain.ticks(count), functools.partial(plain.run, count=jnp.int32(count))
+    ticks = lockstep(made)
+    pipeline = Pipeline(Wall(made.ranks, made.stages), ticks.slots, ["fb"], skip)
+
+    def run(stages: Any, like: jax.Array, total: Any) -> Any:
+        tables = {name: jnp.asarray(table) for name, table in ticks.tables.items()}
+        first, end, count = (jnp.int32(n) for n in (*ticks.steady, ticks.count))
+        return pipeline.run(stages, like, total, tables, (first, end, count))
+
+    return ticks.count, run
 
 
 def _counted(kind: str, ranks: int, micro_batches: int, skip: bool) -> dict[str, Any]:
-    made, ticks, wall = _plan(kind, ranks, micro_batches)
+    made = schedule.BY_NAME[kind](ranks, micro_batches)
+    ticks, run_all = _executor(made, skip)
     planned = collections.Counter(
         (task.work, rank)
         for rank, program in enumerate(made.programs)
@@ -97,16 +113,13 @@ def _counted(kind: str, ranks: int, micro_batches: int, skip: bool) -> dict[str,
     @jax.shard_map(mesh=_mesh(ranks), in_specs=P(), out_specs=P(), check_vma=False)
     def run(weight):
         stages = _Counted(weight, count)
-        pipeline = Pipeline(wall, ticks.slots, ["fb"], skip)
-        tables = {name: jnp.asarray(table) for name, table in ticks.tables.items()}
-        edges = tuple(jnp.int32(n) for n in (*ticks.steady, ticks.count))
-        gradients, _, _ = pipeline.run(stages, weight[:1], jnp.zeros(()), tables, edges)
+        gradients, _, _ = run_all(stages, weight[:1], jnp.zeros(()))
         return jax.lax.psum(sum(gradients), AXIS)
 
     jax.block_until_ready(jax.jit(run)(jnp.eye(8) / 2))
     jax.effects_barrier()
     row: dict[str, Any] = {"kind": kind, "ranks": ranks, "micro_batches": micro_batches}
-    row |= {"ramps": "skip" if skip else "mask", "ticks": ticks.count}
+    row |= {"ramps": "skip" if skip else "mask", "ticks": ticks}
     for name, works in (("forward", [Work.FORWARD]), ("backward", BACKWARD_WORKS)):
         each = [sum(planned[work, rank] for work in works) for rank in range(ranks)]
         ran = [tally[name, rank, True] + tally[name, rank, False] for rank in range(ranks)]
@@ -155,8 +168,9 @@ def _growth(config: Config, ranks: int, repeats: int) -> list[dict[str, Any]]:
     counts = [2 * ranks * times for times in TIMES]
     made = [_Gradients.compile(_sized(config, ranks, count)) for count in counts]
     seconds = np.median([[one.seconds() for one in made] for _ in range(repeats)], axis=0)
-    ticks = [_plan(config.layout.pipeline, ranks, count)[1].count for count in counts]
+    made_of = schedule.BY_NAME[config.layout.pipeline]
     masked = config.layout.ramps == "mask"
+    ticks = [_executor(made_of(ranks, count), not masked)[0] for count in counts]
     work = np.array(ticks if masked else counts)
     return [
         {

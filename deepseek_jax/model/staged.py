@@ -1,4 +1,4 @@
-"""A model cut into stages: its weights in the slots of a rank's two chunks, and gradients back."""
+"""A model cut into stages: its weights in the slots of a rank's chunks, and gradients back."""
 
 import dataclasses
 import operator
@@ -53,7 +53,7 @@ def _parts(model: Any, config: ModelConfig) -> dict[str, _Part]:
 
 
 def fetch(model: Any, where: Places, config: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """Each part, with this rank's rows: chunk 0's slots, then chunk 1's."""
+    """Each part, with this rank's rows: chunk 0's slots, then chunk 1's if there is one."""
     return {
         name: params.to_stages(
             [getattr(owner, attribute) for owner, attribute, _ in part.stacks],
@@ -88,7 +88,7 @@ def bring_home(
     config: ModelConfig,
     layout: Layout,
 ) -> nnx.State:
-    """Gradients of both chunks' slots and of the ends -> those of the masters."""
+    """Gradients of all chunks' slots and of the ends -> those of the masters."""
     slots = [slot for chunk in gradients for slot in chunk]
     for name, part in _parts(model, config).items():
         known = next(slot[name] for slot in slots if name in slot)

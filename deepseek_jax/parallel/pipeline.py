@@ -6,13 +6,14 @@ number does not grow with the micro-batches. Runs inside a `shard_map` that is m
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.parallel.carried import added, perhaps, pool, read, write, zeros
 from deepseek_jax.parallel.ticks import IDLE, Wall
 from deepseek_jax.parallel.turns import Steps, named, straight, take_turns
 
@@ -107,12 +108,12 @@ class Pipeline:
         for one, other in ((whole[0][1], whole[1][1]), (back[0][2], back[1][2])):
             assert _shapes(one) == _shapes(other), "chunks keep different things"
         state = {
-            "x": _pool(like, self.slots["x"]),
-            "d_y": _pool(like, self.slots["d_y"]),
-            "kept": jax.tree.map(lambda leaf: _pool(leaf, self.slots["kept"]), whole[0][1]),
-            "later": jax.tree.map(lambda leaf: _pool(leaf, self.slots["later"]), back[0][2]),
-            "sums": [_zeros(w[2]) for w in whole],
-            "gradients": [_zeros(b[1]) for b in back],
+            "x": pool(like, self.slots["x"]),
+            "d_y": pool(like, self.slots["d_y"]),
+            "kept": jax.tree.map(lambda leaf: pool(leaf, self.slots["kept"]), whole[0][1]),
+            "later": jax.tree.map(lambda leaf: pool(leaf, self.slots["later"]), back[0][2]),
+            "sums": [zeros(w[2]) for w in whole],
+            "gradients": [zeros(b[1]) for b in back],
             "total": total,
         }
         tick = _Tick(self, stages, rank, whole, back)
@@ -149,9 +150,9 @@ class _Tick:
         wall, stages, f, b = self.pipeline.wall, self.stages, parity, 1 - parity
         f_on, b_on = now["f_micro"] != IDLE, now["b_micro"] != IDLE
         reads = (
-            _read(state["x"], now["f_in"]),
-            _read(state["d_y"], now["b_in"]),
-            jax.tree.map(lambda pool: _read(pool, now["b_kept"]), state["kept"]),
+            read(state["x"], now["f_in"]),
+            read(state["d_y"], now["b_in"]),
+            jax.tree.map(lambda slots: read(slots, now["b_kept"]), state["kept"]),
         )
         pools = state["x"], state["d_y"], state["kept"]
         # A read before all writes: otherwise the compiler copies whole pools to be safe.
@@ -167,26 +168,26 @@ class _Tick:
         total = state["total"]
         if parity == 1:
             ends = self._holds(wall.stages - 1, 1) & f_on
-            total, d_top = _perhaps(
+            total, d_top = perhaps(
                 ends,
                 lambda both: stages.last(now["f_micro"], y, both[0]),
                 (total, jnp.zeros(y.shape, y.dtype)),
             )
             d_x_here = jnp.where(ends, d_top, d_x_here)
-            total = _perhaps(
+            total = perhaps(
                 is_first & b_on,
                 lambda total: stages.first_gradient(now["b_micro"], d_x, total),
                 total,
             )
-        gradients = _added(state["gradients"], b, made, b_on)
-        later = jax.tree.map(lambda pool, x: _write(pool, now["w_to"], x), state["later"], missing)
+        gradients = added(state["gradients"], b, made, b_on)
+        later = jax.tree.map(lambda slots, x: write(slots, now["w_to"], x), state["later"], missing)
         if jax.tree.leaves(later):  # after the swap: no neighbour waits for it
             gradients = [self._rest(c, later, now, total) for c, total in enumerate(gradients)]
         return {
-            "x": _write(xs, now["y_to"], y_here),
-            "d_y": _write(d_ys, now["d_x_to"], d_x_here),
-            "kept": jax.tree.map(lambda pool, leaf: _write(pool, now["f_kept"], leaf), kepts, new),
-            "sums": _added(state["sums"], f, sums, f_on),
+            "x": write(xs, now["y_to"], y_here),
+            "d_y": write(d_ys, now["d_x_to"], d_x_here),
+            "kept": jax.tree.map(lambda slots, leaf: write(slots, now["f_kept"], leaf), kepts, new),
+            "sums": added(state["sums"], f, sums, f_on),
             "gradients": gradients,
             "later": later,
             "total": total,
@@ -197,11 +198,11 @@ class _Tick:
 
         def add(total: Any) -> Any:
             with jax.named_scope(BACKWARD):
-                taken = jax.tree.map(lambda pool: _read(pool, now["w_from"]), later)
+                taken = jax.tree.map(lambda slots: read(slots, now["w_from"]), later)
                 more = self.stages.rest_of_backward(chunk, taken)
             return jax.tree.map(jnp.add, total, more)
 
-        return _perhaps(now["w_chunk"] == chunk, add, total)
+        return perhaps(now["w_chunk"] == chunk, add, total)
 
     def _holds(self, stage: int, chunk: int) -> jax.Array:
         """Whether this rank's chunk is that stage."""
@@ -220,8 +221,8 @@ class _Tick:
             take_turns(works, self.pipeline.turns)
             return out["f"], out["b"]
         return (
-            lax.cond(f_on, lambda: straight(forward), lambda: _zeros(self.whole[f])),
-            lax.cond(b_on, lambda: straight(backward), lambda: _zeros(self.back[b])),
+            lax.cond(f_on, lambda: straight(forward), lambda: zeros(self.whole[f])),
+            lax.cond(b_on, lambda: straight(backward), lambda: zeros(self.back[b])),
         )
 
 
@@ -229,32 +230,5 @@ def _into(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:
     out[name] = yield from work
 
 
-def _perhaps(on: jax.Array, fn: Callable[[Any], Any], value: Any) -> Any:
-    """fn(value) or value. Unlike a conditional, a loop of one or no turn copies neither."""
-    return lax.fori_loop(0, on.astype(jnp.int32), lambda _, value: fn(value), value)
-
-
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-
-
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
-
-
-def _pool(like: Any, slots: int) -> jax.Array:
-    return jnp.zeros((slots, *like.shape), like.dtype)
-
-
-def _read(pool: jax.Array, slot: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(pool, slot, 0, keepdims=False)
-
-
-def _write(pool: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(pool, value, slot, 0)
-
-
-def _added(totals: list[Any], chunk: int, more: Any, on: jax.Array) -> list[Any]:
-    """What idle work made is dropped, whatever it is."""
-    added = jax.tree.map(lambda old, new: old + jnp.where(on, new, 0), totals[chunk], more)
-    return [added if c == chunk else total for c, total in enumerate(totals)]

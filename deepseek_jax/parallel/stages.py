@@ -1,7 +1,7 @@
 """Which layer is where in a pipeline, and the way of its weights from their masters and back.
 
 Masters, moments and averages know nothing of the pipeline: they are stacked by layer, and ZeRO
-splits them over `pipe` too, innermost. Before a step each rank fetches the layers of its two stages
+splits them over `pipe` too, innermost. Before a step each rank fetches the layers of its stages
 with one all-to-all; after it, the gradients go home the same way, where those of the two ranks that
 hold a stage in DualPipe add up. So a checkpoint fits any number of stages.
 """
@@ -15,13 +15,14 @@ from jax import lax
 
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.parallel import schedule
+from deepseek_jax.parallel.one_by_one import Line
 from deepseek_jax.parallel.ticks import Wall
 
 NOTHING = -1
 AXIS = "pipe"
 
 
-def wall(config: Config) -> Wall:
+def wall(config: Config) -> Wall | Line:
     """Who holds which stage.
 
     Raises:
@@ -29,7 +30,7 @@ def wall(config: Config) -> Wall:
     """
     ranks = config.mesh.pipe
     made = schedule.BY_NAME[config.layout.pipeline](ranks, 2 * ranks)
-    return Wall(made.ranks, made.stages)
+    return Line(ranks) if made.kind == "1f1b" else Wall(made.ranks, made.stages)
 
 
 def layers_per_stage(layers: int, stages: int, given: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -61,7 +62,13 @@ class Places:
     layers: np.ndarray
 
     @property
+    def chunks(self) -> int:
+        """Of a rank."""
+        return self.layers.shape[1]
+
+    @property
     def slots(self) -> int:
+        """Of a chunk."""
         return self.layers.shape[-1]
 
     def rows(self, first: int, count: int) -> np.ndarray:
@@ -76,12 +83,12 @@ def places(config: Config) -> Places:
     return spread(held, layers_per_stage(config.model.layers, held.stages, given))
 
 
-def spread(wall: Wall, split: tuple[int, ...]) -> Places:
+def spread(wall: Wall | Line, split: tuple[int, ...]) -> Places:
     """Where layers are whose stages have so many each."""
     starts = np.cumsum((0, *split))
-    table = np.full((wall.ranks, 2, max(split)), NOTHING)
+    table = np.full((wall.ranks, wall.chunks, max(split)), NOTHING)
     for rank in range(wall.ranks):
-        for chunk in (0, 1):
+        for chunk in range(wall.chunks):
             stage = wall.stage(rank, chunk)
             table[rank, chunk, : split[stage]] = np.arange(starts[stage], starts[stage + 1])
     return Places(table)

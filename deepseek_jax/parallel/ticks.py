@@ -14,6 +14,7 @@ neighbour, or at the apex to the mirror rank (DualPipe) or nowhere (DualPipeV).
 import collections
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 
@@ -54,6 +55,7 @@ class Wall:
 
     ranks: int
     stages: int
+    chunks: ClassVar[int] = 2  # of a rank
 
     @property
     def mirrored(self) -> bool:

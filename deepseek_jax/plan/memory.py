@@ -32,7 +32,7 @@ class Memory:
       compute_weights: what matmuls read beside the masters: a copy in the recipe's dtype (sensitive
         weights stay float32), whole for the step with layout.zero 0 and 1, split like the masters
         with 3. A weight whose dtype and layout are its master's needs no copy. In a pipeline: the
-        layers in the slots of a rank's two chunks, zeros where a slot is empty, and on every rank
+        layers in the slots of a rank's chunks, zeros where a slot is empty, and on every rank
         what stands before the first layer and after the last.
       gathered_layer: with layout.zero=3, the largest of one layer, table or MTP module, gathered.
       gradients: float32 sums over micro-batches, in the layout of `compute_weights`.
@@ -120,7 +120,7 @@ def _rows(config: Config, where: stages.Places, path: str) -> tuple[int, int] | 
     rank.
     """
     top, part, *_ = path.split(".")
-    every = 2 * where.slots
+    every = where.chunks * where.slots
     if top == "moe_layers":
         return every, every
     if top != "dense_layers":
@@ -128,7 +128,7 @@ def _rows(config: Config, where: stages.Places, path: str) -> tuple[int, int] | 
     if part != "feed":
         return 0, 0  # counted with the MoE layers'
     dense = (where.layers != stages.NOTHING) & (where.layers < config.model.dense_layers)
-    return every, 2 * int(dense.any(axis=(0, 1)).sum())
+    return every, where.chunks * int(dense.any(axis=(0, 1)).sum())
 
 
 def local_size(shape: tuple[int, ...], spec: P, layout: Layout) -> int:

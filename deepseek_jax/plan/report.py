@@ -173,8 +173,9 @@ def _stages(layout: dict[str, Any]) -> list[str]:
     (each, count), *more = runs
     shown = [f"{count} x {each} layers", *(f"{count} x {each}" for each, count in more)]
     total = len(layers) * max(layers)
+    holds = "one" if layout["pipeline"] == "1f1b" else "two"
     return [
-        f"Stages: {', '.join(shown)}; {TITLES[layout['pipeline']]}: each rank holds two.",
+        f"Stages: {', '.join(shown)}; {TITLES[layout['pipeline']]}: each rank holds {holds}.",
         f"{empty} of {total} slots for layers are empty, and cost a MoE layer's weights and "
         "gradients.",
     ]

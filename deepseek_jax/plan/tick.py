@@ -25,7 +25,7 @@ from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD, TICKS, Pipeline
 from deepseek_jax.parallel.stages import wall
-from deepseek_jax.parallel.ticks import lockstep
+from deepseek_jax.parallel.ticks import Wall, lockstep
 from deepseek_jax.parallel.turns import Steps
 from deepseek_jax.plan import cluster, compiled, layer, profile
 from deepseek_jax.plan.compiled import Collective, Copy, Gemm, Program
@@ -43,13 +43,21 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
     Args:
       mesh: real or virtual (`cluster.mesh`), of the sizes of `config.mesh`.
+
+    Raises:
+      ConfigError: a pipeline that is not DualPipe's.
     """
-    layout = meshes.layout(config)
+    held, layout = wall(config), meshes.layout(config)
+    if not isinstance(held, Wall):
+        raise ConfigError(
+            f"layout.pipeline={config.layout.pipeline} has no ticks of two chunks; set "
+            "layout.pipeline=dualpipe or layout.pipeline=dualpipev"
+        )
     how = dataclasses.replace(execution.of(config), flights=1)
     graph, weights, rest = layer.abstract(config, how)
     one = params.place(weights, lambda names, _: layout.spec(names))
     made = schedule.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
-    held, ticks = wall(config), lockstep(made, config.layout.defer_weight_gradients)
+    ticks = lockstep(made, config.layout.defer_weight_gradients)
     like: Any = jax.ShapeDtypeStruct(
         (1, config.batch.length, config.model.d_model), how.recipe.compute
     )

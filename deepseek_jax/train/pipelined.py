@@ -1,4 +1,4 @@
-"""The gradients of a step whose layers are spread over `pipe`: DualPipe with this model."""
+"""The gradients of a step whose layers are spread over `pipe`: its schedules with this model."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from deepseek_jax.model.stage import Stage, turns
 from deepseek_jax.model.transformer import Transformer, Trunk, abstract_model
 from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
+from deepseek_jax.parallel.one_by_one import Line, OneByOne
 from deepseek_jax.parallel.pipeline import AXIS, Pipeline
 from deepseek_jax.parallel.stages import Places, places, wall
 from deepseek_jax.parallel.ticks import IDLE, Ticks, Wall, lockstep
@@ -56,9 +57,8 @@ def make_gradients(
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
     how = dataclasses.replace(execution.of(config), flights=1)
-    held, where, tables = wall(config), places(config), timetables(config)
-    slots = {name: max(ticks.slots[name] for ticks in tables) for name in tables[0].slots}
-    skip = config.layout.ramps == "skip"
+    where = places(config)
+    run_all = _executor(config)
     summed = (*(name for name in DATA_AXES if layout.sizes[name] > 1), AXIS)
 
     def local(masters, bias, tokens, count, mtp_weight):
@@ -75,16 +75,19 @@ def make_gradients(
                     balance,
                     config.layout.defer_weight_gradients,
                 )
-                for chunk in (0, 1)
+                for chunk in range(where.chunks)
             ]
             ends = params.gather(staged.ends(model), layout)
+            # What MTP keeps for backward is gone with the tick: no message is sent twice for it.
+            full = how.recompute == "full"
+            at_end = dataclasses.replace(how, recompute="report") if full else how
 
             def loss(ends, y, micro):
                 trunk = Trunk(ends.norm(y), None, ends.embedding(micro, how))
                 return loss_of(
                     ends,
                     micro,
-                    ends.heads(trunk, how, ahead=1),
+                    ends.heads(trunk, at_end, ahead=1),
                     chunk=config.layout.loss_chunk,
                     mtp_weight=mtp_weight,
                     alpha=config.schedule.balance_alpha,
@@ -92,12 +95,9 @@ def make_gradients(
                 )
 
             run = _Run(chunks, ends, tokens, how, loss)
-            both_ways = turns(where.slots, hops_of(how))
-            pipeline = Pipeline(held, slots, both_ways, skip)
-            rows_of, steady = _timetable(tables, config, count, held)
             shape = tokens.shape[1], tokens.shape[2] - 1, config.model.d_model
             like: Any = jax.ShapeDtypeStruct(shape, how.recipe.compute)
-            gradients, sums, total = pipeline.run(run, like, run.nothing(like), rows_of, steady)
+            gradients, sums, total = run_all(run, like, run.nothing(like), count)
             grads = staged.bring_home(model, gradients, total[0], where, config.model, layout)
             return grads, lax.psum(_all_sums(sums, total[1], where, config.model), summed)
 
@@ -108,6 +108,25 @@ def make_gradients(
         out_specs=(stored, P()),
         check_vma=False,
     )
+
+
+def _executor(config: Config) -> Callable[..., Any]:
+    """(stages, like, total, count) -> what `Pipeline.run` returns, as layout.pipeline has it.
+
+    That is called where the layout is active, which knows the hops of a message.
+    """
+    held, skip = wall(config), config.layout.ramps == "skip"
+    if isinstance(held, Line):
+        return OneByOne(held.ranks, skip).run
+    tables = timetables(config)
+    slots = {name: max(ticks.slots[name] for ticks in tables) for name in tables[0].slots}
+
+    def run(stages: _Run, like: jax.Array, total: Any, count: jax.Array) -> Any:
+        both_ways = turns(places(config).slots, hops_of(stages.how))
+        pipeline = Pipeline(held, slots, both_ways, skip)
+        return pipeline.run(stages, like, total, *_timetable(tables, config, count, held))
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +208,7 @@ def _in_turns(ticks: Ticks, name: str, count: int, held: Wall) -> np.ndarray:
 
 def _all_sums(sums: list[Any], ends: Any, where: Places, config: ModelConfig) -> Any:
     """Sums of this rank's chunks and ends, with those of its layers in the layers' places."""
-    load, balance, traffic = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *sums)
+    load, balance, traffic = jax.tree.map(lambda *each: jnp.concatenate(each), *sums)
     rows = where.rows(config.dense_layers, config.moe_layers)
     mine = jnp.asarray(rows)[lax.axis_index(AXIS)]
 

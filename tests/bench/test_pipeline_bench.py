@@ -8,8 +8,10 @@ from deepseek_jax.bench import pipeline
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["mask", "skip"])
-def test_devices_compute_what_the_schedule_says(skip):
-    row = pipeline._counted("dualpipe", 4, 8, skip)
+@pytest.mark.parametrize(("kind", "ticks"), [("dualpipe", 16), ("1f1b", 14)])
+def test_devices_compute_what_the_schedule_says(kind, ticks, skip):
+    row = pipeline._counted(kind, 4, 8, skip)
+    assert row["ticks"] == ticks
     assert row["forward_planned"] == row["backward_planned"] == 8
     ran = row["forward_planned"] if skip else row["ticks"]
     assert row["forward_ran"] == row["backward_ran"] == ran

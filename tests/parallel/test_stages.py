@@ -8,6 +8,7 @@ import small
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel import stages
+from deepseek_jax.parallel.one_by_one import Line
 from deepseek_jax.parallel.stages import NOTHING, layers_per_stage
 from deepseek_jax.parallel.ticks import Wall
 
@@ -55,23 +56,32 @@ def test_places_by_hand():
     np.testing.assert_array_equal(where.rows(0, 5), where.layers.reshape(4, 4))
     v = stages.spread(Wall(2, 4), (2, 2, 1, 0))
     assert v.layers.tolist() == [[first, last], [third, second]]
+    line = stages.spread(Line(4), (2, 2, 1, 0))
+    assert line.layers.tolist() == [[first], [second], [third], [last]]
+    np.testing.assert_array_equal(line.rows(0, 5), line.layers.reshape(4, 2))
 
 
 @pytest.mark.parametrize(
     ("pipeline", "pipe", "layers"),
-    [("dualpipe", 16, 61), ("dualpipe", 2, 3), ("dualpipev", 8, 61), ("dualpipev", 3, 7)],
+    [
+        ("dualpipe", 16, 61),
+        ("dualpipe", 2, 3),
+        ("dualpipev", 8, 61),
+        ("dualpipev", 3, 7),
+        ("1f1b", 3, 7),
+    ],
 )
 def test_every_layer_is_where_its_stage_is(pipeline, pipe, layers):
     config = small.config(model_layers=layers, layout_pipeline=pipeline)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=pipe))
     wall, where = stages.wall(config), stages.places(config)
     copies = 2 if pipeline == "dualpipe" else 1
-    assert wall == Wall(pipe, 2 * pipe // copies)
+    assert wall == (Line(pipe) if pipeline == "1f1b" else Wall(pipe, 2 * pipe // copies))
     found = where.layers[where.layers != NOTHING]
     assert sorted(found.tolist()) == sorted(list(range(layers)) * copies)
     per_stage = np.cumsum(layers_per_stage(layers, wall.stages))
     for rank in range(pipe):
-        for chunk in (0, 1):
+        for chunk in range(wall.chunks):
             here = where.layers[rank, chunk]
             held = here[here != NOTHING]
             want = np.flatnonzero(

@@ -12,6 +12,7 @@ from configs import v3_tiny
 from deepseek_jax import config as configs
 from deepseek_jax.model import params, staged
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.one_by_one import OneByOne
 from deepseek_jax.parallel.pipeline import Pipeline
 from deepseek_jax.plan.memory import memory
 from deepseek_jax.precision.matmul import recipe
@@ -105,6 +106,9 @@ PIPELINES = {
         zero=1, pipe=4, replica=1, node=1, gpu=1, tensor=2, pipeline="dualpipev",
         stage_layers=(1, 1, 0, 1, 0, 0, 0, 0),
     ),
+    "2 ranks, 1F1B": dict(
+        zero=1, pipe=2, replica=1, node=2, gpu=2, tensor=1, pipeline="1f1b", stage_layers=(2, 1),
+    ),
     "4 ranks, whole masters": dict(zero=0, pipe=4, replica=2, node=1, gpu=1, tensor=1),
 }  # fmt: skip
 
@@ -139,7 +143,8 @@ def test_a_pipeline_s_bytes_are_those_of_its_program(name, monkeypatch):
 
     watch(staged, "fetch", lambda _, out: jax.tree.leaves(out))
     watch(params, "gather", lambda before, out: (local_leaves(before[0]), local_leaves(out)))
-    watch(Pipeline, "run", lambda _, out: jax.tree.leaves((out[0], out[2][0])))
+    for executor in (Pipeline, OneByOne):
+        watch(executor, "run", lambda _, out: jax.tree.leaves((out[0], out[2][0])))
     watch(staged, "bring_home", lambda _, out: local_leaves(out))
     adam, batch = optimizer.build(config.optimizer), config.batch
     with jax.set_mesh(mesh):

@@ -116,6 +116,7 @@ def test_bytes_of_the_published_model(full):
     [
         ("dualpipe", 16, (), "Stages: 15 x 4 layers, 1 x 1; DualPipe: each rank holds two."),
         ("dualpipev", 16, (), "Stages: 30 x 2 layers, 1 x 1, 1 x 0; DualPipeV: each rank holds"),
+        ("1f1b", 16, (), "Stages: 15 x 4 layers, 1 x 1; 1F1B: each rank holds one."),
         ("dualpipe", 4, (16, 16, 16, 13), "Stages: 3 x 16 layers, 1 x 13; DualPipe"),
     ],
 )

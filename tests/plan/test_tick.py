@@ -79,6 +79,17 @@ def test_what_cannot_be_read_is_refused_before_it_is_compiled(mesh, file, messag
         tick.measure(pipelined(**mesh), lower, file)
 
 
+def test_ticks_of_one_chunk_each_are_not_there_to_show():
+    c = small()
+    c.mesh.update(pipe=2, node=2, gpu=2)
+    c.layout.pipeline = "1f1b"
+    config = configs.parse(c)
+    with pytest.raises(
+        ConfigError, match=r"layout\.pipeline=1f1b .*; set layout\.pipeline=dualpipe "
+    ):
+        tick.lower_alone(config, cluster.mesh(config.mesh))
+
+
 def lockstep_slots(config):
     made = schedule.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
     return lockstep(made).slots["kept"]

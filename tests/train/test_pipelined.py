@@ -53,6 +53,10 @@ CASES = {
             "layout_ramps": "skip",
         },
     ),
+    "1F1B, 3 ranks, 2 GPUs, uneven": (
+        {"pipe": 3, "gpu": 2},
+        {"model_layers": 4, "layout_pipeline": "1f1b", "layout_stage_layers": (1, 2, 1)},
+    ),  # what it is compared with is compiled for the case above
     "uneven, tensor": (
         {"pipe": 4, "tensor": 2},
         {
