@@ -47,7 +47,7 @@ def follow(values, message):
     values = copy.deepcopy(values)
     for key, text in advice(message).items():
         kind = float if "." in text else int if text.lstrip("-").isdigit() else str
-        put(values, key, kind(text))
+        put(values, key, text == "True" if text in ("True", "False") else kind(text))
     return values
 
 
