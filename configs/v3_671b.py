@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
             dispatch="two_hop",  # section 3.2.2: over nodes, then inside one
             buffer=1.25,  # slots for tokens on their way, as a multiple of a balanced router's load
             micro_batches_in_flight=1,  # 2: attention of one under the all-to-all of the other
-            pipeline="dualpipe",  # section 3.2.1; "dualpipev" holds stages once, "1f1b" hides nothing
+            pipeline="dualpipe",  # section 3.2.1; "dualpipev" holds stages once, "1f1b" overlaps none
             stage_layers=(),  # layers of each stage; () is equally many, the last ones fewer
             ramps="mask",  # ticks that fill and drain the pipeline make and drop, or "skip", idle work
             defer_weight_gradients=False,  # until neighbours have been served: less bubble, far more memory

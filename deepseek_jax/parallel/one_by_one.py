@@ -91,6 +91,7 @@ class OneByOne:
                 is_last & f_on, lambda both: stages.last(f_micro, y, both[0]), (total, wait)
             )
             d_y = jnp.where(is_last, d_top, d_y)
+            # After the write: the last rank's backward is that of this tick's forward.
             held = jax.tree.map(lambda slots: read(slots, b % self.slots), kept)
             backward = named(BACKWARD, stages.backward(0, held, d_y, b_on))
             d_x, each, _ = self._do(b_on, backward, back)  # nothing is left for later

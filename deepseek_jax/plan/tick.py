@@ -1,7 +1,8 @@
 """The ticks of a pipelined step, in a program compiled for the cluster it is meant for.
 
-The body of the loop over ticks holds two of them, one of either parity; what its messages travel
-under, what it copies and how long a replay of it takes is read from there. Nothing runs here.
+The body of the loop over ticks holds two of them, one of either parity, and of 1F1B just one; what
+its messages travel under, what it copies and how long a replay of it takes is read from there.
+Nothing runs here.
 """
 
 import collections
@@ -121,7 +122,7 @@ class _Alone:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two ticks, as a compiled program's loop body has them.
+    """Two ticks, or one of 1F1B, as a compiled program's loop body has them.
 
     Attributes:
       computation: its name in the program.
@@ -281,12 +282,13 @@ def measure(
         file.write_text(text)
     second = compiled.read(cluster.compile_for(lowered, profile=text), mesh, KERNELS)
     both = {"the compiler's": read(first, rates), "ours": read(second, rates)}
+    ticks = "one tick" if config.layout.pipeline == "1f1b" else "two ticks"
     held = both["ours"].kept
     largest = sorted(held, key=lambda array: -array.bytes * held[array])[:LARGEST]
     return {
         "peak_GiB": second.peak_bytes / 2**30,
         "carried_GiB": sum(array.bytes * n for array, n in held.items()) / 2**30,
-        "two ticks": [{"costs": name, **_row(pair)} for name, pair in both.items()],
+        ticks: [{"costs": name, **_row(pair)} for name, pair in both.items()],
         "carried": [
             {
                 "array": f"{array.dtype}[{', '.join(map(str, array.shape))}]",
