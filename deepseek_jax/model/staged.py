@@ -73,7 +73,7 @@ def slots(rows: dict[str, Any], where: Places, chunk: int, config: ModelConfig) 
         modules = {
             name: jax.tree.map(operator.itemgetter(row), part)
             for name, part in rows.items()
-            if name != "dense" or dense.any()
+            if name != "dense" or dense[:, chunk].any()
         }
         kind = Kind(*(jnp.asarray(known[:, chunk])[rank] for known in (routed, dense)))
         out.append(Slot(modules, kind))

@@ -1,6 +1,7 @@
 """What a loop over ticks carries: pools of slots, sums, and what changes only in some turns."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,53 @@ def read(pool: jax.Array, slot: jax.Array) -> jax.Array:
 
 def write(pool: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(pool, value, slot, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Pools for trees of several kinds: arrays that are alike in two of them share one.
+
+    Attributes:
+      likes: of each pool, an array's shape and dtype.
+      pool_of: [kind][leaf] -> number of its pool.
+      trees: the structure of each kind.
+    """
+
+    likes: list[Any]
+    pool_of: list[list[int]]
+    trees: list[Any]
+
+    @classmethod
+    def of(cls, kinds: Sequence[Any]) -> "Shared":
+        likes: list[Any] = []
+        pool_of: list[list[int]] = []
+        for kind in kinds:
+            taken: list[int] = []
+            for leaf in jax.tree.leaves(kind):
+                alike = (
+                    i
+                    for i, like in enumerate(likes)
+                    if i not in taken and (like.shape, like.dtype) == (leaf.shape, leaf.dtype)
+                )
+                taken.append(next(alike, len(likes)))
+                if taken[-1] == len(likes):
+                    likes.append(leaf)
+            pool_of.append(taken)
+        return cls(likes, pool_of, [jax.tree.structure(kind) for kind in kinds])
+
+    def pools(self, slots: int) -> list[jax.Array]:
+        return [pool(like, slots) for like in self.likes]
+
+    def read(self, pools: list[jax.Array], kind: int, slot: jax.Array) -> Any:
+        leaves = [read(pools[number], slot) for number in self.pool_of[kind]]
+        return jax.tree.unflatten(self.trees[kind], leaves)
+
+    def write(
+        self, pools: list[jax.Array], kind: int, slot: jax.Array, tree: Any
+    ) -> list[jax.Array]:
+        """What other kinds alone have is left as it is."""
+        new = dict(zip(self.pool_of[kind], jax.tree.leaves(tree), strict=True))
+        return [write(p, slot, new[i]) if i in new else p for i, p in enumerate(pools)]
 
 
 def added(totals: list[Any], chunk: int, more: Any, on: jax.Array) -> list[Any]:

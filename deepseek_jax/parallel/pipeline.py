@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.parallel.carried import added, perhaps, pool, read, write, zeros
+from deepseek_jax.parallel.carried import Shared, added, perhaps, pool, read, write, zeros
 from deepseek_jax.parallel.ticks import IDLE, Wall
 from deepseek_jax.parallel.turns import Steps, named, straight, take_turns
 
@@ -105,18 +105,17 @@ class Pipeline:
             )
             for c in (0, 1)
         ]  # fmt: skip
-        for one, other in ((whole[0][1], whole[1][1]), (back[0][2], back[1][2])):
-            assert _shapes(one) == _shapes(other), "chunks keep different things"
+        kept, later = (Shared.of(kinds) for kinds in ([w[1] for w in whole], [b[2] for b in back]))
         state = {
             "x": pool(like, self.slots["x"]),
             "d_y": pool(like, self.slots["d_y"]),
-            "kept": jax.tree.map(lambda leaf: pool(leaf, self.slots["kept"]), whole[0][1]),
-            "later": jax.tree.map(lambda leaf: pool(leaf, self.slots["later"]), back[0][2]),
+            "kept": kept.pools(self.slots["kept"]),
+            "later": later.pools(self.slots.get("later", 0)),
             "sums": [zeros(w[2]) for w in whole],
             "gradients": [zeros(b[1]) for b in back],
             "total": total,
         }
-        tick = _Tick(self, stages, rank, whole, back)
+        tick = _Tick(self, stages, rank, whole, back, kept, later)
 
         def loop(start: Any, end: Any, skip: bool, state: Any) -> Any:
             def pair(i: jax.Array, state: Any) -> Any:
@@ -144,6 +143,8 @@ class _Tick:
     rank: jax.Array
     whole: list[Any]
     back: list[Any]
+    kept: Shared
+    later: Shared
 
     def __call__(self, state: Any, now: dict[str, jax.Array], parity: int, skip: bool) -> Any:
         """One tick: all reads, then both chunks, the swap, and all writes."""
@@ -152,7 +153,7 @@ class _Tick:
         reads = (
             read(state["x"], now["f_in"]),
             read(state["d_y"], now["b_in"]),
-            jax.tree.map(lambda slots: read(slots, now["b_kept"]), state["kept"]),
+            self.kept.read(state["kept"], b, now["b_kept"]),
         )
         pools = state["x"], state["d_y"], state["kept"]
         # A read before all writes: otherwise the compiler copies whole pools to be safe.
@@ -180,13 +181,13 @@ class _Tick:
                 total,
             )
         gradients = added(state["gradients"], b, made, b_on)
-        later = jax.tree.map(lambda slots, x: write(slots, now["w_to"], x), state["later"], missing)
-        if jax.tree.leaves(later):  # after the swap: no neighbour waits for it
+        later = self.later.write(state["later"], b, now["w_to"], missing)
+        if later:  # after the swap: no neighbour waits for it
             gradients = [self._rest(c, later, now, total) for c, total in enumerate(gradients)]
         return {
             "x": write(xs, now["y_to"], y_here),
             "d_y": write(d_ys, now["d_x_to"], d_x_here),
-            "kept": jax.tree.map(lambda slots, leaf: write(slots, now["f_kept"], leaf), kepts, new),
+            "kept": self.kept.write(kepts, f, now["f_kept"], new),
             "sums": added(state["sums"], f, sums, f_on),
             "gradients": gradients,
             "later": later,
@@ -198,7 +199,7 @@ class _Tick:
 
         def add(total: Any) -> Any:
             with jax.named_scope(BACKWARD):
-                taken = jax.tree.map(lambda slots: read(slots, now["w_from"]), later)
+                taken = self.later.read(later, chunk, now["w_from"])
                 more = self.stages.rest_of_backward(chunk, taken)
             return jax.tree.map(jnp.add, total, more)
 
@@ -228,7 +229,3 @@ class _Tick:
 
 def _into(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:
     out[name] = yield from work
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
