@@ -231,12 +231,10 @@ class Flight:
         self.d_gate, d_x = self._apart(self.pulls["gate"], d_gated)
         if shared:
             yield from self.shared_backward()
-        self.d_attend, d_x = self._apart(self.pulls["attend"], self.d_x + d_x)
-        self.d_x = yield d_x
+        self.d_attend, self.d_x = yield from self._fenced(self.pulls["attend"], self.d_x + d_x)
 
     def shared_backward(self) -> Steps[None]:
-        self.d_shared, d_x = self._apart(self.pulls["shared"], self.d_out)
-        d_x = yield d_x
+        self.d_shared, d_x = yield from self._fenced(self.pulls["shared"], self.d_out)
         self.d_x = self.d_x + d_x
 
     def gradients(self) -> dict[str, Any]:
@@ -258,6 +256,13 @@ class Flight:
     def _apart(self, pull: Any, cotangent: Any) -> tuple[Any, Any]:
         """The gradients of weights, or what makes them later; and those of the inputs."""
         return deferral.split(lambda: pull(cotangent)) if self.defer else pull(cotangent)
+
+    def _fenced(self, pull: Any, cotangent: Any) -> Steps[tuple[Any, Any]]:
+        """The same as a step; what is left for later belongs to none."""
+        late, now = self._apart(pull, cotangent)
+        if self.defer:
+            return late, (yield now)
+        return (yield late, now)
 
     def _pull_into(self, d_up: jax.Array) -> Any:
         gate_up, _ = self.weights["experts"]
