@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
@@ -113,20 +112,12 @@ def causal_attention(
     length = query.shape[1]
     starts = range(0, length, block)
 
-    def rows(query: jax.Array, start: int) -> jax.Array:
-        end = start + query.shape[1]
-        return _attend(query, key[:, :end], value[:, :end], scale, start)
+    def rows(start: int) -> jax.Array:
+        end = min(start + block, length)
+        return _attend(query[:, start:end], key[:, :end], value[:, :end], scale, start)
 
-    mine = [query[:, start : start + block] for start in starts]
-    if keep_scores:
-        return jnp.concatenate([rows(q, s) for q, s in zip(mine, starts, strict=True)], axis=1)
-    one = jax.checkpoint(rows, static_argnums=1)
-    out: list[jax.Array] = []
-    for q, start in zip(mine, starts, strict=True):
-        if out:  # fenced, and so are their gradients: scores are held for one block at a time
-            q, out[-1] = lax.optimization_barrier((q, out[-1]))
-        out.append(one(q, start))
-    return jnp.concatenate(out, axis=1)
+    one = rows if keep_scores else jax.checkpoint(rows, static_argnums=0)
+    return jnp.concatenate([one(start) for start in starts], axis=1)
 
 
 def _attend(query, key, value, scale, start):
