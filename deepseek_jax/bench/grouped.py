@@ -139,7 +139,7 @@ def _rows(shape: Shape, case: Case, known: Chip | None, rounds: int) -> list[dic
                 )
     for step in steps.values():
         jax.block_until_ready(step())
-    taken = [[_seconds(step, case.calls) for step in steps.values()] for _ in range(rounds)]
+    taken = [[seconds_of(step, case.calls) for step in steps.values()] for _ in range(rounds)]
     seconds = dict(zip(steps, np.median(taken, axis=0).tolist(), strict=True))
     dense = {form: spent for (name, form, _), spent in seconds.items() if name == "dense"}
     table = []
@@ -160,7 +160,8 @@ def _rows(shape: Shape, case: Case, known: Chip | None, rounds: int) -> list[dic
     return table
 
 
-def _seconds(step: Callable[[], Any], calls: int) -> float:
+def seconds_of(step: Callable[[], Any], calls: int) -> float:
+    """Of one call, of so many that are waited for together."""
     begin = time.perf_counter()
     for _ in range(calls):
         out = step()

@@ -6,15 +6,14 @@ those of the config. Forward and backward, with no other device to exchange with
 """
 
 import dataclasses
-import time
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from deepseek_jax.bench.grouped import known_chip
+from deepseek_jax.bench.grouped import known_chip, seconds_of
 from deepseek_jax.config import Config
 from deepseek_jax.hardware import compiler
 from deepseek_jax.model import execution, params
@@ -113,10 +112,9 @@ def _row(name: str, lowered: jax.stages.Lowered, config: Config, calls: int, rep
     program = compiled.read(run, mesh, layer.KERNELS)
     rates = profile.Rates()
     predicted = profile.replay(program, profile.costs(program, rates)).total
-    import sys
-
-    print(name, "compiled", time.time(), file=sys.stderr, flush=True)
-    spent = _seconds(run, _drawn(lowered), calls, repeats)
+    step = functools.partial(run, *_drawn(lowered))
+    jax.block_until_ready(step())
+    spent = float(np.median([seconds_of(step, calls) for _ in range(repeats)]))
     flops = sum(gemm.flops * gemm.times for gemm in program.gemms)
     return {
         "piece": name,
@@ -137,15 +135,3 @@ def _drawn(lowered: jax.stages.Lowered) -> Any:
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, drawn)
-
-
-def _seconds(run: Callable[..., Any], given: Any, calls: int, repeats: int) -> float:
-    jax.block_until_ready(run(*given))
-    taken = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            out = run(*given)
-        jax.block_until_ready(out)
-        taken.append((time.perf_counter() - begin) / calls)
-    return float(np.median(taken))

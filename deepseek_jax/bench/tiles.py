@@ -5,8 +5,9 @@ three products are those of forward, of the rows' gradient and of the weights'.
 """
 
 import dataclasses
+import functools
 import itertools
-import time
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -72,7 +73,10 @@ def _rows(shape, case, tiles, rounds, interpret) -> list[dict[str, Any]]:
             for tile, product in itertools.product(tiles, PRODUCTS)
         ]
     compiled = [one.result() for one in each]
-    spent = [[_seconds(step, given, case.calls) for step in compiled] for _ in range(rounds)]
+    spent = [
+        [grouped.seconds_of(step, case.calls) if step else math.inf for step in compiled]
+        for _ in range(rounds)
+    ]
     rates = shape.flops() / np.median(spent, axis=0).reshape(len(tiles), len(PRODUCTS)) / 1e12
     return [
         {**dataclasses.asdict(tile), **dict(zip(PRODUCTS, map(float, each), strict=True))}
@@ -80,8 +84,8 @@ def _rows(shape, case, tiles, rounds, interpret) -> list[dict[str, Any]]:
     ]
 
 
-def _compiled(tile: Tile, product: str, given: Any, interpret: bool) -> Callable[..., Any] | None:
-    """None for a tile that needs more of the chip than there is."""
+def _compiled(tile: Tile, product: str, given: Any, interpret: bool) -> Callable[[], Any] | None:
+    """A run of one product; None for a tile that needs more of the chip than there is."""
     options: Any = {"tile": tile, "interpret": interpret}
 
     def run(rows, weight, sizes, pull):
@@ -91,19 +95,9 @@ def _compiled(tile: Tile, product: str, given: Any, interpret: bool) -> Callable
             return grouped_kernel.rows_gradient((rows, weight, sizes), pull, **options)
         return grouped_kernel.weight_gradient((rows, weight, sizes), pull, **options)
 
-    step = jax.jit(run)
+    step = functools.partial(jax.jit(run), *given)
     try:
-        jax.block_until_ready(step(*given))
+        jax.block_until_ready(step())
     except jax.errors.JaxRuntimeError:
         return None
     return step
-
-
-def _seconds(step: Callable[..., Any] | None, given: Any, calls: int) -> float:
-    if step is None:
-        return float("inf")
-    begin = time.perf_counter()
-    for _ in range(calls):
-        out = step(*given)
-    jax.block_until_ready(out)
-    return (time.perf_counter() - begin) / calls

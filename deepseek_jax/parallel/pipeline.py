@@ -203,7 +203,7 @@ class _Tick:
                 more = self.stages.rest_of_backward(chunk, taken)
             return jax.tree.map(jnp.add, total, more)
 
-        return perhaps(now["w_chunk"] == chunk, add, total)
+        return perhaps((now["w_micro"] != IDLE) & (now["w_chunk"] == chunk), add, total)
 
     def _holds(self, stage: int, chunk: int) -> jax.Array:
         """Whether this rank's chunk is that stage."""

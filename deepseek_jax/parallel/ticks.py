@@ -23,7 +23,7 @@ from deepseek_jax.parallel.schedule import Schedule, Task, Work
 IDLE = -1
 COLUMNS = (
     "f_micro", "f_in", "f_kept", "b_micro", "b_in", "b_kept", "y_to", "d_x_to", "w_to", "w_from",
-    "w_chunk",
+    "w_micro", "w_chunk",
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ class Ticks:
       and backward, or IDLE. f_in, b_in: the slots that their inputs wait in. f_kept, b_kept: the
       slots for what forward keeps for backward. y_to, d_x_to: the slots for what arrives. w_to,
       w_from: where backward leaves what the weights' gradients are made of, and what is taken to
-      make those of w_chunk, or IDLE; all three are IDLE where nothing is deferred.
+      make those of w_chunk for w_micro, or IDLE; all four are IDLE where nothing is deferred.
     slots: of the pools "x" (inputs of forward), "d_y" (of backward), "kept", and "later" where
       gradients are deferred. None grows with the number of micro-batches.
     steady: [first, end) ticks in which every rank does both.
@@ -235,6 +235,7 @@ def _fill(tables: dict[str, np.ndarray], rows: list[Row], wall: Wall) -> dict[st
                 write("w_to", "later", tick, rank, backward.stage, backward.micro)
             if weight := work.get("W"):  # the pool's one read that is after the tick's write
                 read("w_from", "later", tick, rank, weight)
+                tables["w_micro"][tick, rank] = weight.micro
                 tables["w_chunk"][tick, rank] = weight.stage != wall.stage(rank, 0)
         for column, name in FILLED if defer else FILLED[:-1]:
             for rank, pool in enumerate(pools[name]):

@@ -174,6 +174,9 @@ class _Run:
         return lax.dynamic_index_in_dim(self.tokens, jnp.maximum(micro, 0), 0, keepdims=False)
 
 
+MICRO = ("f_micro", "b_micro", "w_micro")  # the columns that name micro-batches
+
+
 def _timetable(
     tables: list[Ticks], config: Config, count: jax.Array, held: Wall
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
@@ -189,7 +192,7 @@ def _timetable(
         return np.stack([np.pad(*both) for both in zip(each, room, strict=True)])
 
     chosen = {name: jnp.asarray(all_of(name))[which] for name in tables[0].tables}
-    for name in ("f_micro", "b_micro"):
+    for name in MICRO:
         chosen[name] = jnp.where(chosen[name] < count, chosen[name], IDLE)
     edges = np.array([(*ticks.steady, ticks.count) for ticks in tables], np.int32)
     first, end, last = jnp.asarray(edges)[which]
@@ -199,7 +202,7 @@ def _timetable(
 def _in_turns(ticks: Ticks, name: str, count: int, held: Wall) -> np.ndarray:
     """DualPipe's two streams take turns, so that micro-batches that are missing are its last."""
     column = ticks.tables[name]
-    if name not in ("f_micro", "b_micro") or not held.mirrored:
+    if name not in MICRO or not held.mirrored:
         return column
     half = count // 2
     turned = np.where(column < half, 2 * column, 2 * (column - half) + 1)

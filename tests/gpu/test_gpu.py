@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equations.grouped import by_loop
 
 from deepseek_jax.precision import grouped
 
@@ -33,19 +34,6 @@ metrics = t.run(4)
 print(json.dumps({{"loss": [float(m["loss"]) for m in metrics],
                    "grad_norm": [float(m["grad_norm"]) for m in metrics]}}))
 """
-
-
-def by_loop(rows, weight, sizes, pull):
-    """One expert after another in float64: out, and the gradients of sum(out * pull)."""
-    rows, weight, pull = (np.asarray(part).astype(np.float64) for part in (rows, weight, pull))
-    out, d_rows, d_weight = np.zeros_like(pull), np.zeros_like(rows), np.zeros_like(weight)
-    ends = np.cumsum(sizes)
-    for expert, (end, size) in enumerate(zip(ends, sizes, strict=True)):
-        mine = slice(end - size, end)
-        out[mine] = rows[mine] @ weight[expert]
-        d_rows[mine] = pull[mine] @ weight[expert].T
-        d_weight[expert] = rows[mine].T @ pull[mine]
-    return out, d_rows, d_weight
 
 
 @pytest.mark.parametrize("dtype, rtol", [("float32", 1e-6), ("bfloat16", 4e-3)])

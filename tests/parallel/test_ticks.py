@@ -225,6 +225,7 @@ def test_every_deferred_gradient_is_made_once(kind, ranks):
                 if taken != IDLE:
                     micro, chunk = pool.read(taken, True)
                     assert chunk == table["w_chunk"][tick, rank]
+                    assert micro == table["w_micro"][tick, rank]
                     made.append((micro, chunk))
             assert len(made) == len(set(made)) == (table["b_micro"][:, rank] != IDLE).sum()
             assert all(value is NOTHING for value in pool.held)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equations.grouped import by_loop
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -38,21 +39,6 @@ def portable(portable, kernel):
 
 def integers(*shape, seed):
     return np.random.default_rng(seed).integers(-3, 4, shape).astype(np.float32)
-
-
-def by_loop(rows, weight, sizes, pull):
-    """One expert after another in float64: out, and the gradients of sum(out * pull)."""
-    rows, weight, pull = (part.astype(np.float64) for part in (rows, weight, pull))
-    out, d_rows = np.zeros_like(pull), np.zeros_like(rows)
-    d_weight = np.zeros_like(weight)
-    start = 0
-    for expert, size in enumerate(sizes):
-        mine = slice(start, start + size)
-        out[mine] = rows[mine] @ weight[expert]
-        d_rows[mine] = pull[mine] @ weight[expert].T
-        d_weight[expert] = rows[mine].T @ pull[mine]
-        start += size
-    return out, d_rows, d_weight
 
 
 def with_gradients(backend, likely=ROWS):
