@@ -116,8 +116,8 @@ def _rows(config: Config, where: stages.Places, path: str) -> tuple[int, int] | 
     """Layers of a weight that a rank of a pipeline fetches, and that it sums gradients of.
 
     None for a weight of no layer. Every slot has all that a MoE layer has, and a dense layer puts
-    its norms and attention there; its network is summed in those slots alone that have one on some
-    rank.
+    its norms and attention there; its network is summed in those slots of a chunk alone that have
+    one on some rank.
     """
     top, part, *_ = path.split(".")
     every = where.chunks * where.slots
@@ -128,7 +128,7 @@ def _rows(config: Config, where: stages.Places, path: str) -> tuple[int, int] | 
     if part != "feed":
         return 0, 0  # counted with the MoE layers'
     dense = (where.layers != stages.NOTHING) & (where.layers < config.model.dense_layers)
-    return every, where.chunks * int(dense.any(axis=(0, 1)).sum())
+    return every, int(dense.any(axis=0).sum())
 
 
 def local_size(shape: tuple[int, ...], spec: P, layout: Layout) -> int:

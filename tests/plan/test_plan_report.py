@@ -93,8 +93,9 @@ def test_text_shows_every_number(name):
 def test_bytes_of_the_published_model(full):
     """By hand: whole slots and ends on every one of 2,048 devices, which has 4 of 256 experts.
 
-    A rank's eight slots fetch a dense layer's wide network each; six of them sum its gradients, as
-    three layers are dense, and what a chunk's slot has on one rank it has on all, in both chunks.
+    A rank's eight slots fetch a dense layer's wide network each; three of them sum its gradients,
+    as three layers are dense, all in one chunk of the end ranks, and what a chunk's slot has on one
+    rank it has on all.
     """
     expert, wide, bias = 3 * 7168 * 2048, 3 * 7168 * 18_432, 256
     matrices = 187_105_280 + (4 + 1) * expert  # bfloat16: attention, routed and shared experts
@@ -104,7 +105,7 @@ def test_bytes_of_the_published_model(full):
     each = full["bytes_per_device"]
     slots = 8 * (2 * matrices + 4 * (float32 + bias) + 2 * wide)
     assert each["compute_weights"] == slots + 2 * (tables + mtp) + 4 * (norm + mtp_norms)
-    slots = 8 * (matrices + float32 + bias) + 6 * wide
+    slots = 8 * (matrices + float32 + bias) + 3 * wide
     assert each["gradients"] == 4 * (slots + tables + norm + mtp + mtp_norms + bias)
     assert each["moments"] == each["masters"] == each["reduced_gradients"] == each["ema_host"]
     assert full["layout"]["stage_layers"] == [4] * 15 + [1]
