@@ -126,19 +126,22 @@ class Flight:
     """One micro-batch on its way through a block: what later steps need of earlier ones.
 
     Attributes:
-      x: BSD, after attention.
+      entering, x: BSD, before and after attention.
       gated, sent: what the gate made of it; routing weights and experts, (BS)K each.
       arrived: what came to the experts that are here, as it travels.
       summed, served: what came home, and which choices it holds.
+      rounds: () float32, how many it took until all were served.
       pulls: of each step, from its result's cotangent to those of its arguments.
     """
 
+    entering: jax.Array
     x: jax.Array
     gated: Gated
     sent: tuple[jax.Array, jax.Array]
     arrived: Arrived
     summed: jax.Array
     served: jax.Array
+    rounds: jax.Array
     d_out: jax.Array
     d_routing: Routing
 
@@ -149,23 +152,37 @@ class Flight:
         weights: Any,
         kind: Kind | None = None,
         defer: bool = False,
+        again: bool = False,
     ) -> None:
-        """With `defer` the weights' gradients are left to `rest_of_gradients`."""
+        """One that has nothing behind it yet.
+
+        Args:
+          defer: leave the weights' gradients to `rest_of_gradients`.
+          again: keep what entered and what crossed the slow network, and no more: backward begins
+            with attention, and has the fast hop bring the tokens beside their gradients.
+        """
         assert isinstance(how.dispatch, Hops)  # as config.py makes sure
         self.how, self.dispatch, self.experts, self.weights = how, how.dispatch, experts, weights
         self.kind = kind or Kind(routed=np.True_, dense=np.False_)
-        self.defer = defer
+        self.defer, self.again = defer, again
         self.pulls: dict[str, Any] = {}
         self.shared = self.d_shared = None
 
     def kept(self) -> "Kept":
         """What backward needs beside the weights."""
-        kept = self.x, self.sent, self.arrived, self.served, self.pulls
+        brought = self.again and self.arrived.passed is not None
+        without: dict[str, Any] = {"rows" if brought else "passed": None}
+        arrived = dataclasses.replace(self.arrived, **without)
+        x = self.entering if self.again else self.x
+        kept = x, self.sent, arrived, self.served, self.rounds, self.pulls
         return _without(self.weights, kept)
 
     def landed(self, kept: "Kept", cotangent: tuple[jax.Array, Routing]) -> "Flight":
         """Ready for the way back."""
-        self.x, self.sent, self.arrived, self.served, self.pulls = _with(self.weights, kept)
+        x, self.sent, self.arrived, self.served, self.rounds, self.pulls = _with(
+            self.weights, kept
+        )
+        self.entering = self.x = x
         self.d_out, self.d_routing = cotangent
         self.d_x = self.d_out
         return self
@@ -179,11 +196,9 @@ class Flight:
           shared: whether the shared experts are a step of this work, and not one of their own.
         """
         how, (gate_up, down) = self.how, self.weights["experts"]
-        x = yield x
-        both = self.weights["attend"]
-        x = yield self._step("attend", lambda w, x: attend(w[0], w[1], x, how), both, x)
-        self.x = x
-        gated = self._step("gate", lambda w, x: gate(w[1], w[0](x)), self.weights["gate"], x)
+        self.entering = x = yield x
+        self.x = x = yield self._step("attend", self._attend, self.weights["attend"], x)
+        gated = self._step("gate", self._gate, self.weights["gate"], x)
         self.gated, self.sent = gated, (gated.weights, gated.chosen)
         everything = jnp.broadcast_to(self.kind.routed, gated.chosen.shape)
         self.arrived = arrived = yield from self.dispatch.sending(
@@ -193,7 +208,7 @@ class Flight:
             yield from self.shared_forward()
         up = yield self._into(gate_up, self._rows())
         inputs = down, up, arrived.weights
-        if how.recompute == "full":
+        if self.again or how.recompute == "full":
             out = yield self._out_of(*inputs)
         else:
             out = yield self._step("down", self._out_of, *inputs)
@@ -207,22 +222,28 @@ class Flight:
         """After all turns, for further rounds may need any number of messages."""
         first, experts = (self.summed, self.served), self.weights["experts"]
         routed, routing = finish(self.how, experts, self.gated, first, self.experts)
-        out = routed.reshape(self.x.shape)
+        out, self.rounds = routed.reshape(self.x.shape), routing.traffic.rounds
         return self.x + (out if self.shared is None else out + self.shared), routing
 
     # Backward: d_x is the cotangent of x, and d_ that of others.
 
     def backward(self, *, shared: bool = False) -> Steps[None]:
-        route = self.arrived.route
+        arrived = self.arrived
+        if self.again:
+            self._begin_again()
         d_home = self.d_out.reshape(-1, self.d_out.shape[-1])
-        travelled = yield from self.dispatch.combine_gradient(d_home, route)
+        travelled, rows = yield from self.dispatch.combine_gradient(
+            d_home, arrived.route, arrived.passed
+        )
+        if rows:
+            self.arrived = dataclasses.replace(arrived, rows=rows)
         d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
         # No step waits for the weights' gradients: they are work for wherever there is none.
         d_down, d_hidden = self._apart(self._pull_down, d_out)
         d_up, d_weights = yield d_hidden
         d_gate_up, d_rows = self._apart(self._pull_into, d_up)
         d_rows = yield d_rows
-        d_sent = yield from self.dispatch.send_gradient(d_rows, d_weights, route)
+        d_sent = yield from self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
         self.d_experts = d_gate_up, d_down
         first = _made(self.weights["experts"], self.d_experts), *d_sent
         self.d_rounds, d_tokens, d_weights = self._with_further_rounds(d_home, first)
@@ -264,6 +285,18 @@ class Flight:
             return late, (yield now)
         return (yield late, now)
 
+    def _begin_again(self) -> None:
+        """What attention made of what entered, and how to pull through what reads it."""
+        self.pulls = {}
+        kept = jax.checkpoint_policies.save_only_these_names(*KEPT)
+        attention = jax.checkpoint(self._attend, policy=kept, prevent_cse=False)
+        both = self.weights["attend"]
+        self.x, self.pulls["attend"] = jax.vjp(attention, both, self.entering)
+        chosen = functools.partial(self._gate, chosen=self.sent[1])
+        self.pulls["gate"] = _pull(chosen, self.weights["gate"], self.x)
+        if self.weights["shared"] is not None:
+            self.pulls["shared"] = _pull(self._beside, self.weights["shared"], self.x)
+
     def _pull_into(self, d_up: jax.Array) -> Any:
         gate_up, _ = self.weights["experts"]
         return jax.vjp(self._into, gate_up, self._rows())[1](d_up)
@@ -291,6 +324,7 @@ class Flight:
             *self.sent,
             self.experts,
             self.served,
+            self.rounds,
             d_home,
             first,
         )
@@ -305,6 +339,13 @@ class Flight:
     def _out_of(self, down: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
         return out_of_experts(self.how, down, up, weights, self.arrived)
 
+    def _attend(self, weights: Any, x: jax.Array) -> jax.Array:
+        return attend(*weights, x, self.how)
+
+    def _gate(self, weights: Any, x: jax.Array, chosen: jax.Array | None = None) -> Gated:
+        norm, router = weights
+        return gate(router, norm(x), chosen)
+
     def _beside(self, weights: Any, x: jax.Array) -> jax.Array:
         """What every token goes through: the shared experts, or a dense layer's wide network."""
         norm, shared, *dense = weights
@@ -316,6 +357,8 @@ class Flight:
 
     def _step(self, name: str, fn: Any, *inputs: Any) -> Any:
         """fn(*inputs), which backward can pull a cotangent through."""
+        if self.again:
+            return fn(*inputs)
         policies = jax.checkpoint_policies
         kept = policies.save_only_these_names(*KEPT)
         policy = {
@@ -326,6 +369,11 @@ class Flight:
         fn = jax.checkpoint(fn, policy=policy, prevent_cse=False)
         out, self.pulls[name] = jax.vjp(fn, *inputs)
         return out
+
+
+def _pull(fn: Any, weights: Any, x: jax.Array) -> Any:
+    """From the cotangent of fn(weights, x), which is made again for it, to those of both."""
+    return lambda cotangent: jax.vjp(fn, weights, x)[1](cotangent)
 
 
 def rest_of_gradients(weights: Any, missing: "Kept") -> Any:

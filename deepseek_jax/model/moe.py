@@ -139,9 +139,10 @@ class MixtureOfExperts(nnx.Module):
         return self.config.experts if self.slots is None else self.slots.expert[...].shape[-1]
 
 
-def gate(router: Router, x: jax.Array) -> Gated:
-    """Which experts x BSD goes to."""
-    routing = router(x)
+def gate(router: Router, x: jax.Array, before: jax.Array | None = None) -> Gated:
+    """Which experts x BSD goes to; with `before`, (BS)K, those that were chosen already."""
+    known = None if before is None else before.reshape(*x.shape[:-1], -1)
+    routing = router(x, known)
     tokens = x.reshape(-1, x.shape[-1])  # BSD -> (BS)D
     chosen = routing.experts.reshape(tokens.shape[0], -1)
     weights = routing.weights.reshape(chosen.shape)

@@ -71,12 +71,16 @@ class Router(nnx.Module):
         self.bias = params.router_bias(config.experts)  # E
         self.config = config
 
-    def __call__(self, x: jax.Array) -> Routing:
-        """x BSD, the normalised input of the feed-forward layer."""
+    def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> Routing:
+        """x BSD, the normalised input of the feed-forward layer.
+
+        Args:
+          chosen: BSK, what was chosen for this x before.
+        """
         config = self.config
         logits = FLOAT32.einsum("BSD,DE->BSE", x, self.centroids[...])
         scores = jax.nn.sigmoid(logits) if config.score == "sigmoid" else jax.nn.softmax(logits)
-        experts, weights = select_experts(scores, self.bias[...], config)
+        experts, weights = select_experts(scores, self.bias[...], config, chosen)
         gpus = axes.size("experts")
         nodes = gpus // axes.devices(tuple(n for n in axes.names("experts") if n == "gpu"))
         return Routing(
@@ -93,29 +97,35 @@ class Router(nnx.Module):
 
 
 def select_experts(
-    scores: jax.Array, bias: jax.Array, config: ModelConfig
+    scores: jax.Array, bias: jax.Array, config: ModelConfig, experts: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses each token's experts (equation 16 and node-limited routing) and weighs them (13, 14).
 
     Args:
       scores: BSE float32 affinities.
       bias: E float32, same unit; steers the choice, never the weight.
+      experts: BSK, chosen before, and only to be weighed.
 
     Returns:
       experts BSK int32, and weights BSK float32: the affinities of the chosen, normalised to sum to
       one where `normalise_weights`, times `routed_scale`.
     """
-    steered = lax.stop_gradient(scores) + bias[None, None]
-    if config.groups > 1:
-        steered = _keep_best_groups(steered, config)
     # Kept, not chosen again: a recomputation rounds differently where two scores are all but equal.
-    experts = checkpoint_name(lax.top_k(steered, config.top_k)[1], "route")
+    if experts is None:
+        experts = checkpoint_name(_choose(scores, bias, config), "route")
     # A one-hot product instead of a gather: exact, and its gradient is dense.
     chosen = jax.nn.one_hot(experts, config.experts, dtype=scores.dtype)  # BSKE
     weights = jnp.sum(chosen * scores[:, :, None], axis=-1)
     if config.normalise_weights:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
     return experts, weights * config.routed_scale
+
+
+def _choose(scores: jax.Array, bias: jax.Array, config: ModelConfig) -> jax.Array:
+    steered = lax.stop_gradient(scores) + bias[None, None]
+    if config.groups > 1:
+        steered = _keep_best_groups(steered, config)
+    return lax.top_k(steered, config.top_k)[1]
 
 
 def _keep_best_groups(steered: jax.Array, config: ModelConfig) -> jax.Array:

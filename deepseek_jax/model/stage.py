@@ -130,7 +130,8 @@ class Stage:
 
     def _flight(self, slot: Slot, on: jax.Array) -> Flight:
         kind = dataclasses.replace(slot.kind, routed=slot.kind.routed & on)
-        return Flight(self.how, self.experts, weights(slot.modules), kind, self.defer)
+        again = self.how.recompute == "full"
+        return Flight(self.how, self.experts, weights(slot.modules), kind, self.defer, again)
 
 
 def _of_modules(slot: Slot, gradients: dict[str, Any]) -> Any:

@@ -47,6 +47,8 @@ class Arrived:
       sizes: int32, rows of each local expert.
       route: what `combine` needs to bring their results home.
       likely: how many of the S rows a balanced router fills.
+      passed: words of what came over the slow hop, of which the fast one makes `rows`, which are
+        twice as many; None where there are not two hops.
     """
 
     rows: jax.Array
@@ -54,6 +56,7 @@ class Arrived:
     sizes: jax.Array
     route: Any
     likely: int = dataclasses.field(metadata=dict(static=True))
+    passed: jax.Array | None = None
 
 
 class Dispatch(Protocol):
@@ -234,8 +237,10 @@ class Hops:
         named = jnp.where(left, experts + 1, NOBODY).astype(_id_dtype(total))
         sent: Any = (*self.payload.encode(tokens), weights, named)
         fields, words = [Field.of(x) for x in sent], message.pack(sent)
-        first, span, fans = jnp.int32(0), total, []
+        first, span, fans, passed = jnp.int32(0), total, [], None
         for hop in plan.hops:
+            if fans:
+                passed = words[:, : _width(fields[:-2])]
             ids = _among(message.unpack(words, fields)[-1], first, span)
             span //= hop.parts
             hop_fan = fan.lanes(jnp.where(ids < 0, hop.parts, ids // span), hop.parts, hop.slots)
@@ -247,7 +252,7 @@ class Hops:
         route = _named("route", Route(tuple(fans), local, plan))
         rows, weights = rows_out(local, words, fields[:-2]), local.choices_out(weights)
         rows, weights = _named("arrived", (rows, weights))
-        return Arrived(rows, weights, _named("route", sizes), route, plan.likely)
+        return Arrived(rows, weights, _named("route", sizes), route, plan.likely, passed)
 
     def send_gradient(
         self, d_rows: jax.Array, d_weights: jax.Array, route: Route
@@ -261,13 +266,28 @@ class Hops:
         home, served = yield from self._homeward(out, served, route)
         return home, served > 0
 
-    def combine_gradient(self, d_out: jax.Array, route: Route) -> Steps[tuple[jax.Array, ...]]:
-        """Gradient of MD -> that of SD."""
+    def combine_gradient(
+        self, d_out: jax.Array, route: Route, passed: jax.Array | None = None
+    ) -> Steps[tuple[Any, Any]]:
+        """Gradient of MD -> that of SD.
+
+        Args:
+          passed: of what arrived when the tokens were sent. With the gradient's last message the
+            tokens' rows come again, and need not be kept; None where they are.
+
+        Returns:
+          Both as they travel; of the rows nothing, if nothing passed.
+        """
         rows = self.payload.encode(d_out)
-        words = message.pack(rows)
-        for hop, hop_fan in zip(route.plan.hops, route.hops, strict=True):
-            words = yield from hop.exchange(hop_fan.out(words))
-        return rows_out(route.local, words, [Field.of(x) for x in rows])
+        words, fields = message.pack(rows), [Field.of(x) for x in rows]
+        last = len(route.plan.hops) - 1
+        for number, (hop, hop_fan) in enumerate(zip(route.plan.hops, route.hops, strict=True)):
+            mail = hop_fan.out(words)
+            if passed is not None and number == last:
+                mail, fields = jnp.concatenate([mail, hop_fan.out(passed)], axis=1), 2 * fields
+            words = yield from hop.exchange(mail)
+        out = rows_out(route.local, words, fields)
+        return out[: len(rows)], out[len(rows) :]
 
     def _homeward(self, rows, numbers, route) -> Steps[tuple[jax.Array, jax.Array]]:
         """Rows SD -> MD and a number of each choice -> MK, summed wherever copies meet."""
@@ -284,14 +304,17 @@ class Hops:
 
 def rows_out(local: Fan, words: jax.Array, fields: list[Field]) -> tuple[jax.Array, ...]:
     """The first fields of RW words, in the slots of a device's own experts: arrays S...."""
-    width = sum(field.words for field in fields)
-    return tuple(message.unpack(local.out(words[:, :width]), fields))
+    return tuple(message.unpack(local.out(words[:, : _width(fields)]), fields))
 
 
 def rows_home(copies: Fan, words: jax.Array, row: Field) -> jax.Array:
     """SW words that begin with a row -> the words RW of their sums in float32, rounded once."""
     read = functools.partial(message.numbers, dtype=row.dtype)
     return message.of_numbers(copies.home(words[:, : row.words], read), row.dtype)
+
+
+def _width(fields: list[Field]) -> int:
+    return sum(field.words for field in fields)
 
 
 NOBODY = 0  # on a hop, expert e is called e + 1, so that an empty slot asks for nobody
@@ -309,7 +332,7 @@ def _send(hops, tokens, weights, experts, left, total):
 def _send_forward(hops, tokens, weights, experts, left, total):
     arrived = straight(hops.sending(tokens, weights, experts, left, total))
     rows = hops.payload.decode(arrived.rows, tokens.dtype)
-    return dataclasses.replace(arrived, rows=rows), arrived.route
+    return dataclasses.replace(arrived, rows=rows, passed=None), arrived.route
 
 
 def _send_backward(hops, total, route, cotangent):
@@ -337,7 +360,7 @@ def _combine_forward(hops, out, route):
 
 def _combine_backward(hops, saved, cotangents):
     route, like = saved
-    rows = straight(hops.combine_gradient(cotangents[0], route))
+    rows, _ = straight(hops.combine_gradient(cotangents[0], route))
     return hops.payload.decode(rows, like.dtype), None
 
 

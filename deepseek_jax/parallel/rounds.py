@@ -59,14 +59,21 @@ def complete_gradient(
     chosen: jax.Array,
     total: int,
     served: jax.Array,
+    rounds: jax.Array,
     d_out: jax.Array,
     first: tuple[Any, jax.Array, jax.Array],
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """The gradients of experts, tokens and weights: the first round's, and what others add."""
+    """The gradients of experts, tokens and weights: the first round's, and what others add.
+
+    Args:
+      served: what the first round's `combine` returned.
+      rounds: what `complete` returned. To ask all devices again would be one more message, which
+        XLA makes one with that of whatever else runs at the time, and so has both wait.
+    """
     count, top_k = chosen.shape
     if dispatch.complete(count, top_k, total):
         return first
-    saved = experts, tokens, weights, chosen, ~served
+    saved = experts, tokens, weights, chosen, ~served, rounds > 1
     return _further_gradients(dispatch, work, total, saved, d_out, first)
 
 
@@ -91,7 +98,7 @@ def _further(dispatch, work, total, experts, tokens, weights, chosen, left, out)
 
 def _further_forward(dispatch, work, total, experts, tokens, weights, chosen, left, out):
     done = _further(dispatch, work, total, experts, tokens, weights, chosen, left, out)
-    return done, (experts, tokens, weights, chosen, left)
+    return done, (experts, tokens, weights, chosen, left, done[1] > 0)
 
 
 def _further_backward(dispatch, work, total, saved, cotangents):
@@ -101,7 +108,7 @@ def _further_backward(dispatch, work, total, saved, cotangents):
 
 
 def _further_gradients(dispatch, work, total, saved, d_out, first):
-    experts, tokens, weights, chosen, left = saved
+    experts, tokens, weights, chosen, left, more = saved
 
     def one(state):
         _, left, gradients = state
@@ -113,7 +120,7 @@ def _further_gradients(dispatch, work, total, saved, d_out, first):
         left = left & ~served
         return _any(left), left, jax.tree.map(jnp.add, gradients, pull(d_out))
 
-    return lax.while_loop(lambda state: state[0], one, (_any(left), left, first))[2]
+    return lax.while_loop(lambda state: state[0], one, (more, left, first))[2]
 
 
 _further.defvjp(_further_forward, _further_backward)
