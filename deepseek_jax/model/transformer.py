@@ -60,7 +60,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, how: Execution) -> jax.Array:
         """tokens BS int -> BSD in the recipe's dtype."""
-        table = self.table[...]
+        table, tokens = self.table[...], axes.fan_out(tokens, "vocab")
         here = tokens - table.shape[0] * axes.index("vocab")
         mine = (here >= 0) & (here < table.shape[0])
         rows = table.at[jnp.where(mine, here, 0)].get(mode="promise_in_bounds")

@@ -4,6 +4,9 @@ The model is written for one device. Under a `Layout` the same code runs inside 
 is manual over every mesh axis: arrays are then a device's own part, and a contraction over a split
 axis needs the two functions that Megatron-LM calls f and g, here `fan_out` and `fan_in`. With no
 layout active every axis has size one and they do nothing.
+
+An axis may also be split over devices that see different tokens: then each works for all of them on
+its part of the weights, and what fans out is gathered, what fans in is scattered.
 """
 
 import contextlib
@@ -129,29 +132,62 @@ def index(axis: str) -> jax.Array | int:
 
 
 def fan_out(x: jax.Array, axis: str) -> jax.Array:
-    """`x`, equal on all parts of `axis`, enters work that differs: the gradient is summed."""
+    """`x`, equal on all parts of `axis`, enters work that differs: the gradient is summed.
+
+    Parts that see different tokens get those of all of them, along the first dimension.
+    """
     return _fan_out(x, names(axis)) if names(axis) else x
 
 
 def fan_in(x: jax.Array, axis: str) -> jax.Array:
-    """Sums the parts' contributions; every part gets the sum, and the gradient as it is."""
+    """Sums the parts' contributions; every part gets the sum, and the gradient as it is.
+
+    Of parts that see different tokens each gets the sum of its own.
+    """
     return _fan_in(x, names(axis)) if names(axis) else x
+
+
+def own(x: jax.Array, axis: str) -> jax.Array:
+    """This device's part of what `fan_out` gathered, where all have the same."""
+    over = _apart(names(axis))
+    if not over:
+        return x
+    count = x.shape[0] // devices(over)
+    return lax.dynamic_slice_in_dim(x, count * lax.axis_index(over), count)
+
+
+def _apart(over: tuple[str, ...]) -> tuple[str, ...]:
+    """Those along which devices see different tokens."""
+    return tuple(name for name in over if name in DATA_AXES)
+
+
+def _gathered(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    return lax.all_gather(x, _apart(over), tiled=True) if _apart(over) else x
+
+
+def _summed(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    apart = _apart(over)
+    x = lax.psum_scatter(x, apart, tiled=True) if apart else x
+    rest = tuple(name for name in over if name not in apart)
+    return lax.psum(x, rest) if rest else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _fan_out(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
-    return x
+    return _gathered(x, over)
 
 
-_fan_out.defvjp(lambda x, over: (x, None), lambda over, _, dy: (lax.psum(dy, over),))
+_fan_out.defvjp(
+    lambda x, over: (_gathered(x, over), None), lambda over, _, dy: (_summed(dy, over),)
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _fan_in(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
-    return lax.psum(x, over)
+    return _summed(x, over)
 
 
-_fan_in.defvjp(lambda x, over: (lax.psum(x, over), None), lambda over, _, dy: (dy,))
+_fan_in.defvjp(lambda x, over: (_summed(x, over), None), lambda over, _, dy: (_gathered(dy, over),))
 
 
 def gather(weight: Any, axes: Axes, shape: tuple[int, ...], layout: Layout) -> Any:

@@ -83,7 +83,7 @@ class OneByOne:
             f, b = t - rank, t - (2 * (self.ranks - 1) - rank)
             f_on, b_on = (f >= 0) & (f < count), (b >= 0) & (b < count)
             f_micro, b_micro = jnp.where(f_on, f, IDLE), jnp.where(b_on, b, IDLE)
-            x = jnp.where(is_first, stages.first(f_micro), x)
+            x = perhaps(is_first & f_on, lambda _: stages.first(f_micro), x)
             y, new, more = self._do(f_on, named(FORWARD, stages.forward(0, x, f_on)), whole)
             kept = jax.tree.map(lambda slots, leaf: write(slots, f % self.slots, leaf), kept, new)
             sums = added(sums, 0, more, f_on)

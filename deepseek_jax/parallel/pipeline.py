@@ -161,7 +161,7 @@ class _Tick:
         # Only even ticks begin a micro-batch, and only odd ones end it, forward and backward.
         is_first = self._holds(0, 0)
         if parity == 0:
-            x = jnp.where(is_first, stages.first(now["f_micro"]), x)
+            x = perhaps(is_first & f_on, lambda _: stages.first(now["f_micro"]), x)
         with jax.named_scope(TICKS[parity]):
             (y, new, sums), (d_x, made, missing) = self._both(f, b, x, d_y, kept, f_on, b_on, skip)
         swaps = wall.swaps(parity)

@@ -62,8 +62,9 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _head_loss(hidden, head, targets, weights, chunk):
     def one(_, part):
-        rows, target = part
-        return None, _entropy(exact_einsum("MD,DV->MV", rows, head), target)[0]
+        rows, target = (axes.fan_out(x, "vocab") for x in part)
+        entropy = _entropy(exact_einsum("MD,DV->MV", rows, head), target)[0]
+        return None, axes.own(entropy, "vocab")
 
     _, entropies = lax.scan(one, None, _chunks(chunk, hidden, targets))
     entropies = entropies.reshape(-1)
@@ -72,23 +73,21 @@ def _head_loss(hidden, head, targets, weights, chunk):
 
 def _forward(hidden, head, targets, weights, chunk):
     def one(d_head, part):
-        rows, target, weight = part
+        rows, target, weight = (axes.fan_out(x, "vocab") for x in part)
         logits = exact_einsum("MD,DV->MV", rows, head)
         entropy, log_normaliser, column = _entropy(logits, target)
         hit = column[:, None] == jnp.arange(logits.shape[-1])[None]
         d_logits = (jnp.exp(logits - log_normaliser[:, None]) - hit) * weight[:, None]
         d_logits = d_logits.astype(head.dtype)
         d_head = d_head + row_product("MD,MV->DV", rows, d_logits)
-        return d_head, (entropy, exact_einsum("MV,DV->MD", d_logits, head))
+        d_rows = axes.fan_in(exact_einsum("MV,DV->MD", d_logits, head), "vocab")
+        return d_head, (axes.own(entropy, "vocab"), d_rows.astype(hidden.dtype))
 
     start = jnp.zeros(head.shape, jnp.float32)
     parts = _chunks(chunk, hidden, targets, weights)
     d_head, (entropies, d_hidden) = lax.scan(one, start, parts)
-    d_hidden = d_hidden.reshape(hidden.shape)
-    if over := axes.names("vocab"):
-        d_hidden = lax.psum(d_hidden, over)
     entropies = entropies.reshape(-1)
-    saved = d_hidden.astype(hidden.dtype), d_head.astype(head.dtype)
+    saved = d_hidden.reshape(hidden.shape), d_head.astype(head.dtype)
     return (jnp.sum(entropies * weights), entropies), saved
 
 

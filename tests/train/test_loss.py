@@ -8,10 +8,13 @@ import small
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.config import MESH_AXES
 from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.train.loss import head_loss
 
 ROWS, WIDTH, VOCAB = 23, 8, 40
+ONE = dict.fromkeys(MESH_AXES, 1)
 
 
 def drawn(scale=1.0, dtype=np.float32):
@@ -86,6 +89,30 @@ def test_split_vocabulary_gives_the_same(parts):
     )  # fmt: skip
     with jax.set_mesh(mesh):
         got = jax.device_get(jax.jit(whole)(*data))
+    small.close(got, expected(*data), rtol=2e-6)
+
+
+def test_vocabulary_over_devices_with_rows_of_their_own():
+    """Two see other rows than the other two, and each pair has the vocabulary between them."""
+    hidden, head, targets, weights = drawn(scale=3.0)
+    data = hidden[:22], head, targets[:22], weights[:22]
+    sizes = {"gpu": 2, "tensor": 2}
+    mesh = small.mesh_of(sizes)
+    layout = Layout({**small.RULES, "vocab": ("gpu", "tensor")}, {**ONE, **sizes}, 0)
+
+    def local(*data):
+        with axes.active(layout):
+            total, *rest = computed(*data, 4)
+            return jax.lax.psum(total, "gpu"), *rest
+
+    rows, split = P("gpu"), P(None, ("gpu", "tensor"))
+    given = rows, split, rows, rows
+    whole = jax.shard_map(
+        local, mesh=mesh, in_specs=given, out_specs=(P(), rows, rows, split), check_vma=False
+    )
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(data, tuple(NamedSharding(mesh, s) for s in given))
+        got = jax.device_get(jax.jit(whole)(*placed))
     small.close(got, expected(*data), rtol=2e-6)
 
 
