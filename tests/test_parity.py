@@ -24,9 +24,10 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.precision.matmul import FLOAT32
 from deepseek_jax.train import optimizer as optimizers
+from deepseek_jax.train.objective import head_weights, objective
 from deepseek_jax.train.schedule import Hyper
 from deepseek_jax.train.state import TrainState, shardings, split
-from deepseek_jax.train.step import head_weights, make_gradients, make_step, objective, tokens_spec
+from deepseek_jax.train.step import make_gradients, make_step, tokens_spec
 
 TINY = Path(__file__).parent / "fixtures" / "hf_tiny"
 

@@ -179,9 +179,7 @@ class Flight:
 
     def landed(self, kept: "Kept", cotangent: tuple[jax.Array, Routing]) -> "Flight":
         """Ready for the way back."""
-        x, self.sent, self.arrived, self.served, self.rounds, self.pulls = _with(
-            self.weights, kept
-        )
+        x, self.sent, self.arrived, self.served, self.rounds, self.pulls = _with(self.weights, kept)
         self.entering = self.x = x
         self.d_out, self.d_routing = cotangent
         self.d_x = self.d_out

@@ -31,8 +31,24 @@ class MTPModule(nnx.Module):
         self, hidden: jax.Array, embedding: jax.Array, how: Execution
     ) -> tuple[jax.Array, jax.Array, Routing]:
         """hidden and embedding BSD -> (state for the next depth, what the head reads), both BSD."""
-        halves = jnp.stack([self.embedding_norm(embedding), self.hidden_norm(hidden)])  # XBSD
-        joined = how.recipe.einsum("XBSD,XDY->BSY", halves, self.project[...])
+        joined = join(*self.joining(), hidden, embedding, how)
         state, routing = self.block(joined, how)
         assert routing is not None
         return state, self.out_norm(state), routing
+
+    def joining(self) -> tuple[RMSNorm, RMSNorm, jax.Array]:
+        """The weights of `join`."""
+        return self.embedding_norm, self.hidden_norm, self.project[...]
+
+
+def join(
+    embedding_norm: RMSNorm,
+    hidden_norm: RMSNorm,
+    project: jax.Array,
+    hidden: jax.Array,
+    embedding: jax.Array,
+    how: Execution,
+) -> jax.Array:
+    """What a module's block reads (equation 21), BSD."""
+    halves = jnp.stack([embedding_norm(embedding), hidden_norm(hidden)])  # XBSD
+    return how.recipe.einsum("XBSD,XDY->BSY", halves, project)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.model.block import Block
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.flights import Flight, Kept, Kind, rest_of_gradients
 from deepseek_jax.model.router import Routing
@@ -42,6 +43,15 @@ class Slot:
 
     modules: dict[str, Any]
     kind: Kind
+
+
+def alone(block: Block) -> Slot:
+    """A MoE `Block` that is all there is in a stage."""
+    modules = {name: getattr(block, name) for name in ("attention_norm", "attention", "feed_norm")}
+    modules |= {name: getattr(block.feed, name) for name in ("router", "experts")}
+    if block.feed.config.shared_experts:
+        modules["shared"] = block.feed.shared
+    return Slot(modules, Kind(routed=jnp.bool_(True), dense=jnp.bool_(False)))
 
 
 def weights(modules: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jax import lax
 
 from deepseek_jax.parallel.carried import Shared, added, perhaps, pool, read, write, zeros
 from deepseek_jax.parallel.ticks import IDLE, Wall
-from deepseek_jax.parallel.turns import Steps, named, straight, take_turns
+from deepseek_jax.parallel.turns import Steps, into, named, straight, take_turns
 
 AXIS = "pipe"
 # What a compiled program calls ticks, and the chunks in each.
@@ -218,14 +218,10 @@ class _Tick:
         backward = named(BACKWARD, self.stages.backward(b, kept, d_y, b_on))
         if not skip:
             out: dict[str, Any] = {}
-            works = {"f": _into(out, "f", forward), "b": _into(out, "b", backward)}
+            works = {"f": into(out, "f", forward), "b": into(out, "b", backward)}
             take_turns(works, self.pipeline.turns)
             return out["f"], out["b"]
         return (
             lax.cond(f_on, lambda: straight(forward), lambda: zeros(self.whole[f])),
             lax.cond(b_on, lambda: straight(backward), lambda: zeros(self.back[b])),
         )
-
-
-def _into(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:
-    out[name] = yield from work

@@ -37,6 +37,11 @@ def named(name: str, work: Steps[Result]) -> Steps[Result]:
         value = yield value
 
 
+def into(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:
+    """The same work, which leaves its result in `out`."""
+    out[name] = yield from work
+
+
 def take_turns(works: Mapping[str, Steps[None]], turns: Sequence[str]) -> None:
     """Does every work to its end.
 

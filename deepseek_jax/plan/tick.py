@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.hardware import compiler
 from deepseek_jax.model import execution, params
-from deepseek_jax.model.flights import Kind, hops_of
-from deepseek_jax.model.stage import Slot, Stage, turns
+from deepseek_jax.model.flights import hops_of
+from deepseek_jax.model.stage import Stage, alone, turns
 from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD, TICKS, Pipeline
@@ -66,7 +66,9 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     def local(weights, rest, tables):
         with axes.active(layout):
             blocks = [nnx.merge(graph, each, rest) for each in weights]
-            run = _Alone([stage_of(block, how, config) for block in blocks], like)
+            of_stages = how, config.model.experts, jnp.float32(0)
+            defer = config.layout.defer_weight_gradients
+            run = _Alone([Stage([alone(block)], *of_stages, defer) for block in blocks], like)
             edges: Any = tuple(jnp.int32(tick) for tick in (*ticks.steady, ticks.count))
             pipeline = Pipeline(held, ticks.slots, turns(1, hops_of(how)), skip=False)
             return pipeline.run(run, like, jnp.float32(0), tables, edges)[0]
@@ -76,22 +78,6 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     given = (weights, weights), rest, ticks.tables
     with jax.set_mesh(mesh):
         return jax.jit(mapped).lower(*layer.placed(mesh, specs, given))
-
-
-def stage_of(block: Any, how: execution.Execution, config: Config) -> Stage:
-    """A MoE `Block` as all that is in a stage."""
-    modules = {
-        "attention_norm": block.attention_norm,
-        "attention": block.attention,
-        "feed_norm": block.feed_norm,
-        "router": block.feed.router,
-        "experts": block.feed.experts,
-    }
-    if config.model.shared_experts:
-        modules["shared"] = block.feed.shared
-    slot = Slot(modules, Kind(routed=jnp.bool_(True), dense=jnp.bool_(False)))
-    defer = config.layout.defer_weight_gradients
-    return Stage([slot], how, config.model.experts, jnp.float32(0), defer)
 
 
 @dataclasses.dataclass(frozen=True)

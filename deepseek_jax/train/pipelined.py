@@ -16,7 +16,7 @@ from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.model import execution, params, staged
 from deepseek_jax.model.flights import hops_of
 from deepseek_jax.model.stage import Stage, turns
-from deepseek_jax.model.transformer import Transformer, Trunk, abstract_model
+from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.parallel.one_by_one import Line, OneByOne
@@ -24,6 +24,7 @@ from deepseek_jax.parallel.pipeline import AXIS, Pipeline
 from deepseek_jax.parallel.stages import Places, places, wall
 from deepseek_jax.parallel.ticks import IDLE, Ticks, Wall, lockstep
 from deepseek_jax.parallel.turns import Steps
+from deepseek_jax.train.ending import Ending
 from deepseek_jax.train.schedule import fewest_micro_batches, most_micro_batches
 from deepseek_jax.train.state import split
 
@@ -46,12 +47,11 @@ def timetables(config: Config) -> list[Ticks]:
 
 
 def make_gradients(
-    config: Config, layout: Layout, mesh: Mesh, loss_of: Callable[..., Any], tokens_spec: P
+    config: Config, layout: Layout, mesh: Mesh, tokens_spec: P
 ) -> Callable[..., Any]:
     """(masters, biases, tokens, count, mtp_weight) -> (gradients as `storage`, Sums over all).
 
     Args:
-      loss_of: `step.loss_of`.
       tokens_spec: where tokens live.
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
@@ -80,21 +80,14 @@ def make_gradients(
             ends = params.gather(staged.ends(model), layout)
             # What MTP keeps for backward is gone with the tick: no message is sent twice for it.
             full = how.recompute == "full"
-            at_end = dataclasses.replace(how, recompute="report") if full else how
-
-            def loss(ends, y, micro):
-                trunk = Trunk(ends.norm(y), None, ends.embedding(micro, how))
-                return loss_of(
-                    ends,
-                    micro,
-                    ends.heads(trunk, at_end, ahead=1),
-                    chunk=config.layout.loss_chunk,
-                    mtp_weight=mtp_weight,
-                    alpha=config.schedule.balance_alpha,
-                    sequences=sequences,
-                )
-
-            run = _Run(chunks, ends, tokens, how, loss)
+            ending = Ending(
+                dataclasses.replace(how, recompute="report") if full else how,
+                config.layout.loss_chunk,
+                mtp_weight,
+                config.schedule.balance_alpha,
+                sequences,
+            )
+            run = _Run(chunks, ends, tokens, how, ending)
             shape = tokens.shape[1], tokens.shape[2] - 1, config.model.d_model
             like: Any = jax.ShapeDtypeStruct(shape, how.recipe.compute)
             gradients, sums, total = run_all(run, like, run.nothing(like), count)
@@ -137,7 +130,7 @@ class _Run:
     ends: Transformer
     tokens: jax.Array  # AB(S+1)
     how: execution.Execution
-    loss: Callable[..., Any]
+    ending: Ending
 
     def first(self, micro: jax.Array) -> jax.Array:
         return self.ends.embedding(self._tokens(micro)[:, :-1], self.how)
@@ -153,7 +146,7 @@ class _Run:
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
         tokens = self._tokens(micro)
-        (grads, d_y), sums = jax.grad(self.loss, (0, 1), has_aux=True)(self.ends, y, tokens)
+        grads, d_y, sums = self.ending.gradients(self.ends, y, tokens)
         return jax.tree.map(_add, total, (grads, sums)), d_y
 
     def first_gradient(self, micro: jax.Array, d_x: jax.Array, total: Any) -> Any:
@@ -166,7 +159,7 @@ class _Run:
     def nothing(self, like: jax.Array) -> Any:
         """Zeros, float32, to add to."""
         y = jnp.zeros(like.shape, like.dtype)
-        sums = jax.eval_shape(self.loss, self.ends, y, self.tokens[0])[1]
+        *_, sums = jax.eval_shape(self.ending.gradients, self.ends, y, self.tokens[0])
         grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.ends)
         return grads, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
 

@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import execution, params, router
-from deepseek_jax.model.transformer import Hidden, abstract_model
+from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.train import pipelined
-from deepseek_jax.train.loss import head_loss
+from deepseek_jax.train.objective import objective
 from deepseek_jax.train.schedule import Hyper
 from deepseek_jax.train.state import TrainState, split
 
@@ -32,107 +32,9 @@ jax.tree_util.register_dataclass(
 Step = Callable[[TrainState, jax.Array, jax.Array, Hyper], tuple[TrainState, dict[str, jax.Array]]]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """What micro-batches add up, over one step and then over the ranks; all float32.
-
-    Attributes:
-      entropy: (1 + depth), nats of each head over its valid targets.
-      balance: () sequence-wise balance loss without alpha, over layers and sequences.
-      load: LE tokens that each expert of each MoE layer received, MTP blocks last.
-      traffic: of the same layers; its rounds are summed over micro-batches and devices.
-    """
-
-    entropy: jax.Array
-    balance: jax.Array
-    load: jax.Array
-    traffic: router.Traffic
-
-
 def tokens_spec(layout: Layout) -> P:
     """Where a step's tokens (micro-batch, sequence, position) live."""
     return P(None, layout.mesh_axes("batch") or None, None)
-
-
-def head_weights(depth: int, length: int, mtp_weight: jax.Array | float) -> jax.Array:
-    """What each position of each head counts, per token: (1 + depth)S float32.
-
-    The main loss is a mean over S positions. Depth k has targets at the first S - k, means over
-    those, and counts mtp_weight / depth (equation 25).
-    """
-    k = jnp.arange(depth + 1)[:, None]
-    valid = jnp.arange(length)[None] < length - k
-    scale = jnp.where(k == 0, 1.0, mtp_weight / max(depth, 1)) / (length - k)
-    return jnp.where(valid, scale, 0.0).astype(jnp.float32)
-
-
-def objective(
-    model: Any,
-    tokens: jax.Array,
-    *,
-    how: execution.Execution,
-    chunk: int,
-    mtp_weight: jax.Array | float,
-    alpha: float,
-    sequences: jax.Array | float,
-) -> tuple[jax.Array, Sums]:
-    """This device's share of the loss of a step that holds `sequences` sequences in all.
-
-    Args:
-      tokens: B(S+1) int32: inputs and, one to the right, targets.
-      chunk: rows whose logits are held at once.
-
-    Returns:
-      () float32: summed over devices and micro-batches it is main + mtp_weight * mean of the MTP
-      losses + alpha * balance; and what to record.
-    """
-    hidden = model.hidden(tokens, how, ahead=1)
-    return loss_of(
-        model,
-        tokens,
-        hidden,
-        chunk=chunk,
-        mtp_weight=mtp_weight,
-        alpha=alpha,
-        sequences=sequences,
-    )
-
-
-def loss_of(
-    model: Any,
-    tokens: jax.Array,
-    hidden: Hidden,
-    *,
-    chunk: int,
-    mtp_weight: jax.Array | float,
-    alpha: float,
-    sequences: jax.Array | float,
-) -> tuple[jax.Array, Sums]:
-    """`objective` from what the heads read."""
-    depth, (batch, length) = model.config.mtp_depth, (tokens.shape[0], tokens.shape[1] - 1)
-    padded = jnp.pad(tokens, ((0, 0), (0, depth)))
-    targets = jnp.stack([padded[:, 1 + k : 1 + k + length] for k in range(depth + 1)])  # MBS
-    weights = head_weights(depth, length, mtp_weight)
-    each = jnp.broadcast_to(weights[:, None] / sequences, targets.shape)
-    head = params.whole(model.head).table[...]
-    rows = hidden.heads.reshape(-1, hidden.heads.shape[-1])  # MBSD -> (MBS)D
-    loss, entropies = head_loss(
-        rows, head, targets.reshape(-1), each.reshape(-1), min(chunk, rows.shape[0])
-    )
-    entropies = entropies.reshape(depth + 1, batch, length)
-    entropy = jnp.where(weights[:, None] > 0, entropies, 0.0).sum((1, 2))
-
-    routings = [r for r in (hidden.routing, hidden.mtp_routing) if r is not None]
-    balance = sum((r.balance.sum() for r in routings), jnp.zeros(()))
-    layers = [(r.load, r.traffic) for r in routings] or [_no_layers(model.config.experts)]
-    sums = Sums(entropy, balance, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers))
-    return loss + alpha * balance / sequences, lax.stop_gradient(sums)
-
-
-def _no_layers(experts: int) -> tuple[jax.Array, router.Traffic]:
-    nothing = jnp.zeros((0, 1))
-    return jnp.zeros((0, experts)), router.Traffic(nothing, nothing, jnp.zeros((0,)))
 
 
 def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., Any]:
@@ -141,7 +43,7 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
     One shard_map, manual over every mesh axis: all communication of the step is written out in it.
     """
     if layout.sizes["pipe"] > 1:
-        return pipelined.make_gradients(config, layout, mesh, loss_of, tokens_spec(layout))
+        return pipelined.make_gradients(config, layout, mesh, tokens_spec(layout))
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
     how = execution.of(config)

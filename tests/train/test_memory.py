@@ -10,7 +10,7 @@ from flax import nnx
 
 from deepseek_jax.model import execution
 from deepseek_jax.model.transformer import abstract_model
-from deepseek_jax.train import state, step
+from deepseek_jax.train import objective, state
 
 LENGTH, SEQUENCES, VOCAB, CHUNK = 128, 4, 8192, 64
 FAST = {"xla_backend_optimization_level": "0"}  # of the machine code: buffers stay the same
@@ -29,7 +29,7 @@ def temporary(depth=0, sequences=SEQUENCES, vocab=VOCAB, chunk=CHUNK):
     def loss(weights, bias, tokens):
         model = nnx.merge(graph, weights, bias)
         settings = dict(chunk=chunk, mtp_weight=0.3, alpha=1e-4, sequences=sequences)
-        return step.objective(model, tokens, how=how, **settings)
+        return objective.objective(model, tokens, how=how, **settings)
 
     tokens = jax.ShapeDtypeStruct((sequences, LENGTH + 1), jnp.int32)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))

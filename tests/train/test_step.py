@@ -9,7 +9,8 @@ from trainer import Trainer
 
 from deepseek_jax.train import optimizer, schedule
 from deepseek_jax.train import state as states
-from deepseek_jax.train.step import head_weights, make_ema
+from deepseek_jax.train.objective import head_weights
+from deepseek_jax.train.step import make_ema
 
 HYPER = schedule.Hyper(learning_rate=1e-2, mtp_weight=0.3, bias_speed=0.01)
 
