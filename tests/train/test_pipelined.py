@@ -4,6 +4,7 @@ With two hops, and over steps of the optimiser, it is among the layouts of `test
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ CASES = {
     "1F1B, 3 ranks, 2 GPUs, uneven": (
         {"pipe": 3, "gpu": 2},
         {"model_layers": 4, "layout_pipeline": "1f1b", "layout_stage_layers": (1, 2, 1)},
-    ),  # what it is compared with is compiled for the case above
+    ),  # what it is compared with is that of the case above
     "uneven, tensor": (
         {"pipe": 4, "tensor": 2},
         {
@@ -71,13 +72,32 @@ CASES = {
 }
 
 
+GIVEN = {
+    "batch_sequences": 144,
+    "batch_ramp_sequences": 64,
+    "layout_zero": 1,
+    "layout_dispatch": "two_hop",
+}
+OF_PIPELINES = ("layout_pipeline", "layout_ramps", "layout_stage_layers")  # no matter without one
+
+
+def drawn(config):
+    shape = 18, 8, 17  # the micro-batches that there is room for
+    return np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
+
+
+@functools.cache
+def unpiped(gpu=1, tensor=1, **changes):
+    config = small.config(**(GIVEN | changes))
+    return gradients(config, {"pipe": 1, "gpu": gpu, "tensor": tensor}, drawn(config))
+
+
 @pytest.mark.parametrize("sizes, changes", CASES.values(), ids=CASES)
 def test_gradients(sizes, changes):
-    defaults = {"layout_zero": 1, "layout_dispatch": "two_hop"}
-    batch = {"batch_sequences": 144, "batch_ramp_sequences": 64}
-    config = small.config(**(batch | defaults | changes))
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab, (18, 8, 17), np.int32)
-    grads, sums = gradients(config, sizes, tokens)
-    want, want_sums = gradients(config, sizes | {"pipe": 1}, tokens)
+    config = small.config(**(GIVEN | changes))
+    grads, sums = gradients(config, sizes, drawn(config))
+    others = {name: size for name, size in sizes.items() if name != "pipe"}
+    rest = {key: value for key, value in changes.items() if key not in OF_PIPELINES}
+    want, want_sums = unpiped(**others, **rest)
     small.close(sums, want_sums)
     small.close(grads, want)
