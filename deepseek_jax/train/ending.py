@@ -2,12 +2,13 @@
 
 A module's block is a MoE layer on one micro-batch, and no other chunk is beside it. But the loss of
 the head before it needs nothing of the module, and is as much work as several layers. That head's
-rows go in four parts, 1 to 4:
+rows go in eight parts:
 
-    forward     attention    dispatch, 1           experts    combine, 2
-    backward                 combine gradient, 3   experts    dispatch gradient, 4   attention
+    forward     attention    dispatch, 1 2           experts    combine, 3 4
+    backward                 combine gradient, 5 6   experts    dispatch gradient, 7 8   attention
 
-The last head has no module after it, and is alone.
+The last head has no module after it, and is alone. A part of more than one chunk of logits is a
+loop; where the vocabulary is split, there are messages in it, and XLA lets no other travel by.
 """
 
 import dataclasses
@@ -26,16 +27,16 @@ from deepseek_jax.parallel.turns import Steps, into, straight, take_turns
 from deepseek_jax.train.loss import head_loss
 from deepseek_jax.train.objective import Sums, counted, no_layers, targets_of
 
-PARTS = 4
+PARTS = 8
 
 
 def forward_turns(hops: int) -> list[str]:
     """A module's steps ("m") and the parts of the head before it ("h")."""
-    return ["mm", "m" * hops + "h", "mmm", "m" * hops + "h"]
+    return ["mm", "m" * hops + "hh", "mmm", "m" * hops + "hh"]
 
 
 def backward_turns(hops: int) -> list[str]:
-    return ["m" * hops + "h", "mm", "m" * hops + "h", "mm"]
+    return ["m" * hops + "hh", "mm", "m" * hops + "hh", "mm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Ending:
             state, out = module.forward(state, embedded, heads[k - 1])
             modules.append(module)
         heads[depth].rows = out
-        straight(heads[depth].parts(PARTS))
+        straight(heads[depth].parts(1, 1))
 
         d_embedded, d_state = jnp.zeros_like(embedded), jnp.zeros_like(y)
         for module, head, last in zip(modules[::-1], heads[-2::-1], heads[:0:-1], strict=True):
@@ -124,14 +125,14 @@ class _Head:
         self._done: list[tuple[jax.Array, jax.Array]] = []
         self.d_table = jnp.zeros(table.shape, jnp.float32)
 
-    def parts(self, count: int) -> Steps[None]:
-        """So many of the `PARTS`, a step each."""
+    def parts(self, count: int, of: int = PARTS) -> Steps[None]:
+        """So many of its parts, a step each."""
         total = self._targets.size
         rows = self.rows.reshape(total, -1)
         targets, weights = self._targets.reshape(-1), self._weights.reshape(-1)
         for _ in range(count):
             number = len(self._done)
-            mine = slice(total * number // PARTS, total * (number + 1) // PARTS)
+            mine = slice(total * number // of, total * (number + 1) // of)
             chunk = max(1, min(self._chunk, mine.stop - mine.start))
             run = jax.grad(head_loss, (0, 1), has_aux=True)
             given = rows[mine], self._table, targets[mine], weights[mine]

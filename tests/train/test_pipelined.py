@@ -53,13 +53,12 @@ CASES = {
             "layout_pipeline": "dualpipev",
             "layout_ramps": "skip",
             "layout_recompute": "full",
-            "layout_buffer": 0.6,
         },
     ),  # the second hop brings the tokens again
     "1F1B, 3 ranks, 2 GPUs, uneven": (
         {"pipe": 3, "gpu": 2},
         {"model_layers": 4, "layout_pipeline": "1f1b", "layout_stage_layers": (1, 2, 1)},
-    ),  # what it is compared with is that of the case above
+    ),
     "uneven, tensor": (
         {"pipe": 4, "tensor": 2},
         {
@@ -87,9 +86,10 @@ def drawn(config):
 
 
 @functools.cache
-def unpiped(gpu=1, tensor=1, **changes):
+def unpiped(node=1, gpu=1, tensor=1, **changes):
     config = small.config(**(GIVEN | changes))
-    return gradients(config, {"pipe": 1, "gpu": gpu, "tensor": tensor}, drawn(config))
+    sizes = {"pipe": 1, "node": node, "gpu": gpu, "tensor": tensor}
+    return gradients(config, sizes, drawn(config))
 
 
 @pytest.mark.parametrize("sizes, changes", CASES.values(), ids=CASES)
