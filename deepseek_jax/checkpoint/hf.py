@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from deepseek_jax.checkpoint import safetensors
 from deepseek_jax.checkpoint.safetensors import FP8, Tensor
@@ -31,6 +32,7 @@ FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",  # V3, R1, Moonlight
     "deepseek_v2": "DeepseekV2ForCausalLM",  # V2, V2-Lite
 }
+Place = Callable[[params.Weight], Sharding]
 SCALE = "_scale_inv"  # what the name of an FP8 weight's scales ends in; despite it, one multiplies
 
 # Published counts that must be there -> ours.
@@ -181,7 +183,12 @@ def to_published(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
 
 
 def from_published(
-    config: ModelConfig, read: Callable[[str], np.ndarray], dtype: Any, *, biased: bool = True
+    config: ModelConfig,
+    read: Callable[[str], np.ndarray],
+    dtype: Any,
+    place: Place | None = None,
+    *,
+    biased: bool = True,
 ) -> Transformer:
     """A model on the default device from published tensors, which are read one at a time.
 
@@ -202,7 +209,7 @@ def from_published(
         for piece in parts.get(weight.path, ()):
             part = whole[piece.index]
             part[...] = piece.ours(read(piece.name), part.shape)
-        return jax.device_put(whole, may_alias=True)
+        return jax.device_put(whole, place(weight) if place else None, may_alias=True)
 
     leaves = [fill(weight) for weight in params.describe(abstract)]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
@@ -216,7 +223,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def load(folder: Path, dtype: Any = jnp.float32) -> Transformer:
+def load(folder: Path, dtype: Any = jnp.float32, place: Place | None = None) -> Transformer:
     """The model in a folder that holds config.json and safetensors files; `dtype` of its weights.
 
     Every check that needs no values is made before the first of them is read.
@@ -232,7 +239,7 @@ def load(folder: Path, dtype: Any = jnp.float32) -> Transformer:
         config = dataclasses.replace(config, mtp_depth=0)  # left out when it was saved
     biased = _method(settings) == "noaux_tc"
     _check_tensors(folder, config, tensors, biased)
-    return from_published(config, lambda name: _values(tensors, name), dtype, biased=biased)
+    return from_published(config, lambda name: _values(tensors, name), dtype, place, biased=biased)
 
 
 def _check_tensors(
