@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -136,6 +137,16 @@ def fan_out(x: jax.Array, axis: str) -> jax.Array:
 def fan_in(x: jax.Array, axis: str) -> jax.Array:
     """Sums the parts' contributions; every part gets the sum, and the gradient as it is."""
     return _fan_in(x, names(axis)) if names(axis) else x
+
+
+def join(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """All parts of `axis`, one after another along `dim`, on each of them; no gradient."""
+    return lax.all_gather(x, names(axis), axis=dim, tiled=True) if names(axis) else x
+
+
+def anywhere(flag: jax.Array, axis: str) -> jax.Array:
+    """Whether a () bool holds on any part of `axis`: the same answer on all of them."""
+    return lax.pmax(flag.astype(jnp.int32), names(axis)) > 0 if names(axis) else flag
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
