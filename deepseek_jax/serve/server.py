@@ -230,15 +230,16 @@ class Server:
     def _waves(self) -> Iterator[Admission]:
         """Waiting requests for which there are slots, those of one padded length together."""
         free = [slot for slot, number in enumerate(self._held) if number is None]
-        by_length: dict[int, list[tuple[int, Request]]] = {}
-        while self._waiting and free:
+        by_length: dict[int, list[tuple[int, int, Request]]] = {}
+        for slot in free[: len(self._waiting)]:
             number, request = self._waiting.popleft()
-            slot = free.pop(0)
-            self._held[slot] = number
-            by_length.setdefault(self._padded(len(request.prompt)), []).append((slot, request))
-            self.counts.prompt_tokens += len(request.prompt)
-        for length, requests in sorted(by_length.items()):
-            yield self._admission(length, requests)
+            length = self._padded(len(request.prompt))
+            by_length.setdefault(length, []).append((slot, number, request))
+        for length, wave in sorted(by_length.items()):
+            for slot, number, request in wave:
+                self._held[slot] = number
+                self.counts.prompt_tokens += len(request.prompt)
+            yield self._admission(length, [(slot, request) for slot, _, request in wave])
 
     def _padded(self, length: int) -> int:
         return min(max(SHORTEST, 1 << (length - 1).bit_length()), self.length)

@@ -1,0 +1,33 @@
+"""A small model and servers for it, over the first few of the eight devices."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import small
+from jax.sharding import NamedSharding
+
+from deepseek_jax.checkpoint import weights
+from deepseek_jax.model import params
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.transformer import Transformer, build_model
+from deepseek_jax.parallel import dispatch
+from deepseek_jax.serve.server import Request, Server
+
+
+@functools.cache
+def model(depth: int = 0, vocab: int = 64) -> Transformer:
+    """One dense and one MoE layer; a wide init, so that no two tokens are all but equally likely."""
+    config = small.config(model_mtp_depth=depth, model_vocab=vocab, model_init_std=0.3).model
+    return jax.jit(build_model, static_argnums=0)(config, jax.random.key(1))
+
+
+def server(model: Transformer, sizes: Mapping[str, int] | None = None, **changes: Any) -> Server:
+    sizes = sizes or {}
+    mesh, layout = small.mesh_of(sizes), small.layout_of(sizes)
+    places = [weights.place(w, layout, mesh) for w in params.describe(model)]
+    leaves, tree = jax.tree.flatten(model)
+    placed = jax.tree.unflatten(tree, jax.device_put(leaves, places))
+    how = Execution(dispatch=dispatch.EXACT)
+    return Server(placed, how, layout, mesh, **{"slots": 2, "length": 48, "cache": "float32"} | changes)
