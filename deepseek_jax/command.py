@@ -1,6 +1,7 @@
 """What the command modules share: flags, start-up, and one clear message for bad input."""
 
 import difflib
+import importlib
 import os
 import runpy
 import sys
@@ -24,6 +25,15 @@ def read_config(holder: Any) -> Config:
     if holder.value is None:
         raise ConfigError("no config; pass --config=configs/v3_tiny.py or another file of configs/")
     return parse(holder.value)
+
+
+def default_config() -> Config:
+    """configs/v3_tiny.py of the working directory, else of the folder that holds this package."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (folder / "configs" / "v3_tiny.py").is_file():
+            sys.path.insert(0, str(folder))
+            return parse(importlib.import_module("configs.v3_tiny").get_config())
+    raise ConfigError("no configs/v3_tiny.py here; pass --config=FILE")
 
 
 def config_name() -> str:
