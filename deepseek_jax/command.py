@@ -13,7 +13,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from deepseek_jax.config import Config, ConfigError, parse
+from deepseek_jax.config import MESH_AXES, Config, ConfigError, parse
 
 
 def define_config_flag() -> Any:
@@ -34,6 +34,20 @@ def default_config() -> Config:
             sys.path.insert(0, str(folder))
             return parse(importlib.import_module("configs.v3_tiny").get_config())
     raise ConfigError("no configs/v3_tiny.py here; pass --config=FILE")
+
+
+def parse_mesh(parts: list[str]) -> dict[str, int]:
+    """["node:2", "gpu:4"] -> sizes by axis."""
+    sizes = {}
+    for part in parts:
+        name, _, size = part.partition(":")
+        if name not in MESH_AXES or not size.lstrip("-").isdigit() or name in sizes:
+            raise ConfigError(
+                f"--mesh has {part!r}; expected each of {', '.join(MESH_AXES)} at most once, as "
+                "node:2,gpu:4"
+            )
+        sizes[name] = int(size)
+    return sizes
 
 
 def config_name() -> str:

@@ -11,7 +11,7 @@ from absl import flags
 
 from deepseek_jax import command
 from deepseek_jax.bench.report import text
-from deepseek_jax.config import MESH_AXES, ConfigError
+from deepseek_jax.config import ConfigError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face directory or a run's workdir.")
 DATA = flags.DEFINE_string("data", None, "Text, JSONL, Parquet, token files, or a folder of them.")
@@ -30,7 +30,7 @@ def main() -> None:
     for flag in (LENGTH, TOKENS):
         if flag.value < 2:
             raise ConfigError(f"--{flag.name}={flag.value}; expected at least 2")
-    mesh = parse_mesh(MESH.value)
+    mesh = command.parse_mesh(MESH.value)
     given = command.read_config(CONFIG) if CONFIG.value is not None else None
     command.start_processes()
     from deepseek_jax.checkpoint import weights
@@ -54,20 +54,6 @@ def main() -> None:
     )
     if primary:
         print(json.dumps(found, indent=2) if JSON.value else text(found))
-
-
-def parse_mesh(parts: list[str]) -> dict[str, int]:
-    """["node:2", "gpu:4"] -> sizes by axis."""
-    sizes = {}
-    for part in parts:
-        name, _, size = part.partition(":")
-        if name not in MESH_AXES or not size.lstrip("-").isdigit() or name in sizes:
-            raise ConfigError(
-                f"--mesh has {part!r}; expected each of {', '.join(MESH_AXES)} at most once, as "
-                "node:2,gpu:4"
-            )
-        sizes[name] = int(size)
-    return sizes
 
 
 if __name__ == "__main__":

@@ -6,19 +6,18 @@ from typing import Any
 
 import jax
 import small
-from jax.sharding import NamedSharding
 
 from deepseek_jax.checkpoint import weights
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer, build_model
 from deepseek_jax.parallel import dispatch
-from deepseek_jax.serve.server import Request, Server
+from deepseek_jax.serve.server import Server
 
 
 @functools.cache
 def model(depth: int = 0, vocab: int = 64) -> Transformer:
-    """One dense and one MoE layer; a wide init, so that no two tokens are all but equally likely."""
+    """One dense and one MoE layer; a wide init keeps the likely tokens apart."""
     config = small.config(model_mtp_depth=depth, model_vocab=vocab, model_init_std=0.3).model
     return jax.jit(build_model, static_argnums=0)(config, jax.random.key(1))
 
@@ -30,4 +29,6 @@ def server(model: Transformer, sizes: Mapping[str, int] | None = None, **changes
     leaves, tree = jax.tree.flatten(model)
     placed = jax.tree.unflatten(tree, jax.device_put(leaves, places))
     how = Execution(dispatch=dispatch.EXACT)
-    return Server(placed, how, layout, mesh, **{"slots": 2, "length": 48, "cache": "float32"} | changes)
+    return Server(
+        placed, how, layout, mesh, **{"slots": 2, "length": 48, "cache": "float32"} | changes
+    )

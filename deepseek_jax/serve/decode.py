@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.model import decoding
+from deepseek_jax.model import decoding, params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import axes
@@ -43,15 +43,15 @@ class News:
 
 def logits_of(model: Transformer, rows: jax.Array) -> jax.Array:
     """...D -> ...V float32, the whole vocabulary."""
-    return axes.join(model.head(rows), "vocab", rows.ndim - 1)
+    return axes.join(params.whole(model.head)(rows), "vocab", rows.ndim - 1)
 
 
 def admit(
     model: Transformer, how: Execution, state: State, new: Admission, stop: tuple[int, ...]
 ) -> tuple[State, News]:
     """Reads the prompts of new requests and chooses their first tokens."""
-    drafts = state.tops is not None
-    top, kept = decoding.prefill(model, new.prompts, how, mtp=drafts)
+    window = state.tops.shape[1]
+    top, kept = decoding.prefill(model, new.prompts, how, mtp=window > 0)
     ends = jnp.maximum(new.lengths - 1, 0)
     last = jnp.take_along_axis(top, ends[:, None, None], axis=1)[:, 0]
     first = sampling.choose(logits_of(model, last), new.settings, new.lengths)
@@ -62,11 +62,10 @@ def admit(
             for whole, part in zip(_parts(state.cache), _parts(kept), strict=True)
         )
     )
-    slots, tops = new.into(state.slots), state.tops
-    if tops is not None:
-        window = ends[:, None] + 1 - tops.shape[1] + jnp.arange(tops.shape[1])[None]
-        recent = jnp.take_along_axis(top, jnp.maximum(window, 0)[..., None], axis=1)
-        tops = tops.at[new.rows].set(recent, mode="drop")
+    slots = new.into(state.slots)
+    recent = jnp.maximum(ends[:, None] + 1 - window + jnp.arange(window)[None], 0)
+    recent = jnp.take_along_axis(top, recent[..., None], axis=1)
+    tops = state.tops.at[new.rows].set(recent, mode="drop")
     token = jnp.zeros_like(slots.length).at[new.rows].set(first, mode="drop")
     one = jnp.zeros_like(slots.length).at[new.rows].set(1, mode="drop")
     slots, count = slots.extended(token[:, None], one, stop)

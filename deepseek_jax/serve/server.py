@@ -8,22 +8,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import DATA_AXES, ConfigError
+from deepseek_jax.config import ConfigError
 from deepseek_jax.model import params
-from deepseek_jax.model.decoding import Stacks
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel import axes
+from deepseek_jax.parallel import axes, dispatch
 from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.serve import decode, speculate
 from deepseek_jax.serve.sampling import Settings
-from deepseek_jax.serve.state import Admission, Slots, State, empty
+from deepseek_jax.serve.state import Admission, State, empty
 from deepseek_jax.train.evaluate import spread
 from deepseek_jax.train.state import split
 
@@ -86,7 +84,8 @@ class Server:
 
     Args:
       model: weights; on `mesh`, if there is one, placed by `layout.storage`.
-      how: precision, dispatch.
+      how: precision, and how tokens reach their experts when prompts are read. Decoding has few
+        tokens, for which it takes buffers that any router fits into.
       slots: requests that run at once, over all devices.
       length: tokens of room for each, prompt and generated ones.
       cache: format of the latent cache, one of `cache.FORMATS`.
@@ -123,7 +122,9 @@ class Server:
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._held: list[int | None] = [None] * slots
         self._added = 0
-        self._parts = int(np.prod([layout.sizes[name] for name in layout.mesh_axes("batch")] or [1]))
+        self._parts = int(
+            np.prod([layout.sizes[name] for name in layout.mesh_axes("batch")] or [1])
+        )
         if slots % self._parts:
             raise ConfigError(
                 f"{slots} slots do not divide among the {self._parts} devices of the data axes; "
@@ -133,10 +134,15 @@ class Server:
         graph, weights, bias = split(model)
         batch = P(layout.mesh_axes("batch") or None)
         held = (
-            params.place(weights, lambda axes, _: layout.spec(axes)),
+            params.place(weights, layout.storage),
             jax.tree.map(lambda _: P(), bias),
         )
-        room = (length, cache, how.recipe.compute, speculate.window(config, drafts) if drafts else 0)
+        room = (
+            length,
+            cache,
+            how.recipe.compute,
+            speculate.window(config, drafts) if drafts else 0,
+        )
         state = jax.eval_shape(lambda: empty(config, slots, *room))
         own = State(
             slots=jax.tree.map(lambda _: batch, state.slots),
@@ -145,25 +151,30 @@ class Server:
         )
         self._place = NamedSharding(mesh, batch)
 
-        def program(fn, *more):
-            """fn(model, state, ...) on every device's own part."""
+        def program(fn, how, *more):
+            """fn(model, how, state, ...) on every device's own part."""
 
             def local(weights, bias, *arguments):
                 with axes.active(layout):
                     return fn(nnx.merge(graph, weights, bias), how, *arguments)
 
             sharded = jax.shard_map(
-                local, mesh=mesh, in_specs=(*held, own, *more), out_specs=(own, P()), check_vma=False
+                local,
+                mesh=mesh,
+                in_specs=(*held, own, *more),
+                out_specs=(own, P()),
+                check_vma=False,
             )
             return functools.partial(jax.jit(sharded, donate_argnums=2), weights, bias)
 
         step = speculate.stepper(drafts) if drafts else decode.plain
         with jax.set_mesh(mesh):
-            self._admit = program(functools.partial(decode.admit, stop=stop), batch)
+            self._admit = program(functools.partial(decode.admit, stop=stop), how, batch)
             self._decode = program(
                 lambda model, how, state: decode.several(
                     step, steps, drafts + 1, model, how, state, stop
-                )
+                ),
+                dataclasses.replace(how, dispatch=dispatch.with_room(how.dispatch)),
             )
             places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), own)
             self._state = jax.jit(lambda: empty(config, slots, *room), out_shardings=places)()
@@ -249,25 +260,33 @@ class Server:
         here = self.slots // self._parts
         per_device = collections.Counter(slot // here for slot, _ in requests)
         rows = 1 if max(per_device.values()) == 1 else here
-        shape = (self._parts * rows,)
-        slot_of = np.full(shape, here, np.int32)
-        prompts = np.zeros((*shape, length), np.int32)
-        lengths, limits = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        temperature, top_p = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-        seed = np.zeros(shape, np.uint32)
+
+        # NumPy until all is filled in.
+        def full(value: float, dtype: Any, *more: int) -> Any:
+            return np.full((self._parts * rows, *more), value, dtype)
+
+        new = Admission(
+            rows=full(here, np.int32),
+            prompts=full(0, np.int32, length),
+            lengths=full(0, np.int32),
+            limits=full(0, np.int32),
+            settings=Settings(full(0, np.float32), full(1, np.float32), full(0, np.uint32)),
+        )
         used: collections.Counter[int] = collections.Counter()
         for slot, request in requests:
-            device = slot // here
+            device, prompt = slot // here, request.prompt
             row = device * rows + used[device]
             used[device] += 1
-            slot_of[row] = slot % here
-            prompts[row, : len(request.prompt)] = request.prompt
-            lengths[row] = len(request.prompt)
-            limits[row] = len(request.prompt) + request.max_tokens
-            temperature[row], top_p[row] = request.temperature, request.top_p
-            seed[row] = request.seed
-        settings: Any = Settings(temperature, top_p, seed)
-        new: Any = Admission(slot_of, prompts, lengths, limits, settings)
+            for whole, value in (
+                (new.rows, slot % here),
+                (new.lengths, len(prompt)),
+                (new.limits, len(prompt) + request.max_tokens),
+                (new.settings.temperature, request.temperature),
+                (new.settings.top_p, request.top_p),
+                (new.settings.seed, request.seed),
+            ):
+                whole[row] = value
+            new.prompts[row, : len(prompt)] = prompt
         return jax.tree.map(lambda x: spread(x, self._place), new)
 
     def _deltas(self, news: decode.News) -> list[Delta]:

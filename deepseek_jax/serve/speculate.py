@@ -106,7 +106,9 @@ def verify(
     accepted = jnp.cumprod(taken.astype(jnp.int32), axis=1).sum(1)
 
     padded = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # after the last draft there is nothing to avoid
-    p_next, q_next = (jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (p, padded))
+    p_next, q_next = (
+        jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (p, padded)
+    )
     rest = jnp.maximum(p_next - q_next, 0.0)
     rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p_next)  # equal but for rounding
     following = draw(rest, settings, first + accepted)

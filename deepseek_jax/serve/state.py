@@ -91,12 +91,12 @@ class State:
     slots: the requests.
     cache: `Latents` of each stack of layers.
     tops: BWD, what the MTP modules read of the W positions before each request's last token: the
-      main model's output after its final norm; None where nothing is drafted.
+      main model's output after its final norm. W is 0 where nothing is drafted.
     """
 
     slots: Slots
     cache: Stacks
-    tops: jax.Array | None
+    tops: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -143,5 +143,5 @@ def empty(
     numbers = jnp.zeros((requests,), jnp.float32)
     settings = Settings(numbers, numbers + 1.0, jnp.zeros((requests,), jnp.uint32))
     slots = Slots(jnp.zeros((requests, length), jnp.int32), integers, integers, settings)
-    tops = jnp.zeros((requests, window, config.d_model), dtype) if window else None
+    tops = jnp.zeros((requests, window, config.d_model), dtype)
     return State(slots, caches.make(config, requests, length, form, mtp=window > 0), tops)

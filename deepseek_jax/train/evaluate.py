@@ -120,7 +120,7 @@ def score_checkpoint(
     run = weights.trained(directory)
     model = run.model if run else hf.open_folder(directory).config
     sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, say)
-    config = _fitted(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
+    config = fitted(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     with jax.set_mesh(grid):
@@ -158,8 +158,12 @@ def _laid_out(
     return text.sequences, text.valid, text
 
 
-def _fitted(config: Config, mesh: Mapping[str, int], length: int) -> Config:
-    """The config with this mesh and sequences of this length, checked against the devices."""
+def fitted(config: Config, mesh: Mapping[str, int], length: int) -> Config:
+    """The config of a forward pass alone, with this mesh and sequences of this length, checked.
+
+    Args:
+      mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
+    """
     sizes = MeshConfig(**{name: mesh.get(name, 1) for name in axes.MESH_AXES})
     resolved = meshes.resolve(sizes, jax.device_count() if mesh else 1)
     kept = dataclasses.replace(
