@@ -11,8 +11,9 @@ from deepseek_jax.checkpoint import weights
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer, build_model
-from deepseek_jax.parallel import dispatch
 from deepseek_jax.serve.server import Server
+
+HOW = Execution()
 
 
 @functools.cache
@@ -22,13 +23,12 @@ def model(depth: int = 0, vocab: int = 64) -> Transformer:
     return jax.jit(build_model, static_argnums=0)(config, jax.random.key(1))
 
 
-def server(model: Transformer, sizes: Mapping[str, int] | None = None, **changes: Any) -> Server:
-    sizes = sizes or {}
-    mesh, layout = small.mesh_of(sizes), small.layout_of(sizes)
+def server(
+    model: Transformer, sizes: Mapping[str, int] | None = None, zero: int = 0, **changes: Any
+) -> Server:
+    mesh, layout = small.mesh_of(sizes or {}), small.layout_of(sizes or {}, zero)
     places = [weights.place(w, layout, mesh) for w in params.describe(model)]
     leaves, tree = jax.tree.flatten(model)
     placed = jax.tree.unflatten(tree, jax.device_put(leaves, places))
-    how = Execution(dispatch=dispatch.EXACT)
-    return Server(
-        placed, how, layout, mesh, **{"slots": 2, "length": 48, "cache": "float32"} | changes
-    )
+    settings = {"slots": 2, "length": 48, "cache": "float32"} | changes
+    return Server(placed, HOW, layout, mesh, **settings)

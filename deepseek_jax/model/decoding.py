@@ -27,6 +27,11 @@ class Stacks:
     moe: Any
     mtp: Any
 
+    def admit(self, requests: jax.Array, kept: "Stacks") -> "Stacks":
+        """With what `prefill` keeps of these requests, in the stacks that it has."""
+        parts = (self.dense, kept.dense), (self.moe, kept.moe), (self.mtp, kept.mtp)
+        return Stacks(*(past if new is None else past.admit(requests, new) for past, new in parts))
+
 
 def prefill(
     model: Transformer, tokens: jax.Array, how: Execution, *, mtp: bool

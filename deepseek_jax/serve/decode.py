@@ -6,7 +6,6 @@ vocabulary as in training. Written for one device's B slots.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +55,7 @@ def admit(
     last = jnp.take_along_axis(top, ends[:, None, None], axis=1)[:, 0]
     first = sampling.choose(logits_of(model, last), new.settings, new.lengths)
 
-    cache = decoding.Stacks(
-        *(
-            None if whole is None else whole.admit(new.rows, part)
-            for whole, part in zip(_parts(state.cache), _parts(kept), strict=True)
-        )
-    )
+    cache = state.cache.admit(new.rows, kept)
     slots = new.into(state.slots)
     recent = jnp.maximum(ends[:, None] + 1 - window + jnp.arange(window)[None], 0)
     recent = jnp.take_along_axis(top, recent[..., None], axis=1)
@@ -126,7 +120,3 @@ def several(
 def _news(state: State, tokens: jax.Array, count: jax.Array, offered: jax.Array) -> News:
     tokens, count, offered = (axes.join(x, "batch", 1) for x in (tokens, count, offered))
     return News(tokens, count, offered, axes.join(state.slots.running, "batch", 0))
-
-
-def _parts(stacks: decoding.Stacks) -> tuple[Any, Any, Any]:
-    return stacks.dense, stacks.moe, stacks.mtp
