@@ -85,7 +85,7 @@ def decode(
 
 def predict(
     model: Transformer,
-    module: int,
+    module: Any,
     hidden: jax.Array,
     tokens: jax.Array,
     how: Execution,

@@ -20,6 +20,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import decoding
@@ -62,24 +63,34 @@ def draft(
     model: Transformer, how: Execution, state: State, drafts: int
 ) -> tuple[State, jax.Array, jax.Array]:
     """Drafts BD after each request's last token, and the distributions BDV they were drawn from."""
-    slots, cache, last = state.slots, state.cache, state.slots.last
-    modules, size, room = model.config.mtp_depth, state.tops.shape[1], slots.text.shape[1]
-    recent = last[:, None] - size + jnp.arange(size)[None]  # BW, up to the one before the last
-    hidden, made, chances = state.tops, [], []
-    for number in range(1, drafts + 1):
-        if number > modules:
-            recent, hidden = recent[:, -1:] + 1, hidden[:, -1:]
-        module = min(number, modules) - 1
+    modules, size, room = model.config.mtp_depth, state.tops.shape[1], state.slots.text.shape[1]
+    settings, last = state.slots.settings, state.slots.last
+
+    def one(carry, module_and_number):
+        slots, cache, hidden, recent = carry
+        module, number = module_and_number
         read = slots.at(recent + module + 1)
         positions = jnp.where(recent < 0, room, recent)  # before the start: nowhere
         hidden, out, cache = decoding.predict(model, module, hidden, read, how, cache, positions)
-        q = distribution(logits_of(model, out[:, -1]), slots.settings)
-        token = draw(q, slots.settings, last + number, DRAFT)
-        slots = slots.guessing(last + number, token)
-        made.append(token)
-        chances.append(q)
-    state = dataclasses.replace(state, cache=cache)
-    return state, jnp.stack(made, axis=1), jnp.stack(chances, axis=1)
+        q = distribution(logits_of(model, out[:, -1]), settings)
+        token = draw(q, settings, last + number, DRAFT)
+        return (slots.guessing(last + number, token), cache, hidden, recent), (token, q)
+
+    def further(carry, number):
+        slots, cache, hidden, recent = carry
+        return one((slots, cache, hidden, recent + 1), (modules - 1, number))
+
+    recent = last[:, None] - size + jnp.arange(size)[None]  # BW, up to the one before the last
+    chain = jnp.arange(min(drafts, modules))
+    carry = state.slots, state.cache, state.tops, recent
+    carry, made = lax.scan(one, carry, (chain, chain + 1))
+    if drafts > modules:
+        slots, cache, hidden, recent = carry
+        carry = slots, cache, hidden[:, -1:], recent[:, -1:]
+        carry, more = lax.scan(further, carry, jnp.arange(modules + 1, drafts + 1))
+        made = jax.tree.map(lambda *both: jnp.concatenate(both), made, more)
+    tokens, q = (jnp.moveaxis(x, 0, 1) for x in made)  # DB... -> BD...
+    return dataclasses.replace(state, cache=carry[1]), tokens, q
 
 
 def verify(
@@ -98,11 +109,12 @@ def verify(
     """
     count = drafts.shape[1]
     p_of, q_of = (jnp.take_along_axis(x, drafts[..., None], axis=2)[..., 0] for x in (p[:, :-1], q))
-    chance = [
-        jax.vmap(jax.random.uniform)(request_keys(settings, first + i, ACCEPT))
-        for i in range(count)
-    ]
-    taken = jnp.stack(chance, axis=1) * q_of < p_of
+
+    def chances(number):
+        return jax.vmap(jax.random.uniform)(request_keys(settings, first + number, ACCEPT))
+
+    chance = jax.vmap(chances, out_axes=1)(jnp.arange(count))
+    taken = chance * q_of < p_of
     accepted = jnp.cumprod(taken.astype(jnp.int32), axis=1).sum(1)
 
     padded = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # after the last draft there is nothing to avoid
