@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import small
 
 from deepseek_jax.checkpoint import weights
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.transformer import Transformer, build_model
+from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.serve.server import Server
 
 HOW = Execution()
@@ -19,8 +21,16 @@ HOW = Execution()
 @functools.cache
 def model(depth: int = 0, vocab: int = 64) -> Transformer:
     """One dense and one MoE layer; a wide init keeps the likely tokens apart."""
-    config = small.config(model_mtp_depth=depth, model_vocab=vocab, model_init_std=0.3).model
-    return jax.jit(build_model, static_argnums=0)(config, jax.random.key(1))
+    config = small.config(model_mtp_depth=depth, model_vocab=vocab).model
+    abstract, rng = abstract_model(config), np.random.default_rng(1)
+
+    def drawn(weight: params.Weight) -> np.ndarray:
+        if weight.path.endswith("scale"):
+            return np.ones(weight.shape, np.float32)
+        return rng.normal(size=weight.shape).astype(np.float32) * 0.3 * weight.trained
+
+    leaves = [jnp.asarray(drawn(weight)) for weight in params.describe(abstract)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def server(

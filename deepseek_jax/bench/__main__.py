@@ -1,6 +1,6 @@
 """The project's own measurements: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, moe, memory, layer, grouped, tiles, dispatch or pipeline. The recipe comes from the
+NAME is train, moe, memory, layer, grouped, tiles, dispatch, pipeline, decode or speculate. The recipe comes from the
 config, the sizes from the measurement.
 """
 
@@ -22,7 +22,10 @@ EMULATE = flags.DEFINE_integer(
     None,
     "Pretend to have this many CPU devices; pipeline, and dispatch without a GPU: 8.",
 )
-NAMES = ("train", "moe", "memory", "layer", "grouped", "tiles", "dispatch", "pipeline")
+NAMES = (
+    "train", "moe", "memory", "layer", "grouped", "tiles", "dispatch", "pipeline", "decode",
+    "speculate",
+)  # fmt: skip
 
 
 def main(name: str) -> None:
