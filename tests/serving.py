@@ -1,5 +1,6 @@
 """A small model and servers for it, over the first few of the eight devices."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -34,11 +35,16 @@ def model(depth: int = 0, vocab: int = 64) -> Transformer:
 
 
 def server(
-    model: Transformer, sizes: Mapping[str, int] | None = None, zero: int = 0, **changes: Any
+    model: Transformer,
+    sizes: Mapping[str, int] | None = None,
+    zero: int = 0,
+    unroll: int = 1,
+    **changes: Any,
 ) -> Server:
     mesh, layout = small.mesh_of(sizes or {}), small.layout_of(sizes or {}, zero)
     places = [weights.place(w, layout, mesh) for w in params.describe(model)]
     leaves, tree = jax.tree.flatten(model)
     placed = jax.tree.unflatten(tree, jax.device_put(leaves, places))
     settings = {"slots": 2, "length": 48, "cache": "float32"} | changes
-    return Server(placed, HOW, layout, mesh, **settings)
+    how = dataclasses.replace(HOW, unroll=unroll)
+    return Server(placed, how, layout, mesh, **settings)

@@ -91,7 +91,7 @@ def _row(
         "tokens_per_second": rate["ours"],
         "hugging_face": rate.get("hugging_face"),
         "of_hugging_face": rate["ours"] / rate["hugging_face"] if known else None,
-        "same_tokens": np.mean(np.equal(*made.values())) if known else None,
+        "same_tokens": float(np.mean(np.equal(*map(np.array, made.values())))) if known else None,
     }
 
 
@@ -154,9 +154,8 @@ def _attention_row(config: ModelConfig, length: int, rounds: int, batch: int = 8
         return past.decode(attention, x, positions)
 
     timed = [_Timed(absorbed, attention, latents, x), _Timed(over_heads, attention, expanded, x)]
-    latent, heads = (
-        float(np.median(times)) for times in zip(*([t.run() for t in timed] for _ in range(rounds)))
-    )
+    seconds = np.array([[one.run() for one in timed] for _ in range(rounds)])
+    latent, heads = map(float, np.median(seconds, axis=0))
     return {
         "cache_length": length,
         "latent_us_per_token": 1e6 * latent / batch,

@@ -1,4 +1,4 @@
-"""Self-speculation on held-out text: drafts that are taken, tokens per step, and what time it saves.
+"""Self-speculation on held-out text: drafts that are taken, tokens per step, and the time it saves.
 
 Trains the config's model with MTP depth 1 and 4 on its corpus, once: the runs are kept under
 `runs/speculate_DEPTH` and read again. Then beginnings of held-out documents are continued, by plain

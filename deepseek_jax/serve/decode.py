@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model import decoding, params
+from deepseek_jax.model.decoding import Weights
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import axes
 from deepseek_jax.serve import sampling
 from deepseek_jax.serve.state import Admission, State
 
 # A step: state -> state with tokens BS, of which the first `count` B are offered to the slots.
-Step = Callable[[Transformer, Execution, State], tuple[State, jax.Array, jax.Array]]
+Step = Callable[[Weights, Execution, State], tuple[State, jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -40,13 +40,13 @@ class News:
     running: jax.Array
 
 
-def logits_of(model: Transformer, rows: jax.Array) -> jax.Array:
+def logits_of(model: Weights, rows: jax.Array) -> jax.Array:
     """...D -> ...V float32, the whole vocabulary."""
     return axes.join(params.whole(model.head)(rows), "vocab", rows.ndim - 1)
 
 
 def admit(
-    model: Transformer, how: Execution, state: State, new: Admission, stop: tuple[int, ...]
+    model: Weights, how: Execution, state: State, new: Admission, stop: tuple[int, ...]
 ) -> tuple[State, News]:
     """Reads the prompts of new requests and chooses their first tokens."""
     window = state.tops.shape[1]
@@ -67,7 +67,7 @@ def admit(
     return state, _news(state, token[None, :, None], count[None], one[None])
 
 
-def plain(model: Transformer, how: Execution, state: State) -> tuple[State, jax.Array, jax.Array]:
+def plain(model: Weights, how: Execution, state: State) -> tuple[State, jax.Array, jax.Array]:
     """A step of one token."""
     slots = state.slots
     position = slots.last[:, None]
@@ -81,7 +81,7 @@ def several(
     step: Step,
     steps: int,
     width: int,
-    model: Transformer,
+    model: Weights,
     how: Execution,
     state: State,
     stop: tuple[int, ...],

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model import params
+from deepseek_jax.model.decoding import Apart
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import axes, dispatch
@@ -84,8 +85,9 @@ class Server:
 
     Args:
       model: weights; on `mesh`, if there is one, placed by `layout.storage`.
-      how: precision, and how tokens reach their experts when prompts are read. Decoding has few
-        tokens, for which it takes buffers that any router fits into.
+      how: precision; whether layers are a loop or, with `unroll` above 1, come one after another;
+        and how tokens reach their experts when prompts are read. Decoding has few tokens, for which
+        it takes buffers that any router fits into.
       slots: requests that run at once, over all devices.
       length: tokens of room for each, prompt and generated ones.
       cache: format of the latent cache, one of `cache.FORMATS`.
@@ -131,7 +133,10 @@ class Server:
                 f"set --slots={-(-slots // self._parts) * self._parts}"
             )
 
-        graph, weights, bias = split(model)
+        # Layers that are compiled one after another need no stack.
+        with jax.set_mesh(mesh):
+            apart = Apart.of(model) if how.unroll > 1 else model
+        graph, weights, bias = split(apart)
         batch = P(layout.mesh_axes("batch") or None)
         held = (
             params.place(weights, layout.storage),

@@ -24,8 +24,8 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import decoding
+from deepseek_jax.model.decoding import Weights
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.serve.decode import Step, logits_of
 from deepseek_jax.serve.sampling import Settings, distribution, draw, request_keys
 from deepseek_jax.serve.state import State
@@ -41,9 +41,7 @@ def window(config: ModelConfig, drafts: int) -> int:
 def stepper(drafts: int) -> Step:
     """A step of up to drafts + 1 tokens."""
 
-    def step(
-        model: Transformer, how: Execution, state: State
-    ) -> tuple[State, jax.Array, jax.Array]:
+    def step(model: Weights, how: Execution, state: State) -> tuple[State, jax.Array, jax.Array]:
         slots = state.slots
         state, tokens, q = draft(model, how, state, drafts)
         positions = slots.last[:, None] + jnp.arange(drafts + 1)[None]
@@ -60,34 +58,38 @@ def stepper(drafts: int) -> Step:
 
 
 def draft(
-    model: Transformer, how: Execution, state: State, drafts: int
+    model: Weights, how: Execution, state: State, drafts: int
 ) -> tuple[State, jax.Array, jax.Array]:
     """Drafts BD after each request's last token, and the distributions BDV they were drawn from."""
     modules, size, room = model.config.mtp_depth, state.tops.shape[1], state.slots.text.shape[1]
     settings, last = state.slots.settings, state.slots.last
 
-    def one(carry, module_and_number):
+    def one(carry, module, number, draft):
         slots, cache, hidden, recent = carry
-        module, number = module_and_number
-        read = slots.at(recent + module + 1)
+        read = slots.at(recent + number + 1)
         positions = jnp.where(recent < 0, room, recent)  # before the start: nowhere
-        hidden, out, cache = decoding.predict(model, module, hidden, read, how, cache, positions)
+        hidden, out, cache = decoding.predict(
+            model, module, number, hidden, read, how, cache, positions
+        )
         q = distribution(logits_of(model, out[:, -1]), settings)
-        token = draw(q, settings, last + number, DRAFT)
-        return (slots.guessing(last + number, token), cache, hidden, recent), (token, q)
+        token = draw(q, settings, last + draft, DRAFT)
+        return (slots.guessing(last + draft, token), cache, hidden, recent), (token, q)
 
-    def further(carry, number):
+    def chained(carry, module, number):
+        return one(carry, module, number, number + 1)
+
+    def alone(carry, draft):
         slots, cache, hidden, recent = carry
-        return one((slots, cache, hidden, recent + 1), (modules - 1, number))
+        return one((slots, cache, hidden, recent + 1), final, modules - 1, draft)
 
     recent = last[:, None] - size + jnp.arange(size)[None]  # BW, up to the one before the last
-    chain = jnp.arange(min(drafts, modules))
     carry = state.slots, state.cache, state.tops, recent
-    carry, made = lax.scan(one, carry, (chain, chain + 1))
+    carry, made = decoding.walk(model.mtp, min(drafts, modules), chained, carry)
     if drafts > modules:
+        final = decoding.layer_of(model.mtp, modules - 1)
         slots, cache, hidden, recent = carry
         carry = slots, cache, hidden[:, -1:], recent[:, -1:]
-        carry, more = lax.scan(further, carry, jnp.arange(modules + 1, drafts + 1))
+        carry, more = lax.scan(alone, carry, jnp.arange(modules + 1, drafts + 1))
         made = jax.tree.map(lambda *both: jnp.concatenate(both), made, more)
     tokens, q = (jnp.moveaxis(x, 0, 1) for x in made)  # DB... -> BD...
     return dataclasses.replace(state, cache=carry[1]), tokens, q

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import params as weights
-from deepseek_jax.model.transformer import Transformer, abstract_model, build_model
+from deepseek_jax.model.transformer import abstract_model, build_model
 from deepseek_jax.parallel.axes import Layout
 
 
@@ -34,8 +34,8 @@ class TrainState:
     ema: nnx.State | None
 
 
-def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
-    """(structure, trained parameters, router biases)."""
+def split(model: Any) -> tuple[Any, nnx.State, nnx.State]:
+    """(structure, trained parameters, router biases) of a model or of parts of one."""
     parts: Any = nnx.split(model, nnx.Param, weights.RouterBias)
     return parts
 

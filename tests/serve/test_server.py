@@ -104,16 +104,15 @@ def test_greedy_is_what_the_whole_model_says():
 
 
 LAYOUTS = {
-    "experts": ({"gpu": 8}, 0),
-    "two hops, tensor": ({"node": 2, "gpu": 2, "tensor": 2}, 0),
-    "replicas, zero 3": ({"replica": 2, "gpu": 2, "tensor": 2}, 3),
+    "experts": dict(sizes={"gpu": 8}),
+    "tensor, layers apart": dict(sizes={"node": 2, "gpu": 2, "tensor": 2}, unroll=2),
+    "replicas, zero 3": dict(sizes={"replica": 2, "gpu": 2, "tensor": 2}, zero=3),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_a_layout_changes_nothing(layout):
-    sizes, zero = layout
-    server = serving.server(serving.model(), sizes, zero, slots=8, steps=4)
+    server = serving.server(serving.model(), slots=8, steps=4, **layout)
     assert server.run(REQUESTS) == alone()
 
 
