@@ -13,6 +13,7 @@ from deepseek_jax.serve import speculate
 from deepseek_jax.serve.sampling import Settings, draw
 from deepseek_jax.serve.server import Request
 
+HEAT = 3.0
 VOCAB = 6  # so small that random modules guess right now and then
 REQUESTS = [
     Request((1, 2, 3), 9),
