@@ -17,7 +17,7 @@ import numpy as np
 from deepseek_jax.config import Config
 from deepseek_jax.data import corpus, scoring
 from deepseek_jax.serve import generate
-from deepseek_jax.serve.server import Counts, Request, Server
+from deepseek_jax.serve.server import Request, Server
 from deepseek_jax.train import loop
 
 GOALS = {1: 1.8, 4: 3.0}  # tokens per step, by depth
@@ -99,7 +99,7 @@ def _rows(
         seconds: dict[int, list[float]] = {0: [], drafts: []}
         for server in servers.values():
             server.run(requests[:1])  # compiles
-            server.counts = Counts(accepted=np.zeros_like(server.counts.accepted))
+            server.count_anew()
         for _ in range(rounds):
             for number, server in servers.items():
                 seconds[number].append(_decode_seconds(server, requests))

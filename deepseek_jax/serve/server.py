@@ -63,21 +63,21 @@ class Delta:
 
 @dataclasses.dataclass
 class Counts:
-    """What was measured, over all requests so far.
+    """What was measured, over all requests.
 
     Attributes:
+      accepted: drafts that were taken: [i] counts the steps in which draft i was.
       prefill_seconds, decode_seconds: in calls of the two programs, with their first compiles.
       prompt_tokens, tokens: read, and made by decoding (each prompt's first token is prefill's).
       steps: of decoding, summed over the slots that ran.
-      accepted: drafts that were taken: [i] counts the steps in which draft i was.
     """
 
+    accepted: np.ndarray
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
-    accepted: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class Server:
@@ -120,7 +120,8 @@ class Server:
                 "--speculate=0"
             )
         self.layout, self.mesh, self.slots, self.length = layout, mesh, slots, length
-        self.counts = Counts(accepted=np.zeros(drafts, np.int64))
+        self._drafts = drafts
+        self.count_anew()
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._held: list[int | None] = [None] * slots
         self._added = 0
@@ -229,13 +230,17 @@ class Server:
             deltas += self._deltas(news)
         return deltas
 
+    def count_anew(self) -> None:
+        """From here on `counts` tells what comes."""
+        self.counts = Counts(np.zeros(self._drafts, np.int64))
+
     def run(self, requests: Iterable[Request]) -> list[list[int]]:
-        """All of them to their end: the tokens generated for each."""
+        """All of them, and what else is waiting, to their end: the tokens generated for each."""
         numbers = [self.add(request) for request in requests]
         made: dict[int, list[int]] = {number: [] for number in numbers}
         while self.busy:
             for delta in self.step():
-                made[delta.request] += delta.tokens
+                made.setdefault(delta.request, []).extend(delta.tokens)
         return [made[number] for number in numbers]
 
     def _call(self, program: Any, *arguments: Any) -> decode.News:

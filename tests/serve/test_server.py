@@ -13,7 +13,9 @@ import deepseek_jax
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model import decoding
 from deepseek_jax.serve import cache
+from deepseek_jax.serve.sampling import Settings
 from deepseek_jax.serve.server import Request
+from deepseek_jax.serve.state import Slots
 
 TINY = Path(__file__).parents[1] / "fixtures" / "hf_tiny"
 LOGITS = 2e-4  # between independent float32 implementations (the fixture's own)
@@ -105,25 +107,40 @@ def test_greedy_is_what_the_whole_model_says():
 
 LAYOUTS = {
     "experts": dict(sizes={"gpu": 8}),
-    "tensor, layers apart": dict(sizes={"node": 2, "gpu": 2, "tensor": 2}, unroll=2),
     "replicas, zero 3": dict(sizes={"replica": 2, "gpu": 2, "tensor": 2}, zero=3),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_a_layout_changes_nothing(layout):
-    server = serving.server(serving.model(), slots=8, steps=4, **layout)
-    assert server.run(REQUESTS) == alone()
+    """The fourth request ends at a token that stops it here; see also test_speculate.py."""
+    stop = alone()[3][4]
+    server = serving.server(serving.model(), slots=8, steps=4, stop=(stop,), **layout)
+    want = [made[: made.index(stop) + 1] if stop in made else made for made in alone()]
+    assert len(want[3]) <= 5
+    assert server.run(REQUESTS) == want
 
 
-def test_a_stop_token_ends_a_request():
-    want = alone()[3]
-    stop = want[4]
-    server = serving.server(serving.model(), steps=4, stop=(stop,))
-    made, other = server.run([REQUESTS[3], REQUESTS[0]])
-    assert made == want[: want.index(stop) + 1]
-    full = alone()[0]
-    assert other == (full[: full.index(stop) + 1] if stop in full else full)
+def test_slots_are_extended_up_to_limit_and_stop():
+    """Nothing runs in the first; the others end by limit, by stop token, and not yet."""
+    nothing = Settings(*jnp.zeros((2, 4)), jnp.zeros(4, jnp.uint32))
+    slots = Slots(
+        text=jnp.zeros((4, 8), jnp.int32),
+        length=jnp.array([3, 2, 2, 0]),
+        limit=jnp.array([3, 4, 8, 8]),
+        settings=nothing,
+    )
+    tokens = jnp.array([[5, 6, 7]] * 4)
+    slots, count = slots.extended(tokens, jnp.array([3, 3, 3, 1]), stop=(6,))
+    assert count.tolist() == [0, 2, 2, 1]
+    assert slots.length.tolist() == [3, 4, 4, 1]
+    assert slots.running.tolist() == [False, False, False, True]
+    assert slots.text[:, :5].tolist() == [
+        [0] * 5,
+        [0, 0, 5, 6, 0],
+        [0, 0, 5, 6, 0],
+        [5, 0, 0, 0, 0],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -24,21 +24,32 @@ REQUESTS = [
 
 
 @functools.cache
-def plain(depth):
-    return serving.server(serving.model(depth, VOCAB), slots=4, steps=4).run(REQUESTS)
+def plain():
+    """Main models are the same at every depth."""
+    return serving.server(serving.model(0, VOCAB), slots=4, steps=4).run(REQUESTS)
+
+
+@functools.cache
+def server(depth, drafts):
+    return serving.server(serving.model(depth, VOCAB), slots=4, steps=3, drafts=drafts)
+
+
+def spread():
+    """Over nodes and tensor parts, layers apart."""
+    layout = dict(sizes={"node": 2, "gpu": 2, "tensor": 2}, unroll=2)
+    return serving.server(serving.model(1, VOCAB), slots=4, drafts=1, **layout)
 
 
 @pytest.mark.parametrize(
-    "depth, drafts, layout",
-    [
-        (3, 3, dict(sizes={"gpu": 2, "tensor": 2}, unroll=2)),
-        (1, 2, dict(sizes={"node": 2, "gpu": 2, "tensor": 2})),
-    ],
+    "make",
+    [functools.partial(server, 3, 3), functools.partial(server, 1, 3), spread],
+    ids=["depth 3", "depth 1 reused", "spread"],
 )
-def test_greedy_tokens_are_those_of_plain_decoding(depth, drafts, layout):
-    server = serving.server(serving.model(depth, VOCAB), slots=4, steps=4, drafts=drafts, **layout)
-    assert server.run(REQUESTS) == plain(depth)
-    counts = server.counts
+def test_greedy_tokens_are_those_of_plain_decoding(make):
+    own = make()
+    own.count_anew()
+    assert own.run(REQUESTS) == plain()
+    counts = own.counts
     made = sum(request.max_tokens - 1 for request in REQUESTS)
     assert counts.tokens == made and counts.steps < made  # some drafts were taken
     assert 0 < counts.accepted[0] < counts.steps
@@ -51,14 +62,14 @@ def test_drafts_are_those_of_the_training_form(depth, drafts):
 
     Past the last module its own states stand in for the main model's, one more for each draft.
     """
-    model = serving.model(depth, VOCAB)
-    server = serving.server(model, steps=3, drafts=drafts)
+    model, own = serving.model(depth, VOCAB), server(depth, drafts)
     for seed in range(2):
-        server.add(Request((1, 2, 3, 4, 5), 30, temperature=HEAT, seed=seed))
-    server.step()
-    state = jax.tree.map(jnp.asarray, jax.device_get(server._state))
-    lengths = np.asarray(state.slots.length)
-    assert lengths[0] != lengths[1] and server.counts.accepted[0] > 0
+        own.add(Request((1, 2, 3, 4, 5), 30, temperature=HEAT, seed=seed))
+    own.step()
+    state = jax.tree.map(jnp.asarray, jax.device_get(own._state))
+    own.run([])
+    lengths = np.asarray(state.slots.length)[:2]
+    assert lengths[0] != lengths[1] and lengths.max() > 10  # 6, and more than one in a step
     run = jax.jit(lambda model, state: speculate.draft(model, serving.HOW, state, drafts))
     _, tokens, q = run(model, state)
     for request, length in enumerate(lengths):
