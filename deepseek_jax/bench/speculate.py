@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.checkpoint import weights
+from deepseek_jax.checkpoint.safetensors import read_json
 from deepseek_jax.config import Config
 from deepseek_jax.data import corpus, scoring
 from deepseek_jax.serve import generate
@@ -51,6 +53,11 @@ def measure(
 
 def _trained(config: Config, depth: int, workdir: Path) -> Config:
     """The run of this depth, trained to its end if it is not yet."""
+    summary = workdir / "summary.json"
+    if summary.is_file() and not read_json(summary)["stopped"]:
+        run = weights.trained(workdir)
+        if run is not None and run.model.mtp_depth == depth:
+            return run
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, mtp_depth=depth),
