@@ -145,12 +145,13 @@ def _so_far(words: Words, tokens: Sequence[int], done: bool) -> str:
 
 
 def timing(counts: Counts) -> dict[str, Any]:
-    """Seconds and rates; first compiles are in them unless the server was warm."""
+    """Seconds and rates, of decoding without each prompt's first token, which prefill makes."""
 
     def per_second(tokens: int, seconds: float) -> float | None:
         return tokens / seconds if seconds else None
 
     out: dict[str, Any] = {
+        "compile_seconds": counts.compile_seconds,
         "prefill_seconds": counts.prefill_seconds,
         "prefill_tokens_per_second": per_second(counts.prompt_tokens, counts.prefill_seconds),
         "decode_seconds": counts.decode_seconds,

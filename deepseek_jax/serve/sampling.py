@@ -53,18 +53,31 @@ def _beside(setting: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def draw(
-    probabilities: jax.Array, settings: Settings, positions: jax.Array, purpose: int = 0
+    chances: jax.Array, settings: Settings, positions: jax.Array, purpose: int = 0
 ) -> jax.Array:
-    """One token of each BV, for `positions` B of their requests -> B int32."""
-    keys = request_keys(settings, positions, purpose)
-    return jax.vmap(jax.random.categorical)(keys, jnp.log(probabilities)).astype(jnp.int32)
+    """One token of each BV, for `positions` B of their requests -> B int32.
+
+    Args:
+      chances: at least 0, as they relate to one another; where it is 0 a token is never drawn.
+      purpose: of the random number, see `uniform`.
+    """
+
+    def drawn() -> jax.Array:
+        up_to = jnp.cumsum(chances, axis=-1)
+        mark = uniform(settings, positions, purpose)[:, None] * up_to[:, -1:]
+        beyond = (up_to > mark) & (chances > 0)
+        return jnp.where(beyond.any(-1), beyond.argmax(-1), chances.argmax(-1))  # or by rounding
+
+    warm = (settings.temperature > 0).any()
+    return lax.cond(warm, drawn, lambda: chances.argmax(-1)).astype(jnp.int32)
 
 
-def request_keys(settings: Settings, positions: jax.Array, purpose: int) -> jax.Array:
-    """B keys; `purpose` tells apart what is drawn for one position."""
+def uniform(settings: Settings, positions: jax.Array, purpose: int) -> jax.Array:
+    """A number in [0, 1) for each of B requests; `purpose` tells apart those of one position."""
 
     def one(seed, position):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), purpose)
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.uniform(jax.random.fold_in(key, purpose))
 
     return jax.vmap(one)(settings.seed, positions)
 

@@ -67,17 +67,41 @@ class Counts:
 
     Attributes:
       accepted: drafts that were taken: [i] counts the steps in which draft i was.
-      prefill_seconds, decode_seconds: in calls of the two programs, with their first compiles.
+      compile_seconds: spent on both programs before their first calls.
+      prefill_seconds, decode_seconds: in their calls.
       prompt_tokens, tokens: read, and made by decoding (each prompt's first token is prefill's).
       steps: of decoding, summed over the slots that ran.
     """
 
     accepted: np.ndarray
+    compile_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
+
+
+class Program:
+    """A jitted function of `held` and more, compiled apart from its first call, once per shapes."""
+
+    def __init__(self, function: Any, held: tuple[Any, ...]):
+        self._function, self._held = function, held
+        self._compiled: dict[Any, Any] = {}
+
+    def prepare(self, *arguments: Any) -> float:
+        """Compiles for these shapes if need be -> seconds that it took."""
+        begin, key = time.perf_counter(), self._shapes(arguments)
+        if key not in self._compiled:
+            self._compiled[key] = self._function.lower(*self._held, *arguments).compile()
+        return time.perf_counter() - begin
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._compiled[self._shapes(arguments)](*self._held, *arguments)
+
+    @staticmethod
+    def _shapes(arguments: Any) -> tuple[Any, ...]:
+        return tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
 
 
 class Server:
@@ -114,6 +138,9 @@ class Server:
         steps: int = 8,
     ):
         config = self.config = model.config
+        for name, value, least in (("slots", slots, 1), ("speculate", drafts, 0)):
+            if value < least:
+                raise ConfigError(f"--{name}={value}; expected at least {least}")
         if drafts and not config.mtp_depth:
             raise ConfigError(
                 f"--speculate={drafts} drafts with MTP modules, and this model has none; set "
@@ -171,7 +198,7 @@ class Server:
                 out_specs=(own, P()),
                 check_vma=False,
             )
-            return functools.partial(jax.jit(sharded, donate_argnums=2), weights, bias)
+            return Program(jax.jit(sharded, donate_argnums=2), (weights, bias))
 
         step = speculate.stepper(drafts) if drafts else decode.plain
         with jax.set_mesh(mesh):
@@ -201,6 +228,8 @@ class Server:
             raise ConfigError(f"--temperature={request.temperature}; expected 0 or more")
         if not 0 < request.top_p <= 1:
             raise ConfigError(f"--top_p={request.top_p}; expected above 0, up to 1")
+        if not 0 <= request.seed < 2**32:
+            raise ConfigError(f"--seed={request.seed}; expected 0 to 2**32 - 1")
         if total > self.length:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens and --max_tokens={request.max_tokens} need room "
@@ -218,14 +247,12 @@ class Server:
         """Lets waiting requests into free slots, then decodes a few steps of all that run."""
         deltas = []
         for wave in self._waves():
-            begin = time.perf_counter()
-            news = self._call(self._admit, wave)
-            self.counts.prefill_seconds += time.perf_counter() - begin
+            news, seconds = self._call(self._admit, wave)
+            self.counts.prefill_seconds += seconds
             deltas += self._deltas(news)
         if any(number is not None for number in self._held):
-            begin = time.perf_counter()
-            news = self._call(self._decode)
-            self.counts.decode_seconds += time.perf_counter() - begin
+            news, seconds = self._call(self._decode)
+            self.counts.decode_seconds += seconds
             self._count(news)
             deltas += self._deltas(news)
         return deltas
@@ -243,10 +270,14 @@ class Server:
                 made.setdefault(delta.request, []).extend(delta.tokens)
         return [made[number] for number in numbers]
 
-    def _call(self, program: Any, *arguments: Any) -> decode.News:
+    def _call(self, program: Program, *arguments: Any) -> tuple[decode.News, float]:
+        """What came out, and the seconds that it took once compiled."""
         with jax.set_mesh(self.mesh):
+            self.counts.compile_seconds += program.prepare(self._state, *arguments)
+            begin = time.perf_counter()
             self._state, news = program(self._state, *arguments)
-        return jax.device_get(news)
+            news = jax.device_get(news)
+        return news, time.perf_counter() - begin
 
     def _waves(self) -> Iterator[Admission]:
         """Waiting requests for which there are slots, those of one padded length together."""

@@ -27,7 +27,7 @@ from deepseek_jax.model import decoding
 from deepseek_jax.model.decoding import Weights
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.serve.decode import Step, logits_of
-from deepseek_jax.serve.sampling import Settings, distribution, draw, request_keys
+from deepseek_jax.serve.sampling import Settings, distribution, draw, uniform
 from deepseek_jax.serve.state import State
 
 DRAFT, ACCEPT = 1, 2  # what random numbers are for, beside the token itself
@@ -113,7 +113,7 @@ def verify(
     p_of, q_of = (jnp.take_along_axis(x, drafts[..., None], axis=2)[..., 0] for x in (p[:, :-1], q))
 
     def chances(number):
-        return jax.vmap(jax.random.uniform)(request_keys(settings, first + number, ACCEPT))
+        return uniform(settings, first + number, ACCEPT)
 
     chance = jax.vmap(chances, out_axes=1)(jnp.arange(count))
     taken = chance * q_of < p_of

@@ -156,6 +156,7 @@ def test_slots_are_extended_up_to_limit_and_stop():
         (Request((1,), 0), "--max_tokens=0"),
         (Request((1,), 4, temperature=-1.0), "--temperature=-1.0"),
         (Request((1,), 4, top_p=0.0), "--top_p=0.0"),
+        (Request((1,), 4, seed=-1), "--seed=-1"),
         (Request((1,) * 40, 9), "need room for 49, and a slot has 48; set --cache_length=49"),
     ],
 )
@@ -168,5 +169,9 @@ def test_what_can_never_run_is_refused(request_, reason):
 def test_sizes_that_cannot_work_are_refused():
     with pytest.raises(ConfigError, match="set --slots=8"):
         serving.server(serving.model(), {"gpu": 8}, slots=6)
+    with pytest.raises(ConfigError, match="--slots=0; expected at least 1"):
+        serving.server(serving.model(), slots=0)
+    with pytest.raises(ConfigError, match="--speculate=-1; expected at least 0"):
+        serving.server(serving.model(), drafts=-1)
     with pytest.raises(ConfigError, match="this model has none; set --speculate=0"):
         serving.server(serving.model(), drafts=1)
