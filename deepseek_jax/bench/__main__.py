@@ -1,7 +1,7 @@
 """The project's own measurements: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, moe, memory, layer, grouped, tiles, dispatch or pipeline. The recipe comes from the
-config, the sizes from the measurement.
+NAME is train, moe, memory, layer, grouped, tiles, dispatch, pipeline or load. The recipe comes from
+the config, the sizes from the measurement.
 """
 
 import importlib
@@ -22,7 +22,7 @@ EMULATE = flags.DEFINE_integer(
     None,
     "Pretend to have this many CPU devices; pipeline, and dispatch without a GPU: 8.",
 )
-NAMES = ("train", "moe", "memory", "layer", "grouped", "tiles", "dispatch", "pipeline")
+NAMES = ("train", "moe", "memory", "layer", "grouped", "tiles", "dispatch", "pipeline", "load")
 
 
 def main(name: str) -> None:
