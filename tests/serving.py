@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import small
 
+from deepseek_jax import command
 from deepseek_jax.checkpoint import weights
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer, abstract_model
+from deepseek_jax.serve import generate
 from deepseek_jax.serve.server import Server
 
 HOW = Execution()
@@ -48,3 +51,11 @@ def server(
     settings = {"slots": 2, "length": 48, "cache": "float32"} | changes
     how = dataclasses.replace(HOW, unroll=unroll)
     return Server(placed, how, layout, mesh, **settings)
+
+
+def opened(folder: Path) -> Server:
+    """A server of a checkpoint, as the command makes one."""
+    base = command.default_config()
+    base = dataclasses.replace(base, layout=dataclasses.replace(base.layout, unroll=1))
+    room = dict(slots=2, length=32, cache="float32", stop=(), drafts=0)
+    return generate.open_server(folder, base, mesh={}, **room)

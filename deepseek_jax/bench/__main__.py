@@ -1,7 +1,7 @@
 """The project's own measurements: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, moe, memory, layer, grouped, tiles, dispatch, pipeline, decode or speculate. The
-recipe comes from the config, the sizes from the measurement.
+NAME is train, moe, memory, layer, grouped, tiles, dispatch, pipeline, load, decode or speculate.
+The recipe comes from the config, the sizes from the measurement.
 """
 
 import importlib
@@ -23,7 +23,7 @@ EMULATE = flags.DEFINE_integer(
     "Pretend to have this many CPU devices; pipeline, and dispatch without a GPU: 8.",
 )
 NAMES = (
-    "train", "moe", "memory", "layer", "grouped", "tiles", "dispatch", "pipeline", "decode",
+    "train", "moe", "memory", "layer", "grouped", "tiles", "dispatch", "pipeline", "load", "decode",
     "speculate",
 )  # fmt: skip
 

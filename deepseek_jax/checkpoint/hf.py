@@ -33,6 +33,7 @@ from deepseek_jax.precision.blocks import BLOCK, spread
 Place = Callable[[params.Weight], Sharding]
 Slices = tuple[slice, ...]  # start and stop along each dimension
 HOST = ("cpu",)  # platforms whose devices keep arrays in host memory
+BF16 = safetensors.DTYPES["BF16"]
 SCALE = "_scale_inv"  # what the name of an FP8 weight's scales ends in; despite it, one multiplies
 
 
@@ -187,7 +188,7 @@ class Published:
         value = tensor.array[index]
         if tensor.dtype == FP8:
             value = value.astype(np.float32) * self._scales(name, index)
-        bad = value.size - int(np.count_nonzero(np.isfinite(value)))
+        bad = int(np.count_nonzero(_no_number(value)))
         if bad:
             raise ConfigError(
                 f"{tensor.file}: {name} holds {bad} values of {value.size} that are not finite, "
@@ -316,7 +317,7 @@ def _fill(
             for n, size, span in zip(whole, shape, held, strict=True)
             if type(n) is not int
         ]
-        out[here] = _part(piece, dims, source)
+        _copy(out[here], _part(piece, dims, source))
         source.release(piece.name)
 
 
@@ -343,6 +344,37 @@ def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: Published) ->
     values = source.read(piece.name, index)
     values = values.T if piece.transposed else values
     return values.reshape(shape + [1] * len(left))[tuple(kept)]
+
+
+_TILE = (64, 256)  # what is copied at once of the first and last axis: it fits into a cache
+
+
+def _copy(out: np.ndarray, values: np.ndarray) -> None:
+    """out[...] = values, where one of them is often a transpose.
+
+    NumPy copies numbers of types that it does not know one by one, so BF16 goes as integers; and
+    in tiles, so that what a cache line holds is used before it is gone.
+    """
+    if values.dtype == BF16 and out.dtype == np.float32:
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if values.dtype == out.dtype:
+        bits = f"u{out.itemsize}"
+        values, out = values.view(bits), out.view(bits)
+    if out.ndim == 1:
+        out[...] = values
+        return
+    rows, columns = _TILE
+    for row in range(0, len(out), rows):
+        for column in range(0, out.shape[-1], columns):
+            tile = (slice(row, row + rows), ..., slice(column, column + columns))
+            out[tile] = values[tile]
+
+
+def _no_number(values: np.ndarray) -> np.ndarray:
+    """Where values are NaN or infinite."""
+    if values.dtype == BF16:
+        return (values.view(np.uint16) & 0x7F80) == 0x7F80
+    return ~np.isfinite(values)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

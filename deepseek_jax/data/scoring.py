@@ -14,6 +14,8 @@ import numpy as np
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import token_files
 from deepseek_jax.data.corpus import Corpus
+from deepseek_jax.data.source import Source
+from deepseek_jax.data.tokenizer import Marks, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +58,45 @@ def lay_out(corpus: Corpus, documents: np.ndarray, *, length: int, tokens: int) 
             taken.append(int(document))
             total += int(size)
     taken = taken or [int(documents[np.argmin(lengths)])]
-    marks = corpus.marks
+    bodies = [corpus.body(document) for document in taken]
+    text = b"".join(corpus.text(document) for document in taken)
+    return _packed(bodies, text, corpus.marks, length)
+
+
+def of_text(source: Source, words: Tokenizer, *, length: int, tokens: int) -> HeldOut:
+    """Documents in their order, whole but for the last, where `tokens` targets end."""
+    bodies: list[np.ndarray] = []
+    texts: list[bytes] = []
+    left = tokens
+    for document in range(len(source)):
+        text = source[document]
+        if left <= 0 or not text:
+            continue
+        body = next(words.encode([text]))
+        if len(body) > left:
+            body = body[:left]
+            text = words.decode(body)
+        bodies.append(body)
+        texts.append(text.encode())
+        left -= len(body) + 1 + (words.marks.bos is not None)
+    return _packed(bodies, b"".join(texts), words.marks, length)
+
+
+def _packed(bodies: Sequence[np.ndarray], text: bytes, marks: Marks, length: int) -> HeldOut:
+    """Documents between their marks, one after another, and the bytes that they stand for."""
     bos = [] if marks.bos is None else [marks.bos]
     # The first token has nothing to be predicted from: BOS, or the EOS of a document before.
     stream = [] if bos else [np.array([marks.eos])]
-    for document in taken:
-        stream += [np.array(bos, np.int64), corpus.body(document), np.array([marks.eos])]
+    for body in bodies:
+        stream += [np.array(bos, np.int64), body, np.array([marks.eos])]
     ids = np.concatenate(stream).astype(np.int32)
-    text = b"".join(corpus.text(document) for document in taken)
     sequences, valid = _rows(ids, length, marks.eos)
     return HeldOut(
         sequences=sequences,
         valid=valid,
         bytes=len(text),
         gzip_bytes=len(gzip.compress(text, 9)),
-        documents=len(taken),
+        documents=len(bodies),
     )
 
 

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import hf, weights
-from deepseek_jax.config import Config, ConfigError, DataConfig, MeshConfig
-from deepseek_jax.data import corpus, scoring, source
+from deepseek_jax.config import Config, ConfigError, MeshConfig
+from deepseek_jax.data import scoring, source, tokenizer
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import axes
@@ -104,7 +104,8 @@ def score_checkpoint(
 
     Args:
       directory: a Hugging Face directory or a run's workdir.
-      data: text as in `data.path`, tokenised by the directory's `tokenizer.json`; or token files.
+      data: text as in `data.path`, read with the directory's `tokenizer.json`, each file or row
+        between the tokenizer's marks; or token files.
       base: layout, precision and batch; its model is replaced by the checkpoint's.
       mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
       length: of the sequences that the text is cut into.
@@ -150,11 +151,9 @@ def _laid_out(
             f"{directory} has no tokenizer.json to read the text of --data={data} with; expected "
             "one there, or a token file (.npy or .bin) for --data"
         )
-    made = DataConfig(
-        path=data, tokenizer=str(words), text_key="text", cache="", fim_rate=0.0, held_out=0.0
-    )
-    documents = corpus.prepare(made, vocab=vocab, say=say)
-    text = scoring.lay_out(documents, documents.training, length=length, tokens=tokens)
+    documents = source.open_source(data, "text", say, whole=True)
+    tokens_of = tokenizer.fitting(tokenizer.read(words), vocab)
+    text = scoring.of_text(documents, tokens_of, length=length, tokens=tokens)
     return text.sequences, text.valid, text
 
 

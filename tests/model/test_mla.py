@@ -38,7 +38,7 @@ def test_follows_the_equations(rule):
         ("v3", "float32", 2e-5),
         ("no_q_latent", "float32", 2e-5),
         ("yarn_ratio", "float32", 2e-5),
-        ("v3", "fp8", 2**-5),  # of the largest; one number is 2^-4 of itself off at worst
+        ("v3", "fp8", 2**-4),  # of a number, E4M3's error at worst
     ],
 )
 def test_absorbed_follows_the_equations(rule, form, error):

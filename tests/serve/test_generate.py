@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import serving
 
 sys.path.append(str(Path(__file__).parents[1] / "run"))
 import runs
@@ -25,7 +26,8 @@ def test_the_command_tells_the_tokens_of_the_fixture():
     with np.load(TINY / "expected.npz") as expected:
         prompts, want = expected["gen_prompt"], expected["gen_tokens"]
     flags = [f"--prompt_tokens={','.join(map(str, prompt))}" for prompt in prompts]
-    flags += [f"--checkpoint={TINY}", "--max_tokens=24"]
+    flags += [f"--checkpoint={TINY}", "--max_tokens=24", "--config=configs/v3_tiny.py"]
+    flags += ["--config.layout.unroll=1"]  # quick to compile
     done = runs.start([sys.executable, "-m", "deepseek_jax.generate", "--json", *flags])
     out, errors = done.communicate()
     assert done.returncode == 0, errors
@@ -51,17 +53,14 @@ def test_text_is_told_as_it_comes(folder):
     assert words.stop == (1,)
     prompt = words.encode("añ", folder)
     assert prompt == (0, 6 + ord("a"), 6 + 0xC3, 6 + 0xB1)
-    server = generate.open_server(
-        folder, command.default_config(), mesh={}, slots=2, length=32, cache="float32", stop=(),
-        drafts=0,
-    )  # fmt: skip
-    told: list[str] = []
-    found = generate.generate(server, [Request(prompt, 20)], words, told.append)
-    assert len(told) > 3 and "".join(told) == found["requests"][0]["text"] + "\n"
+    server = serving.opened(folder)
     several: list[str] = []
     found = generate.generate(server, [Request(prompt, 3), Request((7,), 2)], words, several.append)
     texts = [request["text"] for request in found["requests"]]
     assert several == [f"[{number}] {text}\n" for number, text in enumerate(texts)]
+    told: list[str] = []
+    found = generate.generate(server, [Request(prompt, 20)], words, told.append)
+    assert len(told) > 3 and "".join(told) == found["requests"][0]["text"] + "\n"
 
 
 def test_half_a_character_waits(folder):

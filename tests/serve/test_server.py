@@ -10,10 +10,9 @@ import pytest
 import serving
 
 import deepseek_jax
-from deepseek_jax import command
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model import decoding
-from deepseek_jax.serve import cache, generate
+from deepseek_jax.serve import cache
 from deepseek_jax.serve.sampling import Settings
 from deepseek_jax.serve.server import Request
 from deepseek_jax.serve.state import Slots
@@ -35,11 +34,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def fixture_server():
-    """As the command makes one, whose own test so finds its programs compiled."""
-    return generate.open_server(
-        TINY, command.default_config(), mesh={}, slots=2, length=32, cache="float32", stop=(),
-        drafts=0,
-    )  # fmt: skip
+    return serving.opened(TINY)
 
 
 def ids(rows):

@@ -104,7 +104,7 @@ def training_form(model, text, length, drafts):
 
 def test_verified_tokens_follow_the_main_model():
     """Two drafts from a wrong distribution: first and second token are as if drawn from p."""
-    trials, count = 40_000, 2
+    trials, count = 10_000, 2
     rng = np.random.default_rng(0)
     p, q = (rng.dirichlet(np.ones(4), size).astype(np.float32) for size in ((3,), (2,)))
     p[1, 0] = 0  # a draft that can never stand

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from equations import checkpoints
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import deepseek_jax
 from configs import v3_tiny
@@ -27,7 +28,8 @@ SHARD_BYTES = 300_000
 
 
 def main() -> None:
-    torch.manual_seed(0)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     base = configs.parse(v3_tiny.get_config())
     wrong = 0
     for variant in checkpoints.VARIANTS:
@@ -63,11 +65,16 @@ def compare(folder: Path, tokens: np.ndarray) -> tuple[float, bool]:
 
 
 def greedy(ours, theirs, prompt: np.ndarray) -> bool:
+    theirs.generation_config.eos_token_id = None  # no text ends early
+    asked = torch.tensor(prompt, dtype=torch.int64)
     with torch.no_grad():
         want = theirs.generate(
-            torch.tensor(prompt, dtype=torch.int64), max_new_tokens=GREEDY, min_new_tokens=GREEDY,
-            do_sample=False, eos_token_id=None, pad_token_id=0,
-        ).numpy()  # fmt: skip
+            asked,
+            attention_mask=torch.ones_like(asked),  # else tokens that equal the padding are masked
+            max_new_tokens=GREEDY,
+            do_sample=False,
+            pad_token_id=0,
+        ).numpy()
     text = np.pad(prompt, ((0, 0), (0, GREEDY)))  # one shape, one program
     for end in range(prompt.shape[1], text.shape[1]):
         text[:, end] = np.asarray(ours(text).logits[:, end - 1]).argmax(-1)
