@@ -23,7 +23,8 @@ from deepseek_jax.precision import grouped_kernel
 from deepseek_jax.precision.products import exact_einsum
 
 # Measured on CPU: rows of a block of the loop; a share over the even one, so that small unevenness
-# needs no loop; below how large a share rows are few, as when decoding, and go in fours.
+# needs no loop; below how large a share rows are few, as when decoding, and go in fours, or, where
+# there are fewer than experts, each by itself.
 BLOCK_ROWS = 128
 SLACK = 1.125
 FEW_ROWS = 16
@@ -62,12 +63,14 @@ def grouped_matmul(
 
 
 def _steer(likely: int, experts: int) -> tuple[int, int]:
-    """J, and the rows of a block; no share where most experts have no row at all."""
+    """J, and the rows of a block."""
     share = round(SLACK * likely / experts)
     if share >= FEW_ROWS:
         return -(-share // 8) * 8, BLOCK_ROWS
+    if likely < experts:
+        return 0, 1
     share = -(-share // 4) * 4
-    return share, max(share, 4)
+    return share, share
 
 
 def reference(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:

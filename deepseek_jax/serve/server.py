@@ -161,6 +161,13 @@ class Server:
                 f"set --slots={-(-slots // self._parts) * self._parts}"
             )
 
+        self._build(model, how, cache, stop, steps)
+
+    def _build(
+        self, model: Transformer, how: Execution, cache: str, stop: tuple[int, ...], steps: int
+    ) -> None:
+        """The empty state, and the two programs that change it."""
+        config, layout, mesh, drafts = self.config, self.layout, self.mesh, self._drafts
         # Layers that are compiled one after another need no stack.
         with jax.set_mesh(mesh):
             apart = Apart.of(model) if how.unroll > 1 else model
@@ -170,13 +177,12 @@ class Server:
             params.place(weights, layout.storage),
             jax.tree.map(lambda _: P(), bias),
         )
-        room = (
-            length,
-            cache,
-            how.recipe.compute,
-            speculate.window(config, drafts) if drafts else 0,
-        )
-        state = jax.eval_shape(lambda: empty(config, slots, *room))
+        window = speculate.window(config, drafts) if drafts else 0
+
+        def fresh() -> State:
+            return empty(config, self.slots, self.length, cache, how.recipe.compute, window)
+
+        state = jax.eval_shape(fresh)
         own = State(
             slots=jax.tree.map(lambda _: batch, state.slots),
             cache=jax.tree.map(lambda _: P(None, *batch), state.cache),
@@ -210,7 +216,7 @@ class Server:
                 dataclasses.replace(how, dispatch=dispatch.with_room(how.dispatch)),
             )
             places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), own)
-            self._state = jax.jit(lambda: empty(config, slots, *room), out_shardings=places)()
+            self._state = jax.jit(fresh, out_shardings=places)()
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its number; ConfigError where it can never run."""

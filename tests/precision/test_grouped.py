@@ -117,8 +117,8 @@ def test_blocks_cover_what_is_beyond_the_shares_once(share, sizes):
 @pytest.mark.parametrize(
     "likely, share, block",
     [
-        (0, 0, 4),
-        (LOOP_ONLY, 0, 4),
+        (0, 0, 1),
+        (LOOP_ONLY, 0, 1),
         (FEW, 8, 8),
         (SMALL_SHARE, 32, 128),
         (WHOLE, 88, 128),
@@ -126,7 +126,7 @@ def test_blocks_cover_what_is_beyond_the_shares_once(share, sizes):
     ],
 )
 def test_likely_sets_the_share(monkeypatch, likely, share, block):
-    """A little over the even share, in eights or, below FEW_ROWS, in fours with small blocks."""
+    """A little over the even share, in eights; below FEW_ROWS in fours; none for a row or less."""
     seen = []
     monkeypatch.setattr(grouped, "_grouped", lambda *arguments: seen.append(arguments[3:5]))
     grouped.grouped_matmul(X, WEIGHT, np.zeros(EXPERTS, np.int32), likely=likely)
