@@ -8,17 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
-from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import hf
-from deepseek_jax.checkpoint.safetensors import read_json
-from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.checkpoint import weights
 from deepseek_jax.config import ConfigError, ModelConfig
-from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.router import Routing
-from deepseek_jax.model.transformer import Transformer, abstract_model
+from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.precision import matmul
 from deepseek_jax.train.loss import head_loss
 
@@ -96,38 +91,12 @@ def load(directory: str | Path, dtype: Any = "float32") -> Model:
     Raises:
       ConfigError: what is there cannot be loaded; the message says what was found and expected.
     """
-    folder = Path(directory)
     try:
         recipe = matmul.recipe(jnp.dtype(dtype).name)
     except TypeError as error:
         raise ConfigError(f"dtype is {dtype!r}; expected float32 or bfloat16") from error
-    settings = read_json(folder / "config.json")
-    if isinstance(settings.get("model"), dict):
-        weights = _trained(folder, configs.parse(settings).model, recipe.compute)
-    else:
-        weights = hf.load(folder, recipe.compute)
-    return Model(weights.config, weights, Execution(recipe=recipe))
-
-
-def _trained(workdir: Path, config: ModelConfig, dtype: Any) -> Transformer:
-    """Masters and router biases of a run's newest checkpoint."""
-    abstract = abstract_model(config)
-    device = SingleDeviceSharding(jax.local_devices()[0])
-    wanted: dict[str, dict[str, Any]] = {"params": {}, "bias": {}}
-    names = [("params" if w.trained else "bias", w) for w in params.describe(abstract)]
-    for part, weight in names:
-        leaf = jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=device)
-        wanted[part][weight.path] = leaf
-    store = Store(workdir / "checkpoints", keep=1)
-    try:
-        restored = store.restore(wanted, partial=True)
-    finally:
-        store.close()
-    if restored is None:
-        raise ConfigError(f"{workdir}/checkpoints holds no checkpoint; expected a saved step")
-    values = restored[1]
-    leaves = [values[part][weight.path] for part, weight in names]
-    return params.cast(jax.tree.unflatten(jax.tree.structure(abstract), leaves), dtype)
+    model = weights.load(Path(directory), recipe.compute)
+    return Model(model.config, model, Execution(recipe=recipe))
 
 
 @functools.partial(jax.jit, static_argnames="how")

@@ -1,6 +1,7 @@
 """What the command modules share: flags, start-up, and one clear message for bad input."""
 
 import difflib
+import importlib
 import os
 import runpy
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from deepseek_jax.config import Config, ConfigError, parse
+from deepseek_jax.config import MESH_AXES, Config, ConfigError, parse
 
 
 def define_config_flag() -> Any:
@@ -24,6 +25,29 @@ def read_config(holder: Any) -> Config:
     if holder.value is None:
         raise ConfigError("no config; pass --config=configs/v3_tiny.py or another file of configs/")
     return parse(holder.value)
+
+
+def default_config() -> Config:
+    """configs/v3_tiny.py of the working directory, else of the folder that holds this package."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (folder / "configs" / "v3_tiny.py").is_file():
+            sys.path.insert(0, str(folder))
+            return parse(importlib.import_module("configs.v3_tiny").get_config())
+    raise ConfigError("no configs/v3_tiny.py here; pass --config=FILE")
+
+
+def parse_mesh(parts: list[str]) -> dict[str, int]:
+    """["node:2", "gpu:4"] -> sizes by axis."""
+    sizes = {}
+    for part in parts:
+        name, _, size = part.partition(":")
+        if name not in MESH_AXES or not size.lstrip("-").isdigit() or name in sizes:
+            raise ConfigError(
+                f"--mesh has {part!r}; expected each of {', '.join(MESH_AXES)} at most once, as "
+                "node:2,gpu:4"
+            )
+        sizes[name] = int(size)
+    return sizes
 
 
 def config_name() -> str:

@@ -1,13 +1,12 @@
 """The project's own measurements: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, moe, memory, layer, grouped, tiles, dispatch or pipeline. The recipe comes from the
-config, the sizes from the measurement.
+NAME is train, moe, memory, layer, grouped, tiles, dispatch, pipeline, load, decode or speculate.
+The recipe comes from the config, the sizes from the measurement.
 """
 
 import importlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from absl import flags
 
 from deepseek_jax import command
 from deepseek_jax.bench.report import text
-from deepseek_jax.config import Config, ConfigError, parse
 
 CONFIG = command.define_config_flag()
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
@@ -24,11 +22,14 @@ EMULATE = flags.DEFINE_integer(
     None,
     "Pretend to have this many CPU devices; pipeline, and dispatch without a GPU: 8.",
 )
-NAMES = ("train", "moe", "memory", "layer", "grouped", "tiles", "dispatch", "pipeline")
+NAMES = (
+    "train", "moe", "memory", "layer", "grouped", "tiles", "dispatch", "pipeline", "load", "decode",
+    "speculate",
+)  # fmt: skip
 
 
 def main(name: str) -> None:
-    config = command.read_config(CONFIG) if CONFIG.value is not None else _default()
+    config = command.read_config(CONFIG) if CONFIG.value is not None else command.default_config()
     before = _seconds_since_start()
     begin = time.perf_counter()
     measured = importlib.import_module(f"deepseek_jax.bench.{name}").measure
@@ -54,15 +55,6 @@ def _emulate(name: str) -> None:
         processes.start(emulate_devices=EMULATE.value)
     elif name in ("dispatch", "pipeline"):
         jax.config.update("jax_num_cpu_devices", 8)
-
-
-def _default() -> Config:
-    """configs/v3_tiny.py of the working directory, else of the folder that holds this package."""
-    for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        if (folder / "configs" / "v3_tiny.py").is_file():
-            sys.path.insert(0, str(folder))
-            return parse(importlib.import_module("configs.v3_tiny").get_config())
-    raise ConfigError("no configs/v3_tiny.py here; pass --config=FILE")
 
 
 def _seconds_since_start() -> float | None:

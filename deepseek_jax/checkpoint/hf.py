@@ -1,4 +1,4 @@
-"""Published checkpoints: names, shapes and settings of the Hugging Face format, both ways.
+"""Published checkpoints: names and shapes of the Hugging Face format, both ways.
 
 One table, `pieces`, says which part of which of our parameters each published tensor is. A
 published matrix is [out, in], ours are laid out as the einsums of `model/` read them: the transpose
@@ -11,47 +11,30 @@ model's), and tables of rotary frequencies, which follow from the settings.
 import dataclasses
 import functools
 import itertools
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from deepseek_jax.checkpoint import safetensors
 from deepseek_jax.checkpoint.safetensors import FP8, Tensor
+from deepseek_jax.checkpoint.settings import model_config, topk_method
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.precision.blocks import BLOCK, spread
 
-FAMILIES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",  # V3, R1, Moonlight
-    "deepseek_v2": "DeepseekV2ForCausalLM",  # V2, V2-Lite
-}
+Place = Callable[[params.Weight], Sharding]
+Slices = tuple[slice, ...]  # start and stop along each dimension
+HOST = ("cpu",)  # platforms whose devices keep arrays in host memory
+BF16 = safetensors.DTYPES["BF16"]
 SCALE = "_scale_inv"  # what the name of an FP8 weight's scales ends in; despite it, one multiplies
-
-# Published counts that must be there -> ours.
-_COUNTS = {
-    "vocab_size": "vocab", "num_hidden_layers": "layers", "hidden_size": "d_model",
-    "intermediate_size": "d_dense", "num_attention_heads": "heads", "kv_lora_rank": "kv_latent",
-    "qk_nope_head_dim": "d_nope", "qk_rope_head_dim": "d_rope", "v_head_dim": "d_value",
-    "n_routed_experts": "experts", "num_experts_per_tok": "top_k",
-    "moe_intermediate_size": "d_expert",
-}  # fmt: skip
-# Where null or absent means zero.
-_OPTIONAL = {
-    "first_k_dense_replace": "dense_layers", "q_lora_rank": "q_latent",
-    "n_shared_experts": "shared_experts", "num_nextn_predict_layers": "mtp_depth",
-}  # fmt: skip
-# The only value that this model computes; absent means the same.
-_FIXED = {
-    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu",
-    "moe_layer_freq": 1, "rope_interleave": True,
-}  # fmt: skip
-_GROUP_SCORE = {"noaux_tc": "top2", "group_limited_greedy": "max", "greedy": "max"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +54,6 @@ class Piece:
     path: str
     index: tuple[Any, ...]
     transposed: bool = True
-
-    def ours(self, published: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return (published.T if self.transposed else published).reshape(shape)
 
     def published(self, part: np.ndarray) -> np.ndarray:
         return part.reshape(self.shape[::-1]).T if self.transposed else part
@@ -180,32 +160,221 @@ def to_published(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
     }
 
 
-def from_published(
-    config: ModelConfig, read: Callable[[str], np.ndarray], dtype: Any, *, biased: bool = True
-) -> Transformer:
-    """A model on the default device from published tensors, which are read one at a time.
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """An open checkpoint whose tensors are those of its settings; no value has been read.
+
+    Attributes:
+      biased: whether routers have biases; V2's have none, and ours are then zero.
+      tensors: by published name.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    config: ModelConfig
+    biased: bool
+    tensors: Mapping[str, Tensor]
+
+    def read(self, name: str, index: Slices | None = None) -> np.ndarray:
+        """Values of a tensor, or of a part of it, in float32 or as they are stored.
+
+        This is the place where FP8 ends: its blocks are multiplied by their scales into float32.
+
+        Raises:
+          ConfigError: some of these values are not finite.
+        """
+        tensor = self.tensors[name]
+        index = tuple(slice(0, size) for size in tensor.shape) if index is None else index
+        value = tensor.array[index]
+        if tensor.dtype == FP8:
+            value = value.astype(np.float32) * self._scales(name, index)
+        bad = int(np.count_nonzero(_no_number(value)))
+        if bad:
+            raise ConfigError(
+                f"{tensor.file}: {name} holds {bad} values of {value.size} that are not finite, "
+                "expected none"
+            )
+        return value
+
+    def _scales(self, name: str, index: Slices) -> np.ndarray:
+        """A scale for each value of a part: of the 128x128 blocks that it touches."""
+        blocks = tuple(slice(part.start // BLOCK, -(-part.stop // BLOCK)) for part in index)
+        scales = self.tensors[name + SCALE].array[blocks].astype(np.float32)
+        ends = [part.stop - block.start * BLOCK for part, block in zip(index, blocks, strict=True)]
+        return spread(scales, tuple(ends))[tuple(slice(part.start % BLOCK, None) for part in index)]
+
+    def release(self, name: str) -> None:
+        """Gives back the memory that reading took."""
+        for stored in (name, name + SCALE):
+            if stored in self.tensors:
+                self.tensors[stored].release()
+
+
+def open_folder(folder: Path) -> Published:
+    """The checkpoint in a folder that holds config.json and safetensors files.
+
+    Raises:
+      ConfigError: settings that this model does not have, or a tensor that is missing, unexpected,
+        of another shape or damaged; the message says what was found and expected.
+    """
+    settings = safetensors.read_json(folder / "config.json")
+    tensors = safetensors.open_folder(folder)
+    config = model_config(settings, source=folder / "config.json")
+    if not any(name.startswith(f"model.layers.{config.layers}.") for name in tensors):
+        config = dataclasses.replace(config, mtp_depth=0)  # left out when it was saved
+    biased = topk_method(settings) == "noaux_tc"
+    _check_tensors(folder, config, tensors, biased)
+    return Published(folder, settings, config, biased, tensors)
+
+
+def load(folder: Path, dtype: Any = jnp.float32, place: Place | None = None) -> Transformer:
+    """The model in a folder; every check that needs no values is made before one is read.
 
     Args:
-      read: the values of a published name, of the shape that `pieces` says and any float dtype.
       dtype: of the weights; norms, router and biases stay float32 (`params.cast`).
-      biased: False leaves the router biases zero.
+      place: where each parameter goes; without it, the default device. A process reads what its own
+        devices hold, and keeps in host memory one layer of one device's part at a time.
+
+    Raises:
+      ConfigError: as `open_folder`, and for values that are not finite.
     """
+    source = open_folder(folder)
+    config = source.config
     abstract = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config))
     parts: dict[str, list[Piece]] = {}
-    for piece in pieces(config, biased=biased):
+    for piece in pieces(config, biased=source.biased):
         parts.setdefault(piece.path, []).append(piece)
-
-    def fill(weight: params.Weight) -> jax.Array:
-        whole = _aligned(weight.shape, np.dtype(weight.dtype))
-        if weight.path not in parts:
-            whole[...] = 0  # a router bias
-        for piece in parts.get(weight.path, ()):
-            part = whole[piece.index]
-            part[...] = piece.ours(read(piece.name), part.shape)
-        return jax.device_put(whole, may_alias=True)
-
-    leaves = [fill(weight) for weight in params.describe(abstract)]
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    leaves = [
+        _placed(weight, place(weight) if place else device, parts.get(weight.path, []), source)
+        for weight in params.describe(abstract)
+    ]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _placed(
+    weight: params.Weight, where: Sharding, parts: Sequence[Piece], source: Published
+) -> jax.Array:
+    """One parameter, each device's part filled where it will be."""
+    copies: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    indices: Any = where.addressable_devices_indices_map(weight.shape)
+    for device, index in indices.items():
+        held = (one.indices(size)[:2] for one, size in zip(index, weight.shape, strict=True))
+        copies.setdefault(tuple(held), []).append(device)
+    arrays = []
+    for spans, (device, *others) in copies.items():
+        part = tuple(itertools.starmap(slice, spans))
+        first = _on_device(device, weight, part, parts, source)
+        arrays += [first, *(jax.device_put(first, other) for other in others)]
+    return jax.make_array_from_single_device_arrays(weight.shape, where, arrays)
+
+
+def _on_device(
+    device: jax.Device,
+    weight: params.Weight,
+    held: Slices,
+    parts: Sequence[Piece],
+    source: Published,
+) -> jax.Array:
+    """The part of a parameter that one device holds.
+
+    What a CPU device holds is in host memory anyway; to others it goes layer by layer.
+    """
+    dtype, shape = np.dtype(weight.dtype), tuple(span.stop - span.start for span in held)
+    if device.platform in HOST or weight.axes[0] != "layer":
+        whole = _aligned(shape, dtype)
+        _fill(whole, weight.shape, held, parts, source)
+        return jax.device_put(whole, device, may_alias=True)
+    stack = jax.device_put(jnp.zeros(shape, dtype, device=device), device)
+    for number, layer in enumerate(range(held[0].start, held[0].stop)):
+        row = np.empty((1, *shape[1:]), dtype)
+        _fill(row, weight.shape, (slice(layer, layer + 1), *held[1:]), parts, source)
+        stack = jax.block_until_ready(_set_layer(stack, jax.device_put(row, device), number))
+    return stack
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, row: jax.Array, number: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(stack, row, number, 0)
+
+
+def _fill(
+    out: np.ndarray, shape: tuple[int, ...], held: Slices, parts: Sequence[Piece], source: Published
+) -> None:
+    """Writes into `out` what published tensors hold of a parameter's part `held`."""
+    if not parts:
+        out[...] = 0  # a router bias where none is published
+    for piece in parts:
+        whole = piece.index + (slice(None),) * (len(held) - len(piece.index))
+        numbers = [(n, span) for n, span in zip(whole, held, strict=True) if type(n) is int]
+        if not all(span.start <= n < span.stop for n, span in numbers):
+            continue
+        here = tuple(
+            n - span.start if type(n) is int else n for n, span in zip(whole, held, strict=True)
+        )
+        dims = [
+            (size, span)
+            for n, size, span in zip(whole, shape, held, strict=True)
+            if type(n) is not int
+        ]
+        _copy(out[here], _part(piece, dims, source))
+        source.release(piece.name)
+
+
+def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: Published) -> np.ndarray:
+    """What a published tensor holds of a part of ours.
+
+    An axis of the one is a run of dimensions of the other. Of a run, the span of its first
+    dimension is read, and what the spans of the rest leave out is dropped.
+
+    Args:
+      dims: whole size and wanted span of each dimension of ours.
+    """
+    left, read, shape, kept = list(dims), [], [], []
+    for size in reversed(piece.shape) if piece.transposed else piece.shape:
+        run = [left.pop(0)]
+        while math.prod(length for length, _ in run) < size:
+            run.append(left.pop(0))
+        first, inner = run[0][1], [length for length, _ in run[1:]]
+        step = math.prod(inner)
+        read.append(slice(first.start * step, first.stop * step))
+        shape += [first.stop - first.start, *inner]
+        kept += [slice(None), *(span for _, span in run[1:])]
+    index = tuple(reversed(read)) if piece.transposed else tuple(read)
+    values = source.read(piece.name, index)
+    values = values.T if piece.transposed else values
+    return values.reshape(shape + [1] * len(left))[tuple(kept)]
+
+
+_TILE = (64, 256)  # what is copied at once of the first and last axis: it fits into a cache
+
+
+def _copy(out: np.ndarray, values: np.ndarray) -> None:
+    """out[...] = values, where one of them is often a transpose.
+
+    NumPy copies numbers of types that it does not know one by one, so BF16 goes as integers; and
+    in tiles, so that what a cache line holds is used before it is gone.
+    """
+    if values.dtype == BF16 and out.dtype == np.float32:
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if values.dtype == out.dtype:
+        bits = f"u{out.itemsize}"
+        values, out = values.view(bits), out.view(bits)
+    if out.ndim == 1:
+        out[...] = values
+        return
+    rows, columns = _TILE
+    for row in range(0, len(out), rows):
+        for column in range(0, out.shape[-1], columns):
+            tile = (slice(row, row + rows), ..., slice(column, column + columns))
+            out[tile] = values[tile]
+
+
+def _no_number(values: np.ndarray) -> np.ndarray:
+    """Where values are NaN or infinite."""
+    if values.dtype == BF16:
+        return (values.view(np.uint16) & 0x7F80) == 0x7F80
+    return ~np.isfinite(values)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -214,25 +383,6 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def load(folder: Path, dtype: Any = jnp.float32) -> Transformer:
-    """The model in a folder that holds config.json and safetensors files; `dtype` of its weights.
-
-    Every check that needs no values is made before the first of them is read.
-
-    Raises:
-      ConfigError: settings that this model does not have, or a tensor that is missing, unexpected,
-        of another shape, damaged, or not finite; the message says what was found and expected.
-    """
-    settings = safetensors.read_json(folder / "config.json")
-    tensors = safetensors.open_folder(folder)
-    config = model_config(settings, source=folder / "config.json")
-    if not any(name.startswith(f"model.layers.{config.layers}.") for name in tensors):
-        config = dataclasses.replace(config, mtp_depth=0)  # left out when it was saved
-    biased = _method(settings) == "noaux_tc"
-    _check_tensors(folder, config, tensors, biased)
-    return from_published(config, lambda name: _values(tensors, name), dtype, biased=biased)
 
 
 def _check_tensors(
@@ -266,182 +416,3 @@ def _check_tensors(
         raise ConfigError(
             f"{folder} does not hold the model of its config.json: {', '.join(wrong[:3])}{more}"
         )
-
-
-def _values(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
-    """One tensor, FP8 blocks multiplied by their scales into float32."""
-    tensor = tensors[name]
-    value = tensor.array
-    if tensor.dtype == FP8:
-        scales = tensors[name + SCALE].array.astype(np.float32)
-        value = value.astype(np.float32) * spread(scales, tensor.shape)
-    bad = value.size - int(np.count_nonzero(np.isfinite(value)))
-    if bad:
-        raise ConfigError(
-            f"{tensor.file}: {name} holds {bad} values of {value.size} that are not finite, "
-            "expected none"
-        )
-    return value
-
-
-def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
-    """The published settings of `source`, a config.json, as ours.
-
-    Raises:
-      ConfigError: a key that is missing, or has a value that this model does not compute.
-    """
-    found = _Settings(settings, source)
-    family = found.one_of("model_type", FAMILIES)
-    v3 = family == "deepseek_v3"
-    found.need("architectures", [FAMILIES[family]], default=[FAMILIES[family]])
-    for key, value in _FIXED.items():
-        found.need(key, value, default=value)
-
-    sizes = {ours: found.count(key) for key, ours in _COUNTS.items()}
-    sizes |= {ours: found.count(key, least=0, absent=0) for key, ours in _OPTIONAL.items()}
-    heads = sizes["heads"]
-    found.need("num_key_value_heads", heads, default=heads)
-    method = found.one_of("topk_method", _GROUP_SCORE, default=_method(settings))
-    greedy = method == "greedy"
-    normalise = found.flag("norm_topk_prob", default=v3)
-    scale = found.number("routed_scaling_factor", absent=1.0)
-    if not v3 and normalise and scale != 1.0:
-        found.refuse("routed_scaling_factor", "1 beside norm_topk_prob, where V2's codes disagree")
-    config = ModelConfig(
-        **sizes,
-        **_rotary(found),
-        groups=1 if greedy else found.count("n_group", absent=1),
-        top_groups=1 if greedy else found.count("topk_group", absent=1),
-        score=found.one_of(
-            "scoring_func", ("sigmoid", "softmax"), default="sigmoid" if v3 else "softmax"
-        ),
-        group_score=_GROUP_SCORE[method],
-        normalise_weights=normalise,
-        routed_scale=scale,
-        norm_eps=found.number("rms_norm_eps"),
-        init_std=found.number("initializer_range", absent=0.02),
-    )
-    _check_relations(config, found)
-    return config
-
-
-def _method(settings: Mapping[str, Any]) -> str:
-    """`topk_method`, or what its absence means."""
-    v3 = settings.get("model_type") == "deepseek_v3"
-    return settings.get("topk_method") or ("noaux_tc" if v3 else "greedy")
-
-
-def _check_relations(config: ModelConfig, found: "_Settings") -> None:
-    if config.dense_layers > config.layers:
-        found.refuse("first_k_dense_replace", f"at most num_hidden_layers={config.layers}")
-    if config.mtp_depth > 4:
-        found.refuse("num_nextn_predict_layers", "from 0 to 4")
-    if config.d_rope % 2:
-        found.refuse("qk_rope_head_dim", "an even number")
-    if config.experts % config.groups:
-        found.refuse("n_group", f"a divisor of n_routed_experts={config.experts}")
-    if config.top_groups > config.groups:
-        found.refuse("topk_group", f"at most n_group={config.groups}")
-    per_group = config.experts // config.groups
-    if config.groups > 1 and config.group_score == "top2" and per_group < 2:
-        found.refuse("n_group", f"two or more of n_routed_experts={config.experts} in each")
-    if config.top_k > (held := per_group * config.top_groups):
-        found.refuse("num_experts_per_tok", f"at most the {held} experts of topk_group groups")
-    quantised = found.values.get("quantization_config") or {}
-    for key, value in {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}.items():
-        if quantised and quantised.get(key) != value:
-            raise ConfigError(
-                f"{found.source}: quantization_config.{key} is {quantised.get(key)!r}; expected "
-                f"{value!r}"
-            )
-
-
-def _rotary(found: "_Settings") -> dict[str, Any]:
-    """Theta and YaRN, from `rope_scaling` or from `rope_parameters`, the newer spelling of both."""
-    newer = found.values.get("rope_parameters") is not None
-    spelling = "rope_parameters" if newer else "rope_scaling"
-    rope = found.below(spelling)
-    theta = rope if newer and "rope_theta" in rope.values else found
-    kind = "rope_type" if "rope_type" in rope.values else "type"
-    yarn = rope.one_of(kind, ("default", "yarn"), default="default") == "yarn"
-    values: dict[str, Any] = {
-        "rope_theta": theta.number("rope_theta"),
-        "yarn_factor": 1.0,  # off, which leaves the rest without effect
-        "yarn_original": found.count("max_position_embeddings", absent=4096),
-        "yarn_beta_fast": 32.0,
-        "yarn_beta_slow": 1.0,
-        "yarn_mscale": 1.0,
-        "yarn_mscale_all_dim": 1.0,
-    }
-    if not yarn:
-        return values
-    rope.need("attention_factor", None, default=None)
-    rope.need("truncate", True, default=True)
-    values |= {  # what is absent is as in the published code
-        "yarn_factor": rope.number("factor"),
-        "yarn_original": rope.count("original_max_position_embeddings"),
-        "yarn_beta_fast": rope.number("beta_fast", absent=32.0),
-        "yarn_beta_slow": rope.number("beta_slow", absent=1.0),
-        "yarn_mscale": rope.number("mscale", absent=1.0, zero=True),
-        "yarn_mscale_all_dim": rope.number("mscale_all_dim", absent=0.0, zero=True),
-    }
-    if values["yarn_factor"] < 1:
-        rope.refuse("factor", "at least 1")
-    if values["yarn_beta_fast"] <= values["yarn_beta_slow"]:
-        rope.refuse("beta_fast", f"above beta_slow={values['yarn_beta_slow']}")
-    return values
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """Published settings, or one object among them (`path`), each value checked as it is read."""
-
-    values: Mapping[str, Any]
-    source: Path
-    path: str = ""
-
-    def below(self, key: str) -> "_Settings":
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, dict):
-            self.refuse(key, "an object or null")
-        return _Settings(value or {}, self.source, f"{self.path}{key}.")
-
-    def refuse(self, key: str, expected: str) -> None:
-        found = repr(self.values[key]) if key in self.values else "missing"
-        raise ConfigError(f"{self.source}: {self.path}{key} is {found}; expected {expected}")
-
-    def need(self, key: str, value: Any, *, default: Any) -> None:
-        """The one value that works."""
-        found = self.values.get(key, default)
-        if found != value or isinstance(found, bool) != isinstance(value, bool):
-            self.refuse(key, repr(value))
-
-    def one_of(self, key: str, choices: Any, *, default: str = "") -> str:
-        value = self.values.get(key) or default
-        if not isinstance(value, str) or value not in choices:
-            self.refuse(key, f"one of {', '.join(choices)}")
-        return value
-
-    def count(self, key: str, *, least: int = 1, absent: int | None = None) -> int:
-        value = self.values.get(key)
-        value = absent if value is None else value
-        if type(value) is not int or not least <= value < 2**63:
-            self.refuse(key, f"a whole number from {least} on")
-        assert isinstance(value, int)
-        return value
-
-    def number(self, key: str, *, absent: float | None = None, zero: bool = False) -> float:
-        value = self.values.get(key)
-        value = absent if value is None else value
-        number = -1.0
-        if isinstance(value, int | float) and type(value) is not bool:
-            number = float(value)
-        if not (0 < number < 2**63 or (zero and number == 0)):
-            self.refuse(key, "a number from 0 on" if zero else "a number above 0")
-        return number
-
-    def flag(self, key: str, *, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if type(value) is not bool:
-            self.refuse(key, "true or false")
-        return value

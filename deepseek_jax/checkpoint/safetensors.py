@@ -1,4 +1,6 @@
-"""Reads safetensors files through a memory map: the library cannot read FP8 into NumPy.
+"""Reads safetensors files through a memory map, and writes them one tensor at a time.
+
+The library cannot read FP8 into NumPy, and writes only what is in memory as a whole.
 
 A file is eight bytes (the header's length, little-endian), the header in JSON, and the tensors'
 bytes one after another. A folder holds `model.safetensors`, or several files and
@@ -8,7 +10,8 @@ bytes one after another. A folder holds `model.safetensors`, or several files an
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +33,33 @@ LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies; its bytes are read when `array` is used."""
+    """Where one tensor lies; its bytes are read when `array` is used.
+
+    Attributes:
+      start: of its bytes in `content`, the mapped file.
+    """
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    data: np.ndarray
+    content: mmap.mmap
+    start: int
 
     @property
     def array(self) -> np.ndarray:
         """A read-only view of the file; need not be aligned."""
-        return self.data.view(self.dtype).reshape(self.shape)
+        data = np.frombuffer(self.content, np.uint8, self.nbytes, self.start)
+        return data.view(self.dtype).reshape(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def release(self) -> None:
+        """Its pages no longer count as this process's memory; reading them again is allowed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = self.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self.content.madvise(mmap.MADV_DONTNEED, first, self.start - first + self.nbytes)
 
     def __str__(self) -> str:
         return f"{self.dtype.name}{list(self.shape)}"
@@ -129,20 +148,21 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
-        size = file.stat().st_size
-        # An empty file cannot be mapped.
-        content = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            # An empty file cannot be mapped.
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-    length = int(content[:8].view("<u8")[0]) if size >= 8 else LONGEST_HEADER + 1
-    if length > min(size - 8, LONGEST_HEADER):
+    length = int.from_bytes(content[:8], "little") if content and size >= 8 else LONGEST_HEADER + 1
+    if content is None or length > min(size - 8, LONGEST_HEADER):
         raise ConfigError(
             f"{file} has {size} bytes, which do not hold a safetensors header; it is truncated, or "
             "not a safetensors file"
         )
-    header = _object(content[8 : 8 + length].tobytes(), f"the header of {file}")
+    header = _object(content[8 : 8 + length], f"the header of {file}")
     header.pop("__metadata__", None)
-    data = content[8 + length :]
+    first, available = 8 + length, size - 8 - length
     for name, entry in header.items():
         _check_entry(file, name, entry)
     position = 0
@@ -155,15 +175,15 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 f"{file}: {name} is at bytes {start} to {end}, expected {position} to "
                 f"{position + expected} for {entry['dtype']}{list(shape)}"
             )
-        if end > data.size:
+        if end > available:
             raise ConfigError(
-                f"{file}: {name} ends at byte {end} of the data, found {data.size}; the file is "
+                f"{file}: {name} ends at byte {end} of the data, found {available}; the file is "
                 "truncated"
             )
-        yield name, Tensor(file, dtype, shape, data[start:end])
+        yield name, Tensor(file, dtype, shape, content, first + start)
         position = end
-    if position != data.size:
-        raise ConfigError(f"{file}: {data.size - position} bytes after the last tensor, expected 0")
+    if position != available:
+        raise ConfigError(f"{file}: {available - position} bytes after the last tensor, expected 0")
 
 
 def _check_entry(file: Path, name: str, entry: Any) -> None:
@@ -183,3 +203,34 @@ def _check_entry(file: Path, name: str, entry: Any) -> None:
         raise ConfigError(
             f"{file}: {name} is {fields.get('dtype')}{shape}; expected one of {', '.join(DTYPES)}"
         )
+
+
+def write(
+    file: Path,
+    expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> None:
+    """Writes a file of which one tensor at a time is in memory.
+
+    Args:
+      expected: dtype and shape of every tensor by name.
+      tensors: the same names, in any order, with their values.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Wide ones first: then each starts at a multiple of its own width.
+    for name, (dtype, shape) in sorted(expected.items(), key=lambda item: -item[1][0].itemsize):
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    left = set(expected)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, value in tensors:
+            assert (value.dtype, value.shape) == expected[name], name
+            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
+            stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            left.remove(name)
+    assert not left, left

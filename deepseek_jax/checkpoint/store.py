@@ -96,12 +96,13 @@ class Store:
         self._pending = self._worker.submit(self._finish, step, response)
 
     def restore(
-        self, abstract: PyTree, *, partial: bool = False
+        self, abstract: PyTree | Callable[[dict[str, Any]], PyTree], *, partial: bool = False
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
         """The newest step that can be read, laid out as `abstract` says.
 
         Args:
-          abstract: jax.ShapeDtypeStruct leaves with shardings, on any mesh.
+          abstract: jax.ShapeDtypeStruct leaves with shardings, on any mesh; or a function that
+            gives them for the `meta` of a step.
           partial: read only these leaves; the checkpoint may hold others.
 
         Returns:
@@ -111,8 +112,9 @@ class Store:
           ConfigError: the checkpoint holds other leaves, or none of the steps can be read.
         """
         self.wait()
-        wanted = _named(abstract)
         for step, record in self._readable():
+            like = abstract(record["meta"]) if callable(abstract) else abstract
+            wanted = _named(like)
             self._compare(step, record, wanted, partial)
             leaves = self._attempt(step, functools.partial(self._load, step, wanted, partial))
             if leaves is None:
@@ -120,7 +122,7 @@ class Store:
             if not self._attempt(step, functools.partial(_verify, leaves, record)):
                 continue
             self._held.add(step)
-            state = jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
+            state = jax.tree.unflatten(jax.tree.structure(like), leaves.values())
             return step, state, record["meta"]
         return None
 

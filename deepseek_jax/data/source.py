@@ -28,6 +28,7 @@ from deepseek_jax.config import ConfigError
 TEXT_MARK = b"<|endoftext|>"
 DOCUMENT_BYTES = 4096  # aimed at in a text without marks
 WHOLE_FILE_BYTES = 1 << 20  # in a folder, a smaller file is one document
+WHOLE = 1 << 62  # bytes that no file has
 TOKEN_SUFFIXES = (".npy", ".bin")
 NOT_LIBRARY = (
     "test", "tests", "idlelib", "lib2to3", "ensurepip", "site-packages", "dist-packages",
@@ -46,8 +47,13 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> str: ...
 
 
-def open_source(path: str, text_key: str, say: Callable[[str], None]) -> Source:
+def open_source(
+    path: str, text_key: str, say: Callable[[str], None], *, whole: bool = False
+) -> Source:
     """The text documents at `data.path`; "" is the standard library.
+
+    Args:
+      whole: a text file is one document, whatever its length.
 
     Raises:
       ConfigError: nothing there, nothing in it, not text, or rows without `data.text_key`.
@@ -61,8 +67,10 @@ def open_source(path: str, text_key: str, say: Callable[[str], None]) -> Source:
     if root.is_dir():
         files = folder_files(root)
     if len(files) == 1:
-        return _open_file(files[0], text_key)
-    return _folder(files, f"the folder data.path={path!r}", text_key, say)
+        return _open_file(files[0], text_key, WHOLE if whole else 0)
+    return _folder(
+        files, f"the folder data.path={path!r}", text_key, say, WHOLE if whole else WHOLE_FILE_BYTES
+    )
 
 
 def token_files(path: str) -> list[Path]:
@@ -96,7 +104,13 @@ def folder_files(root: Path, skip: Collection[str] = ()) -> list[Path]:
     return [file for file in found if file.is_file()]
 
 
-def _folder(files: list[Path], where: str, text_key: str, say: Callable[[str], None]) -> Source:
+def _folder(
+    files: list[Path],
+    where: str,
+    text_key: str,
+    say: Callable[[str], None],
+    whole_below: int = WHOLE_FILE_BYTES,
+) -> Source:
     """All the documents of several files; those that are not text are left out, and counted."""
     parts: list[Source] = []
     left_out: list[str] = []
@@ -107,7 +121,7 @@ def _folder(files: list[Path], where: str, text_key: str, say: Callable[[str], N
             left_out.append(f"{file} is not text; token files need a folder without other files")
         elif file.stat().st_size:
             try:
-                parts.append(TextFile(file, whole_below=WHOLE_FILE_BYTES))
+                parts.append(TextFile(file, whole_below))
             except _NotTextError as error:
                 left_out.append(str(error))
     if not any(len(part) for part in parts):
@@ -118,10 +132,10 @@ def _folder(files: list[Path], where: str, text_key: str, say: Callable[[str], N
     return Joined(parts)
 
 
-def _open_file(file: Path, text_key: str) -> Source:
+def _open_file(file: Path, text_key: str, whole_below: int) -> Source:
     """The documents of a file that is given by itself, which must have some."""
     rows = _ROWS.get(_suffix(file))
-    source = rows(file, text_key) if rows else TextFile(file, whole_below=0)
+    source = rows(file, text_key) if rows else TextFile(file, whole_below)
     if not len(source):
         raise ConfigError(f"data.path: {file} is empty; set data.path to files with text")
     return source

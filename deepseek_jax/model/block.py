@@ -8,7 +8,7 @@ from flax import nnx
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import flights
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.mla import LatentAttention, attend
+from deepseek_jax.model.mla import Kept, LatentAttention, Past, attend
 from deepseek_jax.model.moe import FeedForward, MixtureOfExperts
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.router import Routing
@@ -32,7 +32,22 @@ class Block(nnx.Module):
         """x BSD -> BSD, and the routing of a mixture of experts."""
         if how.flights > 1 and not self.dense:
             return flights.layer(self, x, how)
-        x = attend(self.attention_norm, self.attention, x, how)
+        return self._fed(attend(self.attention_norm, self.attention, x, how), how)
+
+    def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:
+        """x BSD -> BSD, and what decoding keeps of these tokens."""
+        mixed, kept = self.attention.prefill(self.attention_norm(x), how)
+        return self._fed(x + mixed, how)[0], kept
+
+    def decode(
+        self, x: jax.Array, how: Execution, past: Past, layer: Any, positions: jax.Array
+    ) -> tuple[jax.Array, Past]:
+        """x BSD of tokens at `positions` BS -> BSD, see `LatentAttention.decode`."""
+        mixed, past = self.attention.decode(self.attention_norm(x), how, past, layer, positions)
+        return self._fed(x + mixed, how)[0], past
+
+    def _fed(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
+        """x + FFN(norm x)."""
         if self.dense:
             return x + self.feed(self.feed_norm(x), how), None
         fed, routing = self.feed(self.feed_norm(x), how)

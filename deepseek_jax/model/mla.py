@@ -1,4 +1,10 @@
-"""Multi-head latent attention, training form: section 2.1.1 of the report, equations 1 to 11."""
+"""Multi-head latent attention: section 2.1.1 of the report, equations 1 to 11.
+
+Two forms of the same: one that is trained and reads prompts, with keys and values for every head,
+and the absorbed one that decodes, which stays with the latents.
+"""
+
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +16,24 @@ from deepseek_jax.model import params, rotary
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import axes
+from deepseek_jax.precision.products import exact_einsum
 
 LATENT_NORM_EPS = 1e-6  # of the two latent norms, whatever the model's own norm_eps is
+
+
+Kept = tuple[jax.Array, jax.Array]  # of each token: normalised latent C, rotated key R
+
+
+class Past(Protocol):
+    """What decoding keeps of the tokens of several requests, in a stack of layers."""
+
+    def write(self, layer: Any, positions: jax.Array, kept: Kept) -> "Past":
+        """With tokens BSC and BSR of one layer at positions BS; where there is no room, without."""
+        ...
+
+    def read(self, layer: Any, dtype: Any) -> Kept:
+        """All positions of one layer, BTC and BTR."""
+        ...
 
 
 class LatentAttention(nnx.Module):
@@ -43,6 +65,10 @@ class LatentAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
         """x BSD, already normalised -> BSD, before the residual is added."""
+        return self.prefill(x, how)[0]
+
+    def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:
+        """The same, and what decoding keeps of these tokens: BSC and BSR."""
         config, einsum = self.config, how.recipe.einsum
         positions = jnp.arange(x.shape[1])
 
@@ -56,15 +82,48 @@ class LatentAttention(nnx.Module):
         key_value = einsum("BSC,CHX->BSHX", latent, self.kv_up[...])
         key_nope, value = jnp.split(key_value, [config.d_nope], axis=-1)
         turn = rotary.cos_sin(config, positions)
-        key_rope = rotary.rotate(key_rope, *(part[None] for part in turn))[:, :, None]  # BS1R
-        key_rope = jnp.broadcast_to(key_rope, (*key_nope.shape[:-1], config.d_rope))
+        key_rope = rotary.rotate(key_rope, *(part[None] for part in turn))
+        kept = latent, key_rope
+        key_rope = jnp.broadcast_to(key_rope[:, :, None], (*key_nope.shape[:-1], config.d_rope))
         key = jnp.concatenate([key_nope, key_rope], axis=-1)
 
         scale = rotary.softmax_scale(config)
         block, keep = how.attention_block, how.recompute == "none"
         mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
         mixed = checkpoint_name(mixed, "attention")
-        return axes.fan_in(einsum("BSHW,HWD->BSD", mixed, self.out[...]), "heads")
+        return axes.fan_in(einsum("BSHW,HWD->BSD", mixed, self.out[...]), "heads"), kept
+
+    def decode(
+        self, x: jax.Array, how: Execution, past: Past, layer: Any, positions: jax.Array
+    ) -> tuple[jax.Array, Past]:
+        """The absorbed form, for tokens that follow on what is kept of their requests.
+
+        q^C . (W^UK c) = (W^UK^T q^C) . c and sum_j a_j W^UV c_j = W^UV sum_j a_j c_j: so all heads
+        share one key of C + R and one value of C, and neither is ever made for a head.
+
+        Args:
+          x: BSD, already normalised.
+          past: what is kept of earlier positions; this layer's is number `layer`.
+          positions: BS int32, of each token in its request.
+
+        Returns:
+          BSD before the residual is added, and `past` with these tokens.
+        """
+        config, einsum = self.config, how.recipe.einsum
+        cos, sin = rotary.cos_sin(config, positions)  # BSR
+        query_nope, query_rope = jnp.split(self._query(x, how), [config.d_nope], axis=-1)
+        query_rope = rotary.rotate(query_rope, cos[:, :, None], sin[:, :, None])
+        latent, key_rope = self.latent(x, how)
+        kept = self.kv_norm(latent), rotary.rotate(key_rope, cos, sin)
+        past = past.write(layer, positions, kept)
+
+        up_key, up_value = jnp.split(self.kv_up[...], [config.d_nope], axis=-1)
+        query_latent = einsum("BSHN,CHN->BSHC", query_nope, up_key)
+        latent, key_rope = past.read(layer, x.dtype)
+        scale = rotary.softmax_scale(config)
+        mean = latent_attention(query_latent, query_rope, latent, key_rope, positions, scale)
+        mixed = einsum("BSHC,CHW->BSHW", mean, up_value)
+        return axes.fan_in(einsum("BSHW,HWD->BSD", mixed, self.out[...]), "heads"), past
 
     def latent(self, x: jax.Array, how: Execution) -> tuple[jax.Array, jax.Array]:
         """What decoding keeps, before norm and rotation (equations 1 and 3): BSC and BSR."""
@@ -85,6 +144,32 @@ class LatentAttention(nnx.Module):
 def attend(norm: RMSNorm, attention: LatentAttention, x: jax.Array, how: Execution) -> jax.Array:
     """x + MLA(norm x), BSD."""
     return checkpoint_name(x + attention(norm(x), how), "attended")
+
+
+def latent_attention(
+    query_latent: jax.Array,
+    query_rope: jax.Array,
+    latent: jax.Array,
+    key_rope: jax.Array,
+    positions: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """The mean of the latents that each head of each query attends to; softmax in float32.
+
+    Args:
+      query_latent, query_rope: BSHC and BSHR.
+      latent, key_rope: BTC and BTR, where token j stands at position j; later ones are not seen.
+      positions: BS, of the queries.
+
+    Returns:
+      BSHC in the dtype of the queries.
+    """
+    scores = exact_einsum("BSHC,BTC->BHST", query_latent, latent)
+    scores = scores + exact_einsum("BSHR,BTR->BHST", query_rope, key_rope)
+    past = positions[:, :, None] >= jnp.arange(latent.shape[1])[None, None]  # BST
+    scores = jnp.where(past[:, None], scores * scale, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(latent.dtype)
+    return exact_einsum("BHST,BTC->BSHC", weights, latent).astype(query_latent.dtype)
 
 
 def causal_attention(

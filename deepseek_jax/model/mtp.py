@@ -1,5 +1,7 @@
 """Multi-token prediction: section 2.2 of the report, equations 21 to 23."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,6 +10,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.mla import Kept, Past
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.router import Routing
 
@@ -31,10 +34,32 @@ class MTPModule(nnx.Module):
         self, hidden: jax.Array, embedding: jax.Array, how: Execution
     ) -> tuple[jax.Array, jax.Array, Routing]:
         """hidden and embedding BSD -> (state for the next depth, what the head reads), both BSD."""
-        joined = join(*self.joining(), hidden, embedding, how)
-        state, routing = self.block(joined, how)
+        state, routing = self.block(self._joined(hidden, embedding, how), how)
         assert routing is not None
         return state, self.out_norm(state), routing
+
+    def prefill(
+        self, hidden: jax.Array, embedding: jax.Array, how: Execution
+    ) -> tuple[jax.Array, Kept]:
+        """The state for the next depth, and what decoding keeps."""
+        return self.block.prefill(self._joined(hidden, embedding, how), how)
+
+    def decode(
+        self,
+        hidden: jax.Array,
+        embedding: jax.Array,
+        how: Execution,
+        past: Past,
+        layer: Any,
+        positions: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, Past]:
+        """State and what the head reads, BSD, for positions BS; see `LatentAttention.decode`."""
+        joined = self._joined(hidden, embedding, how)
+        state, past = self.block.decode(joined, how, past, layer, positions)
+        return state, self.out_norm(state), past
+
+    def _joined(self, hidden: jax.Array, embedding: jax.Array, how: Execution) -> jax.Array:
+        return join(*self.joining(), hidden, embedding, how)
 
     def joining(self) -> tuple[RMSNorm, RMSNorm, jax.Array]:
         """The weights of `join`."""

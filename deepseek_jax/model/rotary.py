@@ -41,7 +41,7 @@ def magnitude(factor: float, mscale: float) -> float:
 def cos_sin(
     config: ModelConfig, positions: jax.Array, *, still: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """What `rotate` needs for integer positions S: two arrays S(still + R), float32.
+    """What `rotate` needs for integer positions ...: two arrays ...(still + R), float32.
 
     The first `still` elements of a head are not turned: their angle is zero.
     """
@@ -52,11 +52,12 @@ def cos_sin(
     else:
         scale = magnitude(config.yarn_factor, 1.0)
     speed = jnp.asarray(frequencies(config), jnp.float32)
-    angle = positions.astype(jnp.float32)[:, None] * speed[None]
+    speed = speed.reshape((1,) * positions.ndim + speed.shape)
+    angle = positions.astype(jnp.float32)[..., None] * speed
     cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
     cos = jnp.repeat(cos, 2, axis=-1)
-    sin = jnp.stack([-sin, sin], axis=-1).reshape(cos.shape)  # S(R/2)2 -> SR
-    pad = ((0, 0), (still, 0))
+    sin = jnp.stack([-sin, sin], axis=-1).reshape(cos.shape)  # ...(R/2)2 -> ...R
+    pad = (*[(0, 0)] * positions.ndim, (still, 0))
     return jnp.pad(cos, pad, constant_values=1.0), jnp.pad(sin, pad)
 
 

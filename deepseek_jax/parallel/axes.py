@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -170,6 +171,16 @@ def _summed(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
     x = lax.psum_scatter(x, apart, tiled=True) if apart else x
     rest = tuple(name for name in over if name not in apart)
     return lax.psum(x, rest) if rest else x
+
+
+def join(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """All parts of `axis`, one after another along `dim`, on each of them; no gradient."""
+    return lax.all_gather(x, names(axis), axis=dim, tiled=True) if names(axis) else x
+
+
+def anywhere(flag: jax.Array, axis: str) -> jax.Array:
+    """Whether a () bool holds on any part of `axis`: the same answer on all of them."""
+    return lax.pmax(flag.astype(jnp.int32), names(axis)) > 0 if names(axis) else flag
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -398,6 +398,13 @@ _return.defvjp(
 EXACT = Hops(gpu_apart=False, buffer=math.inf, most_nodes=1, payload=AS_IS)
 
 
+def with_room(dispatch: Dispatch) -> Dispatch:
+    """The same with buffers for any router at all: for few tokens, that is little."""
+    return (
+        dataclasses.replace(dispatch, buffer=math.inf) if isinstance(dispatch, Hops) else dispatch
+    )
+
+
 def of(config: Config) -> Dispatch:
     """The dispatch of `layout.dispatch`, with the payload of `precision.dispatch`."""
     payload = FP8 if config.precision.dispatch == "fp8" else AS_IS

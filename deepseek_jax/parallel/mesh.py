@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -31,10 +32,12 @@ def resolve(config: MeshConfig, devices: int) -> MeshConfig:
     return MeshConfig(**sizes)
 
 
-def build(config: MeshConfig) -> Mesh:
-    """A mesh over all devices of all processes, with explicit axes."""
+def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over these devices, or all devices of all processes, with explicit axes."""
     shape = tuple(getattr(config, name) for name in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+    return jax.make_mesh(
+        shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices
+    )
 
 
 def layout(config: Config) -> Layout:

@@ -133,5 +133,4 @@ def _round(dispatch, work, total, experts, tokens, weights, chosen, left):
 
 def _any(left: jax.Array) -> jax.Array:
     """Whether any device of the expert group has choices left: equal on all of them."""
-    some, over = left.any(), axes.names("experts")
-    return lax.pmax(some.astype(jnp.int32), over) > 0 if over else some
+    return axes.anywhere(left.any(), "experts")

@@ -23,10 +23,11 @@ from deepseek_jax.precision import grouped_kernel
 from deepseek_jax.precision.products import exact_einsum
 
 # Measured on CPU: rows of a block of the loop; a share over the even one, so that small unevenness
-# needs no loop; the smallest share worth a batched matmul.
+# needs no loop; below how large a share rows are few, as when decoding, and go in fours, or, where
+# there are fewer than experts, each by itself.
 BLOCK_ROWS = 128
 SLACK = 1.125
-LEAST_SHARE = 16
+FEW_ROWS = 16
 
 # (portable function, kernel with the same arguments and results) -> the function to call
 Backend = Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]
@@ -57,10 +58,19 @@ def grouped_matmul(
     Returns:
       MF; rows past sum(sizes) are zero, in the gradient too.
     """
-    experts = weight.shape[0]
-    share = round(SLACK * min(likely, rows.shape[0]) / experts)
-    share = -(-share // 8) * 8 if share >= LEAST_SHARE else 0
-    return _grouped(rows, weight, sizes, share, min(BLOCK_ROWS, rows.shape[0]), backend)
+    share, block = _steer(min(likely, rows.shape[0]), weight.shape[0])
+    return _grouped(rows, weight, sizes, share, min(block, rows.shape[0]), backend)
+
+
+def _steer(likely: int, experts: int) -> tuple[int, int]:
+    """J, and the rows of a block."""
+    share = round(SLACK * likely / experts)
+    if share >= FEW_ROWS:
+        return -(-share // 8) * 8, BLOCK_ROWS
+    if likely < experts:
+        return 0, 1
+    share = -(-share // 4) * 4
+    return share, share
 
 
 def reference(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
-"""Loss of given weights on given sequences, without gradients."""
+"""Loss of given weights on given sequences, and of a checkpoint on a text, without gradients."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +14,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Config
+from deepseek_jax import config as configs
+from deepseek_jax.checkpoint import hf, weights
+from deepseek_jax.config import Config, ConfigError, MeshConfig
+from deepseek_jax.data import scoring, source, tokenizer
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import axes
+from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.train.loss import head_loss
 from deepseek_jax.train.state import split
@@ -83,6 +88,99 @@ def make_score(
         return Score(nats, int(valid.sum()))
 
     return score
+
+
+def score_checkpoint(
+    directory: Path,
+    data: str,
+    base: Config,
+    *,
+    mesh: Mapping[str, int],
+    length: int,
+    tokens: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """What a checkpoint makes of a text, every token of which is predicted once.
+
+    Args:
+      directory: a Hugging Face directory or a run's workdir.
+      data: text as in `data.path`, read with the directory's `tokenizer.json`, each file or row
+        between the tokenizer's marks; or token files.
+      base: layout, precision and batch; its model is replaced by the checkpoint's.
+      mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
+      length: of the sequences that the text is cut into.
+      tokens: how many are scored at most.
+
+    Returns:
+      loss in nats per token, perplexity, bits_per_byte (None for token files, whose text is not
+      known), gzip_bits_per_byte, tokens, bytes.
+
+    Raises:
+      ConfigError: a checkpoint or data that cannot be read, or a layout that does not fit.
+    """
+    run = weights.trained(directory)
+    model = run.model if run else hf.open_folder(directory).config
+    sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, say)
+    config = fitted(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
+    devices = jax.devices() if mesh else jax.devices()[:1]
+    grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
+    with jax.set_mesh(grid):
+        dtype = execution.of(config).recipe.compute
+        _, masters, bias = split(weights.load(directory, dtype, layout, grid))
+        score = make_score(config, layout, grid)(masters, bias, sequences, valid)
+    loss = score.nats / score.targets
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": score.bits_per_byte(text.bytes) if text else None,
+        "gzip_bits_per_byte": 8 * text.gzip_bytes / text.bytes if text else None,
+        "tokens": score.targets,
+        "bytes": text.bytes if text else None,
+    }
+
+
+def _laid_out(
+    directory: Path, data: str, vocab: int, length: int, tokens: int, say: Callable[[str], None]
+) -> tuple[np.ndarray, np.ndarray, scoring.HeldOut | None]:
+    """Sequences, which targets count, and the text behind them where it is known."""
+    if files := source.token_files(data):
+        return *scoring.of_tokens(files, vocab=vocab, length=length, tokens=tokens), None
+    words = directory / "tokenizer.json"
+    if not words.is_file():
+        raise ConfigError(
+            f"{directory} has no tokenizer.json to read the text of --data={data} with; expected "
+            "one there, or a token file (.npy or .bin) for --data"
+        )
+    documents = source.open_source(data, "text", say, whole=True)
+    tokens_of = tokenizer.fitting(tokenizer.read(words), vocab)
+    text = scoring.of_text(documents, tokens_of, length=length, tokens=tokens)
+    return text.sequences, text.valid, text
+
+
+def fitted(config: Config, mesh: Mapping[str, int], length: int) -> Config:
+    """The config of a forward pass alone, with this mesh and sequences of this length, checked.
+
+    Args:
+      mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
+    """
+    sizes = MeshConfig(**{name: mesh.get(name, 1) for name in axes.MESH_AXES})
+    resolved = meshes.resolve(sizes, jax.device_count() if mesh else 1)
+    kept = dataclasses.replace(
+        config.layout,
+        zero=3 if config.layout.zero == 3 else 0,  # nothing but weights is there to be split
+        stage_layers=(),
+        micro_batches_in_flight=1,
+    )
+    config = dataclasses.replace(config, mesh=resolved, layout=kept)
+    parts = math.prod(meshes.layout(config).sizes[name] for name in DATA_AXES)
+    rows = -(-config.batch.micro_sequences // parts) * parts
+    batch = dataclasses.replace(
+        config.batch, length=length, sequences=rows, ramp_sequences=rows, micro_sequences=rows
+    )
+    schedule = dataclasses.replace(config.schedule, warmup_steps=0)
+    config = dataclasses.replace(config, batch=batch, schedule=schedule)
+    configs.check(config)
+    return config
 
 
 def spread(value: np.ndarray, place: NamedSharding) -> jax.Array:

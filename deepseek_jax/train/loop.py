@@ -161,12 +161,20 @@ def check_devices(config: Config) -> Config:
 
 
 def _start(config, places, adam, store, data, report) -> tuple[state.TrainState, int]:
-    """The newest checkpoint, or a fresh start."""
+    """The newest checkpoint, which may be of weights alone, or a fresh start."""
     abstract = state.abstract(config, places, adam)
-    restored = store.restore(state.to_dict(abstract))
+
+    def held(meta):
+        alone = meta.get("weights_only")
+        return state.weights_only(abstract) if alone else state.to_dict(abstract)
+
+    restored = store.restore(held)
     if restored is None:
         return state.initialise(config, places, adam), 0
     step, values, meta = restored
+    if meta.get("weights_only"):
+        report.say("starting from the weights of another checkpoint")
+        return state.begin(config, abstract, adam, values), 0
     data.restore(meta["data"])
     report.say(f"resumed from step {step}, {meta['tokens']:,} tokens in")
     return state.from_dict(abstract, values), int(meta["tokens"])

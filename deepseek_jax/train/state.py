@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import params as weights
-from deepseek_jax.model.transformer import Transformer, abstract_model, build_model
+from deepseek_jax.model.transformer import abstract_model, build_model
 from deepseek_jax.parallel.axes import Layout
 
 
@@ -34,8 +34,8 @@ class TrainState:
     ema: nnx.State | None
 
 
-def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
-    """(structure, trained parameters, router biases)."""
+def split(model: Any) -> tuple[Any, nnx.State, nnx.State]:
+    """(structure, trained parameters, router biases) of a model or of parts of one."""
     parts: Any = nnx.split(model, nnx.Param, weights.RouterBias)
     return parts
 
@@ -75,10 +75,17 @@ def shardings(
     )
 
 
-def _fresh(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    _, params, bias = split(build_model(config.model, key))
+def _around(
+    config: Config, optimizer: optax.GradientTransformation, params: nnx.State, bias: nnx.State
+) -> TrainState:
+    """Step 0 of training these weights."""
     ema = params if config.optimizer.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params), ema)
+
+
+def _fresh(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    _, params, bias = split(build_model(config.model, key))
+    return _around(config, optimizer, params, bias)
 
 
 def initialise(config: Config, places: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -101,6 +108,26 @@ def abstract(
         shapes,
         places,
     )
+
+
+def weights_only(state: TrainState) -> dict[str, Any]:
+    """The part of `to_dict` that a checkpoint which no training wrote holds."""
+    return {"params": _named(state.params), "bias": _named(state.bias)}
+
+
+def begin(
+    config: Config,
+    like: TrainState,
+    optimizer: optax.GradientTransformation,
+    values: dict[str, Any],
+) -> TrainState:
+    """Step 0 from the arrays of `weights_only`, laid out as `like`, an abstract state."""
+    build = jax.jit(
+        lambda params, bias: _around(config, optimizer, params, bias),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
+        donate_argnums=(0, 1),
+    )
+    return build(_renamed(like.params, values["params"]), _renamed(like.bias, values["bias"]))
 
 
 def to_dict(state: TrainState) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import os
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from equations import checkpoints
@@ -67,25 +66,7 @@ def test_table_of_the_published_model():
 
 def test_lower_precision_and_ragged_fp8_blocks(tmp_path):
     """FP8 matrices of 200 x 136 and the like: the last block of a row or column is short."""
-    settings, _ = checkpoints.make("mtp")
-    settings |= {"hidden_size": 136, "intermediate_size": 200, "kv_lora_rank": 130}
-    random, stored, exact = np.random.default_rng(0), {}, {}
-    for name, shape in checkpoints.shapes(settings):
-        value = random.standard_normal(shape).astype(np.float32)
-        if "_proj" in name and "eh_proj" not in name:
-            blocks = tuple(-(-size // 128) for size in shape)
-            scale = random.uniform(0.01, 2.0, blocks).astype(np.float32)
-            value = value.astype(ml_dtypes.float8_e4m3fn)
-            stored[name + "_scale_inv"] = scale
-            exact[name] = np.empty(shape, np.float32)
-            for row, column in np.ndindex(*shape):
-                block = scale[row // 128, column // 128]
-                exact[name][row, column] = np.float32(value[row, column]) * block
-        else:
-            value = value.astype(ml_dtypes.bfloat16 if len(shape) == 2 else np.float16)
-            exact[name] = value.astype(np.float32)
-        stored[name] = value
-    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    settings, stored, exact = checkpoints.make_fp8()
     checkpoints.write(tmp_path, settings, stored, shards=2)
     model = hf.load(tmp_path)
     for name, got in hf.to_published(model.config, model).items():

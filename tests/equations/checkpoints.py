@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -110,6 +111,50 @@ def make(variant: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndar
         elif name.startswith("model.layers.") and name.endswith("embed_tokens.weight"):
             weights[name] = weights["model.embed_tokens.weight"].copy()
     return settings, weights
+
+
+def make_fp8(
+    seed: int = 0, released: bool = False
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(settings, tensors as stored, their exact values) of an MTP model whose blocks are ragged.
+
+    Blocks get any scale; or, if `released`, the one that puts their largest value at 448, and the
+    rest BF16 as in released checkpoints (else some of it float16).
+    """
+    settings, _ = make("mtp")
+    settings |= {"hidden_size": 136, "intermediate_size": 200, "kv_lora_rank": 130}
+    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    random = np.random.default_rng(seed)
+    stored: dict[str, np.ndarray] = {}
+    exact: dict[str, np.ndarray] = {}
+    for name, shape in shapes(settings):
+        value = random.standard_normal(shape).astype(np.float32)
+        if "_proj" in name and "eh_proj" not in name:
+            blocks = tuple(-(-size // 128) for size in shape)
+            scale = random.uniform(0.01, 2.0, blocks).astype(np.float32)
+            quantised = np.empty(shape, ml_dtypes.float8_e4m3fn)
+            exact[name] = np.empty(shape, np.float32)
+            for row, column in np.ndindex(*blocks):
+                here = tuple(slice(128 * i, 128 * i + 128) for i in (row, column))
+                if released:
+                    scale[row, column] = np.abs(value[here]).max() / np.float32(448)
+                    value[here] /= scale[row, column]
+                quantised[here] = value[here].astype(quantised.dtype)
+                exact[name][here] = quantised[here].astype(np.float32) * scale[row, column]
+            stored[name], stored[name + "_scale_inv"] = quantised, scale
+        elif name.endswith("e_score_correction_bias"):
+            stored[name] = exact[name] = value
+        else:
+            wide = ml_dtypes.bfloat16 if len(shape) == 2 or released else np.float16
+            stored[name] = value.astype(wide)
+            exact[name] = stored[name].astype(np.float32)
+    for layer_name, name in (
+        ("shared_head.head.weight", "lm_head.weight"),
+        ("embed_tokens.weight", "model.embed_tokens.weight"),
+    ):
+        for copy in [n for n in stored if n.startswith("model.layers.") and n.endswith(layer_name)]:
+            stored[copy], exact[copy] = stored[name].copy(), exact[name].copy()
+    return settings, stored, exact
 
 
 def tokens(

@@ -11,6 +11,7 @@ from published import layer, variant
 
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import LatentAttention, causal_attention
+from deepseek_jax.serve import cache
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -29,6 +30,45 @@ def test_follows_the_equations(rule):
     own = part(weights, "model.layers.2.self_attn")
     want = attention.attention(np.asarray(x, np.float64), own, settings)
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    "rule, form, error",
+    [
+        ("v3", "float32", 2e-5),
+        ("no_q_latent", "float32", 2e-5),
+        ("yarn_ratio", "float32", 2e-5),
+        ("v3", "fp8", 2**-4),  # of a number, E4M3's error at worst
+    ],
+)
+def test_absorbed_follows_the_equations(rule, form, error):
+    """Four tokens at once, each request at a position of its own, from the cache alone."""
+    settings, weights, model = variant(rule)
+    x, starts = inputs(80), np.array([70, 23])
+    module, how = layer(model.moe_layers, 1).attention, Execution()
+
+    @jax.jit
+    def run(module, x, starts):
+        out, kept = module.prefill(x, how)
+        past = cache.make(model.config, 2, 80, form, mtp=False).moe
+        before = jnp.arange(80)[None] < starts[:, None]
+        past = past.write(1, jnp.where(before, jnp.arange(80)[None], 80), kept)
+        positions = starts[:, None] + jnp.arange(4)[None]
+        new = jnp.take_along_axis(x, positions[..., None], axis=1)
+        return out, *module.decode(new, how, past, 1, positions)
+
+    trained, got, past = run(module, x, jnp.asarray(starts))
+    wide, own = np.asarray(x, np.float64), part(weights, "model.layers.2.self_attn")
+    want = attention.absorbed(wide, own, settings)
+    latent, key_rope = attention.cached(wide, own, settings)
+    size = np.abs(want).max()
+    for request, start in enumerate(starts):
+        here = slice(start, start + 4)
+        np.testing.assert_allclose(got[request], want[request, here], atol=error * size)
+        np.testing.assert_allclose(got[request], trained[request, here], atol=error * size)
+        for own, true in zip(past.read(1, jnp.float32), (latent, key_rope), strict=True):
+            end, most = start + 4, np.abs(true).max()
+            np.testing.assert_allclose(own[request, :end], true[request, :end], atol=error * most)
 
 
 @pytest.mark.parametrize("block", [7, 16, 40])

@@ -18,8 +18,8 @@ from deepseek_jax.precision import grouped
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 ROWS, WIDE, NARROW, EXPERTS = 300, 8, 12, 4
-LOOP_ONLY, SMALL_SHARE, WHOLE = 20, 96, 2 * ROWS  # values of `likely`
-PATHS = [(LOOP_ONLY, "float32"), (SMALL_SHARE, "float32"), (WHOLE, "float32")]
+LOOP_ONLY, FEW, SMALL_SHARE, WHOLE = 1, 20, 96, 2 * ROWS  # values of `likely`
+PATHS = [(likely, "float32") for likely in (FEW, SMALL_SHARE, WHOLE)]
 PATHS += [(SMALL_SHARE, "bfloat16")]
 
 
@@ -115,15 +115,22 @@ def test_blocks_cover_what_is_beyond_the_shares_once(share, sizes):
 
 
 @pytest.mark.parametrize(
-    "likely, share", [(LOOP_ONLY, 0), (SMALL_SHARE, 32), (WHOLE, 88), (ROWS, 88), (0, 0)]
+    "likely, share, block",
+    [
+        (0, 0, 1),
+        (LOOP_ONLY, 0, 1),
+        (FEW, 8, 8),
+        (SMALL_SHARE, 32, 128),
+        (WHOLE, 88, 128),
+        (ROWS, 88, 128),
+    ],
 )
-def test_likely_sets_the_share(monkeypatch, likely, share):
-    """A little over the even share, in eights, and none at all below LEAST_SHARE."""
+def test_likely_sets_the_share(monkeypatch, likely, share, block):
+    """A little over the even share, in eights; below FEW_ROWS in fours; none for a row or less."""
     seen = []
-    monkeypatch.setattr(grouped, "_grouped", lambda *arguments: seen.append(arguments[3]))
+    monkeypatch.setattr(grouped, "_grouped", lambda *arguments: seen.append(arguments[3:5]))
     grouped.grouped_matmul(X, WEIGHT, np.zeros(EXPERTS, np.int32), likely=likely)
-    assert seen == [share]
-    assert share == 0 or share >= grouped.LEAST_SHARE
+    assert seen == [(share, block)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,226 @@
+"""Decoding: tokens per second beside Hugging Face, and what a token costs as its cache grows.
+
+The model is the one of `bench train`, 10.8 million random parameters in float32, exported and read
+by `transformers` in the same run where torch and transformers are installed. Both read the same
+prompts and take the likeliest token each time; the seconds are those of the whole generation.
+
+The attention of one layer of it is then timed alone, over caches of growing length: absorbed, over
+the latents, and expanded, over keys and values of every head.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.bench.train import sized
+from deepseek_jax.checkpoint import export, settings
+from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.model import execution, params, rotary
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.mla import LatentAttention
+from deepseek_jax.model.transformer import Transformer, build_model
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.plan.cache import cache_bytes_per_token
+from deepseek_jax.precision.products import exact_einsum
+from deepseek_jax.serve import cache
+from deepseek_jax.serve.server import Request, Server
+
+PROMPT, TOKENS = 32, 128
+LENGTHS = (256, 1024, 4096, 16384)
+
+
+def measure(
+    config: Config, *, tokens: int = TOKENS, rounds: int = 3, lengths: tuple[int, ...] = LENGTHS
+) -> dict[str, Any]:
+    """Tables `decode`, `attention` and `cache`.
+
+    Args:
+      tokens: generated for each prompt.
+      rounds: ours and theirs take turns, and medians are told, for the machine may be shared.
+      lengths: of the caches.
+    """
+    small = sized(config)
+    model = jax.jit(build_model, static_argnums=0)(small.model, jax.random.key(0))
+    theirs = _hugging_face(model)
+    return {
+        "goal_of_hugging_face": 5.0,
+        "decode": [_row(small, model, theirs, batch, tokens, rounds) for batch in (1, 8)],
+        "attention": [_attention_row(small.model, length, rounds) for length in lengths],
+        "cache": _cache_rows(config.model),
+    }
+
+
+def _row(
+    config: Config, model: Transformer, theirs: Any, batch: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    prompts = np.random.default_rng(0).integers(0, config.model.vocab, (batch, PROMPT))
+    mesh, layout = meshes.build(config.mesh, jax.devices()[:1]), meshes.layout(config)
+    server = Server(
+        model,
+        execution.of(config),
+        layout,
+        mesh,
+        slots=batch,
+        length=PROMPT + tokens,
+        cache="float32",
+        steps=32,
+    )
+    requests = [Request(tuple(map(int, prompt)), tokens) for prompt in prompts]
+    both = {"ours": lambda: server.run(requests)}
+    if theirs is not None:
+        both["hugging_face"] = lambda: theirs(prompts, tokens)
+    made = {name: run() for name, run in both.items()}  # compiles
+    seconds: dict[str, list[float]] = {name: [] for name in both}
+    for _ in range(rounds):
+        for name, run in both.items():
+            seconds[name].append(_seconds(run))
+    rate = {name: batch * tokens / float(np.median(s)) for name, s in seconds.items()}
+    known = "hugging_face" in rate
+    return {
+        "batch": batch,
+        "tokens_per_second": rate["ours"],
+        "hugging_face": rate.get("hugging_face"),
+        "of_hugging_face": rate["ours"] / rate["hugging_face"] if known else None,
+        "same_tokens": float(np.mean(np.equal(*map(np.array, made.values())))) if known else None,
+    }
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _hugging_face(model: Transformer) -> Callable[[np.ndarray, int], Any] | None:
+    """generate(prompts, tokens) of `transformers` with these weights; None where it is not here."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        return None
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        _export(model, Path(folder))
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = loaded.eval()
+
+    def generate(prompts: np.ndarray, tokens: int) -> Any:
+        with torch.inference_mode():
+            made = loaded.generate(
+                torch.tensor(prompts),
+                attention_mask=torch.ones(prompts.shape, dtype=torch.int64),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return made[:, prompts.shape[1] :].tolist()
+
+    return generate
+
+
+def _export(model: Transformer, folder: Path) -> None:
+    paths = [weight.path for weight in params.describe(model)]
+    ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(model)), strict=True))
+    source = export.Source(
+        model.config, True, lambda piece: piece.published(ours[piece.path][piece.index])
+    )
+    export.write(folder, settings.published(model.config), source, "float32", 1 << 40)
+
+
+def _attention_row(config: ModelConfig, length: int, rounds: int, batch: int = 8) -> dict[str, Any]:
+    """One token of each request, each with a cache that is all but full."""
+    attention = LatentAttention(config, rngs=nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(1), (batch, 1, config.d_model))
+    positions = jnp.full((batch, 1), length - 1)
+    layer = dataclasses.replace(config, layers=1, dense_layers=0)
+    latents = cache.make(layer, batch, length, "float32", mtp=False).moe
+    expanded = _Expanded.empty(config, batch, length)
+
+    def absorbed(attention, past, x):
+        return attention.decode(x, Execution(), past, 0, positions)
+
+    def over_heads(attention, past, x):
+        return past.decode(attention, x, positions)
+
+    timed = [_Timed(absorbed, attention, latents, x), _Timed(over_heads, attention, expanded, x)]
+    seconds = np.array([[one.run() for one in timed] for _ in range(rounds)])
+    latent, heads = map(float, np.median(seconds, axis=0))
+    return {
+        "cache_length": length,
+        "latent_us_per_token": 1e6 * latent / batch,
+        "expanded_us_per_token": 1e6 * heads / batch,
+        "expanded_of_latent": heads / latent,
+    }
+
+
+class _Timed:
+    """Calls that hand their cache on, so that it is changed in place."""
+
+    def __init__(self, fn: Any, attention: LatentAttention, past: Any, x: jax.Array):
+        self._step = functools.partial(jax.jit(fn, donate_argnums=1), attention)
+        self._past, self._x = past, x
+        self.run(1)
+
+    def run(self, calls: int = 20) -> float:
+        """Seconds of one call."""
+        begin = time.perf_counter()
+        for _ in range(calls):
+            out, self._past = self._step(self._past, self._x)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - begin) / calls
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Expanded:
+    """The cache that MLA does without: BTHX keys and BTHW values, X = N + R."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, length: int) -> "_Expanded":
+        shape = (batch, length, config.heads)
+        key = jnp.zeros((*shape, config.d_nope + config.d_rope))
+        return cls(key, jnp.zeros((*shape, config.d_value)))
+
+    def decode(
+        self, attention: LatentAttention, x: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, "_Expanded"]:
+        config, how = attention.config, Execution()
+        cos, sin = rotary.cos_sin(config, positions, still=config.d_nope)
+        query = rotary.rotate(attention._query(x, how), cos[:, :, None], sin[:, :, None])
+        latent, rope = attention.latent(x, how)
+        both = exact_einsum("BSC,CHX->BSHX", attention.kv_norm(latent), attention.kv_up[...])
+        nope, value = jnp.split(both, [config.d_nope], axis=-1)
+        rope = rotary.rotate(rope, cos[..., config.d_nope :], sin[..., config.d_nope :])
+        rope = jnp.broadcast_to(rope[:, :, None], (*nope.shape[:-1], config.d_rope))
+        request = jnp.arange(x.shape[0])[:, None]
+        past = _Expanded(
+            self.key.at[request, positions].set(jnp.concatenate([nope, rope], axis=-1)),
+            self.value.at[request, positions].set(value),
+        )
+        scores = exact_einsum("BSHX,BTHX->BHST", query, past.key) * rotary.softmax_scale(config)
+        seen = positions[:, :, None] >= jnp.arange(self.key.shape[1])[None, None]
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+        mixed = exact_einsum("BHST,BTHW->BSHW", weights, past.value)
+        return exact_einsum("BSHW,HWD->BSD", mixed, attention.out[...]), past
+
+
+def _cache_rows(config: ModelConfig) -> list[dict[str, Any]]:
+    """Bytes of one token of the config's own model."""
+    plain = cache_bytes_per_token(config)
+    rows = {f"latent, {form}": cache.bytes_per_token(config, form) for form in cache.FORMATS}
+    rows |= {f"{plain.gqa_heads} groups, bfloat16": plain.gqa, "every head, bfloat16": plain.mha}
+    return [{"cache": name, "bytes_per_token": size} for name, size in rows.items()]

@@ -1,0 +1,130 @@
+"""Seconds and memory of loading a checkpoint, beside reading the same bytes with `cat`.
+
+A checkpoint of random BF16 weights is generated in a temporary folder, in files of half a gigabyte;
+all readings find it in the page cache. Each load is a process of its own, so that its peak is that
+of loading alone. On a mesh of emulated devices the process holds all of their parts.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.checkpoint import export, settings
+from deepseek_jax.checkpoint.hf import Piece
+from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.model import params
+from deepseek_jax.model.transformer import abstract_model
+
+MESHES = {"one device": {}, "gpu 4": {"gpu": 4}}
+_LOAD = """
+import json, resource, sys, time
+import jax
+devices, folder, rules, sizes = json.loads(sys.argv[1])
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", devices)
+from deepseek_jax.checkpoint import weights
+from deepseek_jax.config import MeshConfig
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.axes import Layout
+from pathlib import Path
+where = ()
+if devices > 1:
+    where = Layout(rules, sizes, 0), meshes.build(MeshConfig(**sizes))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+begin = time.perf_counter()
+model = jax.block_until_ready(weights.load(Path(folder), "bfloat16", *where))
+seconds = time.perf_counter() - begin
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, before, after]))
+"""
+
+
+def measure(config: Config, *, gigabytes: float = 4.0, rounds: int = 3) -> dict[str, Any]:
+    """Medians of some rounds; GiB above what the process had before, and above the weights."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = sized(config.model, gigabytes)
+        generate(model, folder)
+        files = sorted(folder.glob("*.safetensors"))
+        total = sum(file.stat().st_size for file in files)
+        seconds: dict[str, list[float]] = {case: [] for case in ("cat", *MESHES)}
+        peaks: dict[str, list[float]] = {case: [] for case in MESHES}
+        for _ in range(rounds):
+            seconds["cat"].append(_cat(files))
+            for case, sizes in MESHES.items():
+                spent, before, after = _load(folder, config, sizes)
+                seconds[case].append(spent)
+                peaks[case].append((after - before) / 2**20)
+        largest = max(file.stat().st_size for file in files)
+    cat = float(np.median(seconds["cat"]))
+    return {
+        "checkpoint_GiB": total / 2**30,
+        "largest_file_GiB": largest / 2**30,
+        "cat_seconds": cat,
+        "loads": [
+            {
+                "onto": case,
+                "seconds": float(np.median(seconds[case])),
+                "of_cat": float(np.median(seconds[case])) / cat,
+                "peak_GiB": float(np.median(peaks[case])),
+                "beside_weights_GiB": float(np.median(peaks[case])) - total / 2**30,
+            }
+            for case in MESHES
+        ],
+    }
+
+
+def sized(model: ModelConfig, gigabytes: float) -> ModelConfig:
+    """A model whose BF16 checkpoint is nearly that large: as many experts as fit."""
+    wide = dataclasses.replace(
+        model, vocab=1024, layers=5, dense_layers=1, d_model=1024, d_dense=2048, heads=4,
+        q_latent=512, kv_latent=256, d_nope=128, d_rope=64, d_value=128, d_expert=1024, groups=1,
+        top_groups=1, top_k=4, mtp_depth=0,
+    )  # fmt: skip
+    one, two = (_parameters(dataclasses.replace(wide, experts=4 * n)) for n in (1, 2))
+    more = (gigabytes * 1e9 / 2 - one) / (two - one)
+    return dataclasses.replace(wide, experts=4 * (1 + max(0, int(more))))
+
+
+def _parameters(model: ModelConfig) -> int:
+    return sum(int(np.prod(w.shape)) for w in params.describe(abstract_model(model)))
+
+
+def generate(model: ModelConfig, folder: Path) -> None:
+    """Writes a checkpoint of this model whose matrices are random."""
+    random = np.random.default_rng(0)
+    noise = random.standard_normal(1 << 24, np.float32).astype(export.BF16)
+
+    def read(piece: Piece) -> np.ndarray:
+        size = int(np.prod(piece.shape))
+        start = int(random.integers(0, len(noise) - size)) if size < len(noise) else 0
+        return np.resize(noise[start : start + size], piece.shape)
+
+    described = settings.in_format(settings.published(model), "bfloat16")
+    source = export.Source(model, biased=model.score == "sigmoid", read=read)
+    export.write(folder, described, source, "bfloat16", 1 << 29)
+
+
+def _cat(files: list[Path]) -> float:
+    begin = time.perf_counter()
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - begin
+
+
+def _load(folder: Path, config: Config, sizes: dict[str, int]) -> tuple[float, float, float]:
+    """Seconds, and KiB at the peak before and after."""
+    whole = dict.fromkeys(dataclasses.asdict(config.mesh), 1) | sizes
+    devices = int(np.prod(list(whole.values())))
+    given = json.dumps([devices, str(folder), dict(config.layout.rules), whole])
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, given], capture_output=True, text=True, check=True
+    )
+    spent, before, after = json.loads(done.stdout)
+    return spent, before, after

@@ -1,0 +1,135 @@
+"""Self-speculation on held-out text: drafts that are taken, tokens per step, and the time it saves.
+
+Trains the config's model with MTP depth 1 and 4 on its corpus, once: the runs are kept under
+`runs/speculate_DEPTH` and read again. Then beginnings of held-out documents are continued, by plain
+decoding and with drafts, one request at a time; ours take turns, and medians are told.
+
+Tokens that are the likeliest each time soon repeat themselves with a small model, and what repeats
+is easily guessed: the rows at temperature 1 are those to go by.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.checkpoint import weights
+from deepseek_jax.checkpoint.safetensors import read_json
+from deepseek_jax.config import Config
+from deepseek_jax.data import corpus, scoring
+from deepseek_jax.serve import generate
+from deepseek_jax.serve.server import Request, Server
+from deepseek_jax.train import loop
+
+GOALS = {1: 1.8, 4: 3.0}  # tokens per step, by depth
+PROMPT, TOKENS = 64, 64
+
+
+def measure(
+    config: Config,
+    *,
+    folder: Path = Path("runs"),
+    prompts: int = 16,
+    tokens: int = TOKENS,
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """Table `speculate`: a row for each depth, number of drafts and temperature.
+
+    Args:
+      prompts: how many beginnings.
+      tokens: that follow each.
+      rounds: each of which continues all of them.
+    """
+    rows = []
+    for depth in GOALS:
+        workdir = folder / f"speculate_{depth}"
+        own = _trained(config, depth, workdir)
+        begin = _beginnings(own, prompts)
+        for drafts in sorted({depth, 2}) if depth == 1 else (depth,):
+            rows += _rows(own, workdir, depth, drafts, begin, tokens, rounds)
+    return {"prompts": prompts, "prompt_tokens": PROMPT, "tokens": tokens, "speculate": rows}
+
+
+def _trained(config: Config, depth: int, workdir: Path) -> Config:
+    """The run of this depth, trained to its end if it is not yet."""
+    summary = workdir / "summary.json"
+    if summary.is_file() and not read_json(summary)["stopped"]:
+        run = weights.trained(workdir)
+        if run is not None and run.model.mtp_depth == depth:
+            return run
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, mtp_depth=depth),
+        mesh=dataclasses.replace(config.mesh, pipe=1, replica=1, node=1, gpu=-1, tensor=1),
+    )
+    loop.train(config, workdir)
+    return config
+
+
+def _beginnings(config: Config, count: int) -> list[tuple[int, ...]]:
+    """Pieces of held-out text, as long as prompts are."""
+    documents = corpus.prepare(config.data, vocab=config.model.vocab, say=lambda text: None)
+    held = scoring.held_out(documents, length=PROMPT + TOKENS, tokens=config.evaluation.tokens)
+    chosen = np.linspace(0, len(held.sequences) - 1, count).astype(int)
+    return [tuple(map(int, held.sequences[row][:PROMPT])) for row in chosen]
+
+
+def _rows(
+    config: Config,
+    workdir: Path,
+    depth: int,
+    drafts: int,
+    prompts: list[tuple[int, ...]],
+    tokens: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    servers = {
+        number: generate.open_server(
+            workdir,
+            config,
+            mesh={},
+            slots=1,
+            length=PROMPT + tokens,
+            cache="float32",
+            stop=(),
+            drafts=number,
+            steps=32,
+        )
+        for number in (0, drafts)
+    }
+    rows = []
+    for temperature in (0.0, 1.0):
+        requests = [
+            Request(prompt, tokens, temperature, seed=seed) for seed, prompt in enumerate(prompts)
+        ]
+        seconds: dict[int, list[float]] = {0: [], drafts: []}
+        for server in servers.values():
+            server.run(requests[:1])  # compiles
+            server.count_anew()
+        for _ in range(rounds):
+            for number, server in servers.items():
+                seconds[number].append(_decode_seconds(server, requests))
+        told = generate.timing(servers[drafts].counts)
+        plain, ours = (float(np.median(seconds[number])) for number in (0, drafts))
+        made = len(requests) * (tokens - 1)
+        rows.append(
+            {
+                "depth": depth,
+                "drafts": drafts,
+                "temperature": temperature,
+                "acceptance": " ".join(f"{share:.2f}" for share in told["acceptance"]),
+                "tokens_per_step": told["tokens_per_step"],
+                "goal": GOALS[depth] if drafts == depth else None,
+                "tokens_per_second": made / ours,
+                "plain": made / plain,
+                "speed_up": plain / ours,
+            }
+        )
+    return rows
+
+
+def _decode_seconds(server: Server, requests: list[Request]) -> float:
+    before = server.counts.decode_seconds
+    server.run(requests)
+    return server.counts.decode_seconds - before

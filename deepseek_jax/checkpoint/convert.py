@@ -1,0 +1,195 @@
+"""From a Hugging Face directory to a run's workdir, back, or to another format of the first.
+
+A workdir made here has the weights and router biases alone, as step 0; training makes its moments
+and averages fresh. What lies beside weights (tokenizer, generation settings) is carried along.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.checkpoint import export, hf, settings, weights
+from deepseek_jax.checkpoint.safetensors import FP8, read_json
+from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.data import tokenizer
+from deepseek_jax.model import params
+
+CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+WEIGHTS_ONLY = {
+    "weights_only": True,
+    "tokens": 0,
+}  # `meta` of the checkpoint that training starts at
+_LAUNCHER = '''"""The config of this folder: edit it, or set any of its keys on the command line."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict(json.loads(Path(__file__).with_name("config.json").read_text()))
+'''
+
+
+def to_run(source: Path, target: Path, base: Config) -> Config:
+    """A workdir with the weights of a Hugging Face directory, which `main` trains on.
+
+    Args:
+      target: a folder that does not exist, or is empty.
+      base: the recipe; its model is replaced by the checkpoint's, and its tokenizer too if the
+        checkpoint has one.
+
+    Raises:
+      ConfigError: what `hf.load` refuses, or a target that cannot be written.
+    """
+    with _appears(target) as folder:
+        found = hf.open_folder(source)
+        data = base.data
+        if (source / "tokenizer.json").exists():
+            data = dataclasses.replace(data, tokenizer=str(target.absolute() / "tokenizer.json"))
+        config = dataclasses.replace(base, model=found.config, data=data)
+        model = hf.load(source)
+        state: dict[str, dict[str, jax.Array]] = {"params": {}, "bias": {}}
+        for weight, leaf in zip(params.describe(model), jax.tree.leaves(model), strict=True):
+            state["params" if weight.trained else "bias"][weight.path] = leaf
+        store = Store(folder / "checkpoints", keep=1)
+        try:
+            store.save(0, state, WEIGHTS_ONLY)
+        finally:
+            store.close()
+        (folder / "config.json").write_text(config.to_json() + "\n")
+        (folder / "config.py").write_text(_LAUNCHER)
+        _carry(source, folder)
+        marks = {key: found.settings.get(key) for key in ("bos_token_id", "eos_token_id")}
+        _write_marks(folder, marks)
+    return config
+
+
+def to_published(source: Path, target: Path, form: str, shard_bytes: int) -> None:
+    """A Hugging Face directory with the weights of a workdir, or of another such directory.
+
+    Args:
+      target: a folder that does not exist, or is empty.
+      form: one of `export.FORMATS`.
+      shard_bytes: the largest size of a file.
+
+    Raises:
+      ConfigError: what loading refuses, a model without a published form, or a target that cannot
+        be written.
+    """
+    with _appears(target) as folder:
+        run = weights.trained(source)
+        if run is None:
+            found = hf.open_folder(source)
+            described, values = dict(found.settings), _of_folder(found)
+        else:
+            described = settings.published(run.model)
+            values = _of_run(source, described)
+        _carry(source, folder)
+        marks = _marks(source, described)
+        _write_marks(folder, marks)
+        described = settings.in_format({**described, **marks}, form)
+        export.write(folder, described, values, form, shard_bytes)
+
+
+def _of_folder(found: hf.Published) -> export.Source:
+    def stored(name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        tensor = found.tensors.get(name)
+        if tensor is None or tensor.dtype != FP8:
+            return None
+        found.read(name)  # for its checks
+        pair = tensor.array.copy(), found.tensors[name + hf.SCALE].array.astype(np.float32)
+        found.release(name)
+        return pair
+
+    def read(piece: hf.Piece) -> np.ndarray:
+        value = np.array(found.read(piece.name))
+        found.release(piece.name)
+        return value
+
+    return export.Source(found.config, found.biased, read, stored)
+
+
+def _of_run(workdir: Path, described: dict[str, Any]) -> export.Source:
+    model = weights.load(workdir)
+    paths = [weight.path for weight in params.describe(model)]
+    ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(model)), strict=True))
+    biased = settings.topk_method(described) == "noaux_tc"
+    for path, value in ours.items():
+        if not np.isfinite(value).all():
+            raise ConfigError(f"{workdir}: {path} holds values that are not finite, expected none")
+        if path.endswith("router.bias") and not biased and value.any():
+            raise ConfigError(
+                f"{workdir}: {path} is not zero, and {described['model_type']} has no router "
+                "biases; train with schedule.bias_speed=0"
+            )
+    return export.Source(
+        model.config, biased, lambda piece: piece.published(ours[piece.path][piece.index])
+    )
+
+
+def _carry(source: Path, folder: Path) -> None:
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _marks(source: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """Ids of the marks around a text: as the settings beside the weights say, or the tokenizer."""
+    for known in (described, _json_if_there(source / "generation_config.json")):
+        if any(known.get(key) is not None for key in ("bos_token_id", "eos_token_id")):
+            return {key: known.get(key) for key in ("bos_token_id", "eos_token_id")}
+    if (source / "tokenizer.json").is_file():
+        found = tokenizer.read(source / "tokenizer.json").marks
+        return {"bos_token_id": found.bos, "eos_token_id": found.eos}
+    return {key: described.get(key) for key in ("bos_token_id", "eos_token_id")}
+
+
+def _json_if_there(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _write_marks(folder: Path, marks: dict[str, Any]) -> None:
+    """generation_config.json, where the marks are known and none was carried along."""
+    file = folder / "generation_config.json"
+    if any(mark is not None for mark in marks.values()) and not file.exists():
+        file.write_text(json.dumps({"_from_model_config": True, **marks}, indent=2) + "\n")
+
+
+def check_target(target: Path) -> None:
+    """Raises ConfigError where something is there already."""
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--target={target} exists and is not an empty folder; give another one")
+
+
+@contextlib.contextmanager
+def _appears(target: Path) -> Iterator[Path]:
+    """A folder beside the target to be filled, which takes its name if nothing goes wrong."""
+    check_target(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ConfigError(f"--target={target} cannot be written ({error.strerror})") from error
+    try:
+        yield folder
+        folder.chmod(0o755)
+        os.replace(folder, target)
+    except OSError as error:
+        raise ConfigError(f"--target={target} cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

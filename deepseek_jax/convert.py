@@ -1,0 +1,52 @@
+"""Weights in and out: python -m deepseek_jax.convert --source=DIR --target=DIR.
+
+A Hugging Face directory becomes a workdir that `main` trains on, with the recipe of --config
+(configs/v3_tiny.py's by default); a workdir becomes a Hugging Face directory. With --format, a
+Hugging Face directory becomes another one.
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from deepseek_jax import command
+from deepseek_jax.config import ConfigError
+
+SOURCE = flags.DEFINE_string("source", None, "A Hugging Face directory, or a run's workdir.")
+TARGET = flags.DEFINE_string("target", None, "The folder to make.")
+CONFIG = command.define_config_flag()
+FORMAT = flags.DEFINE_enum(
+    "format", None, ("bfloat16", "float32", "fp8"), "Of a Hugging Face directory to make."
+)
+SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest file of it, in 10^9 bytes.")
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing half made
+    if not SOURCE.value or not TARGET.value:
+        raise ConfigError("convert needs --source=DIR and --target=DIR")
+    if not SHARD_GB.value > 0:
+        raise ConfigError(f"--shard_gb={SHARD_GB.value}; expected a number above 0")
+    from deepseek_jax.checkpoint import convert, weights
+
+    source, target = Path(SOURCE.value), Path(TARGET.value)
+    convert.check_target(target)
+    run = weights.trained(source)
+    if run is None and FORMAT.value is None:
+        base = command.read_config(CONFIG) if CONFIG.value is not None else command.default_config()
+        convert.to_run(source, target, base)
+        print(
+            f"{target} is a workdir; python -m deepseek_jax.main --config={target}/config.py "
+            f"--workdir={target} trains on"
+        )
+        return
+    if CONFIG.value is not None:
+        raise ConfigError("--config is the recipe of a workdir to make; leave it out here")
+    convert.to_published(source, target, FORMAT.value or "bfloat16", int(SHARD_GB.value * 1e9))
+    print(f"{target} is a Hugging Face directory")
+
+
+if __name__ == "__main__":
+    command.run(main)

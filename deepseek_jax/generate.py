@@ -1,0 +1,83 @@
+"""Text from a checkpoint: python -m deepseek_jax.generate --checkpoint=DIR --prompt=TEXT [--json].
+
+Layout and precision are those of --config, else the run's own, else configs/v3_tiny.py's.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+
+from deepseek_jax import command
+from deepseek_jax.config import ConfigError
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face directory or a run's workdir.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to go on from; may be given several times.")
+PROMPT_TOKENS = flags.DEFINE_multi_string("prompt_tokens", [], "The same as token ids: 1,2,3.")
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Tokens to generate for each at most.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Share of the probability that is drawn from.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the first request; each one after has the next.")
+SPECULATE = flags.DEFINE_integer("speculate", 0, "Tokens that the MTP modules draft in a step.")
+CACHE = flags.DEFINE_enum("cache", None, ("float32", "bfloat16", "fp8"), "Of the latents.")
+SLOTS = flags.DEFINE_integer("slots", 8, "Requests that run at once at most.")
+CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "Tokens of room for each request.")
+DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of weights and matmuls.")
+CONFIG = command.define_config_flag()
+MESH = flags.DEFINE_list("mesh", [], "Devices by mesh axis, as node:2,gpu:4; else one device.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+command.define_process_flags()
+
+
+def main() -> None:
+    if not CHECKPOINT.value or not (PROMPT.value or PROMPT_TOKENS.value):
+        raise ConfigError("generate needs --checkpoint=DIR and --prompt=TEXT")
+    mesh = command.parse_mesh(MESH.value)
+    given = command.read_config(CONFIG) if CONFIG.value is not None else None
+    command.start_processes()
+    from deepseek_jax.checkpoint import weights
+    from deepseek_jax.parallel import processes
+    from deepseek_jax.serve import generate
+    from deepseek_jax.serve.server import Request
+
+    directory = Path(CHECKPOINT.value)
+    base = given or weights.trained(directory) or command.default_config()
+    if DTYPE.value is not None:
+        precision = dataclasses.replace(base.precision, recipe=DTYPE.value)
+        base = dataclasses.replace(base, precision=precision)
+    words = generate.Words.of(directory)
+    prompts = [words.encode(text, directory) for text in PROMPT.value]
+    prompts += [_ids(ids) for ids in PROMPT_TOKENS.value]
+    requests = [
+        Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value + number)
+        for number, prompt in enumerate(prompts)
+    ]
+    server = generate.open_server(
+        directory,
+        base,
+        mesh=mesh,
+        slots=min(SLOTS.value, len(requests)),
+        length=CACHE_LENGTH.value or max(map(len, prompts)) + MAX_TOKENS.value,
+        cache=CACHE.value or base.precision.recipe,
+        stop=words.stop,
+        drafts=SPECULATE.value,
+    )
+    primary = processes.is_primary()
+    live = primary and not JSON.value
+    found = generate.generate(
+        server, requests, words, lambda text: print(text, end="", flush=True) if live else None
+    )
+    if primary and JSON.value:
+        print(json.dumps(found, indent=2))
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"--prompt_tokens={text!r}; expected ids, as 1,2,3")
+    return tuple(map(int, parts))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,122 @@
+"""The programs that serve: prompts into slots, and the next tokens of all slots.
+
+Each is one `shard_map` over the training mesh: slots over the data axes, experts, heads and
+vocabulary as in training. Written for one device's B slots.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.model import decoding, params
+from deepseek_jax.model.decoding import Weights
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.parallel import axes
+from deepseek_jax.serve import sampling
+from deepseek_jax.serve.state import Admission, State
+
+# A step: state -> state with tokens BS, of which the first `count` B are offered to the slots.
+Step = Callable[[Weights, Execution, State], tuple[State, jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class News:
+    """What a call made, the same on all devices; B counts the slots of all of them.
+
+    Attributes:
+      tokens: NBS int32, of N steps.
+      count: NB int32, how many of the S each slot got.
+      offered: NB int32, how many it would have got without its limit and stop token.
+      running: B bool, after the last step.
+    """
+
+    tokens: jax.Array
+    count: jax.Array
+    offered: jax.Array
+    running: jax.Array
+
+
+def logits_of(model: Weights, rows: jax.Array) -> jax.Array:
+    """...D -> ...V float32, the whole vocabulary."""
+    return axes.join(params.whole(model.head)(rows), "vocab", rows.ndim - 1)
+
+
+def admit(
+    model: Weights, how: Execution, state: State, new: Admission, stop: tuple[int, ...]
+) -> tuple[State, News]:
+    """Reads the prompts of new requests and chooses their first tokens."""
+    window = state.tops.shape[1]
+    top, kept = decoding.prefill(model, new.prompts, how, mtp=window > 0)
+    ends = jnp.maximum(new.lengths - 1, 0)
+    last = jnp.take_along_axis(top, ends[:, None, None], axis=1)[:, 0]
+    first = sampling.choose(logits_of(model, last), new.settings, new.lengths)
+
+    cache = state.cache.admit(new.rows, kept)
+    slots = new.into(state.slots)
+    recent = jnp.maximum(ends[:, None] + 1 - window + jnp.arange(window)[None], 0)
+    recent = jnp.take_along_axis(top, recent[..., None], axis=1)
+    tops = state.tops.at[new.rows].set(recent, mode="drop")
+    token = jnp.zeros_like(slots.length).at[new.rows].set(first, mode="drop")
+    one = jnp.zeros_like(slots.length).at[new.rows].set(1, mode="drop")
+    slots, count = slots.extended(token[:, None], one, stop)
+    state = State(slots, cache, tops)
+    return state, _news(state, token[None, :, None], count[None], one[None])
+
+
+def plain(model: Weights, how: Execution, state: State) -> tuple[State, jax.Array, jax.Array]:
+    """A step of one token."""
+    slots = state.slots
+    position = slots.last[:, None]
+    top, cache = decoding.decode(model, slots.at(position), how, state.cache, position)
+    token = sampling.choose(logits_of(model, top[:, 0]), slots.settings, slots.length)
+    count = jnp.ones_like(slots.length)
+    return dataclasses.replace(state, cache=cache), token[:, None], count
+
+
+def several(
+    step: Step,
+    steps: int,
+    width: int,
+    model: Weights,
+    how: Execution,
+    state: State,
+    stop: tuple[int, ...],
+) -> tuple[State, News]:
+    """Up to `steps` steps that offer up to `width` tokens each; ends early when nothing runs."""
+    batch = state.slots.length.shape[0]
+
+    def one(carry):
+        number, _, state, tokens, counts, offered = carry
+        state, made, offer = step(model, how, state)
+        offer = jnp.where(state.slots.running, offer, 0)
+        slots, count = state.slots.extended(made, offer, stop)
+        return (
+            number + 1,
+            axes.anywhere(slots.running.any(), "batch"),
+            dataclasses.replace(state, slots=slots),
+            lax.dynamic_update_index_in_dim(tokens, made, number, 0),
+            lax.dynamic_update_index_in_dim(counts, count, number, 0),
+            lax.dynamic_update_index_in_dim(offered, offer, number, 0),
+        )
+
+    zeros = jnp.zeros((steps, batch), jnp.int32)
+    start = (
+        jnp.int32(0),
+        axes.anywhere(state.slots.running.any(), "batch"),
+        state,
+        jnp.zeros((steps, batch, width), jnp.int32),
+        zeros,
+        zeros,
+    )
+    end = lax.while_loop(lambda carry: (carry[0] < steps) & carry[1], one, start)
+    _, _, state, tokens, counts, offered = end
+    return state, _news(state, tokens, counts, offered)
+
+
+def _news(state: State, tokens: jax.Array, count: jax.Array, offered: jax.Array) -> News:
+    tokens, count, offered = (axes.join(x, "batch", 1) for x in (tokens, count, offered))
+    return News(tokens, count, offered, axes.join(state.slots.running, "batch", 0))

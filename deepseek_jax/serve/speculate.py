@@ -1,0 +1,131 @@
+"""Self-speculation: the MTP modules draft, the main model verifies all drafts in one forward.
+
+A request's known tokens end at position n; the main model has read all before n. Module k reads,
+at position i, what depth k - 1 knew there and token i + k (section 2.2), so at n - 1 the chain of
+modules drafts the tokens n + 1, n + 2, ..., each module reading the draft of the one before. What
+a module keeps of position i is final once token i + k is known: so each time a window of W last
+positions goes through every module again, and drafts are what the training form would give.
+
+More drafts than modules: the last module goes on alone, one position further each time, with its
+own state in the place of the main model's, and the draft before as its token.
+
+Verification keeps the distribution (rejection sampling): a draft d, drawn with probability q(d),
+is taken with probability min(1, p(d) / q(d)); the first that is not is replaced by a draw from
+max(p - q, 0), renormalised. Without temperature p and q are certain, and this is plain greedy.
+
+B slots, D drafts, W window, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import decoding
+from deepseek_jax.model.decoding import Weights
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.serve.decode import Step, logits_of
+from deepseek_jax.serve.sampling import Settings, distribution, draw, uniform
+from deepseek_jax.serve.state import State
+
+DRAFT, ACCEPT = 1, 2  # what random numbers are for, beside the token itself
+
+
+def window(config: ModelConfig, drafts: int) -> int:
+    """W: a step may add drafts + 1 tokens, and module k's entries lag k positions behind."""
+    return drafts + min(drafts, config.mtp_depth)
+
+
+def stepper(drafts: int) -> Step:
+    """A step of up to drafts + 1 tokens."""
+
+    def step(model: Weights, how: Execution, state: State) -> tuple[State, jax.Array, jax.Array]:
+        slots = state.slots
+        state, tokens, q = draft(model, how, state, drafts)
+        positions = slots.last[:, None] + jnp.arange(drafts + 1)[None]
+        read = jnp.concatenate([slots.at(slots.last[:, None]), tokens], axis=1)
+        top, cache = decoding.decode(model, read, how, state.cache, positions)
+        p = distribution(logits_of(model, top), slots.settings)
+        chosen, accepted = verify(p, q, tokens, slots.settings, slots.length)
+        recent = jnp.concatenate([state.tops, top], axis=1)
+        kept = accepted[:, None] + 1 + jnp.arange(state.tops.shape[1])[None]
+        tops = jnp.take_along_axis(recent, kept[..., None], axis=1)
+        return dataclasses.replace(state, cache=cache, tops=tops), chosen, accepted + 1
+
+    return step
+
+
+def draft(
+    model: Weights, how: Execution, state: State, drafts: int
+) -> tuple[State, jax.Array, jax.Array]:
+    """Drafts BD after each request's last token, and the distributions BDV they were drawn from."""
+    modules, size, room = model.config.mtp_depth, state.tops.shape[1], state.slots.text.shape[1]
+    settings, last = state.slots.settings, state.slots.last
+
+    def one(carry, module, number, draft):
+        slots, cache, hidden, recent = carry
+        read = slots.at(recent + number + 1)
+        positions = jnp.where(recent < 0, room, recent)  # before the start: nowhere
+        hidden, out, cache = decoding.predict(
+            model, module, number, hidden, read, how, cache, positions
+        )
+        q = distribution(logits_of(model, out[:, -1]), settings)
+        token = draw(q, settings, last + draft, DRAFT)
+        return (slots.guessing(last + draft, token), cache, hidden, recent), (token, q)
+
+    def chained(carry, module, number):
+        return one(carry, module, number, number + 1)
+
+    def alone(carry, draft):
+        slots, cache, hidden, recent = carry
+        return one((slots, cache, hidden, recent + 1), final, modules - 1, draft)
+
+    recent = last[:, None] - size + jnp.arange(size)[None]  # BW, up to the one before the last
+    carry = state.slots, state.cache, state.tops, recent
+    carry, made = decoding.walk(model.mtp, min(drafts, modules), chained, carry)
+    if drafts > modules:
+        final = decoding.layer_of(model.mtp, modules - 1)
+        slots, cache, hidden, recent = carry
+        carry = slots, cache, hidden[:, -1:], recent[:, -1:]
+        carry, more = lax.scan(alone, carry, jnp.arange(modules + 1, drafts + 1))
+        made = jax.tree.map(lambda *both: jnp.concatenate(both), made, more)
+    tokens, q = (jnp.moveaxis(x, 0, 1) for x in made)  # DB... -> BD...
+    return dataclasses.replace(state, cache=carry[1]), tokens, q
+
+
+def verify(
+    p: jax.Array, q: jax.Array, drafts: jax.Array, settings: Settings, first: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Which drafts are taken, and what follows them.
+
+    Args:
+      p: B(D+1)V, the main model's distribution at each draft and after the last.
+      q: BDV, what the drafts BD were drawn from.
+      first: B, position of the first draft.
+
+    Returns:
+      Tokens B(D+1), and how many of the drafts stand at their beginning, B; one more token follows
+      these, and the rest means nothing.
+    """
+    count = drafts.shape[1]
+    p_of, q_of = (jnp.take_along_axis(x, drafts[..., None], axis=2)[..., 0] for x in (p[:, :-1], q))
+
+    def chances(number):
+        return uniform(settings, first + number, ACCEPT)
+
+    chance = jax.vmap(chances, out_axes=1)(jnp.arange(count))
+    taken = chance * q_of < p_of
+    accepted = jnp.cumprod(taken.astype(jnp.int32), axis=1).sum(1)
+
+    padded = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # after the last draft there is nothing to avoid
+    p_next, q_next = (
+        jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (p, padded)
+    )
+    rest = jnp.maximum(p_next - q_next, 0.0)
+    rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p_next)  # equal but for rounding
+    following = draw(rest, settings, first + accepted)
+    order = jnp.arange(count + 1)[None]
+    tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
+    return jnp.where(order < accepted[:, None], tokens, following[:, None]), accepted

@@ -1,0 +1,42 @@
+"""What `bench decode` compares: both caches give the same attention, and whose bytes are told."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import small
+from flax import nnx
+
+from configs import v3_671b
+from deepseek_jax import config as configs
+from deepseek_jax.bench import decode
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.mla import LatentAttention
+from deepseek_jax.serve import cache
+
+
+def test_both_caches_give_the_same_attention():
+    config = small.config().model
+    attention = LatentAttention(config, rngs=nnx.Rngs(params=0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, config.d_model)), jnp.float32)
+    positions = jnp.array([[0, 1, 2, 3, 4]] * 2)
+    layer = dataclasses.replace(config, layers=1, dense_layers=0)
+
+    @jax.jit
+    def run(attention, x):
+        latents = cache.make(layer, 2, 8, "float32", mtp=False).moe
+        expanded = decode._Expanded.empty(config, 2, 8)
+        over_latents, _ = attention.decode(x, Execution(), latents, 0, positions)
+        return attention(x, Execution()), over_latents, expanded.decode(attention, x, positions)[0]
+
+    want, *both = run(attention, x)
+    for got in both:
+        np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_bytes_are_those_of_the_config():
+    rows = decode._cache_rows(configs.parse(v3_671b.get_config()).model)
+    told = {row["cache"]: row["bytes_per_token"] for row in rows}
+    assert told["latent, bfloat16"] == 70_272 and told["latent, fp8"] == 40_016
+    assert told["every head, bfloat16"] == 3_997_696

@@ -1,0 +1,151 @@
+"""Weights out and in again: every bit comes back, in each format, and nothing partial is left."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import small
+from equations import checkpoints
+
+import deepseek_jax
+from configs import moonlight_16b, v2_lite_16b, v3_671b, v3_671b_32k
+from deepseek_jax import config as configs
+from deepseek_jax.checkpoint import blocks, convert, hf, safetensors, settings
+from deepseek_jax.config import ConfigError
+from deepseek_jax.precision.blocks import spread
+
+BF16 = ml_dtypes.bfloat16
+SHARD = 200_000  # bytes
+
+
+def stored(folder):
+    return {name: t.array for name, t in safetensors.open_folder(folder).items()}
+
+
+def same_bits(got, want):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype and got[name].shape == value.shape, name
+        assert got[name].tobytes() == np.ascontiguousarray(value).tobytes(), name
+
+
+def in_bfloat16(weights):
+    bias = "e_score_correction_bias"
+    return {n: w if n.endswith(bias) else w.astype(BF16) for n, w in weights.items()}
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "fp8"])
+def test_by_way_of_a_workdir_every_tensor_comes_back(form, tmp_path):
+    """Names, dtypes, scales and bits, the MTP layer's copies among them, in files with an index."""
+    if form == "fp8":
+        found, weights, _ = checkpoints.make_fp8(released=True)
+    else:
+        found, weights = checkpoints.make("mtp2")
+        weights = weights if form == "float32" else in_bfloat16(weights)
+    checkpoints.write(tmp_path / "in", found, weights)
+    convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
+    convert.to_published(tmp_path / "run", tmp_path / "out", form, SHARD)
+    same_bits(stored(tmp_path / "out"), weights)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):06}.safetensors"
+    assert max(file.stat().st_size for file in files) < SHARD + 20_000  # and a header
+    index = json.loads((tmp_path / "out" / safetensors.INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in weights.values())
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("quantization_config" in written) == (form == "fp8")
+    same = {key: written.get(key) for key in found if key not in ("torch_dtype",)}
+    same["rope_theta"] = found["rope_theta"]
+    changed = {key for key in same if same[key] != found[key]}
+    assert changed <= {"quantization_config"}
+    assert (
+        json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
+    )
+
+
+def test_fp8_of_any_scale_keeps_every_value(tmp_path):
+    """Copied from one directory to the other, and found again from float32 masters."""
+    found, weights, exact = checkpoints.make_fp8()
+    checkpoints.write(tmp_path / "in", found, weights)
+    convert.to_published(tmp_path / "in", tmp_path / "copy", "fp8", SHARD)
+    copied = stored(tmp_path / "copy")
+    quantised = [name for name in weights if name + hf.SCALE in weights]
+    for name in quantised:
+        assert copied[name].tobytes() == weights[name].tobytes()
+        assert copied[name + hf.SCALE].tobytes() == weights[name + hf.SCALE].tobytes()
+    convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
+    convert.to_published(tmp_path / "run", tmp_path / "out", "fp8", SHARD)
+    again = hf.open_folder(tmp_path / "out")
+    assert {n for n, t in again.tensors.items() if t.dtype == hf.FP8} == set(quantised)
+    for name in quantised:
+        np.testing.assert_array_equal(again.read(name), exact[name])
+    jax.tree.map(
+        np.testing.assert_array_equal, hf.load(tmp_path / "copy"), hf.load(tmp_path / "in")
+    )
+
+
+def test_blocks():
+    """What is no product of E4M3 values is rounded to one; that, done again, changes nothing."""
+    random = np.random.default_rng(0)
+    for power_of_two in (False, True):
+        matrix = random.standard_normal((200, 300)).astype(np.float32)
+        matrix[:128, :128] = 0
+        values, scales = blocks.quantise(matrix)
+        if power_of_two:
+            scales = np.exp2(np.ceil(np.log2(scales)))
+            values = (matrix / spread(scales, matrix.shape)).astype(values.dtype)
+        known = values.astype(np.float32) * spread(scales, matrix.shape)
+        assert (np.abs(known - matrix) <= np.abs(matrix) / 16 + spread(scales, matrix.shape)).all()
+        values, scales = blocks.quantise(known)
+        assert (values.astype(np.float32) * spread(scales, matrix.shape) == known).all()
+
+
+def test_norms_that_bfloat16_cannot_hold_stay_float32(tmp_path):
+    found, weights = checkpoints.make("v3")
+    checkpoints.write(tmp_path / "in", found, weights)
+    convert.to_published(tmp_path / "in", tmp_path / "out", "bfloat16", 10**9)
+    out = stored(tmp_path / "out")
+    assert (tmp_path / "out" / safetensors.SINGLE).exists()
+    assert out["model.norm.weight"].dtype == np.float32
+    assert out["lm_head.weight"].dtype == BF16
+    half = [deepseek_jax.load(tmp_path / name, "bfloat16").weights for name in ("in", "out")]
+    jax.tree.map(np.testing.assert_array_equal, *half)
+
+
+@pytest.mark.parametrize("variant", checkpoints.VARIANTS)
+def test_settings_go_both_ways(variant):
+    found, _ = checkpoints.make(variant)
+    config = settings.model_config(found, source="here")
+    assert settings.model_config(settings.published(config), source="there") == config
+
+
+@pytest.mark.parametrize("module", [v3_671b, v3_671b_32k, v2_lite_16b, moonlight_16b])
+def test_our_own_configs_have_a_published_form(module):
+    config = configs.parse(module.get_config()).model
+    back = settings.model_config(settings.published(config), source="there")
+    assert {k: v for k, v in vars(back).items() if "yarn" not in k and k != "group_score"} == {
+        k: v for k, v in vars(config).items() if "yarn" not in k and k != "group_score"
+    }
+
+
+def test_nothing_partial_is_left(tmp_path):
+    found, weights = checkpoints.make("v3")
+    weights["lm_head.weight"][0, 0] = np.nan  # the last that is written
+    checkpoints.write(tmp_path / "in", found, weights)
+    with pytest.raises(ConfigError, match=r"lm_head.weight holds 1 values"):
+        convert.to_published(tmp_path / "in", tmp_path / "out", "fp8", SHARD)
+    with pytest.raises(ConfigError, match=r"lm_head.weight holds 1 values"):
+        convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    for name in ("in", "in/config.json"):
+        with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+            convert.to_published(tmp_path / "in", tmp_path / name, "fp8", SHARD)
+
+
+def test_a_router_without_a_published_form_is_refused(tmp_path):
+    found, weights = checkpoints.make("v2")
+    checkpoints.write(tmp_path / "in", found, weights)
+    config = settings.model_config(found, source="here")
+    with pytest.raises(ConfigError, match=r"model.group_score='max'.*expected.*'top2'"):
+        settings.published(config.__class__(**{**vars(config), "score": "sigmoid"}))

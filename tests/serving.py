@@ -1,0 +1,61 @@
+"""A small model and servers for it, over the first few of the eight devices."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import small
+
+from deepseek_jax import command
+from deepseek_jax.checkpoint import weights
+from deepseek_jax.model import params
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.transformer import Transformer, abstract_model
+from deepseek_jax.serve import generate
+from deepseek_jax.serve.server import Server
+
+HOW = Execution()
+
+
+@functools.cache
+def model(depth: int = 0, vocab: int = 64) -> Transformer:
+    """One dense and one MoE layer; a wide init keeps the likely tokens apart."""
+    config = small.config(model_mtp_depth=depth, model_vocab=vocab).model
+    abstract, rng = abstract_model(config), np.random.default_rng(1)
+
+    def drawn(weight: params.Weight) -> np.ndarray:
+        if weight.path.endswith("scale"):
+            return np.ones(weight.shape, np.float32)
+        return rng.normal(size=weight.shape).astype(np.float32) * 0.3 * weight.trained
+
+    leaves = [jnp.asarray(drawn(weight)) for weight in params.describe(abstract)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def server(
+    model: Transformer,
+    sizes: Mapping[str, int] | None = None,
+    zero: int = 0,
+    unroll: int = 1,
+    **changes: Any,
+) -> Server:
+    mesh, layout = small.mesh_of(sizes or {}), small.layout_of(sizes or {}, zero)
+    places = [weights.place(w, layout, mesh) for w in params.describe(model)]
+    leaves, tree = jax.tree.flatten(model)
+    placed = jax.tree.unflatten(tree, jax.device_put(leaves, places))
+    settings = {"slots": 2, "length": 48, "cache": "float32"} | changes
+    how = dataclasses.replace(HOW, unroll=unroll)
+    return Server(placed, how, layout, mesh, **settings)
+
+
+def opened(folder: Path) -> Server:
+    """A server of a checkpoint, as the command makes one."""
+    base = command.default_config()
+    base = dataclasses.replace(base, layout=dataclasses.replace(base.layout, unroll=1))
+    room = dict(slots=2, length=32, cache="float32", stop=(), drafts=0)
+    return generate.open_server(folder, base, mesh={}, **room)
