@@ -68,7 +68,7 @@ def test_load_rows(tiny):
     for row in found["loads"]:
         assert row["of_cat"] == pytest.approx(row["seconds"] / found["cat_seconds"])
         assert row["beside_weights_GiB"] == pytest.approx(row["peak_GiB"] - found["checkpoint_GiB"])
-    assert found["checkpoint_GiB"] == pytest.approx(0.1, rel=0.3)
+    assert 0.1 < found["checkpoint_GiB"] < 0.2
 
 
 def test_layer_rows(tiny):
