@@ -378,10 +378,10 @@ def _not_finite(values: np.ndarray) -> int:
     for start in range(0, len(values), rows):
         some = values[start : start + rows]
         if some.dtype == BF16:
-            bad += np.count_nonzero((some.view(np.uint16) & 0x7F80) == 0x7F80)
+            bad += int(np.count_nonzero((some.view(np.uint16) & 0x7F80) == 0x7F80))
         else:
-            bad += some.size - np.count_nonzero(np.isfinite(some))
-    return int(bad)
+            bad += some.size - int(np.count_nonzero(np.isfinite(some)))
+    return bad
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
