@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ from deepseek_jax.precision.blocks import BLOCK, spread
 Place = Callable[[params.Weight], Sharding]
 Slices = tuple[slice, ...]  # start and stop along each dimension
 HOST = ("cpu",)  # platforms whose devices keep arrays in host memory
-HUGE = 4 << 20  # bytes from which on memory is asked for in huge pages
 BF16 = safetensors.DTYPES["BF16"]
 SCALE = "_scale_inv"  # what the name of an FP8 weight's scales ends in; despite it, one multiplies
 
@@ -385,15 +383,8 @@ def _not_finite(values: np.ndarray) -> int:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised, at an address that a CPU device takes over without a second copy.
-
-    Large ones are in huge pages: touching small ones for the first time takes longer than reading.
-    """
+    """Uninitialised, at an address that a CPU device takes over without a second copy."""
     size = math.prod(shape) * dtype.itemsize
-    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages = mmap.mmap(-1, size)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(pages, dtype).reshape(shape)
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)

@@ -261,10 +261,9 @@ def test_tokens_that_are_refused(tokens, made, tmp_path):
         deepseek_jax.load(tmp_path)(tokens)
 
 
-@pytest.mark.parametrize("size", [1000, hf.HUGE // 8])
-def test_weights_are_not_copied_on_the_cpu(size):
+def test_weights_are_not_copied_on_the_cpu():
     """An array of the layout that is read into becomes the device's own buffer."""
-    array = hf._aligned((3, size), np.dtype(np.float32))
+    array = hf._aligned((3, 1000), np.dtype(np.float32))
     array[...] = 1
     device = jax.device_put(array, jax.devices("cpu")[0], may_alias=True)
     assert device.unsafe_buffer_pointer() == array.ctypes.data
