@@ -1,5 +1,9 @@
 """Seconds and memory of loading a checkpoint, beside reading the same bytes with `cat`.
 
+Beside it also stands what a process takes to write as many bytes into memory that it has just
+asked for: no loading onto a CPU is faster than both together, and on virtual machines the second
+can be most of it.
+
 A checkpoint of random BF16 weights is generated in a temporary folder, in files of half a gigabyte;
 all readings find it in the page cache. Each load is a process of its own, so that its peak is that
 of loading alone. On a mesh of emulated devices the process holds all of their parts.
@@ -23,6 +27,13 @@ from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
 
 MESHES = {"one device": {}, "gpu 4": {"gpu": 4}}
+_TOUCH = """
+import sys, time
+import numpy as np
+begin = time.perf_counter()
+np.empty(int(sys.argv[1]), np.uint8)[:] = 1
+print(time.perf_counter() - begin)
+"""
 _LOAD = """
 import json, resource, sys, time
 import jax
@@ -54,25 +65,28 @@ def measure(config: Config, *, gigabytes: float = 4.0, rounds: int = 3) -> dict[
         generate(model, folder)
         files = sorted(folder.glob("*.safetensors"))
         total = sum(file.stat().st_size for file in files)
-        seconds: dict[str, list[float]] = {case: [] for case in ("cat", *MESHES)}
+        seconds: dict[str, list[float]] = {case: [] for case in ("cat", "touch", *MESHES)}
         peaks: dict[str, list[float]] = {case: [] for case in MESHES}
         for _ in range(rounds):
             seconds["cat"].append(_cat(files))
+            seconds["touch"].append(_touch(total))
             for case, sizes in MESHES.items():
                 spent, before, after = _load(folder, config, sizes)
                 seconds[case].append(spent)
                 peaks[case].append((after - before) / 2**20)
         largest = max(file.stat().st_size for file in files)
-    cat = float(np.median(seconds["cat"]))
+    cat, touch = (float(np.median(seconds[case])) for case in ("cat", "touch"))
     return {
         "checkpoint_GiB": total / 2**30,
         "largest_file_GiB": largest / 2**30,
         "cat_seconds": cat,
+        "touch_seconds": touch,
         "loads": [
             {
                 "onto": case,
                 "seconds": float(np.median(seconds[case])),
                 "of_cat": float(np.median(seconds[case])) / cat,
+                "of_both": float(np.median(seconds[case])) / (cat + touch),
                 "peak_GiB": float(np.median(peaks[case])),
                 "beside_weights_GiB": float(np.median(peaks[case])) - total / 2**30,
             }
@@ -116,6 +130,13 @@ def _cat(files: list[Path]) -> float:
     begin = time.perf_counter()
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - begin
+
+
+def _touch(count: int) -> float:
+    done = subprocess.run(
+        [sys.executable, "-c", _TOUCH, str(count)], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
 
 
 def _load(folder: Path, config: Config, sizes: dict[str, int]) -> tuple[float, float, float]:

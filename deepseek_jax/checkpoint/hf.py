@@ -188,7 +188,7 @@ class Published:
         value = tensor.array[index]
         if tensor.dtype == FP8:
             value = value.astype(np.float32) * self._scales(name, index)
-        bad = int(np.count_nonzero(_no_number(value)))
+        bad = _not_finite(value)
         if bad:
             raise ConfigError(
                 f"{tensor.file}: {name} holds {bad} values of {value.size} that are not finite, "
@@ -346,40 +346,45 @@ def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: Published) ->
     return values.reshape(shape + [1] * len(left))[tuple(kept)]
 
 
-_TILE = (64, 256)  # what is copied at once of the first and last axis: it fits into a cache
-
-
 def _copy(out: np.ndarray, values: np.ndarray) -> None:
     """out[...] = values, where one of them is often a transpose.
 
-    NumPy copies numbers of types that it does not know one by one, so BF16 goes as integers; and
-    in tiles, so that what a cache line holds is used before it is gone.
+    NumPy copies numbers of types that it does not know one by one, so BF16 goes as integers. Rows
+    of 2^n bytes would meet in the same lines of a cache: some at a time are spread a little.
     """
     if values.dtype == BF16 and out.dtype == np.float32:
         values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if values.dtype == out.dtype:
         bits = f"u{out.itemsize}"
         values, out = values.view(bits), out.view(bits)
-    if out.ndim == 1:
+    if out.ndim != 2:
         out[...] = values
         return
-    rows, columns = _TILE
-    for row in range(0, len(out), rows):
-        for column in range(0, out.shape[-1], columns):
-            tile = (slice(row, row + rows), ..., slice(column, column + columns))
-            out[tile] = values[tile]
+    rows, columns, apart = 64, 512, 32
+    spread_out = np.empty((columns, len(out) + apart), values.dtype)
+    for column in range(0, out.shape[1], columns):
+        to = out[:, column : column + columns]
+        held = spread_out[: to.shape[1], : len(out)]
+        held[...] = values[:, column : column + columns].T
+        for row in range(0, len(out), rows):
+            to[row : row + rows] = held[:, row : row + rows].T
 
 
-def _no_number(values: np.ndarray) -> np.ndarray:
-    """Where values are NaN or infinite."""
-    if values.dtype == BF16:
-        return (values.view(np.uint16) & 0x7F80) == 0x7F80
-    return ~np.isfinite(values)
+def _not_finite(values: np.ndarray) -> int:
+    """How many are NaN or infinite; some rows at a time, in memory that is used again."""
+    bad, rows = 0, max(1, (1 << 18) // max(1, math.prod(values.shape[1:])))
+    for start in range(0, len(values), rows):
+        some = values[start : start + rows]
+        if some.dtype == BF16:
+            bad += int(np.count_nonzero((some.view(np.uint16) & 0x7F80) == 0x7F80))
+        else:
+            bad += some.size - int(np.count_nonzero(np.isfinite(some)))
+    return bad
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Uninitialised, at an address that a CPU device takes over without a second copy."""
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)

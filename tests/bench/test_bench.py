@@ -11,7 +11,7 @@ import pytest
 
 from configs import v3_671b, v3_tiny
 from deepseek_jax import config as configs
-from deepseek_jax.bench import grouped, layer, memory, moe, tiles
+from deepseek_jax.bench import grouped, layer, load, memory, moe, tiles
 from deepseek_jax.hardware import chips
 from deepseek_jax.precision import grouped_kernel
 from deepseek_jax.precision.grouped import reference
@@ -60,6 +60,15 @@ def test_moe_rows(tiny):
     rows = moe.measure(tiny, rounds=1)["layers"]
     assert [row["experts"] for row in rows] == [16, 32, 64]
     assert rows[0]["ratio"] == 1 and all(row["seconds"] > 0 for row in rows)
+
+
+def test_load_rows(tiny):
+    found = load.measure(tiny, gigabytes=0.1, rounds=1)
+    assert [row["onto"] for row in found["loads"]] == list(load.MESHES)
+    for row in found["loads"]:
+        assert row["of_cat"] == pytest.approx(row["seconds"] / found["cat_seconds"])
+        assert row["beside_weights_GiB"] == pytest.approx(row["peak_GiB"] - found["checkpoint_GiB"])
+    assert 0.1 < found["checkpoint_GiB"] < 0.2
 
 
 def test_layer_rows(tiny):

@@ -261,7 +261,7 @@ def test_tokens_that_are_refused(tokens, made, tmp_path):
         deepseek_jax.load(tmp_path)(tokens)
 
 
-def test_weights_are_not_copied_on_the_cpu(made, tmp_path):
+def test_weights_are_not_copied_on_the_cpu():
     """An array of the layout that is read into becomes the device's own buffer."""
     array = hf._aligned((3, 1000), np.dtype(np.float32))
     array[...] = 1
