@@ -172,7 +172,8 @@ class _Module:
         """state BSD and all embeddings -> (the next state, what the next head reads), both BSD."""
         enter, weights = jax.checkpoint(self._enter, prevent_cse=False), self._module.joining()
         x, self._pull_in = jax.vjp(enter, weights, state, embedded)
-        turns, done = forward_turns(hops_of(self._how)), {}
+        turns = forward_turns(hops_of(self._how))
+        done: dict[str, Any] = {}
         work = self._stage.forward(x, jnp.bool_(True))
         take_turns({"m": into(done, "m", work), "h": head.parts(PARTS // 2)}, turns)
         state, self._kept, self.sums = done["m"]
@@ -184,7 +185,8 @@ class _Module:
     ) -> tuple[jax.Array, jax.Array]:
         """The gradients of what `forward` returned -> those of state and embeddings."""
         d_norm, d_x = self._pull_out(d_out)
-        turns, done = backward_turns(hops_of(self._how)), {}
+        turns = backward_turns(hops_of(self._how))
+        done: dict[str, Any] = {}
         work = self._stage.backward(self._kept, d_x + d_state, jnp.bool_(True))
         take_turns({"m": into(done, "m", work), "h": head.parts(PARTS // 2)}, turns)
         d_x, (of_block,), _ = done["m"]
