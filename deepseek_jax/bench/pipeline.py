@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config, ConfigError, MeshConfig
 from deepseek_jax.model import execution, params
+from deepseek_jax.model import stage as stages
 from deepseek_jax.model.stage import Stage
 from deepseek_jax.model.transformer import build_model
 from deepseek_jax.parallel import axes, schedule
@@ -32,7 +33,7 @@ from deepseek_jax.parallel.pipeline import AXIS, Pipeline
 from deepseek_jax.parallel.schedule import Schedule, Work
 from deepseek_jax.parallel.ticks import Wall, lockstep
 from deepseek_jax.parallel.turns import Steps, straight
-from deepseek_jax.plan import layer, tick
+from deepseek_jax.plan import layer
 from deepseek_jax.train.state import split
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
@@ -222,8 +223,8 @@ def _halves(config: Config, recompute: str) -> dict[str, Any]:
 
     def traced(defer: bool, weights: Any, rest: Any, x: Any) -> tuple[Stage, Any]:
         """The stage, and what forward keeps."""
-        made = tick.stage_of(nnx.merge(graph, weights, rest), how, sized)
-        stage = dataclasses.replace(made, defer=defer)
+        slot = stages.alone(nnx.merge(graph, weights, rest))
+        stage = stages.Stage([slot], how, sized.model.experts, jnp.float32(0), defer)
         return stage, straight(stage.forward(x, on))[1]
 
     def kept_of(*given: Any) -> Any:
