@@ -338,7 +338,8 @@ class Flight:
         return out_of_experts(self.how, down, up, weights, self.arrived)
 
     def _attend(self, weights: Any, x: jax.Array) -> jax.Array:
-        return attend(*weights, x, self.how)
+        norm, attention = weights
+        return attend(norm, attention, x, self.how)
 
     def _gate(self, weights: Any, x: jax.Array, chosen: jax.Array | None = None) -> Gated:
         norm, router = weights

@@ -237,7 +237,8 @@ class Hops:
         named = jnp.where(left, experts + 1, NOBODY).astype(_id_dtype(total))
         sent: Any = (*self.payload.encode(tokens), weights, named)
         fields, words = [Field.of(x) for x in sent], message.pack(sent)
-        first, span, fans, passed = jnp.int32(0), total, [], None
+        first, span, passed = jnp.int32(0), total, None
+        fans: list[Fan] = []
         for hop in plan.hops:
             if fans:
                 passed = words[:, : _width(fields[:-2])]

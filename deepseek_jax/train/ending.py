@@ -199,7 +199,9 @@ class _Module:
         length = state.shape[1]
         missing = max(0, self._k + length - embedded.shape[1])
         ahead = jnp.pad(embedded, ((0, 0), (0, missing), (0, 0)))
-        return join(*weights, state, ahead[:, self._k : self._k + length], self._how)
+        embedding_norm, hidden_norm, project = weights
+        token = ahead[:, self._k : self._k + length]
+        return join(embedding_norm, hidden_norm, project, state, token, self._how)
 
     def _all(self, of_join: Any, of_block: dict[str, Any], d_norm: Any) -> Any:
         grads = jax.tree.map(lambda leaf: leaf, self._module)
