@@ -1,5 +1,6 @@
 """What the command modules share: flags, start-up, and one clear message for bad input."""
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -34,6 +35,21 @@ def default_config() -> Config:
             sys.path.insert(0, str(folder))
             return parse(importlib.import_module("configs.v3_tiny").get_config())
     raise ConfigError("no configs/v3_tiny.py here; pass --config=FILE")
+
+
+def config_of(directory: Path, given: Config | None, dtype: str | None) -> Config:
+    """How a checkpoint is run: as `given`, else as its run was, else as configs/v3_tiny.py says.
+
+    Args:
+      dtype: of weights and matmuls instead of the config's; None leaves that.
+    """
+    from deepseek_jax.checkpoint import weights  # JAX must not have met its devices before
+
+    base = given or weights.trained(directory) or default_config()
+    if dtype is None:
+        return base
+    precision = dataclasses.replace(base.precision, recipe=dtype)
+    return dataclasses.replace(base, precision=precision)
 
 
 def parse_mesh(parts: list[str]) -> dict[str, int]:

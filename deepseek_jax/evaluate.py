@@ -3,7 +3,6 @@
 Layout and precision are those of --config, else the run's own, else configs/v3_tiny.py's.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -33,15 +32,11 @@ def main() -> None:
     mesh = command.parse_mesh(MESH.value)
     given = command.read_config(CONFIG) if CONFIG.value is not None else None
     command.start_processes()
-    from deepseek_jax.checkpoint import weights
     from deepseek_jax.parallel import processes
     from deepseek_jax.train import evaluate
 
     directory = Path(CHECKPOINT.value)
-    base = given or weights.trained(directory) or command.default_config()
-    if DTYPE.value is not None:
-        precision = dataclasses.replace(base.precision, recipe=DTYPE.value)
-        base = dataclasses.replace(base, precision=precision)
+    base = command.config_of(directory, given, DTYPE.value)
     primary = processes.is_primary()
     found = evaluate.score_checkpoint(
         directory,

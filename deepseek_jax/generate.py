@@ -3,7 +3,6 @@
 Layout and precision are those of --config, else the run's own, else configs/v3_tiny.py's.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -36,16 +35,12 @@ def main() -> None:
     mesh = command.parse_mesh(MESH.value)
     given = command.read_config(CONFIG) if CONFIG.value is not None else None
     command.start_processes()
-    from deepseek_jax.checkpoint import weights
     from deepseek_jax.parallel import processes
     from deepseek_jax.serve import generate
     from deepseek_jax.serve.server import Request
 
     directory = Path(CHECKPOINT.value)
-    base = given or weights.trained(directory) or command.default_config()
-    if DTYPE.value is not None:
-        precision = dataclasses.replace(base.precision, recipe=DTYPE.value)
-        base = dataclasses.replace(base, precision=precision)
+    base = command.config_of(directory, given, DTYPE.value)
     words = generate.Words.of(directory)
     prompts = [words.encode(text, directory) for text in PROMPT.value]
     prompts += [_ids(ids) for ids in PROMPT_TOKENS.value]
