@@ -42,9 +42,10 @@ def server(
     sizes: Mapping[str, int] | None = None,
     zero: int = 0,
     unroll: int = 1,
+    rules: Any = small.RULES,
     **changes: Any,
 ) -> Server:
-    mesh, layout = small.mesh_of(sizes or {}), small.layout_of(sizes or {}, zero)
+    mesh, layout = small.mesh_of(sizes or {}), small.layout_of(sizes or {}, zero, rules)
     places = [weights.place(w, layout, mesh) for w in params.describe(model)]
     leaves, tree = jax.tree.flatten(model)
     placed = jax.tree.unflatten(tree, jax.device_put(leaves, places))

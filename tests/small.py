@@ -20,6 +20,8 @@ from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.train import state as states
 
 RULES = v3_671b.get_config().layout.rules.to_dict()
+# The vocabulary and dense layers over devices that see different tokens.
+WIDE = {**RULES, "vocab": ("gpu", "tensor"), "dense_width": ("gpu", "tensor")}
 
 
 def config(**changes: Any) -> Config:
@@ -52,8 +54,8 @@ def mesh_of(sizes: Mapping[str, int]) -> Mesh:
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
-def layout_of(sizes: Mapping[str, int], zero: int = 0) -> Layout:
-    return Layout(RULES, {name: sizes.get(name, 1) for name in MESH_AXES}, zero)
+def layout_of(sizes: Mapping[str, int], zero: int = 0, rules: Any = RULES) -> Layout:
+    return Layout(rules, {name: sizes.get(name, 1) for name in MESH_AXES}, zero)
 
 
 def pulled(fn: Callable[[Any, jax.Array], jax.Array], module: Any, x: jax.Array, pull: jax.Array):

@@ -15,8 +15,6 @@ import small
 from trainer import Trainer, initial, with_schedule
 
 STEPS = 20
-# The vocabulary and dense layers over devices that see different tokens.
-WIDE = {**small.RULES, "vocab": ("gpu", "tensor"), "dense_width": ("gpu", "tensor")}
 LAYOUTS = {
     "replicas": dict(replica=2),
     "experts over 8 gpus": dict(gpu=8),
@@ -24,12 +22,12 @@ LAYOUTS = {
     "nodes and gpus, flat": dict(node=4, gpu=2, dispatch="flat", buffer=0.6),
     "two micro-batches in flight": dict(gpu=4, micro_batches_in_flight=2, buffer=1.25),
     "tensor": dict(tensor=4, replica=2),
-    "every axis, MTP": dict(node=2, gpu=2, tensor=2, mtp=1, rules=WIDE),
+    "every axis, MTP": dict(node=2, gpu=2, tensor=2, mtp=1, rules=small.WIDE),
     "ZeRO-1 with experts": dict(replica=2, gpu=4, zero=1),
     "ZeRO-3, MTP": dict(replica=2, node=2, gpu=2, zero=3, mtp=1),
     "ZeRO-3 with tensor, recomputing": dict(gpu=4, tensor=2, zero=3, recompute="report"),
     "recomputing all, MTP": dict(replica=2, gpu=2, recompute="full", zero=1, buffer=1.25, mtp=1),
-    "a pipeline, MTP": dict(pipe=2, node=2, gpu=2, zero=1, mtp=1, rules=WIDE),
+    "a pipeline, MTP": dict(pipe=2, node=2, gpu=2, zero=1, mtp=1, rules=small.WIDE),
     "dense dispatch": dict(replica=4, dispatch="reference"),
 }
 

@@ -41,8 +41,9 @@ class News:
 
 
 def logits_of(model: Weights, rows: jax.Array) -> jax.Array:
-    """...D -> ...V float32, the whole vocabulary."""
-    return axes.join(params.whole(model.head)(rows), "vocab", rows.ndim - 1)
+    """B...D -> B...V float32, the whole vocabulary."""
+    logits = params.whole(model.head)(axes.fan_out(rows, "vocab"))
+    return axes.own(axes.join(logits, "vocab", rows.ndim - 1), "vocab")
 
 
 def admit(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import serving
+import small
 
 import deepseek_jax
 from deepseek_jax.config import ConfigError
@@ -106,7 +107,7 @@ def test_greedy_is_what_the_whole_model_says():
 
 
 LAYOUTS = {
-    "experts": dict(sizes={"gpu": 8}),
+    "experts": dict(sizes={"gpu": 8}, rules=small.WIDE),
     "replicas, zero 3": dict(sizes={"replica": 2, "gpu": 2, "tensor": 2}, zero=3),
 }
 

@@ -8,13 +8,10 @@ import small
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import MESH_AXES
 from deepseek_jax.parallel import axes
-from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.train.loss import head_loss
 
 ROWS, WIDTH, VOCAB = 23, 8, 40
-ONE = dict.fromkeys(MESH_AXES, 1)
 
 
 def drawn(scale=1.0, dtype=np.float32):
@@ -98,7 +95,7 @@ def test_vocabulary_over_devices_with_rows_of_their_own():
     data = hidden[:22], head, targets[:22], weights[:22]
     sizes = {"gpu": 2, "tensor": 2}
     mesh = small.mesh_of(sizes)
-    layout = Layout({**small.RULES, "vocab": ("gpu", "tensor")}, {**ONE, **sizes}, 0)
+    layout = small.layout_of(sizes, rules=small.WIDE)
 
     def local(*data):
         with axes.active(layout):
