@@ -27,7 +27,10 @@ LAYOUTS = {
     "ZeRO-3, MTP": dict(replica=2, node=2, gpu=2, zero=3, mtp=1),
     "ZeRO-3 with tensor, recomputing": dict(gpu=4, tensor=2, zero=3, recompute="report"),
     "recomputing all, MTP": dict(replica=2, gpu=2, recompute="full", zero=1, buffer=1.25, mtp=1),
-    "a pipeline, MTP": dict(pipe=2, node=2, gpu=2, zero=1, mtp=1, rules=small.WIDE),
+    # Recomputing all, so that the second hop brings the tokens again.
+    "a pipeline, MTP": dict(
+        pipe=2, node=2, gpu=2, zero=1, mtp=1, rules=small.WIDE, recompute="full"
+    ),
     "dense dispatch": dict(replica=4, dispatch="reference"),
 }
 

@@ -46,19 +46,18 @@ CASES = {
         {"pipe": 8},
         {"model_layers": 8, "layout_recompute": "full", "layout_defer_weight_gradients": True},
     ),
-    "V, 2 ranks, 2 nodes of 2 GPUs": (
-        {"pipe": 2, "node": 2, "gpu": 2},
+    "V, 2 ranks, 2 GPUs": (
+        {"pipe": 2, "gpu": 2},
         {
             "model_layers": 4,
             "layout_pipeline": "dualpipev",
             "layout_ramps": "skip",
-            "layout_recompute": "full",
         },
-    ),  # the second hop brings the tokens again
+    ),
     "1F1B, 3 ranks, 2 GPUs, uneven": (
         {"pipe": 3, "gpu": 2},
         {"model_layers": 4, "layout_pipeline": "1f1b", "layout_stage_layers": (1, 2, 1)},
-    ),
+    ),  # what it is compared with is that of the case above
     "uneven, tensor": (
         {"pipe": 4, "tensor": 2},
         {
