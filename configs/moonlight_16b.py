@@ -16,6 +16,7 @@ def get_config():
         routed_scale=2.446, rope_theta=50_000.0, yarn_original=8192, mtp_depth=0, norm_eps=1e-5,
     )  # fmt: skip
     config.mesh.update(pipe=1, replica=1, node=1, gpu=8, tensor=1)
+    config.layout.recompute = "report"
     v3_671b.scale_schedule(config, tokens=5_700 * v3_671b.BILLION)
     config.schedule.update(
         learning_rate=4.2e-4, decayed_learning_rate=4.2e-5, final_learning_rate=1.4e-5

@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
             ramps="mask",  # ticks that fill and drain the pipeline make and drop, or "skip", idle work
             defer_weight_gradients=False,  # until neighbours have been served: less bubble, far more memory
             cost_profile="",  # a file of what each instruction costs, for the GPU's scheduler
-            recompute="report",  # section 3.2.3: norms, MLA up-projections and SwiGLU; or "full"
+            recompute="full",  # "report", section 3.2.3's, needs activations in FP8: in BF16 123 GiB
             attention_block=512,  # query rows that are scored at once
             unroll=1,  # layers compiled one after another; 1 is a plain loop, fast to compile
             loss_chunk=512,  # tokens whose logits are held at once, per device
@@ -71,9 +71,9 @@ def get_config() -> ConfigDict:
                 batch=("replica", "node", "gpu"),
                 experts=("node", "gpu"),
                 heads=("tensor",),
-                dense_width=("tensor",),
+                dense_width=("gpu", "tensor"),
                 expert_width=("tensor",),
-                vocab=("tensor",),
+                vocab=("gpu", "tensor"),
             ),
         )
     )

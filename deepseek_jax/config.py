@@ -480,7 +480,7 @@ def _check_splits(config: Config) -> None:
         _need(
             size % parts == 0,
             f"model.{key}={size} does not divide among the {parts} devices of layout.rules.{axis} "
-            f"({_shape(config, axis)}); change the mesh, or set "
+            f"({_shape(config, axis)}); change the mesh or the rule, or set "
             f"model.{key}={_round_up(size, math.lcm(parts, step))}",
         )
     _need(

@@ -20,8 +20,8 @@ from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.train import state as states
 
 RULES = v3_671b.get_config().layout.rules.to_dict()
-# The vocabulary and dense layers over devices that see different tokens.
-WIDE = {**RULES, "vocab": ("gpu", "tensor"), "dense_width": ("gpu", "tensor")}
+# The vocabulary and dense layers over devices that see the same tokens, and no others.
+NARROW = {**RULES, "vocab": ("tensor",), "dense_width": ("tensor",)}
 
 
 def config(**changes: Any) -> Config:

@@ -73,6 +73,7 @@ def test_the_configs_pass_and_survive_json(published):
 
 # Changes to v3_tiny, and what the one message must say.
 SPLIT_IN_FOUR = {"mesh.gpu": 2, "mesh.node": 2}
+TENSOR = {"mesh.gpu": 1, "mesh.tensor": 2}
 RULES = [
     # Ranges, one of each kind.
     ({"model.vocab": 0}, r"model\.vocab is 0; it must be at least 1"),
@@ -165,9 +166,9 @@ RULES = [
         {"model.experts": 6, "model.groups": 2, "model.top_k": 4, **SPLIT_IN_FOUR},
         r"model\.experts=6 .* 4 devices .*mesh\.node=2 x mesh\.gpu=2.* set model\.experts=8",
     ),
-    ({"model.heads": 3, "mesh.tensor": 2, "mesh.gpu": 1}, r"model\.heads=3 .* set model\.heads=4"),
-    ({"model.vocab": 4097, "mesh.tensor": 2}, r"model\.vocab=4097 .*\(mesh\.tensor=2\)"),
-    ({"model.d_dense": 383, "mesh.tensor": 2}, r"model\.d_dense=383 .*\(mesh\.tensor=2\)"),
+    ({"model.heads": 3, **TENSOR}, r"model\.heads=3 .* set model\.heads=4"),
+    ({"model.vocab": 4097, **TENSOR}, r"model\.vocab=4097 .*\(mesh\.gpu=1 x mesh\.tensor=2\)"),
+    ({"model.d_dense": 383, **TENSOR}, r"model\.d_dense=383 .*\(mesh\.gpu=1 x mesh\.tensor=2\)"),
     ({"model.d_expert": 63, "mesh.tensor": 2}, r"model\.d_expert=63 .*\(mesh\.tensor=2\)"),
     (
         {"layout.dispatch": "reference", **SPLIT_IN_FOUR},

@@ -22,15 +22,15 @@ LAYOUTS = {
     "nodes and gpus, flat": dict(node=4, gpu=2, dispatch="flat", buffer=0.6),
     "two micro-batches in flight": dict(gpu=4, micro_batches_in_flight=2, buffer=1.25),
     "tensor": dict(tensor=4, replica=2),
-    "every axis, MTP": dict(node=2, gpu=2, tensor=2, mtp=1, rules=small.WIDE),
+    "every axis, MTP": dict(node=2, gpu=2, tensor=2, mtp=1),
     "ZeRO-1 with experts": dict(replica=2, gpu=4, zero=1),
-    "ZeRO-3, MTP": dict(replica=2, node=2, gpu=2, zero=3, mtp=1),
-    "ZeRO-3 with tensor, recomputing": dict(gpu=4, tensor=2, zero=3, recompute="report"),
+    "ZeRO-3, MTP": dict(replica=2, node=2, gpu=2, zero=3, mtp=1, rules=small.NARROW),
+    "ZeRO-3 with tensor, recomputing": dict(
+        gpu=4, tensor=2, zero=3, recompute="report", rules=small.NARROW
+    ),
     "recomputing all, MTP": dict(replica=2, gpu=2, recompute="full", zero=1, buffer=1.25, mtp=1),
     # Recomputing all, so that the second hop brings the tokens again.
-    "a pipeline, MTP": dict(
-        pipe=2, node=2, gpu=2, zero=1, mtp=1, rules=small.WIDE, recompute="full"
-    ),
+    "a pipeline, MTP": dict(pipe=2, node=2, gpu=2, zero=1, mtp=1, recompute="full"),
     "dense dispatch": dict(replica=4, dispatch="reference"),
 }
 

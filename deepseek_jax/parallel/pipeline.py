@@ -18,8 +18,8 @@ from deepseek_jax.parallel.ticks import IDLE, Wall
 from deepseek_jax.parallel.turns import Steps, into, named, straight, take_turns
 
 AXIS = "pipe"
-# What a compiled program calls ticks, and the chunks in each.
-TICKS, FORWARD, BACKWARD = ("even", "odd"), "forward", "backward"
+# What a compiled program calls ticks, the chunks in each, and what follows the last layer.
+TICKS, FORWARD, BACKWARD, LAST = ("even", "odd"), "forward", "backward", "last"
 
 
 class Stages(Protocol):
@@ -169,11 +169,12 @@ class _Tick:
         total = state["total"]
         if parity == 1:
             ends = self._holds(wall.stages - 1, 1) & f_on
-            total, d_top = perhaps(
-                ends,
-                lambda both: stages.last(now["f_micro"], y, both[0]),
-                (total, jnp.zeros(y.shape, y.dtype)),
-            )
+            with jax.named_scope(LAST):
+                total, d_top = perhaps(
+                    ends,
+                    lambda both: stages.last(now["f_micro"], y, both[0]),
+                    (total, jnp.zeros(y.shape, y.dtype)),
+                )
             d_x_here = jnp.where(ends, d_top, d_x_here)
             total = perhaps(
                 is_first & b_on,

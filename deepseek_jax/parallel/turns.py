@@ -48,14 +48,15 @@ def take_turns(works: Mapping[str, Steps[None]], turns: Sequence[str]) -> None:
     Args:
       works: by a name of one letter.
       turns: for each turn the names of those that do a step in it, a letter for each step. No step
-        begins before all of the turn before are done. What follows a work's last step belongs to
-        no turn.
+        begins before all of the turn before are done. After a bar, those that do none in it and
+        whose next ones wait for it: "a|b". What follows a work's last step belongs to no turn.
     """
     given = dict.fromkeys(works)
     for number, turn in enumerate(turns):
-        for name in turn:
+        steps, _, waiting = turn.partition("|")
+        for name in steps:
             given[name] = works[name].send(given[name])
-        done = sorted(set(turn))
+        done = sorted({*steps, *waiting})
         if len(done) > 1:
             fenced = lax.optimization_barrier([given[name] for name in done])
             given.update(zip(done, fenced, strict=True))

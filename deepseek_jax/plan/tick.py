@@ -24,7 +24,7 @@ from deepseek_jax.model.flights import hops_of
 from deepseek_jax.model.stage import Stage, alone, turns
 from deepseek_jax.parallel import axes, schedule
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD, TICKS, Pipeline
+from deepseek_jax.parallel.pipeline import BACKWARD, FORWARD, LAST, TICKS, Pipeline
 from deepseek_jax.parallel.stages import wall
 from deepseek_jax.parallel.ticks import Wall, lockstep
 from deepseek_jax.parallel.turns import Steps
@@ -108,7 +108,7 @@ class _Alone:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two ticks, or one of 1F1B, as a compiled program's loop body has them.
+    """Two ticks, or one of 1F1B, as a compiled program's loop body has them; or what ends a model.
 
     Attributes:
       computation: its name in the program.
@@ -152,13 +152,27 @@ def read(program: Program, rates: Rates) -> Pair:
         for line in computation.values()
         if line.opcode == "while" and line.body == body
     )
-    timeline = profile.replay(program, costs(program, rates), body, unknown_trips=0)
-    waits = [w for w in timeline.waits if w.collective.kind == "all-to-all"]
+    return _replayed(program, rates, body, collections.Counter(loop.arrays))
+
+
+def read_last(program: Program, rates: Rates) -> Pair | None:
+    """What follows the last layer; None where that has no messages to experts."""
+    for each in program.collectives:
+        if each.kind == "all-to-all" and f"/{LAST}/" in each.op_name:
+            return _replayed(program, rates, each.computation, {})
+    return None
+
+
+def _replayed(program: Program, rates: Rates, computation: str, kept: Mapping[Array, int]) -> Pair:
+    timeline = profile.replay(program, costs(program, rates), computation, unknown_trips=0)
+    here = {c.name: c for c in program.collectives if c.computation == computation}
+    messages = {name: c for name, c in here.items() if c.kind == "all-to-all"}
+    waits = [wait for wait in timeline.waits if wait.collective.name in messages]
     return Pair(
-        computation=body,
-        messages=tuple(c for c in messages if c.computation == body),
-        copies=tuple(c for c in program.copies if c.computation == body),
-        kept=collections.Counter(loop.arrays),
+        computation=computation,
+        messages=tuple(messages.values()),
+        copies=tuple(c for c in program.copies if c.computation == computation),
+        kept=kept,
         seconds=timeline.total,
         compute=timeline.compute,
         travelling=sum(wait.seconds for wait in waits),
@@ -174,6 +188,11 @@ def under(message: Collective) -> list[Gemm]:
 def of_other_chunk(message: Collective, gemm: Gemm) -> bool:
     """Whether a GEMM is the backward chunk's and the message the forward's, or the reverse."""
     return {_chunk(message.op_name), _chunk(gemm.op_name)} == {FORWARD, BACKWARD}
+
+
+def under_the_other(pair: Pair) -> int:
+    """How many messages travel under a GEMM of the other chunk."""
+    return sum(any(of_other_chunk(m, g) for g in under(m)) for m in pair.messages)
 
 
 def _chunk(op_name: str) -> str:
@@ -267,14 +286,20 @@ def measure(
     if file:
         file.write_text(text)
     second = compiled.read(cluster.compile_for(lowered, profile=text), mesh, KERNELS)
-    both = {"the compiler's": read(first, rates), "ours": read(second, rates)}
+    programs = {"the compiler's": first, "ours": second}
+    both = {name: read(program, rates) for name, program in programs.items()}
+    lasts = {name: read_last(program, rates) for name, program in programs.items()}
     ticks = "one tick" if config.layout.pipeline == "1f1b" else "two ticks"
     held = both["ours"].kept
     largest = sorted(held, key=lambda array: -array.bytes * held[array])[:LARGEST]
     return {
         "peak_GiB": second.peak_bytes / 2**30,
         "carried_GiB": sum(array.bytes * n for array, n in held.items()) / 2**30,
-        ticks: [{"costs": name, **_row(pair)} for name, pair in both.items()],
+        ticks: [
+            {"costs": name, **_row(pair), "under_the_other": under_the_other(pair)}
+            for name, pair in both.items()
+        ],
+        "the end": [{"costs": name, **_row(last)} for name, last in lasts.items() if last],
         "carried": [
             {
                 "array": f"{array.dtype}[{', '.join(map(str, array.shape))}]",
@@ -292,7 +317,6 @@ def _row(pair: Pair) -> dict[str, Any]:
         "messages": len(each),
         "asynchronous": sum(not message.is_sync for message, _ in each),
         "under_a_gemm": sum(bool(gemms) for _, gemms in each),
-        "under_the_other": sum(any(of_other_chunk(m, g) for g in gemms) for m, gemms in each),
         "hidden": pair.hidden_share,
         "milliseconds": 1e3 * pair.seconds,
         "compute": 1e3 * pair.compute,

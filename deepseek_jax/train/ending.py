@@ -1,14 +1,15 @@
 """The end of a pipeline: MTP modules, whose messages travel under the matmuls of the heads.
 
 A module's block is a MoE layer on one micro-batch, and no other chunk is beside it. But the loss of
-the head before it needs nothing of the module, and is as much work as several layers. That head's
-rows go in eight parts:
+the head before it needs nothing of the module, and is as much work as several layers. Eight parts
+of that head's rows go with it, each in two steps: matmuls (h), then messages of its own (H), which
+a vocabulary that is split needs between them and which XLA lets travel by no other.
 
-    forward     attention    dispatch, 1 2           experts    combine, 3 4
-    backward                 combine gradient, 5 6   experts    dispatch gradient, 7 8   attention
+    forward     attention H    dispatch h H h             experts H    combine h H h    H
+    backward                   combine gradient h H h     experts H    dispatch gradient h H h
+                attention H
 
-The last head has no module after it, and is alone. A part of more than one chunk of logits is a
-loop; where the vocabulary is split, there are messages in it, and XLA lets no other travel by.
+The last head has no module after it, and is alone, as are rows that eight chunks do not hold.
 """
 
 import dataclasses
@@ -23,20 +24,25 @@ from deepseek_jax.model.flights import hops_of
 from deepseek_jax.model.mtp import join
 from deepseek_jax.model.stage import Stage, alone
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.turns import Steps, into, straight, take_turns
-from deepseek_jax.train.loss import head_loss
+from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.turns import Steps, into, take_turns
+from deepseek_jax.train.loss import entropy_of, everywhere, gradients_of, head_loss, logits_of
 from deepseek_jax.train.objective import Sums, counted, no_layers, targets_of
 
 PARTS = 8
 
 
 def forward_turns(hops: int) -> list[str]:
-    """A module's steps ("m") and the parts of the head before it ("h")."""
-    return ["mm", "m" * hops + "hh", "mmm", "m" * hops + "hh"]
+    """A module's steps ("m") and those of the head before it ("h")."""
+    return ["mmh", *_beside_hops(hops), "mmmh", *_beside_hops(hops), "h"]
 
 
 def backward_turns(hops: int) -> list[str]:
-    return ["m" * hops + "hh", "mm", "m" * hops + "hh", "mm"]
+    return [*_beside_hops(hops), "mmh", *_beside_hops(hops), "mmh"]
+
+
+def _beside_hops(hops: int) -> list[str]:
+    return ["mh", "h|m", "mh"] if hops == 2 else ["m" * hops + "hhh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +89,12 @@ class Ending:
             state, out = module.forward(state, embedded, heads[k - 1])
             modules.append(module)
         heads[depth].rows = out
-        straight(heads[depth].parts(1, 1))
+        heads[depth].rest()
 
         d_embedded, d_state = jnp.zeros_like(embedded), jnp.zeros_like(y)
         for module, head, last in zip(modules[::-1], heads[-2::-1], heads[:0:-1], strict=True):
             d_state, more = module.backward(last.gradient(), d_state, head)
+            head.rest()
             d_embedded = d_embedded + more
         d_norm, d_y = pull_norm(heads[0].gradient() + d_state)
 
@@ -118,27 +125,55 @@ class _Head:
     """
 
     rows: jax.Array
+    _ready: Any
 
     def __init__(self, table: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int):
         """targets and weights BS."""
-        self._table, self._chunk, self._targets, self._weights = table, chunk, targets, weights
+        self._table, self._chunk = table, chunk
+        self._targets, self._weights = targets.reshape(-1), weights.reshape(-1)
         self._done: list[tuple[jax.Array, jax.Array]] = []
         self.d_table = jnp.zeros(table.shape, jnp.float32)
 
-    def parts(self, count: int, of: int = PARTS) -> Steps[None]:
-        """So many of its parts, a step each."""
-        total = self._targets.size
-        rows = self.rows.reshape(total, -1)
-        targets, weights = self._targets.reshape(-1), self._weights.reshape(-1)
-        for _ in range(count):
-            number = len(self._done)
-            mine = slice(total * number // of, total * (number + 1) // of)
-            chunk = max(1, min(self._chunk, mine.stop - mine.start))
-            run = jax.grad(head_loss, (0, 1), has_aux=True)
-            given = rows[mine], self._table, targets[mine], weights[mine]
-            (d_rows, d_table), entropies = run(*given, chunk)
+    def steps(self, parts: range) -> Steps[None]:
+        """Two for each part, matmuls and messages; before the first part, one that makes ready."""
+        if not parts.start:
+            here = self._gathered(0)
+            logits = logits_of(here[0], self._table)
+            scored = entropy_of(logits, here[1])
+            self._ready = yield here, logits, scored, self._gathered(1)
+        for k in parts:
+            here, logits, scored, ahead = self._ready
+            entropy = scored[0]
+            d_rows, d_table = gradients_of(here[0], self._table, logits, scored, here[2])
             self.d_table = self.d_table + d_table
-            self._done.append(((yield d_rows), entropies))
+            here, logits = ahead, ahead and logits_of(ahead[0], self._table)
+            d_rows, self.d_table, logits = yield d_rows, self.d_table, logits
+            d_rows = axes.fan_in(d_rows, "vocab").astype(self.rows.dtype)
+            scored = here and entropy_of(logits, here[1])
+            ready = here, logits, scored, self._gathered(k + 2)
+            d_rows, self._ready = yield d_rows, ready
+            self._done.append((d_rows, axes.own(entropy, "vocab")))
+
+    def rest(self) -> None:
+        """The rows of no part, in one loop."""
+        first, total = sum(len(entropy) for _, entropy in self._done), self._targets.size
+        if first == total:
+            return
+        run = jax.grad(head_loss, (0, 1), has_aux=True)
+        rows, targets, weights = self._slice(first, total)
+        chunk = min(self._chunk, total - first)
+        (d_rows, d_table), entropies = run(rows, self._table, targets, weights, chunk)
+        self.d_table = self.d_table + d_table
+        self._done.append((d_rows, entropies))
+
+    def _gathered(self, part: int) -> Any:
+        """Rows, targets and weights of all devices; None past the end."""
+        size = min(self._chunk, self._targets.size // PARTS)
+        return everywhere(*self._slice(size * part, size * (part + 1))) if part < PARTS else None
+
+    def _slice(self, start: int, end: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        rows = self.rows.reshape(self._targets.size, -1)
+        return rows[start:end], self._targets[start:end], self._weights[start:end]
 
     def gradient(self) -> jax.Array:
         """Of `rows`."""
@@ -146,7 +181,8 @@ class _Head:
 
     def entropies(self) -> jax.Array:
         """BS, in nats."""
-        return jnp.concatenate([each for _, each in self._done]).reshape(self._targets.shape)
+        each = jnp.concatenate([entropies for _, entropies in self._done])
+        return each.reshape(self.rows.shape[:-1])
 
 
 class _Module:
@@ -175,7 +211,7 @@ class _Module:
         turns = forward_turns(hops_of(self._how))
         done: dict[str, Any] = {}
         work = self._stage.forward(x, jnp.bool_(True))
-        take_turns({"m": into(done, "m", work), "h": head.parts(PARTS // 2)}, turns)
+        take_turns({"m": into(done, "m", work), "h": head.steps(range(PARTS // 2))}, turns)
         state, self._kept, self.sums = done["m"]
         out, self._pull_out = jax.vjp(lambda norm, x: norm(x), self._module.out_norm, state)
         return state, out
@@ -188,7 +224,7 @@ class _Module:
         turns = backward_turns(hops_of(self._how))
         done: dict[str, Any] = {}
         work = self._stage.backward(self._kept, d_x + d_state, jnp.bool_(True))
-        take_turns({"m": into(done, "m", work), "h": head.parts(PARTS // 2)}, turns)
+        take_turns({"m": into(done, "m", work), "h": head.steps(range(PARTS // 2, PARTS))}, turns)
         d_x, (of_block,), _ = done["m"]
         of_join, d_state, d_embedded = self._pull_in(d_x)
         self.gradients = self._all(of_join, of_block, d_norm)

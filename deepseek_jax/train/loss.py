@@ -39,7 +39,17 @@ def head_loss(
     return total, lax.stop_gradient(entropies[:rows])
 
 
-def _entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def everywhere(*rows: jax.Array) -> tuple[jax.Array, ...]:
+    """Rows of all devices that share a vocabulary and see different tokens, gathered."""
+    return tuple(axes.fan_out(each, "vocab") for each in rows)
+
+
+def logits_of(rows: jax.Array, head: jax.Array) -> jax.Array:
+    """MD and DV -> MV float32."""
+    return exact_einsum("MD,DV->MV", rows, head)
+
+
+def entropy_of(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(cross entropy M, log of the normaliser M, column of the target M: outside if elsewhere)."""
     over, width = axes.names("vocab"), logits.shape[-1]
     here = targets - width * axes.index("vocab")
@@ -55,6 +65,26 @@ def _entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Arra
     return log_normaliser - target, log_normaliser, here
 
 
+def gradients_of(
+    rows: jax.Array,
+    head: jax.Array,
+    logits: jax.Array,
+    scored: tuple[jax.Array, jax.Array, jax.Array],
+    weights: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Of the weighted sum of entropies: MD, to be summed over the vocabulary's parts, and DV.
+
+    Args:
+      scored: what `entropy_of` made of the logits.
+    """
+    _, log_normaliser, column = scored
+    hit = column[:, None] == jnp.arange(logits.shape[-1])[None]
+    d_logits = (jnp.exp(logits - log_normaliser[:, None]) - hit) * weights[:, None]
+    d_logits = d_logits.astype(head.dtype)
+    d_rows = exact_einsum("MV,DV->MD", d_logits, head)
+    return d_rows, row_product("MD,MV->DV", rows, d_logits)
+
+
 def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(array.reshape(-1, chunk, *array.shape[1:]) for array in arrays)
 
@@ -62,9 +92,8 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _head_loss(hidden, head, targets, weights, chunk):
     def one(_, part):
-        rows, target = (axes.fan_out(x, "vocab") for x in part)
-        entropy = _entropy(exact_einsum("MD,DV->MV", rows, head), target)[0]
-        return None, axes.own(entropy, "vocab")
+        rows, target = everywhere(*part)
+        return None, axes.own(entropy_of(logits_of(rows, head), target)[0], "vocab")
 
     _, entropies = lax.scan(one, None, _chunks(chunk, hidden, targets))
     entropies = entropies.reshape(-1)
@@ -73,15 +102,12 @@ def _head_loss(hidden, head, targets, weights, chunk):
 
 def _forward(hidden, head, targets, weights, chunk):
     def one(d_head, part):
-        rows, target, weight = (axes.fan_out(x, "vocab") for x in part)
-        logits = exact_einsum("MD,DV->MV", rows, head)
-        entropy, log_normaliser, column = _entropy(logits, target)
-        hit = column[:, None] == jnp.arange(logits.shape[-1])[None]
-        d_logits = (jnp.exp(logits - log_normaliser[:, None]) - hit) * weight[:, None]
-        d_logits = d_logits.astype(head.dtype)
-        d_head = d_head + row_product("MD,MV->DV", rows, d_logits)
-        d_rows = axes.fan_in(exact_einsum("MV,DV->MD", d_logits, head), "vocab")
-        return d_head, (axes.own(entropy, "vocab"), d_rows.astype(hidden.dtype))
+        rows, target, weight = everywhere(*part)
+        logits = logits_of(rows, head)
+        scored = entropy_of(logits, target)
+        d_rows, more = gradients_of(rows, head, logits, scored, weight)
+        d_rows = axes.fan_in(d_rows, "vocab").astype(hidden.dtype)
+        return d_head + more, (axes.own(scored[0], "vocab"), d_rows)
 
     start = jnp.zeros(head.shape, jnp.float32)
     parts = _chunks(chunk, hidden, targets, weights)

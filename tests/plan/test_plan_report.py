@@ -91,16 +91,16 @@ def test_text_shows_every_number(name):
 
 
 def test_bytes_of_the_published_model(full):
-    """By hand: whole slots and ends on every one of 2,048 devices, which has 4 of 256 experts.
+    """By hand: slots and ends on every one of 2,048 devices, which has 4 of 256 experts.
 
-    A rank's eight slots fetch a dense layer's wide network each; three of them sum its gradients,
-    as three layers are dense, all in one chunk of the end ranks, and what a chunk's slot has on one
-    rank it has on all.
+    It has an eighth of the vocabulary and of dense layers, and all else whole. A rank's eight slots
+    fetch a dense layer's wide network each; three of them sum its gradients, as three layers are
+    dense, all in one chunk of the end ranks, and what a chunk's slot has on one rank it has on all.
     """
-    expert, wide, bias = 3 * 7168 * 2048, 3 * 7168 * 18_432, 256
+    expert, wide, bias = 3 * 7168 * 2048, 3 * 7168 * 18_432 // 8, 256
     matrices = 187_105_280 + (4 + 1) * expert  # bfloat16: attention, routed and shared experts
     float32 = 2 * 7168 + 1536 + 512 + 7168 * 256  # norms and the router
-    tables, norm = 2 * 129_280 * 7168, 7168
+    tables, norm = 2 * 129_280 // 8 * 7168, 7168
     mtp, mtp_norms = matrices + 2 * 7168 * 7168, float32 + 3 * 7168
     each = full["bytes_per_device"]
     slots = 8 * (2 * matrices + 4 * (float32 + bias) + 2 * wide)

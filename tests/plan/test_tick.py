@@ -1,7 +1,8 @@
 """The ticks of DualPipe, compiled for 2,048 H100s: pipe 16 x replica 2 x node 8 x gpu 8.
 
 A layer of V3's sizes in each stage, nothing before or after them, and our costs of what is in it.
-`python -m deepseek_jax.plan step` reads the same of a whole model. Nothing runs here.
+`python -m deepseek_jax.plan step` reads the same of a whole model, which a slow test asserts:
+ten minutes and more, only with `-m slow`. Nothing runs here.
 """
 
 import collections
@@ -22,32 +23,40 @@ from tests.run.tiny import get_config as small
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
 
 
-def test_each_chunk_hides_the_messages_of_the_other(tmp_path):
-    c = v3_671b.get_config()
-    c.layout.recompute = "full"
-    config = configs.parse(c)
-    mesh = cluster.mesh(config.mesh)
-    lowered_tick, rates = tick.lower_alone(config, mesh), profile.Rates()
+def compiled_with_our_costs(lower, config, folder):
+    """The program, and the steady ticks in it."""
+    mesh, rates = cluster.mesh(config.mesh), profile.Rates()
+    program = lower(config, mesh)
     # Machine code, most of the time, is made once: costs change when a kernel runs, not the kernel.
     once = {
-        "xla_gpu_kernel_cache_file": str(tmp_path / "kernels"),
+        "xla_gpu_kernel_cache_file": str(folder / "kernels"),
         "xla_gpu_enable_llvm_module_compilation_parallelism": True,  # nothing is kept without
     }
-    first = compiled.read(cluster.compile_for(lowered_tick, once), mesh, tick.KERNELS)
+    first = compiled.read(cluster.compile_for(program, once), mesh, tick.KERNELS)
     costs = profile.text(tick.costs(first, rates))
-    done = cluster.compile_for(lowered_tick, once, profile=costs)
-    program = compiled.read(done, mesh, tick.KERNELS)
-    pair = tick.read(program, rates)
-    # Two ticks of a forward and a backward chunk, each two hops out and two home.
-    assert collections.Counter(c.axes for c in pair.messages) == {("node",): 8, ("gpu",): 8}
+    second = cluster.compile_for(program, once, profile=costs)
+    done = compiled.read(second, mesh, tick.KERNELS)
+    return done, tick.read(done, rates), tick.read_last(done, rates)
+
+
+def hides_its_messages(program, pair, layers):
+    """Two ticks of a forward and a backward chunk, each two hops out and two home in a layer."""
+    axes = collections.Counter(c.axes for c in pair.messages)
+    assert axes == {("node",): 8 * layers, ("gpu",): 8 * layers}
     for message in pair.messages:
         assert not message.is_sync and tick.under(message), message
-    others = [any(tick.of_other_chunk(m, g) for g in tick.under(m)) for m in pair.messages]
-    assert sum(others) >= 10
     assert pair.hidden_share > 0.97
     # Neither chunk of a tick needs anything of the other; of the tick before, both do.
     assert tick.dependences(program, pair.computation) == []
     assert not any(copy.bytes > 32 * 2**20 for copy in pair.copies)
+
+
+def test_each_chunk_hides_the_messages_of_the_other(tmp_path):
+    config = configs.parse(v3_671b.get_config())
+    program, pair, last = compiled_with_our_costs(tick.lower_alone, config, tmp_path)
+    assert last is None
+    hides_its_messages(program, pair, layers=1)
+    assert tick.under_the_other(pair) >= 10
     # A layer keeps what crossed the slow hop and its input, and nothing made of a weight.
     slots = lockstep_slots(config)
     kept = {array.shape[1:] for array in pair.kept if array.shape[:1] == (slots,)}
@@ -55,6 +64,22 @@ def test_each_chunk_hides_the_messages_of_the_other(tmp_path):
     large = {shape for shape in kept if len(shape) > 1 and shape[-1] > 1000}
     assert large == {(crossed, words), (1, 4096, 7168)}
     assert program.peak_bytes < 24 * 2**30
+
+
+@pytest.mark.slow
+def test_so_does_the_whole_published_model(tmp_path):
+    """61 layers and MTP over 16 stages, with the way of weights to them and the optimiser."""
+    config = configs.parse(v3_671b.get_config())
+    program, pair, last = compiled_with_our_costs(lowered.lower, config, tmp_path)
+    hides_its_messages(program, pair, layers=4)
+    assert pair.hidden_share > 0.999
+    assert tick.under_the_other(pair) >= 50
+    # The end ranks' MTP module, under its main head: messages there and back of both hops.
+    assert len(last.messages) == 8
+    for message in last.messages:
+        assert not message.is_sync and tick.under(message), message
+    assert last.hidden_share > 0.97
+    assert program.peak_bytes < 62 * 2**30
 
 
 def pipelined(**mesh):

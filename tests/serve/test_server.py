@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import serving
-import small
 
 import deepseek_jax
 from deepseek_jax.config import ConfigError
@@ -107,7 +106,7 @@ def test_greedy_is_what_the_whole_model_says():
 
 
 LAYOUTS = {
-    "experts": dict(sizes={"gpu": 8}, rules=small.WIDE),
+    "experts": dict(sizes={"gpu": 8}),
     "replicas, zero 3": dict(sizes={"replica": 2, "gpu": 2, "tensor": 2}, zero=3),
 }
 

@@ -95,7 +95,7 @@ def test_vocabulary_over_devices_with_rows_of_their_own():
     data = hidden[:22], head, targets[:22], weights[:22]
     sizes = {"gpu": 2, "tensor": 2}
     mesh = small.mesh_of(sizes)
-    layout = small.layout_of(sizes, rules=small.WIDE)
+    layout = small.layout_of(sizes)
 
     def local(*data):
         with axes.active(layout):
