@@ -169,7 +169,8 @@ def latent_attention(
     past = positions[:, :, None] >= jnp.arange(latent.shape[1])[None, None]  # BST
     scores = jnp.where(past[:, None], scores * scale, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(latent.dtype)
-    return exact_einsum("BHST,BTC->BSHC", weights, latent).astype(query_latent.dtype)
+    mean = exact_einsum("BHST,BTC->BHSC", weights, latent).astype(query_latent.dtype)
+    return mean.swapaxes(1, 2)  # as BSHC at once, the sum over T is five times slower on a CPU
 
 
 def causal_attention(
