@@ -17,6 +17,9 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.dispatch import Arrived
 from deepseek_jax.parallel.placement import slots_for
 from deepseek_jax.parallel.rounds import complete
+from deepseek_jax.precision.payload import Payload
+
+FEW_TOKENS = 16  # of one step of decoding
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
@@ -126,6 +129,15 @@ class MixtureOfExperts(nnx.Module):
             out = out + self.shared(x, how)
         return checkpoint_name(out, "fed"), routing
 
+    def decode(self, x: jax.Array, how: Execution) -> jax.Array:
+        """The same for the tokens of one step of decoding, BSD."""
+        here = axes.size("experts") == 1 and self.slots is None
+        if not here or not most_are_read(x.shape[0] * x.shape[1], self.config):
+            return self(x, how)[0]
+        routed = through_every_expert(how, self.experts.weights(), self.gate(x))
+        out = axes.fan_in(routed, "expert_width").reshape(x.shape)
+        return out + self.shared(x, how) if self.config.shared_experts else out
+
     def gate(self, x: jax.Array) -> Gated:
         gated = gate(self.router, x)
         if self.slots is None:
@@ -137,6 +149,30 @@ class MixtureOfExperts(nnx.Module):
     def places(self) -> int:
         """What tokens are sent to: experts, or the slots of their copies."""
         return self.config.experts if self.slots is None else self.slots.expert[...].shape[-1]
+
+
+def most_are_read(tokens: int, config: ModelConfig) -> bool:
+    """Whether tokens are so few that a product costs what it takes to read its weight, and yet so
+    many that they choose all but a seventh of the experts."""
+    return tokens <= FEW_TOKENS and tokens * config.top_k >= 2 * config.experts
+
+
+def through_every_expert(
+    how: Execution, weights: tuple[jax.Array, jax.Array], gated: Gated
+) -> jax.Array:
+    """Each token through all experts, times 0 where it did not choose them: (BS)D.
+
+    Where most experts are read for some token, to sort the tokens costs more than to multiply all.
+    """
+    einsum, (gate_up, down), tokens = how.recipe.einsum, weights, gated.tokens
+    payload: Payload = how.dispatch.payload  # type: ignore[attr-defined]
+    tokens = payload.decode(payload.encode(tokens), tokens.dtype)  # as if they had travelled
+    spread = jax.nn.one_hot(gated.chosen, down.shape[0]) * gated.weights[..., None]  # MKE
+    # On a CPU, XLA is slow with rows that all matrices of a batch share: so each has its own.
+    rows = jnp.broadcast_to(tokens, (down.shape[0], *tokens.shape))
+    hidden = swiglu(einsum("EMD,EDX->EMX", rows, _joined(gate_up)))
+    scaled = hidden.astype(jnp.float32) * spread.sum(1).T[..., None]
+    return einsum("EMF,EFD->MD", scaled.astype(hidden.dtype), down)
 
 
 def gate(router: Router, x: jax.Array, before: jax.Array | None = None) -> Gated:
