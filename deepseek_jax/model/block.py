@@ -45,8 +45,7 @@ class Block(nnx.Module):
         """x BSD of tokens at `positions` BS -> BSD, see `LatentAttention.decode`."""
         mixed, past = self.attention.decode(self.attention_norm(x), how, past, layer, positions)
         x = x + mixed
-        feed = self.feed if self.dense else self.feed.decode
-        return x + feed(self.feed_norm(x), how), past
+        return x + self.feed.decode(self.feed_norm(x), how), past
 
     def _fed(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
         """x + FFN(norm x)."""

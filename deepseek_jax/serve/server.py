@@ -170,7 +170,8 @@ class Server:
         config, layout, mesh, drafts = self.config, self.layout, self.mesh, self._drafts
         apart = how.unroll > 1  # layers that are compiled one after another need no stack
         with jax.set_mesh(mesh):
-            graph, weights, bias = split(Apart.of(model) if apart else model)
+            on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+            graph, weights, bias = split(Apart.of(model, on_cpu=on_cpu) if apart else model)
         batch = P(layout.mesh_axes("batch") or None)
         held = (
             params.place(weights, layout.storage),
