@@ -13,7 +13,6 @@ from equations.norm import part
 from published import layer, variant
 
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.moe import most_are_read
 from deepseek_jax.parallel import dispatch
 from deepseek_jax.precision.payload import AS_IS, FP8
 
@@ -44,7 +43,7 @@ def test_a_step_of_decoding_computes_the_same(shape, every, payload):
     _, _, model = variant("v3")
     how = Execution(dispatch=dataclasses.replace(dispatch.EXACT, payload=payload))
     feed, x = layer(model.moe_layers).feed, inputs(*shape)
-    assert most_are_read(math.prod(shape), feed.config) == every
+    assert feed.read_whole(math.prod(shape)) == every
     want = jax.jit(lambda m, x: m(x, how)[0])(feed, x)
     got = jax.jit(lambda m, x: m.decode(x, how))(feed, x)
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
