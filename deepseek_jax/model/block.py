@@ -44,7 +44,8 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Past]:
         """x BSD of tokens at `positions` BS -> BSD, see `LatentAttention.decode`."""
         mixed, past = self.attention.decode(self.attention_norm(x), how, past, layer, positions)
-        return self._fed(x + mixed, how)[0], past
+        x = x + mixed
+        return x + self.feed.decode(self.feed_norm(x), how), past
 
     def _fed(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
         """x + FFN(norm x)."""

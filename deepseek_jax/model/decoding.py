@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import params
+from deepseek_jax.model import few, params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer
 
@@ -52,22 +52,26 @@ class Apart:
     config: ModelConfig = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def of(cls, model: Transformer) -> "Apart":
-        """Copies every layer; where it is placed stays the same."""
+    def of(cls, model: Transformer, *, on_cpu: bool = False) -> "Apart":
+        """Copies every layer; where it is placed stays the same.
+
+        Args:
+          on_cpu: lays out weights for few tokens on one CPU, see `model/few.py`.
+        """
         config = model.config
 
         def layers(name: str, count: int) -> tuple[Any, ...]:
             return tuple(layer_of(getattr(model, name), i) for i in range(count))
 
-        return cls(
-            model.embedding,
-            layers("dense_layers", config.dense_layers),
-            layers("moe_layers", config.moe_layers),
-            model.norm,
-            model.head,
-            layers("mtp", config.mtp_depth),
-            config,
-        )
+        dense = layers("dense_layers", config.dense_layers)
+        moe = layers("moe_layers", config.moe_layers)
+        mtp = layers("mtp", config.mtp_depth)
+        head: Any = model.head
+        if on_cpu:
+            for block in (*dense, *moe, *(module.block for module in mtp)):
+                few.lay_out(block)
+            head = few.Head(model.head.table[...])
+        return cls(model.embedding, dense, moe, model.norm, head, mtp, config)
 
 
 Weights = Transformer | Apart

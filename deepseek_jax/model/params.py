@@ -55,6 +55,11 @@ def table(value: jax.Array, layers: int = 1) -> Table:
     return Table(value, axes=(None,) * len(sizes), sizes=sizes, sensitive=True)
 
 
+def whole_here(value: jax.Array) -> nnx.Param:
+    """A weight made of others, for a model that is not split."""
+    return nnx.Param(value, axes=(None,) * value.ndim, sizes=value.shape, sensitive=False)
+
+
 def per_slot(variable: nnx.Param, expert_of_slot: jax.Array) -> nnx.Param:
     """Experts' weights LE... as those of slots LR..., each that of its expert LR."""
     value = jax.vmap(lambda weight, expert: weight[expert])(variable[...], expert_of_slot)

@@ -76,21 +76,59 @@ class Latents:
         )
 
 
-def make(config: ModelConfig, requests: int, length: int, form: str, *, mtp: bool) -> Stacks:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """`Latents` of a stack whose layers are compiled one after another.
+
+    To read a layer of `Latents` copies it out; one that is an array of its own is read in place.
+
+    Attributes:
+      layers: each a stack of one.
+    """
+
+    layers: tuple[Latents, ...]
+
+    def write(self, layer: int, positions: jax.Array, kept: Kept) -> "Apart":
+        own = self.layers[layer].write(0, positions, kept)
+        return Apart((*self.layers[:layer], own, *self.layers[layer + 1 :]))
+
+    def read(self, layer: int, dtype: Any) -> Kept:
+        return self.layers[layer].read(0, dtype)
+
+    def admit(self, requests: jax.Array, kept: Kept) -> "Apart":
+        latent, key_rope = kept
+        return Apart(
+            tuple(
+                own.admit(requests, (latent[i : i + 1], key_rope[i : i + 1]))
+                for i, own in enumerate(self.layers)
+            )
+        )
+
+
+def make(
+    config: ModelConfig, requests: int, length: int, form: str, *, mtp: bool, apart: bool = False
+) -> Stacks:
     """An empty cache for some requests of up to `length` tokens.
 
     Args:
       form: one of FORMATS.
       mtp: whether the MTP modules have one too.
+      apart: whether each layer's is an array of its own.
     """
     if form not in FORMATS:
         raise ConfigError(f"--cache={form}; expected one of {', '.join(FORMATS)}")
     payload = FP8 if form == "fp8" else AS_IS
     dtype = jnp.bfloat16 if form == "fp8" else jnp.dtype(form)
 
-    def stack(layers: int) -> Latents | None:
+    def stack(layers: int) -> Latents | Apart | None:
         if not layers:
             return None
+        if apart:
+            return Apart(tuple(latents(1) for _ in range(layers)))
+        return latents(layers)
+
+    def latents(layers: int) -> Latents:
         shape = (layers, requests, length)
         latent = payload.encode(jnp.zeros((*shape, config.kv_latent), dtype))
         return Latents(latent, jnp.zeros((*shape, config.d_rope), dtype), payload)

@@ -168,10 +168,10 @@ class Server:
     ) -> None:
         """The empty state, and the two programs that change it."""
         config, layout, mesh, drafts = self.config, self.layout, self.mesh, self._drafts
-        # Layers that are compiled one after another need no stack.
+        apart = how.unroll > 1  # layers that are compiled one after another need no stack
         with jax.set_mesh(mesh):
-            apart = Apart.of(model) if how.unroll > 1 else model
-        graph, weights, bias = split(apart)
+            on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+            graph, weights, bias = split(Apart.of(model, on_cpu=on_cpu) if apart else model)
         batch = P(layout.mesh_axes("batch") or None)
         held = (
             params.place(weights, layout.storage),
@@ -180,7 +180,8 @@ class Server:
         window = speculate.window(config, drafts) if drafts else 0
 
         def fresh() -> State:
-            return empty(config, self.slots, self.length, cache, how.recipe.compute, window)
+            compute = how.recipe.compute
+            return empty(config, self.slots, self.length, cache, compute, window, apart)
 
         state = jax.eval_shape(fresh)
         own = State(

@@ -89,7 +89,7 @@ def _is_one_of(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
 class State:
     """Attributes:
     slots: the requests.
-    cache: `Latents` of each stack of layers.
+    cache: `Latents`, or `Apart`, of each stack of layers.
     tops: BWD, what the MTP modules read of the W positions before each request's last token: the
       main model's output after its final norm. W is 0 where nothing is drafted.
     """
@@ -130,7 +130,13 @@ class Admission:
 
 
 def empty(
-    config: ModelConfig, requests: int, length: int, form: str, dtype: jnp.dtype, window: int
+    config: ModelConfig,
+    requests: int,
+    length: int,
+    form: str,
+    dtype: jnp.dtype,
+    window: int,
+    apart: bool,
 ) -> State:
     """No request in any slot.
 
@@ -138,10 +144,12 @@ def empty(
       form: of the cache.
       dtype: of activations.
       window: W; 0 where nothing is drafted.
+      apart: whether each layer's cache is an array of its own.
     """
     integers = jnp.zeros((requests,), jnp.int32)
     numbers = jnp.zeros((requests,), jnp.float32)
     settings = Settings(numbers, numbers + 1.0, jnp.zeros((requests,), jnp.uint32))
     slots = Slots(jnp.zeros((requests, length), jnp.int32), integers, integers, settings)
     tops = jnp.zeros((requests, window, config.d_model), dtype)
-    return State(slots, caches.make(config, requests, length, form, mtp=window > 0), tops)
+    cache = caches.make(config, requests, length, form, mtp=window > 0, apart=apart)
+    return State(slots, cache, tops)

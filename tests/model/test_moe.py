@@ -1,5 +1,8 @@
 """DeepSeekMoE against equation 12; unchanged by dispatch and by where its experts live."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from published import layer, variant
 
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.parallel import dispatch
-from deepseek_jax.precision.payload import AS_IS
+from deepseek_jax.precision.payload import AS_IS, FP8
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -31,6 +34,19 @@ def test_follows_the_equation(rule, way):
     want, routing = moe.mixture(np.asarray(x, np.float64), own, settings)
     assert routing.margin.min() > 1e-6
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("shape, every", [((1, 1), False), ((8, 2), True), ((8, 3), False)])
+@pytest.mark.parametrize("payload", [AS_IS, FP8], ids=["as it is", "fp8"])
+def test_a_step_of_decoding_computes_the_same(shape, every, payload):
+    """Whether tokens are sorted or, where few make many choices, go through every expert."""
+    _, _, model = variant("v3")
+    how = Execution(dispatch=dataclasses.replace(dispatch.EXACT, payload=payload))
+    feed, x = layer(model.moe_layers).feed, inputs(*shape)
+    assert feed.read_whole(math.prod(shape)) == every
+    want = jax.jit(lambda m, x: m(x, how)[0])(feed, x)
+    got = jax.jit(lambda m, x: m.decode(x, how))(feed, x)
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
 
 
 def test_dense_feed_forward_follows_the_equation():

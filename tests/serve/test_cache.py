@@ -21,15 +21,16 @@ def test_bytes_of_a_token_of_v3(form, mtp, want):
     assert cache.bytes_per_token(V3, form, mtp=mtp) == want
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
 @pytest.mark.parametrize("form, error", [("float32", 0), ("bfloat16", 2**-8), ("fp8", 2**-4)])
-def test_what_is_written_is_read(form, error):
+def test_what_is_written_is_read(form, error, apart):
     """At each request's own positions; elsewhere, and where there is no room, nothing changes."""
     config = small.config(model_kv_latent=160).model  # a whole tile and a part of one
     rng = np.random.default_rng(0)
     kept = tuple(
         jnp.asarray(rng.normal(size=(2, 3, width)), jnp.float32) for width in (160, config.d_rope)
     )
-    empty = cache.make(config, 2, 8, form, mtp=False).moe
+    empty = cache.make(config, 2, 8, form, mtp=False, apart=apart).moe
     past = empty.write(0, jnp.array([[1, 2, 3], [6, 7, 8]]), kept)
     latent, key_rope = past.read(0, jnp.float32)
     for got, want in zip((latent, key_rope), kept, strict=True):

@@ -44,3 +44,10 @@ def test_draws_depend_on_seed_and_position_alone():
     assert many[0] == alone[0] and many[1] == logits.argmax()
     drawn = [int(choose(logits, settings([1], [1], [7]), jnp.array([i]))[0]) for i in range(20)]
     assert len(set(drawn)) > 5
+
+
+def test_the_first_of_the_most_likely_is_taken():
+    scores = np.random.default_rng(0).integers(0, 4, (3, 5, 9)).astype(np.float32)
+    scores[0, 0] = -np.inf
+    got = jax.jit(sampling.most_likely)(jnp.asarray(scores))
+    np.testing.assert_array_equal(got, scores.argmax(-1))
