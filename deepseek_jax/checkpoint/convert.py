@@ -20,9 +20,10 @@ import numpy as np
 from deepseek_jax.checkpoint import export, hf, settings, weights
 from deepseek_jax.checkpoint.safetensors import FP8, read_json
 from deepseek_jax.checkpoint.store import Store
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config, ConfigError, ModelConfig
 from deepseek_jax.data import tokenizer
 from deepseek_jax.model import params
+from deepseek_jax.model.transformer import abstract_model
 
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -98,7 +99,7 @@ def to_published(source: Path, target: Path, form: str, shard_bytes: int) -> Non
             described, values = dict(found.settings), _of_folder(found)
         else:
             described = settings.published(run.model)
-            values = _of_run(source, described)
+            values = _of_run(source, run.model, described)
         _carry(source, folder)
         marks = _marks(source, described)
         _write_marks(folder, marks)
@@ -124,22 +125,27 @@ def _of_folder(found: hf.Published) -> export.Source:
     return export.Source(found.config, found.biased, read, stored)
 
 
-def _of_run(workdir: Path, described: dict[str, Any]) -> export.Source:
-    model = weights.load(workdir)
-    paths = [weight.path for weight in params.describe(model)]
-    ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(model)), strict=True))
+def _of_run(workdir: Path, config: ModelConfig, described: dict[str, Any]) -> export.Source:
+    masters = weights.open_run(workdir, config)
     biased = settings.topk_method(described) == "noaux_tc"
-    for path, value in ours.items():
-        if not np.isfinite(value).all():
-            raise ConfigError(f"{workdir}: {path} holds values that are not finite, expected none")
-        if path.endswith("router.bias") and not biased and value.any():
+    for weight in params.describe(abstract_model(config)):
+        if not weight.trained and not biased and masters(weight.path, ()).any():
             raise ConfigError(
-                f"{workdir}: {path} is not zero, and {described['model_type']} has no router "
-                "biases; train with schedule.bias_speed=0"
+                f"{workdir}: {weight.path} is not zero, and {described['model_type']} has no "
+                "router biases; train with schedule.bias_speed=0"
             )
-    return export.Source(
-        model.config, biased, lambda piece: piece.published(ours[piece.path][piece.index])
-    )
+
+    def read(piece: hf.Piece) -> np.ndarray:
+        value = masters(piece.path, piece.index)
+        bad = value.size - np.count_nonzero(np.isfinite(value))
+        if bad:
+            raise ConfigError(
+                f"{workdir}: {piece.path}, which {piece.name} is part of, holds {bad} values of "
+                f"{value.size} that are not finite there, expected none"
+            )
+        return piece.published(value)
+
+    return export.Source(config, biased, read)
 
 
 def _carry(source: Path, folder: Path) -> None:

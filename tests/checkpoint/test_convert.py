@@ -13,6 +13,8 @@ import deepseek_jax
 from configs import moonlight_16b, v2_lite_16b, v3_671b, v3_671b_32k
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import blocks, convert, hf, safetensors, settings
+from deepseek_jax.checkpoint.leaves import Leaves
+from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
 from deepseek_jax.precision.blocks import spread
 
@@ -62,6 +64,24 @@ def test_by_way_of_a_workdir_every_tensor_comes_back(form, tmp_path):
     assert (
         json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
     )
+
+
+def test_a_workdir_is_read_a_tensor_at_a_time(tmp_path, monkeypatch):
+    found, weights = checkpoints.make("mtp")
+    checkpoints.write(tmp_path / "in", found, weights)
+    convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
+    read, sizes = Leaves.read, []
+
+    def counted(self, name, index=()):
+        value = read(self, name, index)
+        sizes.append(value.nbytes)
+        return value
+
+    monkeypatch.setattr(Leaves, "read", counted)
+    monkeypatch.setattr(Store, "restore", None)
+    convert.to_published(tmp_path / "run", tmp_path / "out", "float32", SHARD)
+    assert max(sizes) == max(value.nbytes for value in weights.values())
+    same_bits(stored(tmp_path / "out"), weights)
 
 
 def test_fp8_of_any_scale_keeps_every_value(tmp_path):
