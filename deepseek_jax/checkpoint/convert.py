@@ -6,10 +6,10 @@ and averages fresh. What lies beside weights (tokenizer, generation settings) is
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,18 +184,47 @@ def check_target(target: Path) -> None:
 
 @contextlib.contextmanager
 def _appears(target: Path) -> Iterator[Path]:
-    """A folder beside the target to be filled, which takes its name if nothing goes wrong."""
+    """A folder beside the target to be filled, which takes its name if nothing goes wrong.
+
+    Its own name follows from the target's, and it is locked: what a killed process left is found
+    and used again, what a live one writes is left alone.
+    """
     check_target(target)
+    folder = target.parent / f".{target.name}.converting"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"--target={target} cannot be written ({error.strerror})") from error
     try:
-        yield folder
-        folder.chmod(0o755)
-        os.replace(folder, target)
-    except OSError as error:
-        raise ConfigError(f"--target={target} cannot be written ({error})") from error
+        _lock(lock, folder, target)
+        try:
+            _clear(folder)
+            yield folder
+            os.replace(folder, target)
+        except BaseException as error:  # not later: by then its name may be another process's
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise ConfigError(f"--target={target} cannot be written ({error})") from error
+            raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)  # and with it the lock
+
+
+def _lock(lock: int, folder: Path, target: Path) -> None:
+    """Raises ConfigError where the folder is, or may be, another process's."""
+    wait = f"another process is making --target={target}; wait for it or give another one"
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(wait) from error
+    except OSError as error:  # a file system without locks
+        if any(folder.iterdir()):
+            raise ConfigError(f"{wait}; if there is none, remove {folder}") from error
+    if not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
+        raise ConfigError(wait)  # it was renamed or removed between opening and locking
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

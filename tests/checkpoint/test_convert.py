@@ -1,6 +1,9 @@
 """Weights out and in again: every bit comes back, in each format, and nothing partial is left."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -19,6 +22,7 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.precision.blocks import spread
 
 BF16 = ml_dtypes.bfloat16
+ROOT = Path(__file__).parents[2]
 SHARD = 200_000  # bytes
 
 
@@ -161,6 +165,41 @@ def test_nothing_partial_is_left(tmp_path):
     for name in ("in", "in/config.json"):
         with pytest.raises(ConfigError, match="exists and is not an empty folder"):
             convert.to_published(tmp_path / "in", tmp_path / name, "fp8", SHARD)
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from deepseek_jax.checkpoint import convert
+
+with convert._appears(Path(sys.argv[1])) as folder:
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "half").write_text("a tens")
+    print(folder.name, flush=True)
+    time.sleep(100)
+"""
+
+
+def test_what_a_killed_process_left_is_used_again(tmp_path):
+    """And not while that process lives."""
+    found, weights = checkpoints.make("v3")
+    checkpoints.write(tmp_path / "in", found, weights)
+    target = tmp_path / "out"
+    command = [sys.executable, "-c", WRITER, str(target)]
+    writer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        half = tmp_path / writer.stdout.readline().strip()
+        with pytest.raises(ConfigError, match="another process is making --target"):
+            convert.to_published(tmp_path / "in", target, "float32", SHARD)
+        assert (half / "checkpoints" / "half").exists() and not target.exists()
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert half.is_dir()
+    convert.to_published(tmp_path / "in", target, "float32", SHARD)
+    same_bits(stored(target), weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert not (target / "checkpoints").exists()
 
 
 def test_a_router_without_a_published_form_is_refused(tmp_path):
