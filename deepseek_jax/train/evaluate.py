@@ -98,6 +98,7 @@ def score_checkpoint(
     mesh: Mapping[str, int],
     length: int,
     tokens: int,
+    text_key: str = "text",
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """What a checkpoint makes of a text, every token of which is predicted once.
@@ -110,6 +111,7 @@ def score_checkpoint(
       mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
       length: of the sequences that the text is cut into.
       tokens: how many are scored at most.
+      text_key: the field of rows that holds their text.
 
     Returns:
       loss in nats per token, perplexity, bits_per_byte (None for token files, whose text is not
@@ -120,7 +122,7 @@ def score_checkpoint(
     """
     run = weights.trained(directory)
     model = run.model if run else hf.open_folder(directory).config
-    sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, say)
+    sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, text_key, say)
     config = fitted(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
@@ -140,7 +142,13 @@ def score_checkpoint(
 
 
 def _laid_out(
-    directory: Path, data: str, vocab: int, length: int, tokens: int, say: Callable[[str], None]
+    directory: Path,
+    data: str,
+    vocab: int,
+    length: int,
+    tokens: int,
+    text_key: str,
+    say: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray, scoring.HeldOut | None]:
     """Sequences, which targets count, and the text behind them where it is known."""
     if files := source.token_files(data):
@@ -151,8 +159,13 @@ def _laid_out(
             f"{directory} has no tokenizer.json to read the text of --data={data} with; expected "
             "one there, or a token file (.npy or .bin) for --data"
         )
-    documents = source.open_source(data, "text", say, whole=True)
-    tokens_of = tokenizer.fitting(tokenizer.read(words), vocab)
+    documents = source.open_source(data, text_key, say, whole=True)
+    tokens_of = tokenizer.read(words)
+    if tokens_of.size > vocab:
+        raise ConfigError(
+            f"{words} has ids up to {tokens_of.size - 1}, and the model beside it knows 0 to "
+            f"{vocab - 1}; expected the tokenizer that it was trained with"
+        )
     text = scoring.of_text(documents, tokens_of, length=length, tokens=tokens)
     return text.sequences, text.valid, text
 
@@ -174,6 +187,7 @@ def fitted(config: Config, mesh: Mapping[str, int], length: int) -> Config:
     config = dataclasses.replace(config, mesh=resolved, layout=kept)
     parts = math.prod(meshes.layout(config).sizes[name] for name in DATA_AXES)
     rows = -(-config.batch.micro_sequences // parts) * parts
+    length = max(length, config.model.mtp_depth + 1)  # which only training needs
     batch = dataclasses.replace(
         config.batch, length=length, sequences=rows, ramp_sequences=rows, micro_sequences=rows
     )
