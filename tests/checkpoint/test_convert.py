@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import small
 from equations import checkpoints
+from jax.sharding import SingleDeviceSharding
 
 import deepseek_jax
 from configs import moonlight_16b, v2_lite_16b, v3_671b, v3_671b_32k
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import blocks, convert, hf, safetensors, settings
+from deepseek_jax.checkpoint import blocks, convert, hf, safetensors, settings, weights
 from deepseek_jax.checkpoint.leaves import Leaves
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
+from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.precision.blocks import spread
 
 BF16 = ml_dtypes.bfloat16
@@ -208,3 +210,25 @@ def test_a_router_without_a_published_form_is_refused(tmp_path):
     config = settings.model_config(found, source="here")
     with pytest.raises(ConfigError, match=r"model.group_score='max'.*expected.*'top2'"):
         settings.published(config.__class__(**{**vars(config), "score": "sigmoid"}))
+
+
+def test_router_biases_that_v2_has_no_place_for_are_refused(tmp_path):
+    """A softmax router that was trained with balance by bias; without, the run is exported."""
+    found, weights_of = checkpoints.make("v2")
+    checkpoints.write(tmp_path / "in", found, weights_of)
+    config = convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
+    convert.to_published(tmp_path / "run", tmp_path / "out", "float32", SHARD)
+    same_bits(stored(tmp_path / "out"), weights_of)
+
+    one = SingleDeviceSharding(jax.devices()[0])
+    store = Store(tmp_path / "run" / "checkpoints", keep=1)
+    wanted = weights._wanted(abstract_model(config.model), lambda _: one)
+    step, state, meta = store.restore(wanted)
+    path = "moe_layers.feed.router.bias"
+    state["bias"][path] = state["bias"][path].at[1, 3].set(0.001)
+    store.save(step + 1, state, meta)
+    store.close()
+    words = rf"{path} is not zero, and deepseek_v2 has no router biases; train with schedule.bias"
+    with pytest.raises(ConfigError, match=words):
+        convert.to_published(tmp_path / "run", tmp_path / "biased", "float32", SHARD)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "run"]
