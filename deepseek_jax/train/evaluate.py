@@ -106,7 +106,8 @@ def score_checkpoint(
     Args:
       directory: a Hugging Face directory or a run's workdir.
       data: text as in `data.path`, read with the directory's `tokenizer.json`, each file or row
-        between the tokenizer's marks; or token files.
+        between the tokenizer's marks, and marks spelt out in it as the text that they are; or token
+        files.
       base: layout, precision and batch; its model is replaced by the checkpoint's.
       mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
       length: of the sequences that the text is cut into.
