@@ -191,6 +191,7 @@ def _appears(target: Path) -> Iterator[Path]:
     """
     check_target(target)
     folder = target.parent / f".{target.name}.converting"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -204,6 +205,9 @@ def _appears(target: Path) -> Iterator[Path]:
             os.replace(folder, target)
         except BaseException as error:  # not later: by then its name may be another process's
             shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another's file in one of them
+                for path in made[1:]:
+                    path.rmdir()
             if isinstance(error, OSError):
                 raise ConfigError(f"--target={target} cannot be written ({error})") from error
             raise
