@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import hf
+from deepseek_jax.checkpoint.agreement import in_all
 from deepseek_jax.checkpoint.safetensors import read_json
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
@@ -38,11 +39,30 @@ def load(
 
     Raises:
       ConfigError: what is there cannot be loaded; the message says what was found and expected.
+        It is raised in all processes if it is in one.
     """
+    return in_all(lambda: _loaded(directory, dtype, lambda weight: place(weight, layout, mesh)))
+
+
+def model_of(directory: Path) -> ModelConfig:
+    """The sizes of the model that `load` would return, from files that hold no values.
+
+    Raises:
+      ConfigError: as `load`, for what can be wrong without reading a value.
+    """
+
+    def found() -> ModelConfig:
+        run = trained(directory)
+        return run.model if run else hf.open_folder(directory).config
+
+    return in_all(found)
+
+
+def _loaded(directory: Path, dtype: Any, where: hf.Place) -> Transformer:
     run = trained(directory)
     if run is None:
-        return hf.load(directory, dtype, lambda weight: place(weight, layout, mesh))
-    return _restored(directory, run.model, dtype, lambda weight: place(weight, layout, mesh))
+        return hf.load(directory, dtype, where)
+    return _restored(directory, run.model, dtype, where)
 
 
 def trained(directory: Path) -> Config | None:
@@ -86,7 +106,15 @@ def _restored(workdir: Path, config: ModelConfig, dtype: Any, where: hf.Place) -
         _, values, _ = _found(store.restore(wanted, partial=True), workdir)
     finally:
         store.close()
-    leaves = [values[_part(weight)][weight.path] for weight in params.describe(abstract)]
+    leaves = []
+    for weight in params.describe(abstract):
+        leaf = values[_part(weight)][weight.path]
+        bad = sum(hf.not_finite(np.asarray(shard.data)) for shard in leaf.addressable_shards)
+        if bad:
+            raise ConfigError(
+                f"{workdir}: {weight.path} holds {bad} values that are not finite, expected none"
+            )
+        leaves.append(leaf)
     return params.cast(jax.tree.unflatten(jax.tree.structure(abstract), leaves), dtype)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import hf, weights
+from deepseek_jax.checkpoint import weights
 from deepseek_jax.config import Config, ConfigError, MeshConfig
 from deepseek_jax.data import scoring, source, tokenizer
 from deepseek_jax.model import execution, params
@@ -121,8 +121,7 @@ def score_checkpoint(
     Raises:
       ConfigError: a checkpoint or data that cannot be read, or a layout that does not fit.
     """
-    run = weights.trained(directory)
-    model = run.model if run else hf.open_folder(directory).config
+    model = weights.model_of(directory)
     sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, text_key, say)
     config = fitted(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
     devices = jax.devices() if mesh else jax.devices()[:1]
@@ -176,7 +175,15 @@ def fitted(config: Config, mesh: Mapping[str, int], length: int) -> Config:
 
     Args:
       mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
+
+    Raises:
+      ConfigError: what does not fit together; or one device, and several processes to share it.
     """
+    if not mesh and jax.process_count() > 1:
+        raise ConfigError(
+            f"one device is not for {jax.process_count()} processes; set --mesh to the "
+            f"{jax.device_count()} devices of all, as --mesh=gpu:{jax.device_count()}"
+        )
     sizes = MeshConfig(**{name: mesh.get(name, 1) for name in axes.MESH_AXES})
     resolved = meshes.resolve(sizes, jax.device_count() if mesh else 1)
     kept = dataclasses.replace(

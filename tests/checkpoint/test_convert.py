@@ -212,6 +212,33 @@ def test_a_router_without_a_published_form_is_refused(tmp_path):
         settings.published(config.__class__(**{**vars(config), "score": "sigmoid"}))
 
 
+def save_changed(run, config, path, index, value):
+    """A step more, in which one number of one parameter is another."""
+    one = SingleDeviceSharding(jax.devices()[0])
+    store = Store(run / "checkpoints", keep=1)
+    wanted = weights._wanted(abstract_model(config.model), lambda _: one)
+    step, state, meta = store.restore(wanted)
+    part = next(part for part in state.values() if path in part)
+    part[path] = part[path].at[index].set(value)
+    store.save(step + 1, state, meta)
+    store.close()
+
+
+def test_a_run_with_numbers_that_are_not_finite_is_refused(tmp_path):
+    """By what loads it and by what exports it."""
+    checkpoints.write(tmp_path / "in", *checkpoints.make("v3"))
+    run, path = tmp_path / "run", "moe_layers.feed.experts.gate_up"
+    config = convert.to_run(tmp_path / "in", run, small.config())
+    save_changed(run, config, path, (1, 7, 3, 1, 5), np.nan)
+    with pytest.raises(ConfigError, match=rf"{run}: {path} holds 1 values that are not finite"):
+        weights.load(run)
+    name = "model.layers.2.mlp.experts.7.up_proj.weight"
+    words = rf"{run}: {path}, which {name} is part of, holds 1 values of 1152 that are not finite"
+    with pytest.raises(ConfigError, match=words):
+        convert.to_published(run, tmp_path / "out", "float32", SHARD)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "run"]
+
+
 def test_router_biases_that_v2_has_no_place_for_are_refused(tmp_path):
     """A softmax router that was trained with balance by bias; without, the run is exported."""
     found, weights_of = checkpoints.make("v2")
@@ -220,14 +247,8 @@ def test_router_biases_that_v2_has_no_place_for_are_refused(tmp_path):
     convert.to_published(tmp_path / "run", tmp_path / "out", "float32", SHARD)
     same_bits(stored(tmp_path / "out"), weights_of)
 
-    one = SingleDeviceSharding(jax.devices()[0])
-    store = Store(tmp_path / "run" / "checkpoints", keep=1)
-    wanted = weights._wanted(abstract_model(config.model), lambda _: one)
-    step, state, meta = store.restore(wanted)
     path = "moe_layers.feed.router.bias"
-    state["bias"][path] = state["bias"][path].at[1, 3].set(0.001)
-    store.save(step + 1, state, meta)
-    store.close()
+    save_changed(tmp_path / "run", config, path, (1, 3), 0.001)
     words = rf"{path} is not zero, and deepseek_v2 has no router biases; train with schedule.bias"
     with pytest.raises(ConfigError, match=words):
         convert.to_published(tmp_path / "run", tmp_path / "biased", "float32", SHARD)
