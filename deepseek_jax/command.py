@@ -1,13 +1,15 @@
 """What the command modules share: flags, start-up, and one clear message for bad input."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import os
+import re
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +59,38 @@ def parse_mesh(parts: list[str]) -> dict[str, int]:
     sizes = {}
     for part in parts:
         name, _, size = part.partition(":")
-        if name not in MESH_AXES or not size.lstrip("-").isdigit() or name in sizes:
+        if name not in MESH_AXES or not re.fullmatch("-?[0-9]+", size) or name in sizes:
             raise ConfigError(
                 f"--mesh has {part!r}; expected each of {', '.join(MESH_AXES)} at most once, as "
                 "node:2,gpu:4"
             )
         sizes[name] = int(size)
     return sizes
+
+
+def folder(flag: Any) -> Path:
+    """The folder that a flag names; ConfigError where there is none."""
+    if not Path(flag.value).is_dir():
+        raise ConfigError(f"--{flag.name}={flag.value} is not a folder")
+    return Path(flag.value)
+
+
+@contextlib.contextmanager
+def naming(flag_of: Mapping[str, str]) -> Iterator[None]:
+    """What goes wrong inside is told in terms of this command's flags.
+
+    The rest of the package names keys of a config, which a command sets in its own way.
+
+    Args:
+      flag_of: key -> flag, as "data.path": "--data".
+    """
+    try:
+        yield
+    except ConfigError as error:
+        text = re.sub(r"(?<![\w./-])mesh\.(\w+)=(-?\d+)", r"--mesh=\1:\2", str(error))
+        for key, flag in {"mesh.*": "--mesh", **flag_of}.items():
+            text = re.sub(rf"(?<![\w./-]){re.escape(key)}(?![\w-])", flag, text)
+        raise ConfigError(text) from error
 
 
 def config_name() -> str:

@@ -27,12 +27,19 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing half made
     if not SOURCE.value or not TARGET.value:
         raise ConfigError("convert needs --source=DIR and --target=DIR")
-    if not SHARD_GB.value > 0:
+    if not 0 < SHARD_GB.value < 2**63:
         raise ConfigError(f"--shard_gb={SHARD_GB.value}; expected a number above 0")
+    from deepseek_jax.checkpoint import convert
+
+    source, target = command.folder(SOURCE), Path(TARGET.value)
+    convert.check_target(target)
+    with command.naming({"--workdir": "--source", "data.tokenizer": "--source"}):
+        _convert(source, target)
+
+
+def _convert(source: Path, target: Path) -> None:
     from deepseek_jax.checkpoint import convert, weights
 
-    source, target = Path(SOURCE.value), Path(TARGET.value)
-    convert.check_target(target)
     run = weights.trained(source)
     if run is None and FORMAT.value is None:
         base = command.read_config(CONFIG) if CONFIG.value is not None else command.default_config()

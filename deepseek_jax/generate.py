@@ -9,41 +9,67 @@ from pathlib import Path
 from absl import flags
 
 from deepseek_jax import command
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import Config, ConfigError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face directory or a run's workdir.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to go on from; may be given several times.")
 PROMPT_TOKENS = flags.DEFINE_multi_string("prompt_tokens", [], "The same as token ids: 1,2,3.")
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Tokens to generate for each at most.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 128, "Tokens to generate for each at most.", lower_bound=1
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0 takes the most likely token.", lower_bound=0
+)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Share of the probability that is drawn from.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the first request; each one after has the next.")
-SPECULATE = flags.DEFINE_integer("speculate", 0, "Tokens that the MTP modules draft in a step.")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the first request; each one after has the next.", lower_bound=0
+)
+SPECULATE = flags.DEFINE_integer(
+    "speculate", 0, "Tokens that the MTP modules draft in a step.", lower_bound=0
+)
 CACHE = flags.DEFINE_enum("cache", None, ("float32", "bfloat16", "fp8"), "Of the latents.")
-SLOTS = flags.DEFINE_integer("slots", 8, "Requests that run at once at most.")
-CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "Tokens of room for each request.")
+SLOTS = flags.DEFINE_integer("slots", 8, "Requests that run at once at most.", lower_bound=1)
+CACHE_LENGTH = flags.DEFINE_integer(
+    "cache_length", None, "Tokens of room for each request.", lower_bound=1
+)
 DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of weights and matmuls.")
 CONFIG = command.define_config_flag()
 MESH = flags.DEFINE_list("mesh", [], "Devices by mesh axis, as node:2,gpu:4; else one device.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 command.define_process_flags()
 
+FLAG_OF = {
+    "batch.length": "--cache_length", "data.tokenizer": "--checkpoint",
+    "--workdir": "--checkpoint",
+}  # fmt: skip
+
 
 def main() -> None:
     if not CHECKPOINT.value or not (PROMPT.value or PROMPT_TOKENS.value):
         raise ConfigError("generate needs --checkpoint=DIR and --prompt=TEXT")
+    directory = command.folder(CHECKPOINT)
+    prompt_tokens = [_ids(ids) for ids in PROMPT_TOKENS.value]
     mesh = command.parse_mesh(MESH.value)
     given = command.read_config(CONFIG) if CONFIG.value is not None else None
     command.start_processes()
+    with command.naming(FLAG_OF):
+        _generate(directory, prompt_tokens, mesh, given)
+
+
+def _generate(
+    directory: Path,
+    prompt_tokens: list[tuple[int, ...]],
+    mesh: dict[str, int],
+    given: Config | None,
+) -> None:
     from deepseek_jax.parallel import processes
     from deepseek_jax.serve import generate
     from deepseek_jax.serve.server import Request
 
-    directory = Path(CHECKPOINT.value)
     base = command.config_of(directory, given, DTYPE.value)
     words = generate.Words.of(directory)
     prompts = [words.encode(text, directory) for text in PROMPT.value]
-    prompts += [_ids(ids) for ids in PROMPT_TOKENS.value]
+    prompts += prompt_tokens
     requests = [
         Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value + number)
         for number, prompt in enumerate(prompts)

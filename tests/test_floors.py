@@ -18,7 +18,10 @@ FLOORS = (
 COMMANDS = len(FLOORS)  # every other file at the top of the package, and every __main__.py
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
-OWNERS = {"orbax": "checkpoint/store.py"}  # library -> the only module that may import it
+OWNERS = {
+    "orbax": "checkpoint/store.py",
+    "tensorstore": "checkpoint/leaves.py",
+}  # library -> the only module that may import it
 FLAGS = ("absl.flags", "absl.app", "ml_collections.config_flags", "argparse", "click")
 
 # What Flax keeps beside a parameter's value, and its functions that read that.

@@ -6,10 +6,10 @@ and averages fresh. What lies beside weights (tokenizer, generation settings) is
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import numpy as np
 from deepseek_jax.checkpoint import export, hf, settings, weights
 from deepseek_jax.checkpoint.safetensors import FP8, read_json
 from deepseek_jax.checkpoint.store import Store
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config, ConfigError, ModelConfig
 from deepseek_jax.data import tokenizer
 from deepseek_jax.model import params
+from deepseek_jax.model.transformer import abstract_model
 
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -98,7 +99,7 @@ def to_published(source: Path, target: Path, form: str, shard_bytes: int) -> Non
             described, values = dict(found.settings), _of_folder(found)
         else:
             described = settings.published(run.model)
-            values = _of_run(source, described)
+            values = _of_run(source, run.model, described)
         _carry(source, folder)
         marks = _marks(source, described)
         _write_marks(folder, marks)
@@ -124,22 +125,27 @@ def _of_folder(found: hf.Published) -> export.Source:
     return export.Source(found.config, found.biased, read, stored)
 
 
-def _of_run(workdir: Path, described: dict[str, Any]) -> export.Source:
-    model = weights.load(workdir)
-    paths = [weight.path for weight in params.describe(model)]
-    ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(model)), strict=True))
+def _of_run(workdir: Path, config: ModelConfig, described: dict[str, Any]) -> export.Source:
+    masters = weights.open_run(workdir, config)
     biased = settings.topk_method(described) == "noaux_tc"
-    for path, value in ours.items():
-        if not np.isfinite(value).all():
-            raise ConfigError(f"{workdir}: {path} holds values that are not finite, expected none")
-        if path.endswith("router.bias") and not biased and value.any():
+    for weight in params.describe(abstract_model(config)):
+        if not weight.trained and not biased and masters(weight.path, ()).any():
             raise ConfigError(
-                f"{workdir}: {path} is not zero, and {described['model_type']} has no router "
-                "biases; train with schedule.bias_speed=0"
+                f"{workdir}: {weight.path} is not zero, and {described['model_type']} has no "
+                "router biases; train with schedule.bias_speed=0"
             )
-    return export.Source(
-        model.config, biased, lambda piece: piece.published(ours[piece.path][piece.index])
-    )
+
+    def read(piece: hf.Piece) -> np.ndarray:
+        value = masters(piece.path, piece.index)
+        bad = value.size - np.count_nonzero(np.isfinite(value))
+        if bad:
+            raise ConfigError(
+                f"{workdir}: {piece.path}, which {piece.name} is part of, holds {bad} values of "
+                f"{value.size} that are not finite there, expected none"
+            )
+        return piece.published(value)
+
+    return export.Source(config, biased, read)
 
 
 def _carry(source: Path, folder: Path) -> None:
@@ -178,18 +184,51 @@ def check_target(target: Path) -> None:
 
 @contextlib.contextmanager
 def _appears(target: Path) -> Iterator[Path]:
-    """A folder beside the target to be filled, which takes its name if nothing goes wrong."""
+    """A folder beside the target to be filled, which takes its name if nothing goes wrong.
+
+    Its own name follows from the target's, and it is locked: what a killed process left is found
+    and used again, what a live one writes is left alone.
+    """
     check_target(target)
+    folder = target.parent / f".{target.name}.converting"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"--target={target} cannot be written ({error.strerror})") from error
     try:
-        yield folder
-        folder.chmod(0o755)
-        os.replace(folder, target)
-    except OSError as error:
-        raise ConfigError(f"--target={target} cannot be written ({error})") from error
+        _lock(lock, folder, target)
+        try:
+            _clear(folder)
+            yield folder
+            os.replace(folder, target)
+        except BaseException as error:  # not later: by then its name may be another process's
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another's file in one of them
+                for path in made[1:]:
+                    path.rmdir()
+            if isinstance(error, OSError):
+                raise ConfigError(f"--target={target} cannot be written ({error})") from error
+            raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)  # and with it the lock
+
+
+def _lock(lock: int, folder: Path, target: Path) -> None:
+    """Raises ConfigError where the folder is, or may be, another process's."""
+    wait = f"another process is making --target={target}; wait for it or give another one"
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(wait) from error
+    except OSError as error:  # a file system without locks
+        if any(folder.iterdir()):
+            raise ConfigError(f"{wait}; if there is none, remove {folder}") from error
+    if not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
+        raise ConfigError(wait)  # it was renamed or removed between opening and locking
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

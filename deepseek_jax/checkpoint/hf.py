@@ -188,7 +188,7 @@ class Published:
         value = tensor.array[index]
         if tensor.dtype == FP8:
             value = value.astype(np.float32) * self._scales(name, index)
-        bad = _not_finite(value)
+        bad = not_finite(value)
         if bad:
             raise ConfigError(
                 f"{tensor.file}: {name} holds {bad} values of {value.size} that are not finite, "
@@ -370,7 +370,7 @@ def _copy(out: np.ndarray, values: np.ndarray) -> None:
             to[row : row + rows] = held[:, row : row + rows].T
 
 
-def _not_finite(values: np.ndarray) -> int:
+def not_finite(values: np.ndarray) -> int:
     """How many are NaN or infinite; some rows at a time, in memory that is used again."""
     bad, rows = 0, max(1, (1 << 18) // max(1, math.prod(values.shape[1:])))
     for start in range(0, len(values), rows):

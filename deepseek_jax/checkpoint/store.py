@@ -14,7 +14,7 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from deepseek_jax.checkpoint.leaves import CHUNK_BYTES, Leaves, axes_to_cut
 from deepseek_jax.config import ConfigError
 
 PyTree = Any
@@ -89,7 +90,7 @@ class Store:
         if jax.process_index() == 0:
             self._tidy()
         self._broken.clear()
-        with _quiet():
+        with _quiet(), _in_chunks():
             response = ocp.save_async(
                 self._directory / str(step), leaves, custom_metadata=_sealed(record)
             )
@@ -119,11 +120,35 @@ class Store:
             leaves = self._attempt(step, functools.partial(self._load, step, wanted, partial))
             if leaves is None:
                 continue
-            if not self._attempt(step, functools.partial(_verify, leaves, record)):
+            verify = functools.partial(_verify, leaves, _bit_sums, record)
+            if not self._attempt(step, verify):
                 continue
             self._held.add(step)
             state = jax.tree.unflatten(jax.tree.structure(like), leaves.values())
             return step, state, record["meta"]
+        return None
+
+    def open(self, wanted: PyTree) -> Leaves | None:
+        """The newest step that can be read, its leaves left on disk: one process's way to read it.
+
+        Each leaf is read once, a chunk at a time, to compare its bits with those that were saved.
+
+        Args:
+          wanted: leaves with shape and dtype; the checkpoint may hold others.
+
+        Returns:
+          What reads these by dotted path, or None where nothing was ever saved.
+
+        Raises:
+          ConfigError: as `restore`.
+        """
+        names = _named(wanted)
+        for step, record in self._readable():
+            self._compare(step, record, names, partial=True)
+            leaves = Leaves(self._directory / str(step) / "state")
+            sums = functools.partial(_sums_on_disk, leaves)
+            if self._attempt(step, functools.partial(_verify, names, sums, record)):
+                return leaves
         return None
 
     def newest_meta(self) -> dict[str, Any] | None:
@@ -268,11 +293,23 @@ def _bit_sums(leaves: dict[str, jax.Array]) -> list[int]:
 def _local_bits(leaf: jax.Array) -> int:
     """This process's part of the sum; of equal copies, one counts."""
     parts = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
-    return sum(int(p.view(f"u{p.itemsize}").sum(dtype=np.uint32)) for p in parts) % 2**32
+    return sum(map(_bits, parts)) % 2**32
 
 
-def _verify(leaves: dict[str, jax.Array], record: dict[str, Any]) -> bool:
-    for name, bits in zip(leaves, _bit_sums(leaves), strict=True):
+def _bits(part: np.ndarray) -> int:
+    return int(part.view(f"u{part.itemsize}").sum(dtype=np.uint32))
+
+
+def _sums_on_disk(leaves: Leaves, names: Iterable[str]) -> Iterator[int]:
+    return (sum(map(_bits, leaves.chunks(name))) % 2**32 for name in names)
+
+
+def _verify(
+    names: Collection[str],
+    sums: Callable[[Any], Iterable[int]],
+    record: dict[str, Any],
+) -> bool:
+    for name, bits in zip(names, sums(names), strict=True):
         if bits != record["leaves"][name][1]:
             raise ValueError(f"{name} is not what was saved: its bits do not add up")
     return True
@@ -295,6 +332,23 @@ def _in_all(fine: bool) -> bool:
     if jax.process_count() == 1:
         return fine
     return bool(multihost_utils.process_allgather(np.bool_(fine)).all())
+
+
+@contextlib.contextmanager
+def _in_chunks() -> Iterator[None]:
+    """Saves leaves in chunks; orbax would make one of all that a device holds of a leaf."""
+
+    def options(path: Any, leaf: jax.Array) -> Any:
+        cut = axes_to_cut(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        if cut is None:
+            return None
+        kind = ocp.options.ArrayOptions.Saving.StorageOptions
+        return kind(chunk_byte_size=CHUNK_BYTES, shard_axes=cut)
+
+    context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = options
+    with context:
+        yield
 
 
 @contextlib.contextmanager

@@ -1,15 +1,18 @@
 """A model's weights from either kind of folder: published ones, or a run's newest checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import hf
+from deepseek_jax.checkpoint.agreement import in_all
 from deepseek_jax.checkpoint.safetensors import read_json
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
@@ -17,6 +20,8 @@ from deepseek_jax.model import params
 from deepseek_jax.model.params import Weight
 from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.parallel.axes import Layout
+
+T = TypeVar("T")
 
 
 def load(
@@ -34,11 +39,30 @@ def load(
 
     Raises:
       ConfigError: what is there cannot be loaded; the message says what was found and expected.
+        It is raised in all processes if it is in one.
     """
+    return in_all(lambda: _loaded(directory, dtype, lambda weight: place(weight, layout, mesh)))
+
+
+def model_of(directory: Path) -> ModelConfig:
+    """The sizes of the model that `load` would return, from files that hold no values.
+
+    Raises:
+      ConfigError: as `load`, for what can be wrong without reading a value.
+    """
+
+    def found() -> ModelConfig:
+        run = trained(directory)
+        return run.model if run else hf.open_folder(directory).config
+
+    return in_all(found)
+
+
+def _loaded(directory: Path, dtype: Any, where: hf.Place) -> Transformer:
     run = trained(directory)
     if run is None:
-        return hf.load(directory, dtype, lambda weight: place(weight, layout, mesh))
-    return _restored(directory, run.model, dtype, lambda weight: place(weight, layout, mesh))
+        return hf.load(directory, dtype, where)
+    return _restored(directory, run.model, dtype, where)
 
 
 def trained(directory: Path) -> Config | None:
@@ -54,21 +78,61 @@ def place(weight: Weight, layout: Layout | None, mesh: Mesh | None) -> Sharding:
     return NamedSharding(mesh, layout.storage(weight.axes, weight.shape) if weight.trained else P())
 
 
+def open_run(workdir: Path, config: ModelConfig) -> Callable[[str, tuple[Any, ...]], np.ndarray]:
+    """Reads parts of the float32 masters and router biases of a run's newest checkpoint.
+
+    Returns:
+      read(path, index): of a parameter, as `params.describe` names it, the part that `index` is.
+
+    Raises:
+      ConfigError: no checkpoint that can be read; each is read once, a part at a time, to see.
+    """
+    wanted = _wanted(abstract_model(config), None)
+    store = Store(workdir / "checkpoints", keep=1)
+    try:
+        leaves = _found(store.open(wanted), workdir)
+    finally:
+        store.close()
+    part_of = {path: part for part, paths in wanted.items() for path in paths}
+    return lambda path, index: leaves.read(f"{part_of[path]}.{path}", index)
+
+
 def _restored(workdir: Path, config: ModelConfig, dtype: Any, where: hf.Place) -> Transformer:
     """Masters and router biases of a run's newest checkpoint; each process reads its own parts."""
     abstract = abstract_model(config)
-    wanted: dict[str, dict[str, Any]] = {"params": {}, "bias": {}}
-    names = [("params" if w.trained else "bias", w) for w in params.describe(abstract)]
-    for part, weight in names:
-        leaf = jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=where(weight))
-        wanted[part][weight.path] = leaf
+    wanted = _wanted(abstract, where)
     store = Store(workdir / "checkpoints", keep=1)
     try:
-        restored = store.restore(wanted, partial=True)
+        _, values, _ = _found(store.restore(wanted, partial=True), workdir)
     finally:
         store.close()
-    if restored is None:
-        raise ConfigError(f"{workdir}/checkpoints holds no checkpoint; expected a saved step")
-    values = restored[1]
-    leaves = [values[part][weight.path] for part, weight in names]
+    leaves = []
+    for weight in params.describe(abstract):
+        leaf = values[_part(weight)][weight.path]
+        bad = sum(hf.not_finite(np.asarray(shard.data)) for shard in leaf.addressable_shards)
+        if bad:
+            raise ConfigError(
+                f"{workdir}: {weight.path} holds {bad} values that are not finite, expected none"
+            )
+        leaves.append(leaf)
     return params.cast(jax.tree.unflatten(jax.tree.structure(abstract), leaves), dtype)
+
+
+def _wanted(abstract: Transformer, where: hf.Place | None) -> dict[str, dict[str, Any]]:
+    """The leaves of a run's checkpoint that are the model's parameters."""
+    wanted: dict[str, dict[str, Any]] = {"params": {}, "bias": {}}
+    for weight in params.describe(abstract):
+        place = where(weight) if where else None
+        leaf = jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=place)
+        wanted[_part(weight)][weight.path] = leaf
+    return wanted
+
+
+def _part(weight: Weight) -> str:
+    return "params" if weight.trained else "bias"
+
+
+def _found(saved: T | None, workdir: Path) -> T:
+    if saved is None:
+        raise ConfigError(f"{workdir}/checkpoints holds no checkpoint; expected a saved step")
+    return saved

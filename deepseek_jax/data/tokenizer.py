@@ -9,6 +9,7 @@ takes the next line's indentation along, since source code is the default corpus
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -145,8 +146,9 @@ def read(file: Path) -> Tokenizer:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         # V3 flags its fill-in-the-middle marks as plain words, which a document could then hold.
+        marks = {*BOS_NAMES, *EOS_NAMES, *itertools.chain(*FIM_NAMES)}
         for token in content.get("added_tokens", []):
-            if token["content"] in {name for names in FIM_NAMES for name in names}:
+            if token["content"] in marks:
                 token["special"] = True
         core = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises plain Exception

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.checkpoint import hf, weights
+from deepseek_jax.checkpoint import weights
 from deepseek_jax.checkpoint.safetensors import read_json
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import tokenizer as tokenizers
@@ -77,8 +77,7 @@ def open_server(
     Raises:
       ConfigError: a checkpoint that cannot be read, or a layout that does not fit.
     """
-    run = weights.trained(directory)
-    model = run.model if run else hf.open_folder(directory).config
+    model = weights.model_of(directory)
     config = evaluate.fitted(dataclasses.replace(base, model=model), mesh, length)
     if config.mesh.pipe > 1:
         raise ConfigError(f"--mesh has pipe:{config.mesh.pipe}; generation has no pipeline")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import hf, weights
+from deepseek_jax.checkpoint import weights
 from deepseek_jax.config import Config, ConfigError, MeshConfig
 from deepseek_jax.data import scoring, source, tokenizer
 from deepseek_jax.model import execution, params
@@ -98,6 +98,7 @@ def score_checkpoint(
     mesh: Mapping[str, int],
     length: int,
     tokens: int,
+    text_key: str = "text",
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """What a checkpoint makes of a text, every token of which is predicted once.
@@ -105,11 +106,13 @@ def score_checkpoint(
     Args:
       directory: a Hugging Face directory or a run's workdir.
       data: text as in `data.path`, read with the directory's `tokenizer.json`, each file or row
-        between the tokenizer's marks; or token files.
+        between the tokenizer's marks, and marks spelt out in it as the text that they are; or token
+        files.
       base: layout, precision and batch; its model is replaced by the checkpoint's.
       mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
       length: of the sequences that the text is cut into.
       tokens: how many are scored at most.
+      text_key: the field of rows that holds their text.
 
     Returns:
       loss in nats per token, perplexity, bits_per_byte (None for token files, whose text is not
@@ -118,9 +121,8 @@ def score_checkpoint(
     Raises:
       ConfigError: a checkpoint or data that cannot be read, or a layout that does not fit.
     """
-    run = weights.trained(directory)
-    model = run.model if run else hf.open_folder(directory).config
-    sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, say)
+    model = weights.model_of(directory)
+    sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, text_key, say)
     config = fitted(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
@@ -140,7 +142,13 @@ def score_checkpoint(
 
 
 def _laid_out(
-    directory: Path, data: str, vocab: int, length: int, tokens: int, say: Callable[[str], None]
+    directory: Path,
+    data: str,
+    vocab: int,
+    length: int,
+    tokens: int,
+    text_key: str,
+    say: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray, scoring.HeldOut | None]:
     """Sequences, which targets count, and the text behind them where it is known."""
     if files := source.token_files(data):
@@ -151,8 +159,13 @@ def _laid_out(
             f"{directory} has no tokenizer.json to read the text of --data={data} with; expected "
             "one there, or a token file (.npy or .bin) for --data"
         )
-    documents = source.open_source(data, "text", say, whole=True)
-    tokens_of = tokenizer.fitting(tokenizer.read(words), vocab)
+    documents = source.open_source(data, text_key, say, whole=True)
+    tokens_of = tokenizer.read(words)
+    if tokens_of.size > vocab:
+        raise ConfigError(
+            f"{words} has ids up to {tokens_of.size - 1}, and the model beside it knows 0 to "
+            f"{vocab - 1}; expected the tokenizer that it was trained with"
+        )
     text = scoring.of_text(documents, tokens_of, length=length, tokens=tokens)
     return text.sequences, text.valid, text
 
@@ -162,7 +175,15 @@ def fitted(config: Config, mesh: Mapping[str, int], length: int) -> Config:
 
     Args:
       mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
+
+    Raises:
+      ConfigError: what does not fit together; or one device, and several processes to share it.
     """
+    if not mesh and jax.process_count() > 1:
+        raise ConfigError(
+            f"one device is not for {jax.process_count()} processes; set --mesh to the "
+            f"{jax.device_count()} devices of all, as --mesh=gpu:{jax.device_count()}"
+        )
     sizes = MeshConfig(**{name: mesh.get(name, 1) for name in axes.MESH_AXES})
     resolved = meshes.resolve(sizes, jax.device_count() if mesh else 1)
     kept = dataclasses.replace(
@@ -174,6 +195,7 @@ def fitted(config: Config, mesh: Mapping[str, int], length: int) -> Config:
     config = dataclasses.replace(config, mesh=resolved, layout=kept)
     parts = math.prod(meshes.layout(config).sizes[name] for name in DATA_AXES)
     rows = -(-config.batch.micro_sequences // parts) * parts
+    length = max(length, config.model.mtp_depth + 1)  # which only training needs
     batch = dataclasses.replace(
         config.batch, length=length, sequences=rows, ramp_sequences=rows, micro_sequences=rows
     )

@@ -1,10 +1,11 @@
-"""What `bench decode` compares: both caches give the same attention, and whose bytes are told."""
+"""`bench decode`: both caches give the same attention, whose bytes are told; and all its rows."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import small
 from flax import nnx
 
@@ -40,3 +41,20 @@ def test_bytes_are_those_of_the_config():
     told = {row["cache"]: row["bytes_per_token"] for row in rows}
     assert told["latent, bfloat16"] == 70_272 and told["latent, fp8"] == 40_016
     assert told["every head, bfloat16"] == 3_997_696
+
+
+def test_rows(monkeypatch):
+    """Beside somebody who makes the token 0 in no time."""
+    config = small.config(model_layers=1)  # dense, and quick to compile
+    monkeypatch.setattr(decode, "sized", lambda _: config)
+    zeros = lambda prompts, tokens: np.zeros((len(prompts), tokens), int)  # noqa: E731
+    monkeypatch.setattr(decode, "_hugging_face", lambda model: zeros)
+    found = decode.measure(config, tokens=3, rounds=1, lengths=(16, 32))
+    assert [row["batch"] for row in found["decode"]] == [1, 8]
+    for row in found["decode"]:
+        assert row["of_hugging_face"] == row["tokens_per_second"] / row["hugging_face"] > 0
+        assert 0 <= row["same_tokens"] < 1
+    assert [row["cache_length"] for row in found["attention"]] == [16, 32]
+    for row in found["attention"]:
+        per_token = row["expanded_us_per_token"], row["latent_us_per_token"]
+        assert row["expanded_of_latent"] == pytest.approx(per_token[0] / per_token[1])

@@ -1,6 +1,9 @@
 """Weights out and in again: every bit comes back, in each format, and nothing partial is left."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -8,15 +11,20 @@ import numpy as np
 import pytest
 import small
 from equations import checkpoints
+from jax.sharding import SingleDeviceSharding
 
 import deepseek_jax
 from configs import moonlight_16b, v2_lite_16b, v3_671b, v3_671b_32k
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import blocks, convert, hf, safetensors, settings
+from deepseek_jax.checkpoint import blocks, convert, hf, safetensors, settings, weights
+from deepseek_jax.checkpoint.leaves import Leaves
+from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
+from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.precision.blocks import spread
 
 BF16 = ml_dtypes.bfloat16
+ROOT = Path(__file__).parents[2]
 SHARD = 200_000  # bytes
 
 
@@ -62,6 +70,24 @@ def test_by_way_of_a_workdir_every_tensor_comes_back(form, tmp_path):
     assert (
         json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 1
     )
+
+
+def test_a_workdir_is_read_a_tensor_at_a_time(tmp_path, monkeypatch):
+    found, weights = checkpoints.make("mtp")
+    checkpoints.write(tmp_path / "in", found, weights)
+    convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
+    read, sizes = Leaves.read, []
+
+    def counted(self, name, index=()):
+        value = read(self, name, index)
+        sizes.append(value.nbytes)
+        return value
+
+    monkeypatch.setattr(Leaves, "read", counted)
+    monkeypatch.setattr(Store, "restore", None)
+    convert.to_published(tmp_path / "run", tmp_path / "out", "float32", SHARD)
+    assert max(sizes) == max(value.nbytes for value in weights.values())
+    same_bits(stored(tmp_path / "out"), weights)
 
 
 def test_fp8_of_any_scale_keeps_every_value(tmp_path):
@@ -143,9 +169,87 @@ def test_nothing_partial_is_left(tmp_path):
             convert.to_published(tmp_path / "in", tmp_path / name, "fp8", SHARD)
 
 
+WRITER = """
+import sys, time
+from pathlib import Path
+from deepseek_jax.checkpoint import convert
+
+with convert._appears(Path(sys.argv[1])) as folder:
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "half").write_text("a tens")
+    print(folder.name, flush=True)
+    time.sleep(100)
+"""
+
+
+def test_what_a_killed_process_left_is_used_again(tmp_path):
+    """And not while that process lives."""
+    found, weights = checkpoints.make("v3")
+    checkpoints.write(tmp_path / "in", found, weights)
+    target = tmp_path / "out"
+    command = [sys.executable, "-c", WRITER, str(target)]
+    writer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        half = tmp_path / writer.stdout.readline().strip()
+        with pytest.raises(ConfigError, match="another process is making --target"):
+            convert.to_published(tmp_path / "in", target, "float32", SHARD)
+        assert (half / "checkpoints" / "half").exists() and not target.exists()
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert half.is_dir()
+    convert.to_published(tmp_path / "in", target, "float32", SHARD)
+    same_bits(stored(target), weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert not (target / "checkpoints").exists()
+
+
 def test_a_router_without_a_published_form_is_refused(tmp_path):
     found, weights = checkpoints.make("v2")
     checkpoints.write(tmp_path / "in", found, weights)
     config = settings.model_config(found, source="here")
     with pytest.raises(ConfigError, match=r"model.group_score='max'.*expected.*'top2'"):
         settings.published(config.__class__(**{**vars(config), "score": "sigmoid"}))
+
+
+def save_changed(run, config, path, index, value):
+    """A step more, in which one number of one parameter is another."""
+    one = SingleDeviceSharding(jax.devices()[0])
+    store = Store(run / "checkpoints", keep=1)
+    wanted = weights._wanted(abstract_model(config.model), lambda _: one)
+    step, state, meta = store.restore(wanted)
+    part = next(part for part in state.values() if path in part)
+    part[path] = part[path].at[index].set(value)
+    store.save(step + 1, state, meta)
+    store.close()
+
+
+def test_a_run_with_numbers_that_are_not_finite_is_refused(tmp_path):
+    """By what loads it and by what exports it."""
+    checkpoints.write(tmp_path / "in", *checkpoints.make("v3"))
+    run, path = tmp_path / "run", "moe_layers.feed.experts.gate_up"
+    config = convert.to_run(tmp_path / "in", run, small.config())
+    save_changed(run, config, path, (1, 7, 3, 1, 5), np.nan)
+    with pytest.raises(ConfigError, match=rf"{run}: {path} holds 1 values that are not finite"):
+        weights.load(run)
+    name = "model.layers.2.mlp.experts.7.up_proj.weight"
+    words = rf"{run}: {path}, which {name} is part of, holds 1 values of 1152 that are not finite"
+    with pytest.raises(ConfigError, match=words):
+        convert.to_published(run, tmp_path / "out", "float32", SHARD)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "run"]
+
+
+def test_router_biases_that_v2_has_no_place_for_are_refused(tmp_path):
+    """A softmax router that was trained with balance by bias; without, the run is exported."""
+    found, weights_of = checkpoints.make("v2")
+    checkpoints.write(tmp_path / "in", found, weights_of)
+    config = convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
+    convert.to_published(tmp_path / "run", tmp_path / "out", "float32", SHARD)
+    same_bits(stored(tmp_path / "out"), weights_of)
+
+    path = "moe_layers.feed.router.bias"
+    save_changed(tmp_path / "run", config, path, (1, 3), 0.001)
+    words = rf"{path} is not zero, and deepseek_v2 has no router biases; train with schedule.bias"
+    with pytest.raises(ConfigError, match=words):
+        convert.to_published(tmp_path / "run", tmp_path / "biased", "float32", SHARD)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "run"]

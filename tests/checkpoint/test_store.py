@@ -19,6 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.checkpoint.leaves import axes_to_cut
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
 
@@ -215,6 +216,50 @@ def test_a_broken_step_is_skipped_with_one_warning(store, accident, caplog, capf
     step, state, _ = reopened(store).restore(abstract(example()))
     assert step == 3
     assert_same(state, example(3))
+
+
+def test_leaves_are_read_in_parts(store, monkeypatch):
+    """From chunks of the size that was asked for, whatever the sharding that wrote them."""
+    monkeypatch.setattr("deepseek_jax.checkpoint.leaves.CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr("deepseek_jax.checkpoint.store.CHUNK_BYTES", 1 << 10)
+    written(store, 1)
+    leaves, want = reopened(store).open(abstract(example())), example(1)
+    for name, value in (("params.w", want["params"]["w"]), ("step", want["step"])):
+        value = np.asarray(value)
+        assert leaves.read(name).tobytes() == value.tobytes()
+        chunks = list(leaves.chunks(name))
+        assert sum(chunk.size for chunk in chunks) == value.size
+        assert max(chunk.nbytes for chunk in chunks) <= 1 << 10
+    np.testing.assert_array_equal(leaves.read("params.w", (3, slice(5, 9))), value_of(want)[3, 5:9])
+
+
+def value_of(state):
+    return np.asarray(state["params"]["w"])
+
+
+@pytest.mark.parametrize(
+    "shape, cut",
+    [
+        ((58, 32, 7168, 2, 2048), (0, 1)),  # an expert of V3 is read as a whole
+        ((58, 1536, 128, 192), (0,)),
+        ((129280, 7168), ()),  # in chunks, of no special shape
+        ((58, 7168), None),
+    ],
+)
+def test_stacks_are_cut_between_layers_and_experts(shape, cut):
+    assert axes_to_cut(shape, np.dtype(np.float32)) == cut
+
+
+@pytest.mark.parametrize("accident", ["no data", "short data", "flipped data", "no index"])
+def test_a_broken_step_is_not_read_in_parts_either(store, accident, caplog, capfd):
+    directory = written(store, 1, 2)
+    ACCIDENTS[accident](directory / "2")
+    with caplog.at_level(logging.WARNING):
+        leaves = reopened(store).open(abstract(example()))
+    np.testing.assert_array_equal(leaves.read("params.w"), value_of(example(1)))
+    [warning] = caplog.records
+    assert f"{directory}/2 cannot be read" in warning.getMessage()
+    assert capfd.readouterr().err == ""
 
 
 def test_broken_steps_do_not_count_as_kept(tmp_path):

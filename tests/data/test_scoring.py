@@ -1,14 +1,17 @@
 """Held-out documents laid out: every token a target once, and the bytes that they stand for."""
 
 import gzip
+import json
 
 import numpy as np
 import pytest
 from small_texts import some_texts
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.packing import Stream
-from deepseek_jax.data.scoring import held_out, lay_out
+from deepseek_jax.data.scoring import held_out, lay_out, of_text
+from deepseek_jax.data.source import open_source
 
 
 def targets(laid) -> list[int]:
@@ -71,3 +74,20 @@ def test_without_bos_the_first_token_is_predicted_too(corpus_of, tmp_path, confi
 def test_nothing_held_out(corpus_of):
     with pytest.raises(ConfigError, match=r"data\.held_out=0 "):
         held_out(corpus_of(some_texts(4), held_out=0.0), length=8, tokens=100)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_marks_that_a_text_spells_out_are_text(special, tmp_path):
+    """Neither do they split a document, nor become the token, however that is flagged."""
+    made = tokenizers.make("byte", vocab=512, texts=())._core.to_str()
+    made = json.loads(made.replace(tokenizers.EOS, "<|endoftext|>"))
+    for token in made["added_tokens"]:
+        token["special"] = special
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    words = tokenizers.read(tmp_path / "tokenizer.json")
+    text = f"one<|endoftext|>two{tokenizers.BOS}"
+    (tmp_path / "text.txt").write_text(text)
+    source = open_source(str(tmp_path / "text.txt"), "text", print, whole=True)
+    laid = of_text(source, words, length=16, tokens=10**6)
+    assert (laid.documents, laid.bytes) == (1, len(text.encode()))
+    assert targets(laid) == [*(6 + byte for byte in text.encode()), 1]

@@ -1,6 +1,10 @@
-"""Two processes of four devices are one process of eight: local.sh as a user starts it."""
+"""Two processes of four devices are one process of eight: local.sh as a user starts it, and the
+commands that read checkpoints."""
 
+import json
+import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -10,7 +14,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 import runs
+from safetensors.numpy import load_file, save_file
 
+TINY = Path(__file__).parents[1] / "fixtures" / "hf_tiny"
 MESH = {"replica": 2, "node": 2, "gpu": 2}
 
 
@@ -53,3 +59,53 @@ def test_two_processes_are_one(text, tmp_path):
     np.testing.assert_allclose(runs.losses(two), runs.losses(one), rtol=1e-5)
     ours, theirs = runs.rows(two), runs.rows(one)
     assert [row["expert_load"] for row in ours] == [row["expert_load"] for row in theirs]
+
+
+def pair(command, *flags):
+    """(exit code, stdout, stderr) of both processes of a command, of four devices each."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    common = ["--config=configs/v3_tiny.py", "--emulate_devices=4"]
+    common += ["--config.layout.unroll=1", "--config.layout.buffer=100"]  # quick to compile
+    common += [f"--coordinator=localhost:{port}", "--processes=2", *map(str, flags)]
+    module = [sys.executable, "-m", f"deepseek_jax.{command}"]
+    started = [runs.start([*module, *common, f"--process={number}"]) for number in range(2)]
+    try:
+        told = [process.communicate(timeout=100) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *both) for process, both in zip(started, told, strict=True)]
+
+
+def test_generation_and_scoring_by_two_processes(tmp_path):
+    """Each makes the calls, one prints; numbers are those of the fixture."""
+    common = [f"--checkpoint={TINY}", "--mesh=node:2,gpu:4", "--json"]
+    with np.load(TINY / "expected.npz") as expected:
+        prompts, tokens = expected["gen_prompt"], expected["gen_tokens"]
+        np.save(tmp_path / "ids.npy", expected["input_ids"])
+        loss = float(expected["loss"])
+    flags = [f"--prompt_tokens={','.join(map(str, prompt))}" for prompt in prompts]
+    first, second = pair("generate", *common, *flags, "--max_tokens=24")
+    assert second == (0, "", "") and (first[0], first[2]) == (0, "")
+    found = json.loads(first[1])
+    np.testing.assert_array_equal([r["tokens"] for r in found["requests"]], tokens)
+
+    data = f"--data={tmp_path / 'ids.npy'}"
+    first, second = pair("evaluate", *common, data, "--dtype=float32")
+    assert second == (0, "", "") and (first[0], first[2]) == (0, "")
+    assert json.loads(first[1])["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_what_one_process_cannot_read_ends_both(tmp_path):
+    """Only the second one holds the experts of the second node."""
+    name = "model.layers.3.mlp.experts.15.up_proj.weight"
+    weights = {n: np.array(w) for n, w in load_file(TINY / "model.safetensors").items()}
+    weights[name][0, 0] = np.nan
+    save_file(weights, tmp_path / "model.safetensors")
+    shutil.copyfile(TINY / "config.json", tmp_path / "config.json")
+    flags = [f"--checkpoint={tmp_path}", "--prompt_tokens=1,2", "--mesh=node:2,gpu:4"]
+    for code, out, err in pair("generate", *flags):
+        assert (code, out) == (2, "")
+        assert f"error: {tmp_path}/model.safetensors: {name} holds 1 values of" in err, err

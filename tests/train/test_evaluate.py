@@ -78,3 +78,9 @@ def test_what_is_refused(folder, tmp_path):
     np.save(tmp_path / "two.npy", np.array([3, 4]))
     with pytest.raises(ConfigError, match="needs 3 devices and there are 8"):
         scored(folder, tmp_path / "two.npy", gpu=3)
+
+
+def test_one_device_is_not_for_several_processes(monkeypatch):
+    monkeypatch.setattr(evaluate.jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"one device is not for 2 processes; .* --mesh=gpu:8"):
+        evaluate.fitted(small.config(), {}, 16)
