@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.model import params
-from deepseek_jax.model.moe import swiglu
+from deepseek_jax.model.moe import scaled_rows, swiglu
 from deepseek_jax.precision import strips
 
 
@@ -32,8 +32,7 @@ class Networks(nnx.Module):
         """The sum of what all experts make of MD, times EM -> MD."""
         rows = jnp.broadcast_to(tokens, (scale.shape[0], *tokens.shape))
         hidden = swiglu(strips.product(rows, self.gate_up[...]))
-        scaled = (hidden.astype(jnp.float32) * scale[..., None]).astype(hidden.dtype)
-        out = strips.product(scaled, self.down[...])
+        out = strips.product(scaled_rows(hidden, scale), self.down[...])
         return out.astype(jnp.float32).sum(0).astype(tokens.dtype)
 
 

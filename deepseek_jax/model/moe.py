@@ -185,8 +185,13 @@ def through_every_expert(how: Execution, experts: Experts, gated: Gated) -> jax.
     # On a CPU, XLA is slow with rows that all matrices of a batch share: so each has its own.
     rows = jnp.broadcast_to(tokens, (down.shape[0], *tokens.shape))
     hidden = swiglu(how.recipe.einsum("EMD,EDX->EMX", rows, _joined(gate_up)))
-    scaled = (hidden.astype(jnp.float32) * scale[..., None]).astype(hidden.dtype)
-    return how.recipe.einsum("EMF,EFD->MD", scaled, down)
+    return how.recipe.einsum("EMF,EFD->MD", scaled_rows(hidden, scale), down)
+
+
+def scaled_rows(hidden: jax.Array, scale: jax.Array) -> jax.Array:
+    """EMF times EM; where that is 0 nothing is left, not even of what is not finite."""
+    scale = scale[..., None]
+    return jnp.where(scale != 0, hidden.astype(jnp.float32) * scale, 0.0).astype(hidden.dtype)
 
 
 def gate(router: Router, x: jax.Array, before: jax.Array | None = None) -> Gated:

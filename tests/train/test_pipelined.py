@@ -40,8 +40,14 @@ def gradients(config, sizes, tokens):
 CASES = {
     "4 ranks, 2 GPUs": (
         {"pipe": 4, "gpu": 2},
-        {"model_layers": 4, "model_mtp_depth": 2, "layout_zero": 0, "layout_buffer": 0.6},
-    ),  # tokens need further rounds
+        {
+            "model_layers": 4,
+            "model_mtp_depth": 2,
+            "layout_zero": 0,
+            "layout_buffer": 0.6,  # tokens need further rounds
+            "layout_recompute": "full",
+        },
+    ),
     "8 ranks": (
         {"pipe": 8},
         {"model_layers": 8, "layout_recompute": "full", "layout_defer_weight_gradients": True},

@@ -62,7 +62,7 @@ def recipe_bias(loads):
 
 
 def test_a_short_step_leaves_the_rest_of_its_micro_batches_alone():
-    trainer = Trainer(small.config())
+    trainer = Trainer(small.config(model_mtp_depth=0))
     tokens = drawn(2, 8)
     garbage = tokens.copy()
     garbage[1] = 0
@@ -87,7 +87,7 @@ def test_mtp_weights_are_means_over_the_valid_targets():
 @pytest.mark.parametrize("sizes", [{}, {"replica": 2, "gpu": 2}], ids=str)
 def test_ema_follows_in_host_memory(sizes):
     mesh = {f"mesh_{name}": size for name, size in sizes.items()}
-    config = small.config(optimizer_ema_decay=0.9, layout_zero=1, **mesh)
+    config = small.config(model_mtp_depth=0, optimizer_ema_decay=0.9, layout_zero=1, **mesh)
     trainer = Trainer(config)
     adam = optimizer.build(config.optimizer)
     with jax.set_mesh(trainer.mesh):
