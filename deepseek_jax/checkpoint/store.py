@@ -24,7 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from deepseek_jax.checkpoint.leaves import CHUNK_BYTES, Leaves, axes_to_cut
+from deepseek_jax.checkpoint import leaves as files
+from deepseek_jax.checkpoint.leaves import Leaves
 from deepseek_jax.config import ConfigError
 
 PyTree = Any
@@ -95,6 +96,36 @@ class Store:
                 self._directory / str(step), leaves, custom_metadata=_sealed(record)
             )
         self._pending = self._worker.submit(self._finish, step, response)
+
+    def save_parts(
+        self,
+        step: int,
+        like: dict[str, Any],
+        part_of: Callable[[str, tuple[slice, ...]], np.ndarray],
+        meta: dict[str, Any],
+    ) -> None:
+        """As `save` and `wait`, of leaves that are made a part at a time, by one process.
+
+        Args:
+          like: what has shape and dtype, by the dotted path of the leaf.
+          part_of: the values of a part of the leaf with this path.
+        """
+        assert jax.process_count() == 1 and not self.steps()
+        directory = self._directory / str(step)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with _quiet():
+            ocp.save(directory, {name: np.zeros((), leaf.dtype) for name, leaf in like.items()})
+        # Orbax's record has neither shapes nor values: another array may take a leaf's place. Until
+        # it has our own record, the step counts as damaged.
+        written = {}
+        for name, leaf in like.items():
+            part = functools.partial(part_of, name)
+            sum_of_bits = files.write(directory / "state", name, leaf, part)
+            written[name] = [_describe(leaf), sum_of_bits]
+        record = _sealed({"step": step, "meta": meta, "leaves": written})
+        file = directory / "_CHECKPOINT_METADATA"
+        kept = json.loads(file.read_text()) | {"custom_metadata": record}
+        file.write_text(json.dumps(kept))
 
     def restore(
         self, abstract: PyTree | Callable[[dict[str, Any]], PyTree], *, partial: bool = False
@@ -293,15 +324,11 @@ def _bit_sums(leaves: dict[str, jax.Array]) -> list[int]:
 def _local_bits(leaf: jax.Array) -> int:
     """This process's part of the sum; of equal copies, one counts."""
     parts = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
-    return sum(map(_bits, parts)) % 2**32
-
-
-def _bits(part: np.ndarray) -> int:
-    return int(part.view(f"u{part.itemsize}").sum(dtype=np.uint32))
+    return sum(map(files.bits, parts)) % 2**32
 
 
 def _sums_on_disk(leaves: Leaves, names: Iterable[str]) -> Iterator[int]:
-    return (sum(map(_bits, leaves.chunks(name))) % 2**32 for name in names)
+    return (sum(map(files.bits, leaves.chunks(name))) % 2**32 for name in names)
 
 
 def _verify(
@@ -339,11 +366,11 @@ def _in_chunks() -> Iterator[None]:
     """Saves leaves in chunks; orbax would make one of all that a device holds of a leaf."""
 
     def options(path: Any, leaf: jax.Array) -> Any:
-        cut = axes_to_cut(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        cut = files.axes_to_cut(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
         if cut is None:
             return None
         kind = ocp.options.ArrayOptions.Saving.StorageOptions
-        return kind(chunk_byte_size=CHUNK_BYTES, shard_axes=cut)
+        return kind(chunk_byte_size=files.CHUNK_BYTES, shard_axes=cut)
 
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = options

@@ -72,9 +72,11 @@ def test_by_way_of_a_workdir_every_tensor_comes_back(form, tmp_path):
     )
 
 
-def test_a_workdir_is_read_a_tensor_at_a_time(tmp_path, monkeypatch):
+def test_no_more_than_a_tensor_is_held_on_either_way(tmp_path, monkeypatch):
     found, weights = checkpoints.make("mtp")
     checkpoints.write(tmp_path / "in", found, weights)
+    monkeypatch.setattr(hf, "load", None)
+    monkeypatch.setattr(Store, "save", None)
     convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
     read, sizes = Leaves.read, []
 
