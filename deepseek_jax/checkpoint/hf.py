@@ -187,7 +187,8 @@ class Published:
         index = tuple(slice(0, size) for size in tensor.shape) if index is None else index
         value = tensor.array[index]
         if tensor.dtype == FP8:
-            value = value.astype(np.float32) * self._scales(name, index)
+            with np.errstate(invalid="ignore"):  # told below
+                value = value.astype(np.float32) * self._scales(name, index)
         bad = not_finite(value)
         if bad:
             raise ConfigError(
