@@ -45,9 +45,10 @@ def config_of(directory: Path, given: Config | None, dtype: str | None) -> Confi
     Args:
       dtype: of weights and matmuls instead of the config's; None leaves that.
     """
-    from deepseek_jax.checkpoint import weights  # JAX must not have met its devices before
+    # JAX must not have met its devices before.
+    from deepseek_jax.checkpoint import agreement, weights
 
-    base = given or weights.trained(directory) or default_config()
+    base = given or agreement.in_all(lambda: weights.trained(directory)) or default_config()
     if dtype is None:
         return base
     precision = dataclasses.replace(base.precision, recipe=dtype)

@@ -62,13 +62,17 @@ def _generate(
     mesh: dict[str, int],
     given: Config | None,
 ) -> None:
+    from deepseek_jax.checkpoint.agreement import in_all
     from deepseek_jax.parallel import processes
     from deepseek_jax.serve import generate
     from deepseek_jax.serve.server import Request
 
+    def encoded() -> tuple[generate.Words, list[tuple[int, ...]]]:
+        words = generate.Words.of(directory)
+        return words, [words.encode(text, directory) for text in PROMPT.value]
+
     base = command.config_of(directory, given, DTYPE.value)
-    words = generate.Words.of(directory)
-    prompts = [words.encode(text, directory) for text in PROMPT.value]
+    words, prompts = in_all(encoded)
     prompts += prompt_tokens
     requests = [
         Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value + number)

@@ -1,4 +1,4 @@
-"""Seconds and memory of loading a checkpoint, beside reading the same bytes with `cat`.
+"""Seconds and memory of loading and converting a checkpoint, beside reading it with `cat`.
 
 Beside it also stands what a process takes to write as many bytes into memory that it has just
 asked for: no loading onto a CPU is faster than both together, and on virtual machines the second
@@ -6,7 +6,8 @@ can be most of it.
 
 A checkpoint of random BF16 weights is generated in a temporary folder, in files of half a gigabyte;
 all readings find it in the page cache. Each load is a process of its own, so that its peak is that
-of loading alone. On a mesh of emulated devices the process holds all of their parts.
+of loading alone. On a mesh of emulated devices the process holds all of their parts. Then it is
+made a workdir, and that a checkpoint again, which hold neither of them in memory.
 """
 
 import dataclasses
@@ -55,10 +56,33 @@ seconds = time.perf_counter() - begin
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([seconds, before, after]))
 """
+_CONVERT = """
+import json, resource, sys, time
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.devices()
+from deepseek_jax import config as configs
+from deepseek_jax.checkpoint import convert
+source, target, base, most = json.loads(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+begin = time.perf_counter()
+if base:
+    convert.to_run(Path(source), Path(target), configs.parse(json.loads(base)))
+else:
+    convert.to_published(Path(source), Path(target), "bfloat16", most)
+seconds = time.perf_counter() - begin
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, before, after]))
+"""
+_FILE_BYTES = 1 << 29
 
 
 def measure(config: Config, *, gigabytes: float = 4.0, rounds: int = 3) -> dict[str, Any]:
-    """Medians of some rounds; GiB above what the process had before, and above the weights."""
+    """Medians of some rounds; GiB above what the process had before, and above the weights.
+
+    Converting is done once.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = sized(config.model, gigabytes)
@@ -75,6 +99,10 @@ def measure(config: Config, *, gigabytes: float = 4.0, rounds: int = 3) -> dict[
                 seconds[case].append(spent)
                 peaks[case].append((after - before) / 2**20)
         largest = max(file.stat().st_size for file in files)
+        converts = [
+            _convert(folder, folder / "run", config.to_json(), largest),
+            _convert(folder / "run", folder / "again", "", largest),
+        ]
     cat, touch = (float(np.median(seconds[case])) for case in ("cat", "touch"))
     return {
         "checkpoint_GiB": total / 2**30,
@@ -91,6 +119,10 @@ def measure(config: Config, *, gigabytes: float = 4.0, rounds: int = 3) -> dict[
                 "beside_weights_GiB": float(np.median(peaks[case])) - total / 2**30,
             }
             for case in MESHES
+        ],
+        "converts": [
+            {"to": to, **row}
+            for to, row in zip(("a workdir", "a checkpoint"), converts, strict=True)
         ],
     }
 
@@ -123,7 +155,7 @@ def generate(model: ModelConfig, folder: Path) -> None:
 
     described = settings.in_format(settings.published(model), "bfloat16")
     source = export.Source(model, biased=model.score == "sigmoid", read=read)
-    export.write(folder, described, source, "bfloat16", 1 << 29)
+    export.write(folder, described, source, "bfloat16", _FILE_BYTES)
 
 
 def _cat(files: list[Path]) -> float:
@@ -143,9 +175,22 @@ def _load(folder: Path, config: Config, sizes: dict[str, int]) -> tuple[float, f
     """Seconds, and KiB at the peak before and after."""
     whole = dict.fromkeys(dataclasses.asdict(config.mesh), 1) | sizes
     devices = int(np.prod(list(whole.values())))
-    given = json.dumps([devices, str(folder), dict(config.layout.rules), whole])
+    return _told(_LOAD, [devices, str(folder), dict(config.layout.rules), whole])
+
+
+def _convert(source: Path, target: Path, base: str, largest: int) -> dict[str, float]:
+    """`base` is the recipe of a workdir to make, "" for a checkpoint."""
+    spent, before, after = _told(_CONVERT, [str(source), str(target), base, _FILE_BYTES])
+    peak = (after - before) * 2**10
+    return {"seconds": spent, "peak_GiB": peak / 2**30, "of_largest_file": peak / largest}
+
+
+def _told(script: str, given: list[Any]) -> tuple[float, float, float]:
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, given], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, json.dumps(given)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     spent, before, after = json.loads(done.stdout)
     return spent, before, after

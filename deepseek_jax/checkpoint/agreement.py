@@ -35,3 +35,17 @@ def in_all(attempt: Callable[[], T]) -> T:
         if row.any():
             raise ConfigError(row.tobytes().rstrip(b"\0").decode(errors="ignore")) from failure
     return value
+
+
+def from_primary(value: int) -> int:
+    """Process 0's value, in every process: a shared file system may show them different lists."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def true_in_all(fine: bool) -> bool:
+    """Whether it is true in every process."""
+    if jax.process_count() == 1:
+        return fine
+    return bool(multihost_utils.process_allgather(np.bool_(fine)).all())

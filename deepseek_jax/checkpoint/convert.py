@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from deepseek_jax.checkpoint import export, hf, settings, weights
@@ -63,13 +62,10 @@ def to_run(source: Path, target: Path, base: Config) -> Config:
         if (source / "tokenizer.json").exists():
             data = dataclasses.replace(data, tokenizer=str(target.absolute() / "tokenizer.json"))
         config = dataclasses.replace(base, model=found.config, data=data)
-        model = hf.load(source)
-        state: dict[str, dict[str, jax.Array]] = {"params": {}, "bias": {}}
-        for weight, leaf in zip(params.describe(model), jax.tree.leaves(model), strict=True):
-            state["params" if weight.trained else "bias"][weight.path] = leaf
+        read, like = hf.parts_of(found), weights.leaves_of(found.config)
         store = Store(folder / "checkpoints", keep=1)
         try:
-            store.save(0, state, WEIGHTS_ONLY)
+            store.save_parts(0, like, lambda name, part: read(like[name], part), WEIGHTS_ONLY)
         finally:
             store.close()
         (folder / "config.json").write_text(config.to_json() + "\n")

@@ -187,7 +187,8 @@ class Published:
         index = tuple(slice(0, size) for size in tensor.shape) if index is None else index
         value = tensor.array[index]
         if tensor.dtype == FP8:
-            value = value.astype(np.float32) * self._scales(name, index)
+            with np.errstate(invalid="ignore"):  # told below
+                value = value.astype(np.float32) * self._scales(name, index)
         bad = not_finite(value)
         if bad:
             raise ConfigError(
@@ -241,15 +242,44 @@ def load(folder: Path, dtype: Any = jnp.float32, place: Place | None = None) -> 
     source = open_folder(folder)
     config = source.config
     abstract = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config))
-    parts: dict[str, list[Piece]] = {}
-    for piece in pieces(config, biased=source.biased):
-        parts.setdefault(piece.path, []).append(piece)
+    parts = _by_path(source)
     device = SingleDeviceSharding(jax.local_devices()[0])
     leaves = [
         _placed(weight, place(weight) if place else device, parts.get(weight.path, []), source)
         for weight in params.describe(abstract)
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def parts_of(source: Published) -> Callable[[params.Weight, Slices], np.ndarray]:
+    """Returns read(weight, held): a part of one of our parameters, from what is published of it."""
+    by_layer = {
+        path: {layer: list(some) for layer, some in itertools.groupby(parts, _layer)}
+        for path, parts in _by_path(source).items()
+    }
+
+    def read(weight: params.Weight, held: Slices) -> np.ndarray:
+        layers = by_layer.get(weight.path, {})
+        stacked = weight.axes[0] == "layer"
+        numbers = range(held[0].start, held[0].stop) if stacked else (0,)
+        parts = [piece for number in numbers for piece in layers.get(number, ())]
+        out = np.empty([span.stop - span.start for span in held], weight.dtype)
+        _fill(out, weight.shape, held, parts, source)
+        return out
+
+    return read
+
+
+def _by_path(source: Published) -> dict[str, list[Piece]]:
+    """The published tensors that our parameters are made of, by layer and expert."""
+    parts: dict[str, list[Piece]] = {}
+    for piece in pieces(source.config, biased=source.biased):
+        parts.setdefault(piece.path, []).append(piece)
+    return parts
+
+
+def _layer(piece: Piece) -> int:
+    return piece.index[0] if piece.index else 0
 
 
 def _placed(

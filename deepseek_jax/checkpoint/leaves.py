@@ -1,13 +1,14 @@
-"""Parts of a saved step's leaves: how leaves are cut up on disk, and read a part at a time.
+"""Parts of a saved step's leaves: how leaves are cut up on disk, and read or made part by part.
 
-Orbax restores whole leaves, one of which may be larger than host memory. A step's files hold one
-zarr array for each leaf, whose chunks tensorstore can read on their own.
+Orbax saves and restores whole leaves, one of which may be larger than host memory. A step's files
+hold one zarr array for each leaf, whose chunks tensorstore reads and writes on their own.
 """
 
+import collections
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ CHUNK_BYTES, _ROW_BYTES = 1 << 25, 1 << 20
 # Chunks that are decoded at once, and kept because the next part may lie in the same ones.
 _AT_ONCE = 4
 _KEPT_BYTES = 1 << 26
+_CODEC = {"driver": "zarr3", "codecs": [{"name": "zstd", "configuration": {"level": 3}}]}
+
+Index = tuple[slice, ...]
 
 
 def axes_to_cut(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...] | None:
@@ -34,12 +38,56 @@ def axes_to_cut(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...] | No
     return tuple(axis for axis, row in enumerate(rows) if row >= _ROW_BYTES)
 
 
+def write(state: Path, name: str, like: Any, part_of: Callable[[Index], np.ndarray]) -> int:
+    """Writes a leaf chunk by chunk, in place of what is there under its name.
+
+    Args:
+      state: the folder of that name in a step's directory.
+      like: what has the leaf's shape and dtype.
+      part_of: the values of a part, of which a few are in memory at once.
+
+    Returns:
+      The sum of its elements' bits, as `bits` gives for all of it.
+    """
+    steps = _chunk_shape(like.shape, like.dtype)
+    # Zeros are written too: orbax takes a chunk that is not there for one that was lost.
+    array = tensorstore.open(
+        {
+            "driver": "zarr3",
+            "kvstore": _kvstore(state, name),
+            "store_data_equal_to_fill_value": True,
+        },
+        create=True,
+        delete_existing=True,
+        shape=like.shape,
+        dtype=tensorstore.dtype(like.dtype),
+        chunk_layout=tensorstore.ChunkLayout(chunk_shape=steps),
+        codec=tensorstore.CodecSpec(_CODEC),
+    ).result()
+    total = 0
+    writing: collections.deque[Any] = collections.deque()
+    for index in _grid(like.shape, steps):
+        part = part_of(index)
+        total += bits(part)
+        writing.append(array[index].write(part))
+        if len(writing) == _AT_ONCE:
+            writing.popleft().result()
+    for last in writing:
+        last.result()
+    return total % 2**32
+
+
+def bits(part: np.ndarray) -> int:
+    """Sum of the elements' bits modulo 2**32."""
+    return int(part.view(f"u{part.itemsize}").sum(dtype=np.uint32))
+
+
 class Leaves:
     """The leaves of one step by name; any error of a read is what tensorstore raises."""
 
     def __init__(self, state: Path):
         """`state` is the folder of that name in a step's directory."""
-        self._base = f"file://{state}/"
+        self._state = state
         self._shared = _context(_KEPT_BYTES)
         self._open = functools.cache(self._opened)
 
@@ -50,29 +98,46 @@ class Leaves:
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """All of a leaf, each chunk of its file once; the next is on its way meanwhile."""
         array = self._open(name)
-        steps = _chunk(array)
-        corners = itertools.product(
-            *(range(0, size, step) for size, step in zip(array.shape, steps, strict=True))
-        )
         coming = None
-        for corner in corners:
-            ends = (min(a + b, c) for a, b, c in zip(corner, steps, array.shape, strict=True))
-            index = tuple(itertools.starmap(slice, zip(corner, ends, strict=True)))
-            coming, ready = array[(*index, ...)].read(), coming
+        for index in _grid(array.shape, _chunk(array)):
+            coming, ready = array[index].read(), coming
             if ready is not None:
                 yield ready.result()
         if coming is not None:
             yield coming.result()
 
     def _opened(self, name: str) -> Any:
-        store = {"driver": "ocdbt", "base": self._base, "path": f"{name}/"}
-        spec = {"driver": "zarr3", "kvstore": store}
+        spec = {"driver": "zarr3", "kvstore": _kvstore(self._state, name)}
         array = tensorstore.open(spec, read=True, context=self._shared).result()
         chunk = math.prod(_chunk(array)) * array.dtype.numpy_dtype.itemsize
         if 2 * chunk <= _KEPT_BYTES:
             return array
         # Without a place to be kept it would be decoded again for each of its parts.
         return tensorstore.open(spec, read=True, context=_context(2 * chunk)).result()
+
+
+def _kvstore(state: Path, name: str) -> dict[str, str]:
+    return {"driver": "ocdbt", "base": f"file://{state}/", "path": f"{name}/"}
+
+
+def _grid(shape: tuple[int, ...], steps: tuple[int, ...]) -> Iterator[Index]:
+    """The parts that chunks of a shape make of an array."""
+    starts = (range(0, size, step) for size, step in zip(shape, steps, strict=True))
+    for corner in itertools.product(*starts):
+        yield tuple(
+            slice(start, min(start + step, size))
+            for start, step, size in zip(corner, steps, shape, strict=True)
+        )
+
+
+def _chunk_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """Chunks as orbax is asked for them: rows of the axes to cut, and halves until they fit."""
+    cut = axes_to_cut(shape, dtype) or ()
+    steps = [1 if axis in cut else size for axis, size in enumerate(shape)]
+    while math.prod(steps) * dtype.itemsize > CHUNK_BYTES:
+        longest = steps.index(max(steps))
+        steps[longest] = -(-steps[longest] // 2)
+    return tuple(steps)
 
 
 def _chunk(array: Any) -> tuple[int, ...]:

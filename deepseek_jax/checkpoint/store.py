@@ -13,18 +13,19 @@ import logging
 import shutil
 import sys
 import warnings
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from deepseek_jax.checkpoint.leaves import CHUNK_BYTES, Leaves, axes_to_cut
+from deepseek_jax.checkpoint import leaves as files
+from deepseek_jax.checkpoint import records
+from deepseek_jax.checkpoint.agreement import from_primary, true_in_all
+from deepseek_jax.checkpoint.leaves import Leaves
 from deepseek_jax.config import ConfigError
 
 PyTree = Any
@@ -74,14 +75,16 @@ class Store:
         self.wait()
         if step in self._held:
             return
-        newest = _from_primary(max(self.steps(), default=-1))
+        newest = from_primary(max(self.steps(), default=-1))
         if newest >= step:
             raise ConfigError(
                 f"{self._directory} already holds step {newest}, so step {step} cannot be saved; "
                 "resume from it or choose another --workdir"
             )
-        leaves = _named(state)
-        described = zip(leaves, map(_describe, leaves.values()), _bit_sums(leaves), strict=True)
+        leaves = records.named(state)
+        described = zip(
+            leaves, map(records.describe, leaves.values()), records.bit_sums(leaves), strict=True
+        )
         record = {
             "step": step,
             "meta": meta,
@@ -92,9 +95,39 @@ class Store:
         self._broken.clear()
         with _quiet(), _in_chunks():
             response = ocp.save_async(
-                self._directory / str(step), leaves, custom_metadata=_sealed(record)
+                self._directory / str(step), leaves, custom_metadata=records.sealed(record)
             )
         self._pending = self._worker.submit(self._finish, step, response)
+
+    def save_parts(
+        self,
+        step: int,
+        like: dict[str, Any],
+        part_of: Callable[[str, tuple[slice, ...]], np.ndarray],
+        meta: dict[str, Any],
+    ) -> None:
+        """As `save` and `wait`, of leaves that are made a part at a time, by one process.
+
+        Args:
+          like: what has shape and dtype, by the dotted path of the leaf.
+          part_of: the values of a part of the leaf with this path.
+        """
+        assert jax.process_count() == 1 and not self.steps()
+        directory = self._directory / str(step)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with _quiet():
+            ocp.save(directory, {name: np.zeros((), leaf.dtype) for name, leaf in like.items()})
+        # Orbax's record has neither shapes nor values: another array may take a leaf's place. Until
+        # it has our own record, the step counts as damaged.
+        written = {}
+        for name, leaf in like.items():
+            part = functools.partial(part_of, name)
+            sum_of_bits = files.write(directory / "state", name, leaf, part)
+            written[name] = [records.describe(leaf), sum_of_bits]
+        record = records.sealed({"step": step, "meta": meta, "leaves": written})
+        file = directory / "_CHECKPOINT_METADATA"
+        kept = json.loads(file.read_text()) | {"custom_metadata": record}
+        file.write_text(json.dumps(kept))
 
     def restore(
         self, abstract: PyTree | Callable[[dict[str, Any]], PyTree], *, partial: bool = False
@@ -115,12 +148,12 @@ class Store:
         self.wait()
         for step, record in self._readable():
             like = abstract(record["meta"]) if callable(abstract) else abstract
-            wanted = _named(like)
+            wanted = records.named(like)
             self._compare(step, record, wanted, partial)
             leaves = self._attempt(step, functools.partial(self._load, step, wanted, partial))
             if leaves is None:
                 continue
-            verify = functools.partial(_verify, leaves, _bit_sums, record)
+            verify = functools.partial(records.verify, leaves, records.bit_sums, record)
             if not self._attempt(step, verify):
                 continue
             self._held.add(step)
@@ -142,12 +175,12 @@ class Store:
         Raises:
           ConfigError: as `restore`.
         """
-        names = _named(wanted)
+        names = records.named(wanted)
         for step, record in self._readable():
             self._compare(step, record, names, partial=True)
             leaves = Leaves(self._directory / str(step) / "state")
-            sums = functools.partial(_sums_on_disk, leaves)
-            if self._attempt(step, functools.partial(_verify, names, sums, record)):
+            sums = functools.partial(records.sums_on_disk, leaves)
+            if self._attempt(step, functools.partial(records.verify, names, sums, record)):
                 return leaves
         return None
 
@@ -179,7 +212,7 @@ class Store:
     def _readable(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Steps whose record can be read, newest first; never nothing where there are steps."""
         tried: set[int] = set()
-        while (step := _from_primary(max(set(self.steps()) - tried, default=-1))) >= 0:
+        while (step := from_primary(max(set(self.steps()) - tried, default=-1))) >= 0:
             tried.add(step)
             record = self._attempt(step, functools.partial(self._record, step))
             if record is not None:
@@ -198,7 +231,7 @@ class Store:
                 value = read()
         except Exception as error:  # orbax raises bare Exception for a lost data file
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if _in_all(value is not None):
+        if true_in_all(value is not None):
             return value
         self._broken.add(step)
         if jax.process_index() == 0:
@@ -209,7 +242,8 @@ class Store:
     def _record(self, step: int) -> dict[str, Any]:
         """What `save` wrote beside the arrays; orbax gives {} for a record that was cut short."""
         record = ocp.metadata(self._directory / str(step)).custom_metadata
-        if not isinstance(record, dict) or _sealed(record) != record or record["step"] != step:
+        whole = isinstance(record, dict) and records.sealed(record) == record
+        if not whole or record["step"] != step:
             raise ValueError("its metadata is damaged")
         return record
 
@@ -218,7 +252,7 @@ class Store:
     ) -> None:
         """Refuses a checkpoint of another model in words, where orbax has pages."""
         found = {name: kind for name, (kind, _) in record["leaves"].items()}
-        expected = {name: _describe(leaf) for name, leaf in wanted.items()}
+        expected = {name: records.describe(leaf) for name, leaf in wanted.items()}
         names = expected if partial else {**expected, **found}
         differ = [
             f"{name} (found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')})"
@@ -266,84 +300,16 @@ class Store:
                 path.rename(aside)
 
 
-def _named(tree: PyTree) -> dict[str, Any]:
-    """Leaves by dotted path, in the tree's order: containers may change class between versions."""
-    leaves = jax.tree.leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    if len(named) < len(leaves):
-        raise ValueError("two leaves of the state have the same dotted path")
-    return named
-
-
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype.name}{list(leaf.shape)}"
-
-
-def _bit_sums(leaves: dict[str, jax.Array]) -> list[int]:
-    """Per leaf, the sum of its elements' bits modulo 2**32: the same for every sharding.
-
-    On the host, because compiling this for the devices takes a laptop longer than a save.
-    """
-    sums = np.array([_local_bits(leaf) for leaf in leaves.values()], np.uint32)
-    if jax.process_count() > 1:
-        sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
-    return sums.tolist()
-
-
-def _local_bits(leaf: jax.Array) -> int:
-    """This process's part of the sum; of equal copies, one counts."""
-    parts = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
-    return sum(map(_bits, parts)) % 2**32
-
-
-def _bits(part: np.ndarray) -> int:
-    return int(part.view(f"u{part.itemsize}").sum(dtype=np.uint32))
-
-
-def _sums_on_disk(leaves: Leaves, names: Iterable[str]) -> Iterator[int]:
-    return (sum(map(_bits, leaves.chunks(name))) % 2**32 for name in names)
-
-
-def _verify(
-    names: Collection[str],
-    sums: Callable[[Any], Iterable[int]],
-    record: dict[str, Any],
-) -> bool:
-    for name, bits in zip(names, sums(names), strict=True):
-        if bits != record["leaves"][name][1]:
-            raise ValueError(f"{name} is not what was saved: its bits do not add up")
-    return True
-
-
-def _sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as JSON keeps it, with a checksum of itself."""
-    text = json.dumps({key: record[key] for key in record if key != "crc"}, sort_keys=True)
-    return {**json.loads(text), "crc": zlib.crc32(text.encode())}
-
-
-def _from_primary(value: int) -> int:
-    """Process 0's value, in every process: a shared file system may show them different lists."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _in_all(fine: bool) -> bool:
-    if jax.process_count() == 1:
-        return fine
-    return bool(multihost_utils.process_allgather(np.bool_(fine)).all())
-
-
 @contextlib.contextmanager
 def _in_chunks() -> Iterator[None]:
     """Saves leaves in chunks; orbax would make one of all that a device holds of a leaf."""
 
     def options(path: Any, leaf: jax.Array) -> Any:
-        cut = axes_to_cut(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        cut = files.axes_to_cut(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
         if cut is None:
             return None
         kind = ocp.options.ArrayOptions.Saving.StorageOptions
-        return kind(chunk_byte_size=CHUNK_BYTES, shard_axes=cut)
+        return kind(chunk_byte_size=files.CHUNK_BYTES, shard_axes=cut)
 
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = options

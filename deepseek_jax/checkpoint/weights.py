@@ -97,6 +97,12 @@ def open_run(workdir: Path, config: ModelConfig) -> Callable[[str, tuple[Any, ..
     return lambda path, index: leaves.read(f"{part_of[path]}.{path}", index)
 
 
+def leaves_of(config: ModelConfig) -> dict[str, Weight]:
+    """The parameters by the names that a run's checkpoint has for them."""
+    weights = params.describe(abstract_model(config))
+    return {f"{_part(weight)}.{weight.path}": weight for weight in weights}
+
+
 def _restored(workdir: Path, config: ModelConfig, dtype: Any, where: hf.Place) -> Transformer:
     """Masters and router biases of a run's newest checkpoint; each process reads its own parts."""
     abstract = abstract_model(config)

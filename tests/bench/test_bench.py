@@ -69,6 +69,9 @@ def test_load_rows(tiny):
         assert row["of_cat"] == pytest.approx(row["seconds"] / found["cat_seconds"])
         assert row["beside_weights_GiB"] == pytest.approx(row["peak_GiB"] - found["checkpoint_GiB"])
     assert 0.1 < found["checkpoint_GiB"] < 0.2
+    assert [row["to"] for row in found["converts"]] == ["a workdir", "a checkpoint"]
+    for row in found["converts"]:
+        assert row["of_largest_file"] == pytest.approx(row["peak_GiB"] / found["largest_file_GiB"])
 
 
 def test_layer_rows(tiny):

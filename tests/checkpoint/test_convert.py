@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 import deepseek_jax
 from configs import moonlight_16b, v2_lite_16b, v3_671b, v3_671b_32k
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import blocks, convert, hf, safetensors, settings, weights
+from deepseek_jax.checkpoint import blocks, convert, hf, leaves, safetensors, settings, weights
 from deepseek_jax.checkpoint.leaves import Leaves
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
@@ -72,9 +72,11 @@ def test_by_way_of_a_workdir_every_tensor_comes_back(form, tmp_path):
     )
 
 
-def test_a_workdir_is_read_a_tensor_at_a_time(tmp_path, monkeypatch):
+def test_no_more_than_a_tensor_is_held_on_either_way(tmp_path, monkeypatch):
     found, weights = checkpoints.make("mtp")
     checkpoints.write(tmp_path / "in", found, weights)
+    monkeypatch.setattr(hf, "load", None)
+    monkeypatch.setattr(Store, "save", None)
     convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
     read, sizes = Leaves.read, []
 
@@ -88,6 +90,19 @@ def test_a_workdir_is_read_a_tensor_at_a_time(tmp_path, monkeypatch):
     convert.to_published(tmp_path / "run", tmp_path / "out", "float32", SHARD)
     assert max(sizes) == max(value.nbytes for value in weights.values())
     same_bits(stored(tmp_path / "out"), weights)
+
+
+def test_chunks_need_not_end_where_tensors_or_blocks_do(tmp_path, monkeypatch):
+    found, weights, _ = checkpoints.make_fp8(released=True)
+    checkpoints.write(tmp_path / "in", found, weights)
+    monkeypatch.setattr(leaves, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(leaves, "_ROW_BYTES", 1_000)
+    convert.to_run(tmp_path / "in", tmp_path / "run", small.config())
+    convert.to_published(tmp_path / "run", tmp_path / "out", "fp8", SHARD)
+    same_bits(stored(tmp_path / "out"), weights)
+    parts = leaves.Leaves(tmp_path / "run" / "checkpoints" / "0" / "state")
+    shapes = {part.shape[1:] for part in parts.chunks("params.moe_layers.feed.experts.gate_up")}
+    assert shapes == {(1, 34, 2, 24)}  # of 136 inputs
 
 
 def test_fp8_of_any_scale_keeps_every_value(tmp_path):
