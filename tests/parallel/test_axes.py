@@ -77,8 +77,10 @@ NORM = ("layer", "model"), (8, 32)
 @pytest.mark.parametrize(
     "weight, sizes, split, storage",
     [
-        (EMBEDDING, ALL, (1, DATA), P(("tensor",), DATA)),  # tensor has the longer dimension
-        (EMBEDDING, {"gpu": 8}, (0, ("gpu",)), P(("gpu",), None)),
+        # gpu and tensor have the longer dimension.
+        (EMBEDDING, ALL, (1, ("replica", "node")), P(("gpu", "tensor"), ("replica", "node"))),
+        (EMBEDDING, {"gpu": 8}, (0, ()), P(("gpu",), None)),
+        (EMBEDDING, {"node": 8}, (0, ("node",)), P(("node",), None)),
         (EMBEDDING, {"tensor": 8}, (0, ()), P(("tensor",), None)),
         (EMBEDDING, {}, (0, ()), P(None, None)),
         # Experts over node x gpu are held once per replica.
@@ -114,7 +116,7 @@ def test_where_zero_keeps_a_weight(weight, sizes, split, storage):
 @pytest.mark.parametrize(
     "names, sizes, spec, summed",
     [
-        (EMBEDDING[0], ALL, P(("tensor",), None), DATA),
+        (EMBEDDING[0], ALL, P(("gpu", "tensor"), None), ("replica", "node")),
         (EXPERTS[0], ALL, P(None, ("node", "gpu"), None, None, ("tensor",)), ("replica",)),
         (EXPERTS[0], {"node": 8}, P(None, ("node",), None, None, None), ()),
         (EXPERTS[0], {"replica": 2, "gpu": 4}, P(None, ("gpu",), None, None, None), ("replica",)),

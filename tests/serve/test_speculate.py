@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import serving
+import small
 from published import layer
 
 from deepseek_jax.serve import speculate
@@ -36,7 +37,7 @@ def server(depth, drafts):
 
 def spread():
     """Over nodes and tensor parts, layers apart."""
-    layout = dict(sizes={"node": 2, "gpu": 2, "tensor": 2}, unroll=2)
+    layout = dict(sizes={"node": 2, "gpu": 2, "tensor": 2}, unroll=2, rules=small.NARROW)
     return serving.server(serving.model(1, VOCAB), slots=4, drafts=1, **layout)
 
 
