@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import small
 
 from deepseek_jax import command
 from deepseek_jax.checkpoint import weights
+from deepseek_jax.data import tokenizer
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer, abstract_model
@@ -20,6 +22,7 @@ from deepseek_jax.serve import generate
 from deepseek_jax.serve.server import Server
 
 HOW = Execution()
+TINY = Path(__file__).parent / "fixtures/hf_tiny"
 
 
 @functools.cache
@@ -52,6 +55,14 @@ def server(
     settings = {"slots": 2, "length": 48, "cache": "float32"} | changes
     how = dataclasses.replace(HOW, unroll=unroll)
     return Server(placed, how, layout, mesh, **settings)
+
+
+def fill(folder: Path) -> Path:
+    """The fixture, with a tokenizer of bytes beside it, in an empty folder."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(TINY / name, folder / name)
+    tokenizer.make("byte", vocab=512, texts=()).save(folder / "tokenizer.json")
+    return folder
 
 
 def opened(folder: Path) -> Server:

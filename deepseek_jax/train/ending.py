@@ -9,7 +9,8 @@ a vocabulary that is split needs between them and which XLA lets travel by no ot
     backward                   combine gradient h H h     experts H    dispatch gradient h H h
                 attention H
 
-The last head has no module after it, and is alone, as are rows that eight chunks do not hold.
+The last head has no module after it, and is alone, as are rows that eight chunks do not hold. While
+a part's gradients are made, the logits of the next one are, too.
 """
 
 import dataclasses
@@ -136,6 +137,10 @@ class _Head:
 
     def steps(self, parts: range) -> Steps[None]:
         """Two for each part, matmuls and messages; before the first part, one that makes ready."""
+        if self._targets.size < PARTS:  # too few to part, but the turns have to be taken
+            for _ in range(2 * len(parts) + (not parts.start)):
+                yield ()
+            return
         if not parts.start:
             here = self._gathered(0)
             logits = logits_of(here[0], self._table)

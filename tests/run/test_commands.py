@@ -5,18 +5,15 @@ import json
 import shutil
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
+import serving
 from absl import app, flags
 from equations import checkpoints
 
 from deepseek_jax import command
 from deepseek_jax.config import ConfigError
-from deepseek_jax.data import tokenizer
-
-TINY = Path(__file__).parents[1] / "fixtures" / "hf_tiny"
 
 
 @pytest.fixture
@@ -60,10 +57,7 @@ def typed(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint with a tokenizer of bytes, and a text in two forms."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(TINY / name, folder / name)
-    tokenizer.make("byte", vocab=512, texts=()).save(folder / "tokenizer.json")
+    folder = serving.fill(tmp_path_factory.mktemp("checkpoint"))
     (folder / "rows.jsonl").write_text(json.dumps({"body": "a text"}) + "\n")
     (folder / "empty.txt").touch()
     (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))

@@ -1,7 +1,6 @@
 """From the command line to text: folders with and without a tokenizer, what is told, bad input."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,12 +13,11 @@ import runs
 
 from deepseek_jax import command
 from deepseek_jax.config import ConfigError
-from deepseek_jax.data import tokenizer
 from deepseek_jax.serve import generate
 from deepseek_jax.serve.generate import Words
 from deepseek_jax.serve.server import Request
 
-TINY = Path(__file__).parents[1] / "fixtures" / "hf_tiny"
+TINY = serving.TINY
 
 
 def test_the_command_tells_the_tokens_of_the_fixture():
@@ -41,11 +39,7 @@ def test_the_command_tells_the_tokens_of_the_fixture():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The fixture with a tokenizer of bytes beside it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(TINY / name, folder / name)
-    tokenizer.make("byte", vocab=512, texts=()).save(folder / "tokenizer.json")
-    return folder
+    return serving.fill(tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_text_is_told_as_it_comes(folder):
