@@ -2,7 +2,8 @@
 
 The model is the one of `bench train`, 10.8 million random parameters in float32, exported and read
 by `transformers` in the same run where torch and transformers are installed. Both read the same
-prompts and take the likeliest token each time; the seconds are those of the whole generation.
+prompts and take the likeliest token each time, on the GPU if JAX has one; the seconds are those of
+the whole generation.
 
 The attention of one layer of it is then timed alone, over caches of growing length: absorbed, over
 the latents, and expanded, over keys and values of every head.
@@ -111,13 +112,14 @@ def _hugging_face(model: Transformer) -> Callable[[np.ndarray, int], Any] | None
     with tempfile.TemporaryDirectory() as folder:
         _export(model, Path(folder))
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    loaded = loaded.eval()
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    loaded = loaded.to(device).eval()
 
     def generate(prompts: np.ndarray, tokens: int) -> Any:
         with torch.inference_mode():
             made = loaded.generate(
-                torch.tensor(prompts),
-                attention_mask=torch.ones(prompts.shape, dtype=torch.int64),
+                torch.tensor(prompts, device=device),
+                attention_mask=torch.ones(prompts.shape, dtype=torch.int64, device=device),
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
                 do_sample=False,
