@@ -81,7 +81,11 @@ def test_training_is_that_of_a_cpu(changes):
 def steps(changes, platform):
     out = subprocess.run(
         [sys.executable, "-c", STEPS.format(changes=changes)],
-        env={**os.environ, "JAX_PLATFORMS": f"{platform},cpu" if platform == "cuda" else "cpu"},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": f"{platform},cpu" if platform == "cuda" else "cpu",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process holds most of the memory
+        },
         capture_output=True,
         text=True,
         timeout=300,
