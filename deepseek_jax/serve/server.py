@@ -37,6 +37,9 @@ class Request:
     temperature: 0 takes the most likely token.
     top_p: in (0, 1], the share of probability that is drawn from.
     seed: of this request's random numbers.
+
+    Raises:
+      ConfigError: what no server can run.
     """
 
     prompt: tuple[int, ...]
@@ -44,6 +47,18 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ConfigError("an empty prompt; give at least one token, such as BOS")
+        if self.max_tokens < 1:
+            raise ConfigError(f"--max_tokens={self.max_tokens}; expected at least 1")
+        if not self.temperature >= 0:
+            raise ConfigError(f"--temperature={self.temperature}; expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top_p={self.top_p}; expected above 0, up to 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed={self.seed}; expected 0 to 2**32 - 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,23 +235,13 @@ class Server:
             self._state = jax.jit(fresh, out_shardings=places)()
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns its number; ConfigError where it can never run."""
+        """Queues a request and returns its number; ConfigError where it can never run here."""
         prompt, total = request.prompt, len(request.prompt) + request.max_tokens
-        if not prompt:
-            raise ConfigError("an empty prompt; give at least one token, such as BOS")
         if min(prompt) < 0 or max(prompt) >= self.config.vocab:
             raise ConfigError(
                 f"a prompt has tokens from {min(prompt)} to {max(prompt)}; this model has 0 to "
                 f"{self.config.vocab - 1}"
             )
-        if request.max_tokens < 1:
-            raise ConfigError(f"--max_tokens={request.max_tokens}; expected at least 1")
-        if not request.temperature >= 0:
-            raise ConfigError(f"--temperature={request.temperature}; expected 0 or more")
-        if not 0 < request.top_p <= 1:
-            raise ConfigError(f"--top_p={request.top_p}; expected above 0, up to 1")
-        if not 0 <= request.seed < 2**32:
-            raise ConfigError(f"--seed={request.seed}; expected 0 to 2**32 - 1")
         if total > self.length:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens and --max_tokens={request.max_tokens} need room "

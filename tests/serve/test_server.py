@@ -144,20 +144,24 @@ def test_slots_are_extended_up_to_limit_and_stop():
 
 
 @pytest.mark.parametrize(
-    "request_, reason",
+    "given, reason",
     [
-        (Request((), 4), "empty prompt"),
-        (Request((64,), 4), "tokens from 64 to 64; this model has 0 to 63"),
-        (Request((1,), 0), "--max_tokens=0"),
-        (Request((1,), 4, temperature=-1.0), "--temperature=-1.0"),
-        (Request((1,), 4, top_p=0.0), "--top_p=0.0"),
-        (Request((1,), 4, seed=-1), "--seed=-1"),
-        (Request((1,) * 40, 9), "need room for 49, and a slot has 48; set --cache_length=49"),
+        ({"prompt": ()}, "empty prompt"),
+        ({"prompt": (64,)}, "tokens from 64 to 64; this model has 0 to 63"),
+        ({"max_tokens": 0}, "--max_tokens=0"),
+        ({"temperature": -1.0}, "--temperature=-1.0"),
+        ({"temperature": float("nan")}, "--temperature=nan"),
+        ({"top_p": 0.0}, "--top_p=0.0"),
+        ({"seed": -1}, "--seed=-1"),
+        (
+            {"prompt": (1,) * 40, "max_tokens": 9},
+            "need room for 49, and a slot has 48; set --cache_length=49",
+        ),
     ],
 )
-def test_what_can_never_run_is_refused(request_, reason):
+def test_what_can_never_run_is_refused(given, reason):
     with pytest.raises(ConfigError, match=reason):
-        one_device().add(request_)
+        one_device().add(Request(**{"prompt": (1,), "max_tokens": 4, **given}))
     assert not one_device().busy
 
 
