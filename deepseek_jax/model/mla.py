@@ -4,6 +4,7 @@ Two forms of the same: one that is trained and reads prompts, with keys and valu
 and the absorbed one that decodes, which stays with the latents.
 """
 
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -16,7 +17,7 @@ from deepseek_jax.model import params, rotary
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import axes
-from deepseek_jax.precision.products import exact_einsum
+from deepseek_jax.precision.products import broadcast, exact_einsum
 
 LATENT_NORM_EPS = 1e-6  # of the two latent norms, whatever the model's own norm_eps is
 
@@ -85,7 +86,7 @@ class LatentAttention(nnx.Module):
         turn = rotary.cos_sin(config, positions)
         key_rope = rotary.rotate(key_rope, *(part[None] for part in turn))
         kept = latent, key_rope
-        key_rope = jnp.broadcast_to(key_rope[:, :, None], (*key_nope.shape[:-1], config.d_rope))
+        key_rope = broadcast(key_rope[:, :, None], (*key_nope.shape[:-1], config.d_rope))
         key = jnp.concatenate([key_nope, key_rope], axis=-1)
 
         scale = rotary.softmax_scale(config)
@@ -203,15 +204,60 @@ def causal_attention(
     Returns:
       BSHW in the dtype of `query`.
     """
-    length = query.shape[1]
+    return _in_blocks(query, key, value, scale, block, keep_scores)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _in_blocks(query, key, value, scale, block, keep_scores):
+    blocks = _blocks(query, key, value, scale, block)
+    return jnp.concatenate([attend(*parts) for attend, parts in blocks], axis=1)
+
+
+def _in_blocks_forward(query, key, value, scale, block, keep_scores):
+    if not keep_scores:
+        return _in_blocks(query, key, value, scale, block, keep_scores), (query, key, value)
+    blocks = _blocks(query, key, value, scale, block)
+    outs, pulls = zip(*(jax.vjp(attend, *parts) for attend, parts in blocks), strict=True)
+    return jnp.concatenate(outs, axis=1), list(pulls)
+
+
+def _in_blocks_backward(scale, block, keep_scores, saved, d_out):
+    """Every block of queries adds to the gradients of the keys that it met: in float32."""
+    dtype, length = d_out.dtype, d_out.shape[1]
     starts = range(0, length, block)
-
-    def rows(start: int) -> jax.Array:
+    if keep_scores:
+        pulls = saved
+    else:  # the barrier keeps XLA from sharing, and so keeping, forward's scores
+        saved, d_out = jax.lax.optimization_barrier((saved, d_out))
+        blocks = _blocks(*saved, scale, block)
+        pulls = [
+            lambda d, attend=attend, parts=parts: jax.vjp(attend, *parts)[1](d)
+            for attend, parts in blocks
+        ]
+    d_query, totals = [], None
+    for start, pull in reversed(list(zip(starts, pulls, strict=True))):  # the last met all keys
         end = min(start + block, length)
-        return _attend(query[:, start:end], key[:, :end], value[:, :end], scale, start)
+        d_rows, *d_met = pull(d_out[:, start:end])
+        d_query.append(d_rows)
+        wide = [part.astype(jnp.float32) for part in d_met]
+        if totals is None:
+            totals = wide
+        else:
+            totals = [total.at[:, :end].add(part) for total, part in zip(totals, wide, strict=True)]
+    d_key, d_value = (total.astype(dtype) for total in totals)
+    return jnp.concatenate(d_query[::-1], axis=1), d_key, d_value
 
-    one = rows if keep_scores else jax.checkpoint(rows, static_argnums=0)
-    return jnp.concatenate([one(start) for start in starts], axis=1)
+
+_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
+
+
+def _blocks(query, key, value, scale, block):
+    """Of each block of queries: what attends, and the queries, keys and values that it takes."""
+    length = query.shape[1]
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        attend = functools.partial(_attend, scale=scale, start=start)
+        yield attend, (query[:, start:end], key[:, :end], value[:, :end])
 
 
 def _attend(query, key, value, scale, start):

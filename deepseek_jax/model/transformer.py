@@ -16,6 +16,7 @@ from deepseek_jax.model.mtp import MTPModule
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.router import Routing
 from deepseek_jax.parallel import axes
+from deepseek_jax.precision.products import table_rows
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +64,8 @@ class Embedding(nnx.Module):
         table, tokens = self.table[...], axes.fan_out(tokens, "vocab")
         here = tokens - table.shape[0] * axes.index("vocab")
         mine = (here >= 0) & (here < table.shape[0])
-        rows = table.at[jnp.where(mine, here, 0)].get(mode="promise_in_bounds")
+        rows = table_rows(table, jnp.where(mine, here, 0).reshape(-1))  # (BS)D
+        rows = rows.reshape(*tokens.shape, -1)
         rows = jnp.where(mine[..., None], rows, jnp.zeros((), table.dtype))
         return axes.fan_in(rows.astype(how.recipe.compute), "vocab")
 

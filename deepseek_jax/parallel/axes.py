@@ -202,6 +202,23 @@ _fan_in.defvjp(lambda x, over: (_summed(x, over), None), lambda over, _, dy: (_g
 
 
 def gather(weight: Any, axes: Axes, shape: tuple[int, ...], layout: Layout) -> Any:
-    """A weight from its ZeRO parts; the gradient is reduced and scattered back the same way."""
+    """A weight from its ZeRO parts; the gradient is reduced and scattered back the same way.
+
+    Whatever the weight's dtype, the sum over ranks is one of float32, rounded once.
+    """
     dim, over = layout.zero_split(axes, shape)
-    return lax.all_gather(weight, over, axis=dim, tiled=True) if over else weight
+    return _gather(weight, dim, over) if over else weight
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight: jax.Array, dim: int, over: tuple[str, ...]) -> jax.Array:
+    return lax.all_gather(weight, over, axis=dim, tiled=True)
+
+
+def _scatter(dim: int, over: tuple[str, ...], _: None, d_weight: jax.Array) -> tuple[jax.Array]:
+    wide = d_weight.astype(jnp.float32)
+    part = lax.psum_scatter(wide, over, scatter_dimension=dim, tiled=True)
+    return (part.astype(d_weight.dtype),)
+
+
+_gather.defvjp(lambda weight, dim, over: (_gather(weight, dim, over), None), _scatter)

@@ -90,10 +90,11 @@ def _further(dispatch, work, total, experts, tokens, weights, chosen, left, out)
         _, left, out, rounds = state
         more, served = _round(dispatch, work, total, experts, tokens, weights, chosen, left)
         left = left & ~served
-        return _any(left), left, out + more, rounds + 1.0
+        return _any(left), left, out + _wide(more), rounds + 1.0
 
-    start = _any(left), left, out, jnp.zeros(())
-    return lax.while_loop(lambda state: state[0], one, start)[2:]
+    start = _any(left), left, _wide(out), jnp.zeros(())
+    total, rounds = lax.while_loop(lambda state: state[0], one, start)[2:]
+    return total.astype(out.dtype), rounds
 
 
 def _further_forward(dispatch, work, total, experts, tokens, weights, chosen, left, out):
@@ -118,9 +119,10 @@ def _further_gradients(dispatch, work, total, saved, d_out, first):
 
         _, pull, served = jax.vjp(through, experts, tokens, weights, has_aux=True)
         left = left & ~served
-        return _any(left), left, jax.tree.map(jnp.add, gradients, pull(d_out))
+        return _any(left), left, jax.tree.map(jnp.add, gradients, _wide(pull(d_out)))
 
-    return lax.while_loop(lambda state: state[0], one, (more, left, first))[2]
+    totals = lax.while_loop(lambda state: state[0], one, (more, left, _wide(first)))[2]
+    return jax.tree.map(lambda total, like: total.astype(like.dtype), totals, first)
 
 
 _further.defvjp(_further_forward, _further_backward)
@@ -129,6 +131,11 @@ _further.defvjp(_further_forward, _further_backward)
 def _round(dispatch, work, total, experts, tokens, weights, chosen, left):
     arrived = dispatch.send(tokens, weights, chosen, left, total)
     return dispatch.combine(work(experts, arrived), arrived.route)
+
+
+def _wide(tree: Any) -> Any:
+    """What rounds add up: float32, rounded once at the end."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def _any(left: jax.Array) -> jax.Array:

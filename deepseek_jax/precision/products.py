@@ -37,6 +37,37 @@ def row_product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.platform_dependent(a, b, cpu=narrow_first, default=plain)
 
 
+def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`jnp.broadcast_to`, whose gradient is summed in float32 and rounded once."""
+    return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(x.dtype)
+
+
+@jax.custom_vjp
+def table_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table, VD at integers M in [0, V) -> MD.
+
+    The gradient of a row is the sum over all places that read it: thousands for a frequent token.
+    It is summed in float32, whatever the dtype of the table, and rounded once; sorted first, so
+    that the places of one row follow one another in their order.
+    """
+    return table.at[index].get(mode="promise_in_bounds")
+
+
+def _table_rows_forward(table, index):
+    return table_rows(table, index), (index, table.shape[0], jnp.zeros((0,), table.dtype))
+
+
+def _table_rows_backward(saved, d_rows):
+    index, rows, like = saved
+    order = jnp.argsort(index, stable=True)
+    d_rows = d_rows[order].astype(jnp.float32)
+    d_table = jax.ops.segment_sum(d_rows, index[order], rows, indices_are_sorted=True)
+    return d_table.astype(like.dtype), None
+
+
+table_rows.defvjp(_table_rows_forward, _table_rows_backward)
+
+
 def _size(operand: tuple[jax.Array, str]) -> int:
     return operand[0].size
 
