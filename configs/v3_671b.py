@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
         dict(
             zero=1,  # section 3.1
             dispatch="two_hop",  # section 3.2.2: over nodes, then inside one
-            buffer=1.25,  # slots for tokens on their way, as a multiple of a balanced router's load
+            capacity_factor=1.25,  # slots for tokens on their way, as a multiple of a balanced router's load
             micro_batches_in_flight=1,  # 2: attention of one under the all-to-all of the other
             pipeline="dualpipe",  # section 3.2.1; "dualpipev" holds stages once, "1f1b" overlaps none
             stage_layers=(),  # layers of each stage; () is equally many, the last ones fewer

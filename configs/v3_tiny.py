@@ -12,7 +12,7 @@ def get_config():
     )  # fmt: skip
     config.mesh.update(pipe=1, replica=1, node=1, gpu=-1, tensor=1)
     config.layout.update(
-        recompute="none", attention_block=128, unroll=4, loss_chunk=256, buffer=2.0
+        recompute="none", attention_block=128, unroll=4, loss_chunk=256, capacity_factor=2.0
     )
     config.precision.update(recipe="float32", dispatch="compute")
     v3_671b.scale_schedule(config, tokens=640_000)

@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _use_the_cpu_without_a_driver() -> None:
-    """JAX's CUDA plugin may be here only to compile for a cluster (`plan/cluster.py`).
+    """JAX's CUDA plugin may be here only to compile for a cluster (`aot/cluster.py`).
 
     Then JAX starts on the CPU as it would anyway, but without the plugin's long complaint.
     """

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.checkpoint import weights
+from deepseek_jax.checkpoint import load as checkpoints
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.loss import head_loss
 from deepseek_jax.model.router import Routing
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.precision import matmul
-from deepseek_jax.train.loss import head_loss
+from deepseek_jax.precision import recipes
 
 LOSS_CHUNK = 512  # tokens whose logits `Model.loss` holds at once
 
@@ -92,10 +92,10 @@ def load(directory: str | Path, dtype: Any = "float32") -> Model:
       ConfigError: what is there cannot be loaded; the message says what was found and expected.
     """
     try:
-        recipe = matmul.recipe(jnp.dtype(dtype).name)
+        recipe = recipes.recipe(jnp.dtype(dtype).name)
     except TypeError as error:
         raise ConfigError(f"dtype is {dtype!r}; expected float32 or bfloat16") from error
-    model = weights.load(Path(directory), recipe.compute)
+    model = checkpoints.load(Path(directory), recipe.compute)
     return Model(model.config, model, Execution(recipe=recipe))
 
 

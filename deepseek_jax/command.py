@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from deepseek_jax.config import MESH_AXES, Config, ConfigError, parse
+from deepseek_jax.config import MESH_AXES, RENAMED, Config, ConfigError, parse, renamed
 
 
 def define_config_flag() -> Any:
@@ -46,9 +46,10 @@ def config_of(directory: Path, given: Config | None, dtype: str | None) -> Confi
       dtype: of weights and matmuls instead of the config's; None leaves that.
     """
     # JAX must not have met its devices before.
-    from deepseek_jax.checkpoint import agreement, weights
+    from deepseek_jax.checkpoint import load
+    from deepseek_jax.runtime import agreement
 
-    base = given or agreement.in_all(lambda: weights.trained(directory)) or default_config()
+    base = given or agreement.raise_together(lambda: load.trained(directory)) or default_config()
     if dtype is None:
         return base
     precision = dataclasses.replace(base.precision, recipe=dtype)
@@ -109,7 +110,7 @@ def define_process_flags() -> None:
 
 def start_processes() -> None:
     """Before anything asks JAX for a device."""
-    from deepseek_jax.parallel import processes
+    from deepseek_jax.runtime import processes
 
     values = flags.FLAGS
     processes.start(values.coordinator, values.processes, values.process, values.emulate_devices)
@@ -189,10 +190,30 @@ def _check_overrides(arguments: list[str]) -> None:
     make = runpy.run_path(str(path)).get("get_config")
     if make is None:
         raise ConfigError(f"--config={path}: no get_config() in it; configs/v3_tiny.py shows one")
+    try:
+        make()
+    except (AttributeError, KeyError) as error:  # ConfigDict's, for a key that it does not have
+        raise ConfigError(f"--config={path}: {_no_such_key(error)}") from error
     for argument in arguments[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and name.startswith("config."):
             _check_key(make(), name.removeprefix("config."))
+
+
+def _no_such_key(error: Exception) -> str:
+    """A ConfigDict's message about an unknown key, with the key that may have been meant."""
+    found = re.search(r"""Key \W?["'](\w+)""", str(error))
+    if not found:
+        return str(error)
+    name = found[1]
+    for old in RENAMED:
+        if old.endswith(f".{name}"):
+            return renamed(old)
+    sections = [field.type for field in dataclasses.fields(Config)]
+    parts = [part for part in sections if dataclasses.is_dataclass(part)]
+    known = sorted({field.name for part in parts for field in dataclasses.fields(part)})
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"there is no key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _check_key(config: ConfigDict, key: str) -> None:
@@ -201,6 +222,8 @@ def _check_key(config: ConfigDict, key: str) -> None:
     for depth, part in enumerate([*sections, last]):
         if not isinstance(here, ConfigDict) or part not in here:
             known = list(here.keys()) if isinstance(here, ConfigDict) else []
+            if message := renamed(key):
+                raise ConfigError(f"--config.{message}")
             near = difflib.get_close_matches(part, known, n=1)
             path = ".".join([*sections[:depth], near[0]]) if near else ", ".join(known)
             hint = f"did you mean --config.{path}?" if near else f"known here: {path}"

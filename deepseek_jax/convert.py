@@ -29,21 +29,21 @@ def main() -> None:
         raise ConfigError("convert needs --source=DIR and --target=DIR")
     if not 0 < SHARD_GB.value < 2**63:
         raise ConfigError(f"--shard_gb={SHARD_GB.value}; expected a number above 0")
-    from deepseek_jax.checkpoint import convert
+    from deepseek_jax.checkpoint import conversion
 
     source, target = command.folder(SOURCE), Path(TARGET.value)
-    convert.check_target(target)
+    conversion.check_target(target)
     with command.naming({"--workdir": "--source", "data.tokenizer": "--source"}):
         _convert(source, target)
 
 
 def _convert(source: Path, target: Path) -> None:
-    from deepseek_jax.checkpoint import convert, weights
+    from deepseek_jax.checkpoint import conversion, load
 
-    run = weights.trained(source)
+    run = load.trained(source)
     if run is None and FORMAT.value is None:
         base = command.read_config(CONFIG) if CONFIG.value is not None else command.default_config()
-        convert.to_run(source, target, base)
+        conversion.to_run(source, target, base)
         print(
             f"{target} is a workdir; python -m deepseek_jax.main --config={target}/config.py "
             f"--workdir={target} trains on"
@@ -51,7 +51,7 @@ def _convert(source: Path, target: Path) -> None:
         return
     if CONFIG.value is not None:
         raise ConfigError("--config is the recipe of a workdir to make; leave it out here")
-    convert.to_published(source, target, FORMAT.value or "bfloat16", int(SHARD_GB.value * 1e9))
+    conversion.to_published(source, target, FORMAT.value or "bfloat16", int(SHARD_GB.value * 1e9))
     print(f"{target} is a Hugging Face directory")
 
 

@@ -8,8 +8,8 @@ import json
 from absl import flags
 
 from deepseek_jax import command
-from deepseek_jax.bench.report import text
 from deepseek_jax.config import ConfigError
+from deepseek_jax.table import text
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face directory or a run's workdir.")
 DATA = flags.DEFINE_string("data", None, "Text, JSONL, Parquet, token files, or a folder of them.")
@@ -35,11 +35,11 @@ def main() -> None:
     mesh = command.parse_mesh(MESH.value)
     given = command.read_config(CONFIG) if CONFIG.value is not None else None
     command.start_processes()
-    from deepseek_jax.parallel import processes
-    from deepseek_jax.train import evaluate
+    from deepseek_jax.runtime import processes
+    from deepseek_jax.train import evaluation
 
     with command.naming(FLAG_OF):
-        found = evaluate.score_checkpoint(
+        found = evaluation.score_checkpoint(
             directory,
             DATA.value,
             command.config_of(directory, given, DTYPE.value),

@@ -62,23 +62,23 @@ def _generate(
     mesh: dict[str, int],
     given: Config | None,
 ) -> None:
-    from deepseek_jax.checkpoint.agreement import in_all
-    from deepseek_jax.parallel import processes
-    from deepseek_jax.serve import generate
-    from deepseek_jax.serve.server import Request
+    from deepseek_jax.runtime import processes
+    from deepseek_jax.runtime.agreement import raise_together
+    from deepseek_jax.serve import generation
+    from deepseek_jax.serve.requests import Request
 
-    def encoded() -> tuple[generate.Words, list[tuple[int, ...]]]:
-        words = generate.Words.of(directory)
+    def encoded() -> tuple[generation.TextCodec, list[tuple[int, ...]]]:
+        words = generation.TextCodec.of(directory)
         return words, [words.encode(text, directory) for text in PROMPT.value]
 
     base = command.config_of(directory, given, DTYPE.value)
-    words, prompts = in_all(encoded)
+    words, prompts = raise_together(encoded)
     prompts += prompt_tokens
     requests = [
         Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value + number)
         for number, prompt in enumerate(prompts)
     ]
-    server = generate.open_server(
+    server = generation.open_engine(
         directory,
         base,
         mesh=mesh,
@@ -90,7 +90,7 @@ def _generate(
     )
     primary = processes.is_primary()
     live = primary and not JSON.value
-    found = generate.generate(
+    found = generation.generate(
         server, requests, words, lambda text: print(text, end="", flush=True) if live else None
     )
     if primary and JSON.value:

@@ -13,13 +13,13 @@ import numpy as np
 import small
 
 from deepseek_jax import command
-from deepseek_jax.checkpoint import weights
+from deepseek_jax.checkpoint import load
 from deepseek_jax.data import tokenizer
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer, abstract_model
-from deepseek_jax.serve import generate
-from deepseek_jax.serve.server import Server
+from deepseek_jax.serve import generation
+from deepseek_jax.serve.engine import Engine
 
 HOW = Execution()
 TINY = Path(__file__).parent / "fixtures/hf_tiny"
@@ -47,14 +47,14 @@ def server(
     unroll: int = 1,
     rules: Any = small.RULES,
     **changes: Any,
-) -> Server:
+) -> Engine:
     mesh, layout = small.mesh_of(sizes or {}), small.layout_of(sizes or {}, zero, rules)
-    places = [weights.place(w, layout, mesh) for w in params.describe(model)]
+    places = [load.place(w, layout, mesh) for w in params.describe(model)]
     leaves, tree = jax.tree.flatten(model)
     placed = jax.tree.unflatten(tree, jax.device_put(leaves, places))
     settings = {"slots": 2, "length": 48, "cache": "float32"} | changes
     how = dataclasses.replace(HOW, unroll=unroll)
-    return Server(placed, how, layout, mesh, **settings)
+    return Engine(placed, how, layout, mesh, **settings)
 
 
 def fill(folder: Path) -> Path:
@@ -65,9 +65,9 @@ def fill(folder: Path) -> Path:
     return folder
 
 
-def opened(folder: Path) -> Server:
+def opened(folder: Path) -> Engine:
     """A server of a checkpoint, as the command makes one."""
     base = command.default_config()
     base = dataclasses.replace(base, layout=dataclasses.replace(base.layout, unroll=1))
     room = dict(slots=2, length=32, cache="float32", stop=(), drafts=0)
-    return generate.open_server(folder, base, mesh={}, **room)
+    return generation.open_engine(folder, base, mesh={}, **room)

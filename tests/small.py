@@ -17,7 +17,6 @@ from deepseek_jax.config import MESH_AXES, Config
 from deepseek_jax.model import params
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import Layout
-from deepseek_jax.train import state as states
 
 RULES = v3_671b.get_config().layout.rules.to_dict()
 # The vocabulary and dense layers over devices that see the same tokens, and no others.
@@ -37,7 +36,9 @@ def config(**changes: Any) -> Config:
         d_expert=16, init_std=0.1,
     )  # fmt: skip
     c.mesh.update(pipe=1, replica=1, node=1, gpu=1, tensor=1)
-    c.layout.update(recompute="none", attention_block=16, loss_chunk=24, zero=0, buffer=100.0)
+    c.layout.update(
+        recompute="none", attention_block=16, loss_chunk=24, zero=0, capacity_factor=100.0
+    )
     c.precision.update(recipe="float32", dispatch="compute")
     c.optimizer.update(moments="float32", ema_decay=0.0)
     c.batch.update(length=16, sequences=16, ramp_sequences=8, micro_sequences=8)
@@ -60,7 +61,7 @@ def layout_of(sizes: Mapping[str, int], zero: int = 0, rules: Any = RULES) -> La
 
 def pulled(fn: Callable[[Any, jax.Array], jax.Array], module: Any, x: jax.Array, pull: jax.Array):
     """(fn(module, x), gradients of sum(pull * fn) in the module's parameters and in x)."""
-    graph, weights, bias = states.split(module)
+    graph, weights, bias = params.split(module)
 
     def total(weights, x):
         out = fn(nnx.merge(graph, weights, bias), x)
@@ -79,7 +80,7 @@ def spread(
 ):
     """`pulled` over a mesh of these sizes: x and pull split along their first axis as a batch."""
     layout = layout_of(sizes)
-    graph, weights, bias = states.split(module)
+    graph, weights, bias = params.split(module)
     batch = P(layout.mesh_axes("batch") or None)
 
     def local(weights, bias, x, pull):

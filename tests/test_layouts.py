@@ -18,8 +18,8 @@ STEPS = 20
 LAYOUTS = {
     "replicas": dict(replica=2),
     "experts over 8 gpus": dict(gpu=8),
-    "nodes and gpus, in several rounds": dict(node=2, gpu=4, buffer=0.6, recompute="full"),
-    "nodes and gpus, flat": dict(node=4, gpu=2, dispatch="flat", buffer=0.6),
+    "nodes and gpus, in several rounds": dict(node=2, gpu=4, capacity_factor=0.6, recompute="full"),
+    "nodes and gpus, flat": dict(node=4, gpu=2, dispatch="flat", capacity_factor=0.6),
     "two micro-batches in flight": dict(gpu=4, micro_batches_in_flight=2),
     "tensor": dict(tensor=4, replica=2),
     "every axis, MTP": dict(node=2, gpu=2, tensor=2, mtp=1),

@@ -17,17 +17,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 import deepseek_jax
 from configs import v3_tiny
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import hf
+from deepseek_jax.checkpoint.hf import names
 from deepseek_jax.model import execution, rotary
 from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.params import split
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.precision.matmul import FLOAT32
+from deepseek_jax.precision.recipes import FLOAT32
 from deepseek_jax.train import optimizer as optimizers
 from deepseek_jax.train.objective import head_weights, objective
-from deepseek_jax.train.schedule import Hyper
-from deepseek_jax.train.state import TrainState, shardings, split
+from deepseek_jax.train.state import TrainState, shardings
 from deepseek_jax.train.step import make_gradients, make_step, tokens_spec
+from deepseek_jax.train.token_schedule import Hyper
 
 TINY = Path(__file__).parent / "fixtures" / "hf_tiny"
 
@@ -168,7 +169,7 @@ def test_gradients(training, tiny, expected):
         gradients = jax.jit(make_gradients(config, layout, mesh))
         found, sums = gradients(params, bias, tokens, jnp.int32(1), jnp.float32(0))
     near(sums.entropy[0] / tokens[..., 1:].size, expected["loss"], LOSS)
-    named = hf.to_published(tiny.config, found)
+    named = names.to_published(tiny.config, found)
     wanted = {k.removeprefix("grad:"): v for k, v in expected.items() if k.startswith("grad:")}
     assert len(wanted) == 9 and wanted.keys() <= named.keys()  # the norm below covers the others
     for name, want in wanted.items():

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from deepseek_jax.config import MESH_AXES, Config, ModelConfig, OptimizerConfig
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.train import optimizer, schedule
+from deepseek_jax.train import optimizer, token_schedule
 from deepseek_jax.train import state as states
 from deepseek_jax.train.step import make_step, tokens_spec
 
@@ -28,7 +28,7 @@ class Trainer:
             self.state = jax.device_put(fresh(config.model, config.optimizer, config.seed), places)
             self._step = jax.jit(make_step(config, self.layout, self.mesh, adam), donate_argnums=0)
 
-    def step(self, tokens: np.ndarray, count: int, hyper: schedule.Hyper) -> dict[str, Any]:
+    def step(self, tokens: np.ndarray, count: int, hyper: token_schedule.Hyper) -> dict[str, Any]:
         """tokens: micro-batch, sequence, position + 1; the first `count` micro-batches count."""
         with jax.set_mesh(self.mesh):
             placed = jax.device_put(tokens, NamedSharding(self.mesh, tokens_spec(self.layout)))
@@ -43,13 +43,13 @@ class Trainer:
             drawn = np.random.default_rng(number).integers(
                 0,
                 self.config.model.vocab,
-                (schedule.most_micro_batches(batch), batch.micro_sequences, batch.length + 1),
+                (token_schedule.most_micro_batches(batch), batch.micro_sequences, batch.length + 1),
                 np.int32,
             )
-            count = schedule.micro_batches(batch, tokens)
-            hyper = schedule.hyper(self.config.schedule, step=number, tokens=tokens)
+            count = token_schedule.micro_batches(batch, tokens)
+            hyper = token_schedule.hyper(self.config.schedule, step=number, tokens=tokens)
             out.append(self.step(drawn, count, hyper))
-            tokens += count * schedule.tokens_per_micro_batch(batch)
+            tokens += count * token_schedule.tokens_per_micro_batch(batch)
         return out
 
     def params(self) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from deepseek_jax import command
-from deepseek_jax.bench.report import text
+from deepseek_jax.table import text
 
 CONFIG = command.define_config_flag()
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
@@ -49,7 +49,7 @@ def _emulate(name: str) -> None:
     """CPU devices, before JAX has met any; a GPU stays the default unless the flag is given."""
     import jax  # not before the time that importing it takes is measured
 
-    from deepseek_jax.parallel import processes
+    from deepseek_jax.runtime import processes
 
     if EMULATE.value is not None:
         processes.start(emulate_devices=EMULATE.value)

@@ -24,17 +24,18 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.bench.train import sized
-from deepseek_jax.checkpoint import export, settings
+from deepseek_jax.checkpoint.hf import config_json, export
 from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.model import execution, params, rotary
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import LatentAttention
 from deepseek_jax.model.transformer import Transformer, build_model
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.plan.cache import cache_bytes_per_token
-from deepseek_jax.precision.products import exact_einsum
-from deepseek_jax.serve import cache
-from deepseek_jax.serve.server import Request, Server
+from deepseek_jax.plan.kv_cache import cache_bytes_per_token
+from deepseek_jax.precision.einsum import exact_einsum
+from deepseek_jax.serve import latent_cache
+from deepseek_jax.serve.engine import Engine
+from deepseek_jax.serve.requests import Request
 
 PROMPT, TOKENS = 32, 128
 LENGTHS = (256, 1024, 4096, 16384)
@@ -66,7 +67,7 @@ def _row(
 ) -> dict[str, Any]:
     prompts = np.random.default_rng(0).integers(0, config.model.vocab, (batch, PROMPT))
     mesh, layout = meshes.build(config.mesh, jax.devices()[:1]), meshes.layout(config)
-    server = Server(
+    server = Engine(
         model,
         execution.of(config),
         layout,
@@ -134,10 +135,10 @@ def _hugging_face(model: Transformer) -> Callable[[np.ndarray, int], Any] | None
 def _export(model: Transformer, folder: Path) -> None:
     paths = [weight.path for weight in params.describe(model)]
     ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(model)), strict=True))
-    source = export.Source(
+    source = export.WeightSource(
         model.config, True, lambda piece: piece.published(ours[piece.path][piece.index])
     )
-    export.write(folder, settings.published(model.config), source, "float32", 1 << 40)
+    export.write(folder, config_json.published(model.config), source, "float32", 1 << 40)
 
 
 def _attention_row(config: ModelConfig, length: int, rounds: int, batch: int = 8) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _attention_row(config: ModelConfig, length: int, rounds: int, batch: int = 8
     x = jax.random.normal(jax.random.key(1), (batch, 1, config.d_model))
     positions = jnp.full((batch, 1), length - 1)
     layer = dataclasses.replace(config, layers=1, dense_layers=0)
-    latents = cache.make(layer, batch, length, "float32", mtp=False).moe
+    latents = latent_cache.make(layer, batch, length, "float32", mtp=False).moe
     expanded = _Expanded.empty(config, batch, length)
 
     def absorbed(attention, past, x):
@@ -223,6 +224,9 @@ class _Expanded:
 def _cache_rows(config: ModelConfig) -> list[dict[str, Any]]:
     """Bytes of one token of the config's own model."""
     plain = cache_bytes_per_token(config)
-    rows = {f"latent, {form}": cache.bytes_per_token(config, form) for form in cache.FORMATS}
+    rows = {
+        f"latent, {form}": latent_cache.bytes_per_token(config, form)
+        for form in latent_cache.FORMATS
+    }
     rows |= {f"{plain.gqa_heads} groups, bfloat16": plain.gqa, "every head, bfloat16": plain.mha}
     return [{"cache": name, "bytes_per_token": size} for name, size in rows.items()]

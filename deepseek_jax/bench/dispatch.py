@@ -25,16 +25,17 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.aot import compiled, hlo
 from deepseek_jax.bench import dispatch_pieces
 from deepseek_jax.config import Config, MeshConfig, ModelConfig
 from deepseek_jax.model import execution
 from deepseek_jax.model.moe import through_experts
 from deepseek_jax.model.router import select_experts, visits
-from deepseek_jax.parallel import axes, dispatch, rounds
+from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as cluster
 from deepseek_jax.parallel.axes import Layout
-from deepseek_jax.parallel.dispatch import Hop, Hops, Plan, Route
-from deepseek_jax.plan import compiled, hlo
+from deepseek_jax.parallel.experts import dispatch, overflow
+from deepseek_jax.parallel.experts.dispatch import AllToAllDispatch, ExchangePlan, Hop, Route
 
 TOKENS, WIDTH, HIDDEN = 128, 128, 64
 EXPERTS_PER_DEVICE, TOP_K = 8, 8
@@ -68,7 +69,7 @@ def measure(
         return dispatch_pieces.measure(config)
     names = meshes or _meshes(jax.device_count())
     with ThreadPoolExecutor() as pool:  # compiling is most of the wait
-        each = list(pool.map(lambda name: Exchange.each_way(config, name, tokens), names))
+        each = list(pool.map(lambda name: MeasuredDispatch.each_way(config, name, tokens), names))
     runs = [
         (cell, router, cell.arguments(router))
         for exchanges in each
@@ -93,7 +94,7 @@ def measure(
     ]
     return {
         "device": NOTE,
-        "buffer": config.layout.buffer,
+        "buffer": config.layout.capacity_factor,
         "messages": [row for exchanges in each for cell in exchanges for row in cell.messages()],
         "time": table,
     }
@@ -137,21 +138,21 @@ def choose(router: str, tokens: int, model: ModelConfig, seed: int = 0) -> np.nd
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
+class MeasuredDispatch:
     """One compiled exchange, forward and backward."""
 
     mesh: str
     way: str
     config: Config
     tokens: int
-    plan: Plan
+    plan: ExchangePlan
     program: Any
     places: tuple[NamedSharding, ...]
 
     @classmethod
-    def each_way(cls, config: Config, mesh: str, tokens: int) -> list["Exchange"]:
+    def each_way(cls, config: Config, mesh: str, tokens: int) -> list["MeasuredDispatch"]:
         """Where nodes are one, or have one GPU, two hops are one and the program is the same."""
-        exchanges: list[Exchange] = []
+        exchanges: list[MeasuredDispatch] = []
         for way in WAYS:
             mine = sized(config, mesh, way)
             plan = _plan(mine, tokens)
@@ -228,13 +229,13 @@ class Exchange:
         return [c for c in found if c.kind == "all-to-all" and c.inside == "entry"]
 
 
-def _hops(config: Config) -> Hops:
+def _hops(config: Config) -> AllToAllDispatch:
     way = dispatch.of(config)
-    assert isinstance(way, Hops)  # as all WAYS are
+    assert isinstance(way, AllToAllDispatch)  # as all WAYS are
     return way
 
 
-def _plan(config: Config, tokens: int) -> Plan:
+def _plan(config: Config, tokens: int) -> ExchangePlan:
     with axes.active(cluster.layout(config)):
         return _hops(config).plan(tokens, config.model.top_k, config.model.experts)
 
@@ -283,7 +284,7 @@ def _step(config: Config, layout: Layout, gate_up, down, tokens, weights, expert
         everything = jnp.ones(experts.shape, jnp.bool_)
         arrived = how.dispatch.send(tokens, weights, experts, everything, total)
         first = how.dispatch.combine(work(network, arrived), arrived.route)
-        out, number = rounds.complete(
+        out, number = overflow.complete(
             how.dispatch, work, network, tokens, weights, experts, total, first
         )
         known = number[None], crossings(arrived.route)[None], first[1]
@@ -298,8 +299,8 @@ def _step(config: Config, layout: Layout, gate_up, down, tokens, weights, expert
 def crossings(route: Route) -> jax.Array:
     """Copies that this device sends to other nodes, and to other GPUs of its own node: int32."""
     sent = [
-        _crossings(hop, hop_fan.used)
-        for hop, hop_fan in zip(route.plan.hops, route.hops, strict=True)
+        _crossings(hop, hop_permutation.used)
+        for hop, hop_permutation in zip(route.plan.hops, route.hops, strict=True)
     ]
     return sum(sent, jnp.zeros((2,), jnp.int32))
 

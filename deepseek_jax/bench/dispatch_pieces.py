@@ -22,15 +22,21 @@ from deepseek_jax.bench.grouped import Shape
 from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.hardware.chips import Chip
 from deepseek_jax.model.router import select_experts
-from deepseek_jax.parallel import axes, message
+from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import Layout
-from deepseek_jax.parallel.dispatch import Hops, Route, rows_home, rows_out
-from deepseek_jax.parallel.message import Field
-from deepseek_jax.precision.payload import FP8
+from deepseek_jax.parallel.experts import message
+from deepseek_jax.parallel.experts.dispatch import (
+    AllToAllDispatch,
+    Route,
+    permute_rows,
+    unpermute_rows,
+)
+from deepseek_jax.parallel.experts.message import Field
+from deepseek_jax.precision.payload import FP8_PAYLOAD
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class DispatchCase:
     """Sizes of one GPU's part; `steps` runs of a piece are timed together."""
 
     tokens: int
@@ -45,11 +51,11 @@ class Case:
     steps: int
 
 
-V3 = Case(4096, 7168, 8, 8, 256, 8, 4, "bfloat16", grouped.GPU.shapes, steps=50)
+V3 = DispatchCase(4096, 7168, 8, 8, 256, 8, 4, "bfloat16", grouped.GPU.shapes, steps=50)
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class DispatchPiece:
     """Something to time.
 
     Attributes:
@@ -68,17 +74,17 @@ class Piece:
         return max(self.bytes / chip.hbm_bytes_per_s, self.flops / chip.peak_flops_per_s[dtype])
 
 
-def measure(config: Config, *, case: Case = V3, repeats: int = 5) -> dict[str, Any]:
+def measure(config: Config, *, case: DispatchCase = V3, repeats: int = 5) -> dict[str, Any]:
     """Tables of the moves and of the grouped matmul; `times_floor` below 1 is a measuring error.
 
-    A byte counts once however often it is read. `layout.buffer` is the config's.
+    A byte counts once however often it is read. `layout.capacity_factor` is the config's.
     """
     device = jax.devices()[0]
     chip = grouped.known_chip(device.device_kind)
     return {
         "device": device.device_kind,
         "dtype": case.dtype,
-        "buffer": config.layout.buffer,
+        "buffer": config.layout.capacity_factor,
         "moves": [
             _row(piece, case, chip, repeats, "gb_per_s", piece.bytes / 1e9)
             for piece in moves(config, case)
@@ -90,7 +96,14 @@ def measure(config: Config, *, case: Case = V3, repeats: int = 5) -> dict[str, A
     }
 
 
-def _row(piece: Piece, case: Case, chip: Chip | None, repeats: int, unit: str, amount: float):
+def _row(
+    piece: DispatchPiece,
+    case: DispatchCase,
+    chip: Chip | None,
+    repeats: int,
+    unit: str,
+    amount: float,
+):
     spent = seconds(piece, case.steps, repeats)
     floor = None if chip is None else piece.floor_seconds(chip, case.dtype)
     return {
@@ -102,7 +115,7 @@ def _row(piece: Piece, case: Case, chip: Chip | None, repeats: int, unit: str, a
     }
 
 
-def seconds(piece: Piece, steps: int, repeats: int) -> float:
+def seconds(piece: DispatchPiece, steps: int, repeats: int) -> float:
     """Of one run, the median over `repeats` loops of `steps` runs, each waiting for the last."""
     out = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece.run, piece.changes, piece.fixed)
@@ -118,7 +131,7 @@ def seconds(piece: Piece, steps: int, repeats: int) -> float:
     return float(np.median(taken))
 
 
-def repeated(piece: Piece, steps: int) -> Any:
+def repeated(piece: DispatchPiece, steps: int) -> Any:
     """(what changes, its result), what does not -> the first two, `steps` runs later; in place."""
 
     def loop(state, fixed):
@@ -141,7 +154,7 @@ def _after(changes: Any, out: Any) -> Any:
     return jax.tree.unflatten(tree, [changed, *others])
 
 
-def routes(config: Config, case: Case, key: jax.Array) -> tuple[Route, jax.Array]:
+def routes(config: Config, case: DispatchCase, key: jax.Array) -> tuple[Route, jax.Array]:
     """The first GPU's route in the exchange of all, and its tokens' experts MK.
 
     All devices are two axes of one array here, over which the dispatch's own code is mapped.
@@ -168,11 +181,13 @@ def routes(config: Config, case: Case, key: jax.Array) -> tuple[Route, jax.Array
     return first(key)
 
 
-def hops(config: Config, case: Case) -> Hops:
-    return Hops(True, config.layout.buffer, min(case.top_groups, case.top_k), FP8)
+def hops(config: Config, case: DispatchCase) -> AllToAllDispatch:
+    return AllToAllDispatch(
+        True, config.layout.capacity_factor, min(case.top_groups, case.top_k), FP8_PAYLOAD
+    )
 
 
-def _model(config: Config, case: Case) -> ModelConfig:
+def _model(config: Config, case: DispatchCase) -> ModelConfig:
     """With a group of experts for each node."""
     return dataclasses.replace(
         config.model,
@@ -183,7 +198,7 @@ def _model(config: Config, case: Case) -> ModelConfig:
     )
 
 
-def moves(config: Config, case: Case) -> list[Piece]:
+def moves(config: Config, case: DispatchCase) -> list[DispatchPiece]:
     """Out and home, in order; each is given what the one before it made."""
     keys = jax.random.split(jax.random.key(0), 3)
     route, chosen = routes(config, case, keys[0])
@@ -191,34 +206,34 @@ def moves(config: Config, case: Case) -> list[Piece]:
     tokens = jax.random.normal(keys[1], (case.tokens, case.width), case.dtype)
     weights = jax.random.uniform(keys[2], chosen.shape)
     named = (chosen + 1).astype(jnp.uint16)
-    sent = [Field.of(x) for x in (*FP8.encode(tokens), weights, named)]
+    sent = [Field.of(x) for x in (*FP8_PAYLOAD.encode(tokens), weights, named)]
     home = [Field.of(x) for x in (tokens, chosen.astype(jnp.uint8))]
-    bytes_out = sum(FP8.bytes_out(case.width, case.dtype))
+    bytes_out = sum(FP8_PAYLOAD.bytes_out(case.width, case.dtype))
     row, row_out, row_home = tokens[0].nbytes, _row_bytes(sent), _row_bytes(home)
 
     def out_slow(changes, route):
         tokens, weights, named = changes
-        return route.hops[0].out(message.pack((*FP8.encode(tokens), weights, named)))
+        return route.hops[0].permute(message.pack((*FP8_PAYLOAD.encode(tokens), weights, named)))
 
     def out_fast(words, route):
-        return route.hops[1].out(words)
+        return route.hops[1].permute(words)
 
     def out_local(words, route):
-        return FP8.decode(rows_out(route.local, words, sent[:-2]), case.dtype)
+        return FP8_PAYLOAD.decode(permute_rows(route.local, words, sent[:-2]), case.dtype)
 
     def home_local(out, route):
-        words = rows_home(route.local, message.pack((out,)), home[0])
+        words = unpermute_rows(route.local, message.pack((out,)), home[0])
         served = route.local.choice_sent.astype(jnp.uint8)
         return jnp.concatenate([words, message.pack((served,))], axis=1)
 
     def home_fast(words, route):
-        served = route.hops[1].home(served_of(words))
-        words = rows_home(route.hops[1], words, home[0])
+        served = route.hops[1].unpermute(served_of(words))
+        words = unpermute_rows(route.hops[1], words, home[0])
         return jnp.concatenate([words, message.pack((served,))], axis=1)
 
     def home_slow(words, route):
-        rows = message.unpack(rows_home(route.hops[0], words, home[0]), home[:1])[0]
-        return rows, route.hops[0].home(served_of(words)) > 0
+        rows = message.unpack(unpermute_rows(route.hops[0], words, home[0]), home[:1])[0]
+        return rows, route.hops[0].unpermute(served_of(words)) > 0
 
     def served_of(words):
         return message.unpack(words[:, home[0].words :], home[1:])[0]
@@ -236,7 +251,7 @@ def moves(config: Config, case: Case) -> list[Piece]:
     for name, run, read in chain:
         made = jax.jit(run)(given, route)
         written = sum(x.nbytes for x in jax.tree.leaves(made))
-        pieces.append(Piece(name, run, given, route, read + written))
+        pieces.append(DispatchPiece(name, run, given, route, read + written))
         given = made
     return pieces
 
@@ -253,7 +268,7 @@ def _count(mask: jax.Array) -> int:
     return int(mask.sum())
 
 
-def matmuls(case: Case, platform: str) -> list[Piece]:
+def matmuls(case: DispatchCase, platform: str) -> list[DispatchPiece]:
     """Forward, balanced: a dense matmul, then the grouped matmul by each of its backends."""
     pieces = []
     for shape in case.matmuls:
@@ -266,5 +281,5 @@ def matmuls(case: Case, platform: str) -> list[Piece]:
                 run = functools.partial(lambda backend, rows, fixed: backend(rows, *fixed), backend)
                 label = f"{name} {shape.width} x {shape.out}"
                 moved = shape.bytes(rows.dtype.itemsize)
-                pieces.append(Piece(label, run, rows, fixed, moved, shape.flops()))
+                pieces.append(DispatchPiece(label, run, rows, fixed, moved, shape.flops()))
     return pieces

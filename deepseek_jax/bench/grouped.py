@@ -47,7 +47,7 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class MatmulCase:
     """What is measured on a platform; `calls` are timed together, so that no kernel is awaited."""
 
     dtype: str
@@ -55,13 +55,13 @@ class Case:
     calls: int
 
 
-CPU = Case("float32", (Shape(2048, 8, 256, 256), Shape(2048, 32, 256, 256)), calls=1)
-GPU = Case("bfloat16", (Shape(32_768, 4, 7168, 4096), Shape(32_768, 4, 2048, 7168)), calls=10)
+CPU = MatmulCase("float32", (Shape(2048, 8, 256, 256), Shape(2048, 32, 256, 256)), calls=1)
+GPU = MatmulCase("bfloat16", (Shape(32_768, 4, 7168, 4096), Shape(32_768, 4, 2048, 7168)), calls=10)
 
 PRODUCTS = {"forward": 1, "both": 3}  # both: forward and backward
 
 
-def measure(config: Config, *, case: Case | None = None, rounds: int = 5) -> dict[str, Any]:
+def measure(config: Config, *, case: MatmulCase | None = None, rounds: int = 5) -> dict[str, Any]:
     """A table for each shape, of medians over rounds in which every backend takes its turn.
 
     `of_dense` is the dense matmul's time over the backend's: 1 is as good as dense. `of_floor` is
@@ -114,7 +114,7 @@ def _exact(x):
     return "highest" if x.dtype == jnp.float32 else None  # as the recipes have it
 
 
-def _rows(shape: Shape, case: Case, known: Chip | None, rounds: int) -> list[dict[str, Any]]:
+def _rows(shape: Shape, case: MatmulCase, known: Chip | None, rounds: int) -> list[dict[str, Any]]:
     keys = jax.random.split(jax.random.key(0), 3)
     rows = jax.random.normal(keys[0], (shape.rows, shape.width), case.dtype)
     weight = jax.random.normal(keys[1], (shape.experts, shape.width, shape.out), case.dtype)

@@ -13,15 +13,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from deepseek_jax.aot import compiled, cost_model, layer
 from deepseek_jax.bench.grouped import known_chip, seconds_of
 from deepseek_jax.config import Config
-from deepseek_jax.hardware import compiler
+from deepseek_jax.hardware import xla_options
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.mla import LatentAttention, attend
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.plan import compiled, layer, profile
-from deepseek_jax.train import state
 
 WIDTHS: dict[str, Any] = dict(
     d_model=7168, heads=128, q_latent=1536, kv_latent=512, d_nope=128, d_rope=64, d_value=128,
@@ -58,7 +57,7 @@ def measure(
     return {
         "device": device.device_kind,
         "peak_tflops_per_s": None if chip is None else chip.peak_flops_per_s["bfloat16"] / 1e12,
-        "assumed_tflops_per_s": profile.Rates().flops / 1e12,
+        "assumed_tflops_per_s": cost_model.Rates().flops / 1e12,
         "layer": rows,
     }
 
@@ -94,7 +93,7 @@ def _attention(config: Config) -> jax.stages.Lowered:
         rngs = nnx.Rngs(params=key)
         return RMSNorm(model.d_model, eps=model.norm_eps), LatentAttention(model, rngs=rngs)
 
-    graph, weights, rest = state.split(jax.eval_shape(both, jax.random.key(0)))
+    graph, weights, rest = params.split(jax.eval_shape(both, jax.random.key(0)))
     weights = jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights)
 
     def total(weights, rest, x):
@@ -108,10 +107,10 @@ def _attention(config: Config) -> jax.stages.Lowered:
 
 def _row(name: str, lowered: jax.stages.Lowered, config: Config, calls: int, repeats: int):
     mesh = meshes.build(config.mesh)
-    run = lowered.compile(compiler.options(jax.default_backend()))
+    run = lowered.compile(xla_options.options(jax.default_backend()))
     program = compiled.read(run, mesh, layer.KERNELS)
-    rates = profile.Rates()
-    predicted = profile.replay(program, profile.costs(program, rates)).total
+    rates = cost_model.Rates()
+    predicted = cost_model.replay(program, cost_model.costs(program, rates)).total
     step = functools.partial(run, *_drawn(lowered))
     jax.block_until_ready(step())
     spent = float(np.median([seconds_of(step, calls) for _ in range(repeats)]))

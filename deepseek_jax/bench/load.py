@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.checkpoint import export, settings
-from deepseek_jax.checkpoint.hf import Piece
+from deepseek_jax.checkpoint.hf import config_json, export
+from deepseek_jax.checkpoint.hf.names import Piece
 from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
@@ -153,8 +153,8 @@ def generate(model: ModelConfig, folder: Path) -> None:
         start = int(random.integers(0, len(noise) - size)) if size < len(noise) else 0
         return np.resize(noise[start : start + size], piece.shape)
 
-    described = settings.in_format(settings.published(model), "bfloat16")
-    source = export.Source(model, biased=model.score == "sigmoid", read=read)
+    described = config_json.in_format(config_json.published(model), "bfloat16")
+    source = export.WeightSource(model, biased=model.score == "sigmoid", read=read)
     export.write(folder, described, source, "bfloat16", _FILE_BYTES)
 
 

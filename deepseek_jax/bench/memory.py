@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from deepseek_jax.bench.train import sized
 from deepseek_jax.config import Config
+from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.train import state
 from deepseek_jax.train.step import make_gradients
 
 DEPTHS, VOCABULARIES, CHUNKS = (0, 1, 4), (8192, 32_768), (128, 512, 2048)
@@ -68,7 +68,7 @@ def with_sizes(config: Config, *, mtp_depth: int = 1, vocab: int = 8192, **layou
 def temp_bytes(config: Config) -> int:
     """Temporaries of the gradient program of one micro-batch on one device."""
     mesh, layout = meshes.build(config.mesh), meshes.layout(config)
-    _, weights, bias = state.split(abstract_model(config.model))
+    _, weights, bias = params.split(abstract_model(config.model))
     shape = (1, config.batch.micro_sequences, config.batch.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     count = jax.ShapeDtypeStruct((), jnp.int32)

@@ -13,9 +13,8 @@ from flax import nnx
 
 from deepseek_jax.bench.train import sized
 from deepseek_jax.config import Config
-from deepseek_jax.model import execution
+from deepseek_jax.model import execution, params
 from deepseek_jax.model.moe import MixtureOfExperts
-from deepseek_jax.train import state
 
 EXPERTS = (16, 32, 64)
 
@@ -37,7 +36,7 @@ def _compiled(config: Config) -> Callable[[], float]:
     """Runs forward and backward of one layer once and says how long it took."""
     model, how = config.model, execution.of(config)
     layer: Any = MixtureOfExperts(model, rngs=nnx.Rngs(params=0))
-    graph, weights, bias = state.split(layer)
+    graph, weights, bias = params.split(layer)
     shape = (config.batch.micro_sequences, config.batch.length, model.d_model)
     x = jax.random.normal(jax.random.key(1), shape)
 

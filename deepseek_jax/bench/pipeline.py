@@ -21,20 +21,21 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.aot import layer
 from deepseek_jax.config import Config, ConfigError, MeshConfig
 from deepseek_jax.model import execution, params
-from deepseek_jax.model import stage as stages
-from deepseek_jax.model.stage import Stage
+from deepseek_jax.model.overlapped import stage as stages
+from deepseek_jax.model.overlapped.stage import Stage
+from deepseek_jax.model.params import split
 from deepseek_jax.model.transformer import build_model
-from deepseek_jax.parallel import axes, schedule
+from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel.one_by_one import OneByOne
-from deepseek_jax.parallel.pipeline import AXIS, Pipeline
-from deepseek_jax.parallel.schedule import Schedule, Work
-from deepseek_jax.parallel.ticks import Wall, lockstep
-from deepseek_jax.parallel.turns import Steps, straight
-from deepseek_jax.plan import layer
-from deepseek_jax.train.state import split
+from deepseek_jax.parallel.overlap import Steps, run_to_end
+from deepseek_jax.parallel.pipeline import schedule
+from deepseek_jax.parallel.pipeline.executor import AXIS, Pipeline
+from deepseek_jax.parallel.pipeline.lockstep import BidirectionalStages, lockstep
+from deepseek_jax.parallel.pipeline.one_f_one_b import OneFOneB
+from deepseek_jax.parallel.pipeline.schedule import Schedule, Work
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
 RANKS = (4, 8)
@@ -84,10 +85,10 @@ def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5)
 def _executor(made: Schedule, skip: bool) -> tuple[int, Callable[..., Any]]:
     """The ticks of a schedule, and (stages, like, total) -> what its executor's `run` returns."""
     if made.kind == "1f1b":
-        plain, count = OneByOne(made.ranks, skip), made.micro_batches
+        plain, count = OneFOneB(made.ranks, skip), made.micro_batches
         return plain.ticks(count), functools.partial(plain.run, count=jnp.int32(count))
     ticks = lockstep(made)
-    pipeline = Pipeline(Wall(made.ranks, made.stages), ticks.slots, ["fb"], skip)
+    pipeline = Pipeline(BidirectionalStages(made.ranks, made.stages), ticks.slots, ["fb"], skip)
 
     def run(stages: Any, like: jax.Array, total: Any) -> Any:
         tables = {name: jnp.asarray(table) for name, table in ticks.tables.items()}
@@ -215,7 +216,7 @@ def _sized(config: Config, ranks: int, micro_batches: int) -> Config:
 def _halves(config: Config, recompute: str) -> dict[str, Any]:
     """Of a MoE layer on one device, whose buffers need no further rounds."""
     sized = _sized(config, 1, 1)
-    options = dataclasses.replace(sized.layout, recompute=recompute, buffer=100.0)
+    options = dataclasses.replace(sized.layout, recompute=recompute, capacity_factor=100.0)
     sized = dataclasses.replace(sized, layout=options)
     how, on = execution.of(sized), jnp.bool_(True)
     graph, weights, rest = layer.abstract(sized, how)
@@ -223,23 +224,23 @@ def _halves(config: Config, recompute: str) -> dict[str, Any]:
 
     def traced(defer: bool, weights: Any, rest: Any, x: Any) -> tuple[Stage, Any]:
         """The stage, and what forward keeps."""
-        slot = stages.alone(nnx.merge(graph, weights, rest))
+        slot = stages.single_layer(nnx.merge(graph, weights, rest))
         stage = stages.Stage([slot], how, sized.model.experts, jnp.float32(0), defer)
-        return stage, straight(stage.forward(x, on))[1]
+        return stage, run_to_end(stage.forward(x, on))[1]
 
     def kept_of(*given: Any) -> Any:
         return traced(False, *given)[1]
 
     def whole_of(kept: Any, *given: Any) -> Any:
-        return straight(traced(False, *given)[0].backward(kept, given[2], on))[:2]
+        return run_to_end(traced(False, *given)[0].backward(kept, given[2], on))[:2]
 
     def inputs_of(kept: Any, *given: Any) -> Any:
-        d_x, _, later = straight(traced(True, *given)[0].backward(kept, given[2], on))
+        d_x, _, later = run_to_end(traced(True, *given)[0].backward(kept, given[2], on))
         return d_x, later
 
     def rest_of(later: Any, kept: Any, *given: Any) -> Any:
         stage, _ = traced(True, *given)
-        jax.eval_shape(lambda kept: straight(stage.backward(kept, given[2], on)), kept)
+        jax.eval_shape(lambda kept: run_to_end(stage.backward(kept, given[2], on)), kept)
         return stage.rest_of_backward(later)
 
     def flops(run: Any, *given: Any) -> float:

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.checkpoint import weights
-from deepseek_jax.checkpoint.safetensors import read_json
+from deepseek_jax.checkpoint import load
+from deepseek_jax.checkpoint.hf.safetensors import read_json
 from deepseek_jax.config import Config
 from deepseek_jax.data import corpus, scoring
-from deepseek_jax.serve import generate
-from deepseek_jax.serve.server import Request, Server
+from deepseek_jax.serve import generation
+from deepseek_jax.serve.engine import Engine
+from deepseek_jax.serve.requests import Request
 from deepseek_jax.train import loop
 
 GOALS = {1: 1.8, 4: 3.0}  # tokens per step, by depth
@@ -55,7 +56,7 @@ def _trained(config: Config, depth: int, workdir: Path) -> Config:
     """The run of this depth, trained to its end if it is not yet."""
     summary = workdir / "summary.json"
     if summary.is_file() and not read_json(summary)["stopped"]:
-        run = weights.trained(workdir)
+        run = load.trained(workdir)
         if run is not None and run.model.mtp_depth == depth:
             return run
     config = dataclasses.replace(
@@ -85,7 +86,7 @@ def _rows(
     rounds: int,
 ) -> list[dict[str, Any]]:
     servers = {
-        number: generate.open_server(
+        number: generation.open_engine(
             workdir,
             config,
             mesh={},
@@ -110,7 +111,7 @@ def _rows(
         for _ in range(rounds):
             for number, server in servers.items():
                 seconds[number].append(_decode_seconds(server, requests))
-        told = generate.timing(servers[drafts].counts)
+        told = generation.timing(servers[drafts].counts)
         plain, ours = (float(np.median(seconds[number])) for number in (0, drafts))
         made = len(requests) * (tokens - 1)
         rows.append(
@@ -129,7 +130,7 @@ def _rows(
     return rows
 
 
-def _decode_seconds(server: Server, requests: list[Request]) -> float:
+def _decode_seconds(server: Engine, requests: list[Request]) -> float:
     before = server.counts.decode_seconds
     server.run(requests)
     return server.counts.decode_seconds - before

@@ -18,8 +18,8 @@ import numpy as np
 
 from deepseek_jax.bench import grouped
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.precision import grouped_kernel
-from deepseek_jax.precision.grouped_kernel import BFLOAT16_TILE, Tile
+from deepseek_jax.kernels import grouped_triton
+from deepseek_jax.kernels.grouped_triton import BFLOAT16_TILE, Tile
 
 PRODUCTS = ("forward", "rows", "weights")
 
@@ -40,7 +40,7 @@ def candidates() -> tuple[Tile, ...]:
 def measure(
     config: Config,
     *,
-    case: grouped.Case = grouped.GPU,
+    case: grouped.MatmulCase = grouped.GPU,
     tiles: Iterable[Tile] | None = None,
     rounds: int = 3,
     interpret: bool = False,
@@ -90,10 +90,10 @@ def _compiled(tile: Tile, product: str, given: Any, interpret: bool) -> Callable
 
     def run(rows, weight, sizes, pull):
         if product == "forward":
-            return grouped_kernel.product(rows, weight, sizes, **options)
+            return grouped_triton.product(rows, weight, sizes, **options)
         if product == "rows":
-            return grouped_kernel.rows_gradient((rows, weight, sizes), pull, **options)
-        return grouped_kernel.weight_gradient((rows, weight, sizes), pull, **options)
+            return grouped_triton.rows_gradient((rows, weight, sizes), pull, **options)
+        return grouped_triton.weight_gradient((rows, weight, sizes), pull, **options)
 
     step = functools.partial(jax.jit(run), *given)
     try:

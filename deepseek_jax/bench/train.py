@@ -17,7 +17,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.plan.count import count
 from deepseek_jax.plan.flops import training_flops_per_token
-from deepseek_jax.train import optimizer, schedule, state
+from deepseek_jax.train import optimizer, state, token_schedule
 from deepseek_jax.train.step import make_step, tokens_spec
 
 
@@ -74,7 +74,9 @@ class Stepper:
             shape = (1, config.batch.micro_sequences, config.batch.length + 1)
             drawn = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
             tokens = jax.device_put(drawn, place)
-            hyper = jax.tree.map(np.float32, schedule.hyper(config.schedule, step=0, tokens=0))
+            hyper = jax.tree.map(
+                np.float32, token_schedule.hyper(config.schedule, step=0, tokens=0)
+            )
             step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
             compiled = step.lower(now, tokens, np.int32(1), hyper).compile()
             compile_seconds = time.perf_counter() - built
@@ -90,7 +92,7 @@ class Stepper:
 
     @property
     def tokens(self) -> int:
-        return schedule.tokens_per_micro_batch(self.config.batch)
+        return token_schedule.tokens_per_micro_batch(self.config.batch)
 
 
 def matmul_flops_per_second(size: int = 2048, repeats: int = 5) -> float:

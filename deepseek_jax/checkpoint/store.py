@@ -22,11 +22,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from deepseek_jax.checkpoint import leaves as files
-from deepseek_jax.checkpoint import records
-from deepseek_jax.checkpoint.agreement import from_primary, true_in_all
-from deepseek_jax.checkpoint.leaves import Leaves
+from deepseek_jax.checkpoint import chunks as files
+from deepseek_jax.checkpoint import manifest
+from deepseek_jax.checkpoint.chunks import Leaves
 from deepseek_jax.config import ConfigError
+from deepseek_jax.runtime.agreement import all_true, from_primary
 
 PyTree = Any
 T = TypeVar("T")
@@ -81,9 +81,9 @@ class Store:
                 f"{self._directory} already holds step {newest}, so step {step} cannot be saved; "
                 "resume from it or choose another --workdir"
             )
-        leaves = records.named(state)
+        leaves = manifest.named(state)
         described = zip(
-            leaves, map(records.describe, leaves.values()), records.bit_sums(leaves), strict=True
+            leaves, map(manifest.describe, leaves.values()), manifest.bit_sums(leaves), strict=True
         )
         record = {
             "step": step,
@@ -95,7 +95,7 @@ class Store:
         self._broken.clear()
         with _quiet(), _in_chunks():
             response = ocp.save_async(
-                self._directory / str(step), leaves, custom_metadata=records.sealed(record)
+                self._directory / str(step), leaves, custom_metadata=manifest.sealed(record)
             )
         self._pending = self._worker.submit(self._finish, step, response)
 
@@ -123,8 +123,8 @@ class Store:
         for name, leaf in like.items():
             part = functools.partial(part_of, name)
             sum_of_bits = files.write(directory / "state", name, leaf, part)
-            written[name] = [records.describe(leaf), sum_of_bits]
-        record = records.sealed({"step": step, "meta": meta, "leaves": written})
+            written[name] = [manifest.describe(leaf), sum_of_bits]
+        record = manifest.sealed({"step": step, "meta": meta, "leaves": written})
         file = directory / "_CHECKPOINT_METADATA"
         kept = json.loads(file.read_text()) | {"custom_metadata": record}
         file.write_text(json.dumps(kept))
@@ -148,12 +148,12 @@ class Store:
         self.wait()
         for step, record in self._readable():
             like = abstract(record["meta"]) if callable(abstract) else abstract
-            wanted = records.named(like)
+            wanted = manifest.named(like)
             self._compare(step, record, wanted, partial)
             leaves = self._attempt(step, functools.partial(self._load, step, wanted, partial))
             if leaves is None:
                 continue
-            verify = functools.partial(records.verify, leaves, records.bit_sums, record)
+            verify = functools.partial(manifest.verify, leaves, manifest.bit_sums, record)
             if not self._attempt(step, verify):
                 continue
             self._held.add(step)
@@ -175,12 +175,12 @@ class Store:
         Raises:
           ConfigError: as `restore`.
         """
-        names = records.named(wanted)
+        names = manifest.named(wanted)
         for step, record in self._readable():
             self._compare(step, record, names, partial=True)
             leaves = Leaves(self._directory / str(step) / "state")
-            sums = functools.partial(records.sums_on_disk, leaves)
-            if self._attempt(step, functools.partial(records.verify, names, sums, record)):
+            sums = functools.partial(manifest.sums_on_disk, leaves)
+            if self._attempt(step, functools.partial(manifest.verify, names, sums, record)):
                 return leaves
         return None
 
@@ -231,7 +231,7 @@ class Store:
                 value = read()
         except Exception as error:  # orbax raises bare Exception for a lost data file
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if true_in_all(value is not None):
+        if all_true(value is not None):
             return value
         self._broken.add(step)
         if jax.process_index() == 0:
@@ -242,7 +242,7 @@ class Store:
     def _record(self, step: int) -> dict[str, Any]:
         """What `save` wrote beside the arrays; orbax gives {} for a record that was cut short."""
         record = ocp.metadata(self._directory / str(step)).custom_metadata
-        whole = isinstance(record, dict) and records.sealed(record) == record
+        whole = isinstance(record, dict) and manifest.sealed(record) == record
         if not whole or record["step"] != step:
             raise ValueError("its metadata is damaged")
         return record
@@ -252,7 +252,7 @@ class Store:
     ) -> None:
         """Refuses a checkpoint of another model in words, where orbax has pages."""
         found = {name: kind for name, (kind, _) in record["leaves"].items()}
-        expected = {name: records.describe(leaf) for name, leaf in wanted.items()}
+        expected = {name: manifest.describe(leaf) for name, leaf in wanted.items()}
         names = expected if partial else {**expected, **found}
         differ = [
             f"{name} (found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')})"

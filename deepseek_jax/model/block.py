@@ -6,11 +6,11 @@ import jax
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import flights
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import Kept, LatentAttention, Past, attend
 from deepseek_jax.model.moe import FeedForward, MixtureOfExperts
 from deepseek_jax.model.norm import RMSNorm
+from deepseek_jax.model.overlapped import two_batch
 from deepseek_jax.model.router import Routing
 
 
@@ -30,8 +30,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
         """x BSD -> BSD, and the routing of a mixture of experts."""
-        if how.flights > 1 and not self.dense:
-            return flights.layer(self, x, how)
+        if how.in_flight > 1 and not self.dense:
+            return two_batch.layer(self, x, how)
         return self._fed(attend(self.attention_norm, self.attention, x, how), how)
 
     def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:

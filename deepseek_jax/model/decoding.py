@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model import few, params
+from deepseek_jax.model import packed_weights, params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import Transformer
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Stacks:
+class PerStack:
     """Something for each stack of layers; None where the model has no such layers.
 
     Attributes:
@@ -27,15 +27,17 @@ class Stacks:
     moe: Any
     mtp: Any
 
-    def admit(self, requests: jax.Array, kept: "Stacks") -> "Stacks":
+    def admit(self, requests: jax.Array, kept: "PerStack") -> "PerStack":
         """With what `prefill` keeps of these requests, in the stacks that it has."""
         parts = (self.dense, kept.dense), (self.moe, kept.moe), (self.mtp, kept.mtp)
-        return Stacks(*(past if new is None else past.admit(requests, new) for past, new in parts))
+        return PerStack(
+            *(past if new is None else past.admit(requests, new) for past, new in parts)
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Apart:
+class Unstacked:
     """A `Transformer` whose layers are arrays of their own, and not parts of stacks.
 
     A loop over a stack copies each layer's weights out of it, which a step of few tokens spends
@@ -52,11 +54,11 @@ class Apart:
     config: ModelConfig = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def of(cls, model: Transformer, *, on_cpu: bool = False) -> "Apart":
+    def of(cls, model: Transformer, *, on_cpu: bool = False) -> "Unstacked":
         """Copies every layer; where it is placed stays the same.
 
         Args:
-          on_cpu: lays out weights for few tokens on one CPU, see `model/few.py`.
+          on_cpu: lays out weights for few tokens on one CPU, see `model/packed_weights.py`.
         """
         config = model.config
 
@@ -69,12 +71,12 @@ class Apart:
         head: Any = model.head
         if on_cpu:
             for block in (*dense, *moe, *(module.block for module in mtp)):
-                few.lay_out(block)
-            head = few.Head(model.head.table[...])
+                packed_weights.pack_block(block)
+            head = packed_weights.PackedHead(model.head.table[...])
         return cls(model.embedding, dense, moe, model.norm, head, mtp, config)
 
 
-Weights = Transformer | Apart
+Weights = Transformer | Unstacked
 
 
 def layer_of(layers: Any, number: Any) -> Any:
@@ -84,7 +86,7 @@ def layer_of(layers: Any, number: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[number], layers)
 
 
-def walk(layers: Any, count: int, step: Any, carry: Any, unroll: int = 1) -> tuple[Any, Any]:
+def run_layers(layers: Any, count: int, step: Any, carry: Any, unroll: int = 1) -> tuple[Any, Any]:
     """step(carry, layer, its number) -> (carry, out) for the first `count` layers, one by one.
 
     Returns:
@@ -103,7 +105,7 @@ def walk(layers: Any, count: int, step: Any, carry: Any, unroll: int = 1) -> tup
 
 def prefill(
     model: Weights, tokens: jax.Array, how: Execution, *, mtp: bool
-) -> tuple[jax.Array, Stacks]:
+) -> tuple[jax.Array, PerStack]:
     """Whole prompts, from position 0, through the form of attention that is trained.
 
     Args:
@@ -122,9 +124,9 @@ def prefill(
         return params.whole(layer).prefill(x, how)
 
     if config.dense_layers:
-        x, dense = walk(model.dense_layers, config.dense_layers, step, x, how.unroll)
+        x, dense = run_layers(model.dense_layers, config.dense_layers, step, x, how.unroll)
     if config.moe_layers:
-        x, moe = walk(model.moe_layers, config.moe_layers, step, x, how.unroll)
+        x, moe = run_layers(model.moe_layers, config.moe_layers, step, x, how.unroll)
     top = params.whole(model.norm)(x)
     if mtp:
         padded = jnp.pad(embedded, ((0, 0), (0, config.mtp_depth), (0, 0)))
@@ -133,13 +135,13 @@ def prefill(
             token = lax.dynamic_slice_in_dim(padded, number + 1, tokens.shape[1], axis=1)
             return params.whole(weights).prefill(state, token, how)
 
-        _, ahead = walk(model.mtp, config.mtp_depth, module, top)
-    return top, Stacks(dense, moe, ahead)
+        _, ahead = run_layers(model.mtp, config.mtp_depth, module, top)
+    return top, PerStack(dense, moe, ahead)
 
 
 def decode(
-    model: Weights, tokens: jax.Array, how: Execution, past: Stacks, positions: jax.Array
-) -> tuple[jax.Array, Stacks]:
+    model: Weights, tokens: jax.Array, how: Execution, past: PerStack, positions: jax.Array
+) -> tuple[jax.Array, PerStack]:
     """Tokens BS at `positions` BS, through the absorbed form -> BSD after the final norm.
 
     What layers keep is carried from one to the next, so that it is changed in place.
@@ -153,9 +155,9 @@ def decode(
 
     if config.dense_layers:
         carry = x, dense
-        (x, dense), _ = walk(model.dense_layers, config.dense_layers, step, carry, how.unroll)
+        (x, dense), _ = run_layers(model.dense_layers, config.dense_layers, step, carry, how.unroll)
     if config.moe_layers:
-        (x, moe), _ = walk(model.moe_layers, config.moe_layers, step, (x, moe), how.unroll)
+        (x, moe), _ = run_layers(model.moe_layers, config.moe_layers, step, (x, moe), how.unroll)
     return params.whole(model.norm)(x), dataclasses.replace(past, dense=dense, moe=moe)
 
 
@@ -166,9 +168,9 @@ def predict(
     hidden: jax.Array,
     tokens: jax.Array,
     how: Execution,
-    past: Stacks,
+    past: PerStack,
     positions: jax.Array,
-) -> tuple[jax.Array, jax.Array, Stacks]:
+) -> tuple[jax.Array, jax.Array, PerStack]:
     """One MTP module, counted from 0, at `positions` BS.
 
     Args:

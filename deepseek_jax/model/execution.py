@@ -7,15 +7,16 @@ from typing import Any
 import jax
 
 from deepseek_jax.config import Config
-from deepseek_jax.parallel import axes, dispatch
-from deepseek_jax.parallel.dispatch import Dispatch
-from deepseek_jax.precision.matmul import FLOAT32, Recipe, recipe
+from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.experts import dispatch
+from deepseek_jax.parallel.experts.dispatch import Dispatch
+from deepseek_jax.precision.recipes import FLOAT32, Recipe, recipe
 
 # What the report's recomputation keeps (section 3.2.3): all that costs a matmul or a message, but
 # not the outputs of norms, MLA up-projections and SwiGLU, which are made again from these.
 KEPT = (
     "query_latent", "kv_latent", "key_rope", "attention", "attended", "gate_up", "arrived", "route",
-    "fed", "flight",
+    "fed", "layer_pass",
 )  # fmt: skip
 
 
@@ -36,7 +37,7 @@ class Execution:
     recompute: str = "none"
     attention_block: int = 512
     unroll: int = 1
-    flights: int = 1
+    in_flight: int = 1
 
     def layer(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn`, one layer, keeping for backward what this policy keeps."""
@@ -63,5 +64,5 @@ def of(config: Config) -> Execution:
         recompute=config.layout.recompute,
         attention_block=config.layout.attention_block,
         unroll=config.layout.unroll,
-        flights=config.layout.micro_batches_in_flight,
+        in_flight=config.layout.micro_batches_in_flight,
     )

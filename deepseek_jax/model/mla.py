@@ -17,7 +17,7 @@ from deepseek_jax.model import params, rotary
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import axes
-from deepseek_jax.precision.products import broadcast, exact_einsum
+from deepseek_jax.precision.einsum import broadcast, exact_einsum
 
 LATENT_NORM_EPS = 1e-6  # of the two latent norms, whatever the model's own norm_eps is
 
@@ -62,7 +62,7 @@ class LatentAttention(nnx.Module):
         )  # CH(N+W), W^UK, W^UV
         value = ("head_width", config.d_value)
         self.out = params.weight(rngs, heads, value, model, std=std)  # HWD, W^O
-        self.halves: Any = None  # of kv_up, model/few.py
+        self.split_kv_up: Any = None  # of kv_up, model/packed_weights.py
         self.config = config
 
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
@@ -129,8 +129,8 @@ class LatentAttention(nnx.Module):
 
     def _halves(self) -> tuple[jax.Array, jax.Array]:
         """W^UK as HCN and W^UV as HCW."""
-        if self.halves is not None:
-            return self.halves.key[...], self.halves.value[...]
+        if self.split_kv_up is not None:
+            return self.split_kv_up.key[...], self.split_kv_up.value[...]
         key, value = jnp.split(self.kv_up[...].swapaxes(0, 1), [self.config.d_nope], axis=-1)
         return key, value
 
@@ -229,21 +229,21 @@ def _in_blocks_backward(scale, block, keep_scores, saved, d_out):
         pulls = saved
     else:  # the barrier keeps XLA from sharing, and so keeping, forward's scores
         saved, d_out = jax.lax.optimization_barrier((saved, d_out))
-        blocks = _blocks(*saved, scale, block)
+        query, key, value = saved
+        blocks = _blocks(query, key, value, scale, block)
         pulls = [
             lambda d, attend=attend, parts=parts: jax.vjp(attend, *parts)[1](d)
             for attend, parts in blocks
         ]
-    d_query, totals = [], None
+    d_query: list[jax.Array] = []
+    totals: list[jax.Array] = []
     for start, pull in reversed(list(zip(starts, pulls, strict=True))):  # the last met all keys
         end = min(start + block, length)
         d_rows, *d_met = pull(d_out[:, start:end])
         d_query.append(d_rows)
         wide = [part.astype(jnp.float32) for part in d_met]
-        if totals is None:
-            totals = wide
-        else:
-            totals = [total.at[:, :end].add(part) for total, part in zip(totals, wide, strict=True)]
+        both = zip(totals, wide, strict=True)
+        totals = [total.at[:, :end].add(part) for total, part in both] if totals else wide
     d_key, d_value = (total.astype(dtype) for total in totals)
     return jnp.concatenate(d_query[::-1], axis=1), d_key, d_value
 
@@ -251,7 +251,7 @@ def _in_blocks_backward(scale, block, keep_scores, saved, d_out):
 _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 
 
-def _blocks(query, key, value, scale, block):
+def _blocks(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int) -> Any:
     """Of each block of queries: what attends, and the queries, keys and values that it takes."""
     length = query.shape[1]
     for start in range(0, length, block):

@@ -14,9 +14,9 @@ from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.router import Router, Routing
 from deepseek_jax.parallel import axes
-from deepseek_jax.parallel.dispatch import Arrived
-from deepseek_jax.parallel.placement import slots_for
-from deepseek_jax.parallel.rounds import complete
+from deepseek_jax.parallel.experts.balancer import slots_for
+from deepseek_jax.parallel.experts.dispatch import Received
+from deepseek_jax.parallel.experts.overflow import complete
 from deepseek_jax.precision.payload import Payload
 
 FEW_TOKENS = 16  # of one step of decoding
@@ -40,7 +40,7 @@ class FeedForward(nnx.Module):
         model, std = ("model", config.d_model), config.init_std
         self.gate_up = params.weight(rngs, model, (None, 2), width, std=std)  # D2F
         self.down = params.weight(rngs, width, model, std=std)  # FD
-        self.few: Any = None  # the same for few tokens, model/few.py
+        self.packed: Any = None  # the same for few tokens, model/packed_weights.py
         self.axis = width[0]
 
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
@@ -52,9 +52,9 @@ class FeedForward(nnx.Module):
     def decode(self, x: jax.Array, how: Execution) -> jax.Array:
         """The same for the tokens of one step of decoding, BSD."""
         tokens = x.reshape(-1, x.shape[-1])  # BSD -> (BS)D
-        if self.few is None or tokens.shape[0] > FEW_TOKENS:
+        if self.packed is None or tokens.shape[0] > FEW_TOKENS:
             return self(x, how)
-        return self.few(tokens, jnp.ones((1, tokens.shape[0]))).reshape(x.shape)
+        return self.packed(tokens, jnp.ones((1, tokens.shape[0]))).reshape(x.shape)
 
 
 class Experts(nnx.Module):
@@ -65,28 +65,28 @@ class Experts(nnx.Module):
         width, std = ("expert_width", config.d_expert), config.init_std
         self.gate_up = params.weight(rngs, experts, model, (None, 2), width, std=std)  # ED2F
         self.down = params.weight(rngs, experts, width, model, std=std)  # EFD
-        self.few: Any = None  # the same for few tokens, model/few.py
+        self.packed: Any = None  # the same for few tokens, model/packed_weights.py
 
     def weights(self) -> tuple[jax.Array, jax.Array]:
         return self.gate_up[...], self.down[...]
 
 
 def through_experts(
-    how: Execution, weights: tuple[jax.Array, jax.Array], arrived: Arrived
+    how: Execution, weights: tuple[jax.Array, jax.Array], arrived: Received
 ) -> jax.Array:
     """Each row of SD through its expert's SwiGLU network, times its routing weight -> SD."""
     up = into_experts(how, weights[0], arrived.rows, arrived)
     return out_of_experts(how, weights[1], up, arrived.weights, arrived)
 
 
-def into_experts(how: Execution, gate_up: jax.Array, rows: jax.Array, arrived: Arrived):
+def into_experts(how: Execution, gate_up: jax.Array, rows: jax.Array, arrived: Received):
     """SD through its experts' gate_up ED2F -> S(2F)."""
     up = how.recipe.grouped(rows, _joined(gate_up), arrived.sizes, arrived.likely)
     return checkpoint_name(up, "gate_up")
 
 
 def out_of_experts(
-    how: Execution, down: jax.Array, up: jax.Array, weights: jax.Array, arrived: Arrived
+    how: Execution, down: jax.Array, up: jax.Array, weights: jax.Array, arrived: Received
 ) -> jax.Array:
     """S(2F) through SwiGLU and its experts' down EFD, times the routing weights S -> SD.
 
@@ -122,7 +122,7 @@ class MixtureOfExperts(nnx.Module):
         self.experts = Experts(config, rngs=rngs)
         if config.shared_experts:
             self.shared = FeedForward(config, ("expert_width", config.d_shared), rngs=rngs)
-        self.slots: Any = None  # where copies of experts are, model/redundancy.py
+        self.slots: Any = None  # where copies of experts are, model/redundant_experts.py
         self.config = config
 
     def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
@@ -154,7 +154,7 @@ class MixtureOfExperts(nnx.Module):
         """
         if axes.size("experts") > 1 or self.slots is not None or tokens > FEW_TOKENS:
             return False
-        enough = 0.5 if self.experts.few is not None else 2.0
+        enough = 0.5 if self.experts.packed is not None else 2.0
         return tokens * self.config.top_k >= enough * self.config.experts
 
     def gate(self, x: jax.Array) -> Gated:
@@ -180,8 +180,8 @@ def through_every_expert(how: Execution, experts: Experts, gated: Gated) -> jax.
     tokens = payload.decode(payload.encode(tokens), tokens.dtype)  # as if they had travelled
     spread = jax.nn.one_hot(gated.chosen, down.shape[0]) * gated.weights[..., None]  # MKE
     scale = spread.sum(1).T  # EM
-    if experts.few is not None:
-        return experts.few(tokens, scale)
+    if experts.packed is not None:
+        return experts.packed(tokens, scale)
     # On a CPU, XLA is slow with rows that all matrices of a batch share: so each has its own.
     rows = jnp.broadcast_to(tokens, (down.shape[0], *tokens.shape))
     hidden = swiglu(how.recipe.einsum("EMD,EDX->EMX", rows, _joined(gate_up)))

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from deepseek_jax.parallel import axes as mesh_axes
-from deepseek_jax.parallel import stages
 from deepseek_jax.parallel.axes import Axes
+from deepseek_jax.parallel.pipeline import stage_assignment
 
 Dim = tuple[str | None, int]
 
@@ -173,13 +173,13 @@ def to_stages(stacks: Sequence[Any], rows: np.ndarray, layout: mesh_axes.Layout)
 
     Args:
       stacks: trees of one structure, whose layers follow one another.
-      rows: [ranks, R] numbers of layers, see `parallel/stages.py`.
+      rows: [ranks, R] numbers of layers, see `parallel/pipeline/stage_assignment.py`.
     """
 
     def one(*variables):
         dim, over = _zero_split(variables[0], layout)
         stack = jnp.concatenate([variable[...] for variable in variables])
-        return variables[0].replace(stages.fetch(stack, rows, dim, over))
+        return variables[0].replace(stage_assignment.fetch(stack, rows, dim, over))
 
     return jax.tree.map(one, *stacks, is_leaf=is_variable)
 
@@ -192,7 +192,9 @@ def from_stages(
     def one(variable):
         dim, over = _zero_split(variable, layout)
         summed = layout.summed(_stacked(variable)[0])
-        home = stages.bring_home(variable[...], rows, sum(layers), dim, over, summed)
+        home = stage_assignment.return_gradients(
+            variable[...], rows, sum(layers), dim, over, summed
+        )
         return variable.replace(home)
 
     home = jax.tree.map(one, grads, is_leaf=is_variable)
@@ -217,3 +219,9 @@ def _stacked(variable: nnx.Variable) -> tuple[Axes, tuple[int, ...]]:
     axes, sizes = _meta(variable)
     layers = variable.shape[: len(variable.shape) - len(sizes)]
     return ("layer",) * len(layers) + axes, (*layers, *sizes)
+
+
+def split(model: Any) -> tuple[Any, nnx.State, nnx.State]:
+    """(structure, trained parameters, router biases) of a model or of parts of one."""
+    parts: Any = nnx.split(model, nnx.Param, RouterBias)
+    return parts

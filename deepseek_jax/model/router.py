@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.parallel import axes
-from deepseek_jax.precision.matmul import FLOAT32
+from deepseek_jax.precision.recipes import FLOAT32
 
 
 @jax.tree_util.register_dataclass

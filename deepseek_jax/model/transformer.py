@@ -16,7 +16,7 @@ from deepseek_jax.model.mtp import MTPModule
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.router import Routing
 from deepseek_jax.parallel import axes
-from deepseek_jax.precision.products import table_rows
+from deepseek_jax.precision.einsum import table_rows
 
 
 @jax.tree_util.register_dataclass

@@ -23,7 +23,6 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import DATA_AXES, LOGICAL_AXES
-from deepseek_jax.config import MESH_AXES as MESH_AXES
 
 Axes = tuple[str | None, ...]
 

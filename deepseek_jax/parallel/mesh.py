@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from deepseek_jax.config import Config, ConfigError, MeshConfig
-from deepseek_jax.parallel.axes import MESH_AXES, Layout
+from deepseek_jax.config import DATA_AXES, MESH_AXES, Config, ConfigError, MeshConfig, check
+from deepseek_jax.parallel.axes import Layout
 
 
 def resolve(config: MeshConfig, devices: int) -> MeshConfig:
@@ -44,3 +45,43 @@ def layout(config: Config) -> Layout:
     """The logical -> mesh table of this config; `config.mesh` must be resolved."""
     sizes = {name: getattr(config.mesh, name) for name in MESH_AXES}
     return Layout(rules=dict(config.layout.rules), sizes=sizes, zero=config.layout.zero)
+
+
+def forward_config(config: Config, mesh: Mapping[str, int], length: int) -> Config:
+    """The config of a forward pass alone, with this mesh and sequences of this length, checked.
+
+    Args:
+      mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
+
+    Raises:
+      ConfigError: what does not fit together; or one device, and several processes to share it.
+    """
+    if not mesh and jax.process_count() > 1:
+        raise ConfigError(
+            f"one device is not for {jax.process_count()} processes; set --mesh to the "
+            f"{jax.device_count()} devices of all, as --mesh=gpu:{jax.device_count()}"
+        )
+    sizes = MeshConfig(**{name: mesh.get(name, 1) for name in MESH_AXES})
+    resolved = resolve(sizes, jax.device_count() if mesh else 1)
+    kept = dataclasses.replace(
+        config.layout,
+        zero=3 if config.layout.zero == 3 else 0,  # nothing but weights is there to be split
+        stage_layers=(),
+        micro_batches_in_flight=1,
+    )
+    config = dataclasses.replace(config, mesh=resolved, layout=kept)
+    parts = math.prod(layout(config).sizes[name] for name in DATA_AXES)
+    rows = -(-config.batch.micro_sequences // parts) * parts
+    length = max(length, config.model.mtp_depth + 1)  # which only training needs
+    batch = dataclasses.replace(
+        config.batch, length=length, sequences=rows, ramp_sequences=rows, micro_sequences=rows
+    )
+    schedule = dataclasses.replace(config.schedule, warmup_steps=0)
+    config = dataclasses.replace(config, batch=batch, schedule=schedule)
+    check(config)
+    return config
+
+
+def spread(value: np.ndarray, place: NamedSharding) -> jax.Array:
+    """An array that every process holds whole -> one global array."""
+    return jax.make_array_from_callback(value.shape, place, lambda index: value[index])

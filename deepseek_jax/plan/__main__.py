@@ -17,10 +17,11 @@ import jax
 from absl import flags
 
 from deepseek_jax import command
-from deepseek_jax.bench.report import text as aligned
+from deepseek_jax.aot import pipelined_step
 from deepseek_jax.config import ConfigError
-from deepseek_jax.plan import pipeline, report, tick
-from deepseek_jax.train import lowered
+from deepseek_jax.plan import compare_schedules, layout_report, schedule_plot
+from deepseek_jax.table import text as aligned
+from deepseek_jax.train import step as train_step
 
 CONFIG = command.define_config_flag()
 DEVICES = flags.DEFINE_integer("devices", None, "Devices to plan for, where a mesh axis is -1.")
@@ -48,8 +49,8 @@ def main(name: str = "") -> None:
         {"schedule": schedule, "step": step}[name]()
         return
     jax.config.update("jax_platforms", "cpu")  # shapes only: never take an accelerator's memory
-    planned = report.plan(command.read_config(CONFIG), DEVICES.value)
-    print(json.dumps(planned, indent=2) if JSON.value else report.text(planned))
+    planned = layout_report.plan(command.read_config(CONFIG), DEVICES.value)
+    print(json.dumps(planned, indent=2) if JSON.value else layout_report.text(planned))
 
 
 def schedule() -> None:
@@ -57,14 +58,14 @@ def schedule() -> None:
         raise ConfigError(
             "schedule needs --pipe=RANKS and --micro_batches=NUMBER, such as 8 and 20"
         )
-    built = pipeline.build(KIND.value, PIPE.value, MICRO.value)
-    compared = pipeline.compare(built)
+    built = compare_schedules.build(KIND.value, PIPE.value, MICRO.value)
+    compared = compare_schedules.compare(built)
     if PICTURE.value:
-        compared["picture"] = str(pipeline.draw(built, Path(PICTURE.value)))
+        compared["picture"] = str(schedule_plot.draw(built, Path(PICTURE.value)))
     if JSON.value:
         print(json.dumps(compared, indent=2))
         return
-    print(pipeline.text(compared))
+    print(compare_schedules.text(compared))
     if "picture" in compared:
         print(f"drawn in {compared['picture']}")
 
@@ -72,7 +73,7 @@ def schedule() -> None:
 def step() -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing runs: compiling for GPUs needs none
     file = Path(COSTS.value) if COSTS.value else None
-    found = tick.measure(command.read_config(CONFIG), lowered.lower, file)
+    found = pipelined_step.measure(command.read_config(CONFIG), train_step.lower, file)
     print(json.dumps(found, indent=2) if JSON.value else aligned(found))
 
 

@@ -1,7 +1,7 @@
 """Bytes per device of all that a training run keeps, from the abstract model: no devices needed.
 
-The places are those that training uses, `Layout.spec`, `Layout.storage` and the `Places` of layers
-in a pipeline, so that what is predicted here is what gets allocated.
+The places are those that training uses, `Layout.spec`, `Layout.storage` and the `LayerAssignment`
+of layers in a pipeline, so that what is predicted here is what gets allocated.
 """
 
 import collections
@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import Config
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
-from deepseek_jax.parallel import mesh, stages
+from deepseek_jax.parallel import mesh
 from deepseek_jax.parallel.axes import Layout
-from deepseek_jax.precision.matmul import recipe
+from deepseek_jax.parallel.pipeline import stage_assignment
+from deepseek_jax.precision.recipes import recipe
 
 COUNTERS = 2 * 4  # the step and Adam's count, int32
 
@@ -73,7 +74,10 @@ def memory(config: Config) -> Memory:
       ConfigError: ranks of a pipeline, or layers of its stages, that do not fit.
     """
     layout, float32 = mesh.layout(config), 4
-    per_layer, where = layout.zero == 3, stages.places(config) if config.mesh.pipe > 1 else None
+    per_layer, where = (
+        layout.zero == 3,
+        stage_assignment.assign_layers(config) if config.mesh.pipe > 1 else None,
+    )
     dtype = recipe(config.precision.recipe).compute
     model = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config.model))
     moment = jnp.dtype(config.optimizer.moments).itemsize
@@ -112,7 +116,9 @@ def memory(config: Config) -> Memory:
     )
 
 
-def _rows(config: Config, where: stages.Places, path: str) -> tuple[int, int] | None:
+def _rows(
+    config: Config, where: stage_assignment.LayerAssignment, path: str
+) -> tuple[int, int] | None:
     """Layers of a weight that a rank of a pipeline fetches, and that it sums gradients of.
 
     None for a weight of no layer. Every slot has all that a MoE layer has, and a dense layer puts
@@ -127,7 +133,7 @@ def _rows(config: Config, where: stages.Places, path: str) -> tuple[int, int] | 
         return None
     if part != "feed":
         return 0, 0  # counted with the MoE layers'
-    dense = (where.layers != stages.NOTHING) & (where.layers < config.model.dense_layers)
+    dense = (where.layers != stage_assignment.NOTHING) & (where.layers < config.model.dense_layers)
     return every, int(dense.any(axis=0).sum())
 
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.precision import grouped_kernel
-from deepseek_jax.precision.products import exact_einsum
+from deepseek_jax.kernels import grouped_triton
+from deepseek_jax.precision.einsum import exact_einsum
 
 # Measured on CPU: rows of a block of the loop; a share over the even one, so that small unevenness
 # needs no loop; below how large a share rows are few, as when decoding, and go in fours, or, where
@@ -145,7 +145,7 @@ def _product(rows, weight, sizes, share, block, transpose):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _grouped(rows, weight, sizes, share, block, backend):
     portable = functools.partial(_product, share=share, block=block, transpose=False)
-    return backend(portable, grouped_kernel.product)(rows, weight, sizes)
+    return backend(portable, grouped_triton.product)(rows, weight, sizes)
 
 
 def _forward(rows, weight, sizes, share, block, backend):
@@ -185,8 +185,8 @@ def _gradients(share, block, backend, saved, d_out):
     # The choice is made here and not around all of it, or both forms would save what they need; and
     # for each gradient apart, for that of the weight may be made later.
     makers = (
-        (_rows_gradient, grouped_kernel.rows_gradient),
-        (_weight_gradient, grouped_kernel.weight_gradient),
+        (_rows_gradient, grouped_triton.rows_gradient),
+        (_weight_gradient, grouped_triton.weight_gradient),
     )
     d_rows, d_weight = (
         backend(functools.partial(portable, share, block), kernel)(saved, d_out)

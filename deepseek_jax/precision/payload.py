@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.precision import blocks
+from deepseek_jax.precision import fp8_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +25,18 @@ class Payload:
         """Rows RD -> what is sent of them, arrays R..."""
         if not self.fp8:
             return (x,)
-        tiles = blocks.quantise(x.astype(jnp.float32), power_of_two=True)
+        tiles = fp8_tiles.quantise_tiles(x.astype(jnp.float32), power_of_two=True)
         return tiles.values, tiles.scales
 
     def decode(self, sent: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
         """The rows again, RD in the dtype they had; the scales lose nothing even in bfloat16."""
-        return blocks.dequantise(blocks.Tiles(*sent), dtype) if self.fp8 else sent[0]
+        return fp8_tiles.dequantise_tiles(fp8_tiles.Tiles(*sent), dtype) if self.fp8 else sent[0]
 
     def bytes_out(self, width: int, dtype: Any) -> tuple[int, ...]:
         """Bytes of a row of `width` numbers on its way to an expert, in each array of `encode`."""
         if not self.fp8:
             return (width * jnp.dtype(dtype).itemsize,)
-        return width, 4 * -(-width // blocks.BLOCK)
+        return width, 4 * -(-width // fp8_tiles.BLOCK)
 
 
-AS_IS, FP8 = Payload(fp8=False), Payload(fp8=True)
+UNCHANGED_PAYLOAD, FP8_PAYLOAD = Payload(fp8=False), Payload(fp8=True)

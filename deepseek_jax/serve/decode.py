@@ -16,7 +16,7 @@ from deepseek_jax.model.decoding import Weights
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.parallel import axes
 from deepseek_jax.serve import sampling
-from deepseek_jax.serve.state import Admission, State
+from deepseek_jax.serve.batch_state import Admission, State
 
 # A step: state -> state with tokens BS, of which the first `count` B are offered to the slots.
 Step = Callable[[Weights, Execution, State], tuple[State, jax.Array, jax.Array]]
@@ -24,7 +24,7 @@ Step = Callable[[Weights, Execution, State], tuple[State, jax.Array, jax.Array]]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class News:
+class StepOutput:
     """What a call made, the same on all devices; B counts the slots of all of them.
 
     Attributes:
@@ -48,9 +48,9 @@ def logits_of(model: Weights, rows: jax.Array) -> jax.Array:
 
 def admit(
     model: Weights, how: Execution, state: State, new: Admission, stop: tuple[int, ...]
-) -> tuple[State, News]:
+) -> tuple[State, StepOutput]:
     """Reads the prompts of new requests and chooses their first tokens."""
-    window = state.tops.shape[1]
+    window = state.hidden_window.shape[1]
     top, kept = decoding.prefill(model, new.prompts, how, mtp=window > 0)
     ends = jnp.maximum(new.lengths - 1, 0)
     last = jnp.take_along_axis(top, ends[:, None, None], axis=1)[:, 0]
@@ -60,15 +60,15 @@ def admit(
     slots = new.into(state.slots)
     recent = jnp.maximum(ends[:, None] + 1 - window + jnp.arange(window)[None], 0)
     recent = jnp.take_along_axis(top, recent[..., None], axis=1)
-    tops = state.tops.at[new.rows].set(recent, mode="drop")
+    hidden_window = state.hidden_window.at[new.rows].set(recent, mode="drop")
     token = jnp.zeros_like(slots.length).at[new.rows].set(first, mode="drop")
     one = jnp.zeros_like(slots.length).at[new.rows].set(1, mode="drop")
     slots, count = slots.extended(token[:, None], one, stop)
-    state = State(slots, cache, tops)
-    return state, _news(state, token[None, :, None], count[None], one[None])
+    state = State(slots, cache, hidden_window)
+    return state, _step_output(state, token[None, :, None], count[None], one[None])
 
 
-def plain(model: Weights, how: Execution, state: State) -> tuple[State, jax.Array, jax.Array]:
+def plain_step(model: Weights, how: Execution, state: State) -> tuple[State, jax.Array, jax.Array]:
     """A step of one token."""
     slots = state.slots
     position = slots.last[:, None]
@@ -78,7 +78,7 @@ def plain(model: Weights, how: Execution, state: State) -> tuple[State, jax.Arra
     return dataclasses.replace(state, cache=cache), token[:, None], count
 
 
-def several(
+def multi_step(
     step: Step,
     steps: int,
     width: int,
@@ -86,7 +86,7 @@ def several(
     how: Execution,
     state: State,
     stop: tuple[int, ...],
-) -> tuple[State, News]:
+) -> tuple[State, StepOutput]:
     """Up to `steps` steps that offer up to `width` tokens each; ends early when nothing runs."""
     batch = state.slots.length.shape[0]
 
@@ -115,9 +115,11 @@ def several(
     )
     end = lax.while_loop(lambda carry: (carry[0] < steps) & carry[1], one, start)
     _, _, state, tokens, counts, offered = end
-    return state, _news(state, tokens, counts, offered)
+    return state, _step_output(state, tokens, counts, offered)
 
 
-def _news(state: State, tokens: jax.Array, count: jax.Array, offered: jax.Array) -> News:
+def _step_output(
+    state: State, tokens: jax.Array, count: jax.Array, offered: jax.Array
+) -> StepOutput:
     tokens, count, offered = (axes.join(x, "batch", 1) for x in (tokens, count, offered))
-    return News(tokens, count, offered, axes.join(state.slots.running, "batch", 0))
+    return StepOutput(tokens, count, offered, axes.join(state.slots.running, "batch", 0))

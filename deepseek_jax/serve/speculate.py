@@ -26,9 +26,9 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import decoding
 from deepseek_jax.model.decoding import Weights
 from deepseek_jax.model.execution import Execution
+from deepseek_jax.serve.batch_state import State
 from deepseek_jax.serve.decode import Step, logits_of
 from deepseek_jax.serve.sampling import Settings, distribution, draw, uniform
-from deepseek_jax.serve.state import State
 
 DRAFT, ACCEPT = 1, 2  # what random numbers are for, beside the token itself
 
@@ -49,10 +49,14 @@ def stepper(drafts: int) -> Step:
         top, cache = decoding.decode(model, read, how, state.cache, positions)
         p = distribution(logits_of(model, top), slots.settings)
         chosen, accepted = verify(p, q, tokens, slots.settings, slots.length)
-        recent = jnp.concatenate([state.tops, top], axis=1)
-        kept = accepted[:, None] + 1 + jnp.arange(state.tops.shape[1])[None]
-        tops = jnp.take_along_axis(recent, kept[..., None], axis=1)
-        return dataclasses.replace(state, cache=cache, tops=tops), chosen, accepted + 1
+        recent = jnp.concatenate([state.hidden_window, top], axis=1)
+        kept = accepted[:, None] + 1 + jnp.arange(state.hidden_window.shape[1])[None]
+        hidden_window = jnp.take_along_axis(recent, kept[..., None], axis=1)
+        return (
+            dataclasses.replace(state, cache=cache, hidden_window=hidden_window),
+            chosen,
+            accepted + 1,
+        )
 
     return step
 
@@ -61,7 +65,11 @@ def draft(
     model: Weights, how: Execution, state: State, drafts: int
 ) -> tuple[State, jax.Array, jax.Array]:
     """Drafts BD after each request's last token, and the distributions BDV they were drawn from."""
-    modules, size, room = model.config.mtp_depth, state.tops.shape[1], state.slots.text.shape[1]
+    modules, size, room = (
+        model.config.mtp_depth,
+        state.hidden_window.shape[1],
+        state.slots.text.shape[1],
+    )
     settings, last = state.slots.settings, state.slots.last
 
     def one(carry, module, number, draft):
@@ -83,8 +91,8 @@ def draft(
         return one((slots, cache, hidden, recent + 1), final, modules - 1, draft)
 
     recent = last[:, None] - size + jnp.arange(size)[None]  # BW, up to the one before the last
-    carry = state.slots, state.cache, state.tops, recent
-    carry, made = decoding.walk(model.mtp, min(drafts, modules), chained, carry)
+    carry = state.slots, state.cache, state.hidden_window, recent
+    carry, made = decoding.run_layers(model.mtp, min(drafts, modules), chained, carry)
     if drafts > modules:
         final = decoding.layer_of(model.mtp, modules - 1)
         slots, cache, hidden, recent = carry

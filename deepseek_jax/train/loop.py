@@ -20,10 +20,11 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.data.scoring import held_out
-from deepseek_jax.hardware import compiler
+from deepseek_jax.hardware import xla_options
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel import processes, stages
-from deepseek_jax.train import evaluate, optimizer, schedule, state, workdir
+from deepseek_jax.parallel.pipeline import stage_assignment
+from deepseek_jax.runtime import processes
+from deepseek_jax.train import evaluation, optimizer, state, token_schedule, workdir
 from deepseek_jax.train.report import Report
 from deepseek_jax.train.step import make_ema, make_step, tokens_spec
 
@@ -91,7 +92,7 @@ def _run(
     move_ema = make_ema(config, places)
     all_finite = jax.jit(_all_finite)
     place = NamedSharding(mesh, tokens_spec(layout))
-    options = compiler.options(jax.default_backend(), config.layout.cost_profile)
+    options = xla_options.options(jax.default_backend(), config.layout.cost_profile)
     done = saved = int(now.step)
     stop = processes.StopSignal()
     stop.install()
@@ -100,8 +101,8 @@ def _run(
 
     compiled, logged_at, logged_tokens, stopped = None, time.perf_counter(), tokens, False
     while tokens < config.schedule.tokens and not stopped:
-        count = schedule.micro_batches(config.batch, tokens)
-        hyper = schedule.hyper(config.schedule, step=done, tokens=tokens)
+        count = token_schedule.micro_batches(config.batch, tokens)
+        hyper = token_schedule.hyper(config.schedule, step=done, tokens=tokens)
         inputs = (
             dataclasses.replace(now, ema=None),
             _batch(data, config, place, count),
@@ -116,7 +117,10 @@ def _run(
         del inputs  # the state in it was donated
         ema = None if now.ema is None else move_ema(now.ema, moved.params)
         now = dataclasses.replace(moved, ema=ema)
-        done, tokens = done + 1, tokens + count * schedule.tokens_per_micro_batch(config.batch)
+        done, tokens = (
+            done + 1,
+            tokens + count * token_schedule.tokens_per_micro_batch(config.batch),
+        )
 
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         _check_finite(values, done, saved)
@@ -155,8 +159,8 @@ def check_devices(config: Config) -> Config:
     config = dataclasses.replace(config, mesh=mesh)
     configs.check(config)
     if mesh.pipe > 1:
-        stages.places(config)
-    compiler.options(jax.default_backend(), config.layout.cost_profile)
+        stage_assignment.assign_layers(config)
+    xla_options.options(jax.default_backend(), config.layout.cost_profile)
     return config
 
 
@@ -196,7 +200,7 @@ def _span(place: NamedSharding, shape: tuple[int, int, int]) -> tuple[int, int]:
 
 def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) -> jax.Array:
     """The next `count` micro-batches as one global array, as long as the longest step needs."""
-    most = schedule.most_micro_batches(config.batch)
+    most = token_schedule.most_micro_batches(config.batch)
     local = np.stack([next(data) for _ in range(count)])
     local = np.pad(local, ((0, most - count), (0, 0), (0, 0)))
     shape = (most, config.batch.micro_sequences, config.batch.length + 1)
@@ -229,7 +233,7 @@ def _held_out(config, layout, mesh, now: state.TrainState, corpus: Corpus) -> di
     if not config.evaluation.tokens:
         return {}
     text = held_out(corpus, length=config.batch.length, tokens=config.evaluation.tokens)
-    score = evaluate.make_score(config, layout, mesh)
+    score = evaluation.make_score(config, layout, mesh)
     scored = score(now.params, now.bias, text.sequences, text.valid)
     out = {
         "held_out_loss": scored.nats / scored.targets,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model import execution, params, router
-from deepseek_jax.train.loss import head_loss
+from deepseek_jax.model.loss import head_loss
 
 
 @jax.tree_util.register_dataclass

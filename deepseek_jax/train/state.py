@@ -34,12 +34,6 @@ class TrainState:
     ema: nnx.State | None
 
 
-def split(model: Any) -> tuple[Any, nnx.State, nnx.State]:
-    """(structure, trained parameters, router biases) of a model or of parts of one."""
-    parts: Any = nnx.split(model, nnx.Param, weights.RouterBias)
-    return parts
-
-
 def host_memory() -> str:
     """The memory kind of this backend's host side, where the EMA is kept."""
     kinds = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
@@ -55,7 +49,7 @@ def shardings(
         extra = {"memory_kind": kind} if kind else {}
         return lambda axes, shape: NamedSharding(mesh, layout.storage(axes, shape), **extra)
 
-    _, params, bias = split(abstract_model(config.model))
+    _, params, bias = weights.split(abstract_model(config.model))
     whole = NamedSharding(mesh, P())
     masters = weights.place(params, stored())
     moments = optax.tree.map_params(
@@ -84,7 +78,7 @@ def _around(
 
 
 def _fresh(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    _, params, bias = split(build_model(config.model, key))
+    _, params, bias = weights.split(build_model(config.model, key))
     return _around(config, optimizer, params, bias)
 
 

@@ -11,18 +11,22 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import execution, params, router
+from deepseek_jax.model.params import split
 from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import axes
+from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
-from deepseek_jax.train import pipelined
+from deepseek_jax.train import optimizer as optimizers
+from deepseek_jax.train import pipeline_step, token_schedule
+from deepseek_jax.train import state as states
 from deepseek_jax.train.objective import objective
-from deepseek_jax.train.schedule import Hyper
-from deepseek_jax.train.state import TrainState, split
+from deepseek_jax.train.state import TrainState
+from deepseek_jax.train.token_schedule import Hyper
 
 jax.tree_util.register_dataclass(
     Hyper, data_fields=["learning_rate", "mtp_weight", "bias_speed"], meta_fields=[]
@@ -43,7 +47,7 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
     One shard_map, manual over every mesh axis: all communication of the step is written out in it.
     """
     if layout.sizes["pipe"] > 1:
-        return pipelined.make_gradients(config, layout, mesh, tokens_spec(layout))
+        return pipeline_step.make_gradients(config, layout, mesh, tokens_spec(layout))
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
     how = execution.of(config)
@@ -71,12 +75,12 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
 
             # As a program of its own it is traced once for all the places that call it.
             @functools.partial(jax.jit, static_argnums=1, inline=True)
-            def gradients(micro, flights):
-                run = dataclasses.replace(how, flights=flights)
+            def gradients(micro, in_flight):
+                run = dataclasses.replace(how, in_flight=in_flight)
                 grads, sums = jax.grad(loss, has_aux=True)(compute, micro, run)
                 return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
 
-            grads, sums = _over_micro_batches(gradients, tokens, count, how.flights)
+            grads, sums = _over_micro_batches(gradients, tokens, count, how.in_flight)
             grads = params.reduce_gradients(grads, layout, scattered=per_layer)
             sums = lax.psum(sums, data_axes) if data_axes else sums
             return grads, sums
@@ -96,10 +100,10 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
     )
 
 
-def _over_micro_batches(gradients: Any, tokens: jax.Array, count: jax.Array, flights: int) -> Any:
-    """The sum of gradients(B(S+1), flights) over the first `count` of tokens AB(S+1).
+def _over_micro_batches(gradients: Any, tokens: jax.Array, count: jax.Array, in_flight: int) -> Any:
+    """The sum of gradients(B(S+1), in_flight) over the first `count` of tokens AB(S+1).
 
-    `flights` of them go together, one after another along the batch; what is left goes alone.
+    `in_flight` of them go together, one after another along the batch; what is left goes alone.
     """
     if tokens.shape[0] == 1:
         return gradients(tokens[0], 1)
@@ -115,9 +119,9 @@ def _over_micro_batches(gradients: Any, tokens: jax.Array, count: jax.Array, fli
 
     shapes = jax.eval_shape(lambda tokens: gradients(tokens[0], 1), tokens)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    done = count // flights
-    total = lax.fori_loop(0, done, together(flights), zeros)
-    return total if flights == 1 else lax.fori_loop(done * flights, count, together(1), total)
+    done = count // in_flight
+    total = lax.fori_loop(0, done, together(in_flight), zeros)
+    return total if in_flight == 1 else lax.fori_loop(done * in_flight, count, together(1), total)
 
 
 def make_step(
@@ -185,3 +189,32 @@ def make_ema(config: Config, places: TrainState) -> Callable[[nnx.State, nnx.Sta
         return jax.tree.map(one, ema, new, places.ema)
 
     return jax.jit(update, out_shardings=places.ema)
+
+
+def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """A training step, its state donated; the average, which is in host memory, left out.
+
+    Args:
+      mesh: real or virtual (`cluster.mesh`), of the sizes of `config.mesh`.
+    """
+    without = dataclasses.replace(config.optimizer, ema_decay=0.0)
+    config = dataclasses.replace(config, optimizer=without)
+    layout, adam = meshes.layout(config), optimizers.build(config.optimizer)
+    places = states.shardings(config, layout, mesh, adam)
+    whole, batch = NamedSharding(mesh, P()), config.batch
+
+    def number(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((), dtype, sharding=whole)
+
+    tokens = jax.ShapeDtypeStruct(
+        (token_schedule.most_micro_batches(batch), batch.micro_sequences, batch.length + 1),
+        jnp.int32,
+        sharding=NamedSharding(mesh, tokens_spec(layout)),
+    )
+    hyper = token_schedule.Hyper(
+        *(number(jnp.float32) for _ in dataclasses.fields(token_schedule.Hyper))
+    )
+    step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
+    start = states.abstract(config, places, adam)  # not under the mesh: it makes a random key
+    with jax.set_mesh(mesh):
+        return step.lower(start, tokens, number(jnp.int32), hyper)

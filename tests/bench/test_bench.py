@@ -13,7 +13,7 @@ from configs import v3_671b, v3_tiny
 from deepseek_jax import config as configs
 from deepseek_jax.bench import grouped, layer, load, memory, moe, tiles
 from deepseek_jax.hardware import chips
-from deepseek_jax.precision import grouped_kernel
+from deepseek_jax.kernels import grouped_triton
 from deepseek_jax.precision.grouped import reference
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -96,12 +96,12 @@ def test_a_layer_gets_the_rows_of_v3(tiny):
 
 
 def test_tiles_rows(tiny):
-    tile = grouped_kernel.Tile(height=16, width=16, depth=16, neighbours=2)
-    case = grouped.Case("float32", (SHAPE,), calls=1)
+    tile = grouped_triton.Tile(height=16, width=16, depth=16, neighbours=2)
+    case = grouped.MatmulCase("float32", (SHAPE,), calls=1)
     found = tiles.measure(tiny, case=case, tiles=[tile], rounds=1, interpret=True)
     ((row,),) = (v for v in found.values() if type(v) is list)
     assert row["height"] == 16 and all(row[name] > 0 for name in tiles.PRODUCTS)
-    assert tiles.candidates()[0] == grouped_kernel.BFLOAT16_TILE
+    assert tiles.candidates()[0] == grouped_triton.BFLOAT16_TILE
     with pytest.raises(configs.ConfigError, match="no GPU"):
         tiles.measure(tiny)
 
@@ -110,7 +110,7 @@ SHAPE = grouped.Shape(rows=48, experts=3, width=8, out=16)
 
 
 def test_grouped_rows(tiny):
-    case = grouped.Case("float32", (SHAPE,), calls=2)
+    case = grouped.MatmulCase("float32", (SHAPE,), calls=2)
     (rows,) = (v for v in grouped.measure(tiny, case=case, rounds=1).values() if type(v) is list)
     names = [(row["backend"], row["pass"], row["sizes"]) for row in rows]
     assert len(set(names)) == 2 + 2 * 2 * 3  # dense; shares and ragged_dot, three sizes each

@@ -14,7 +14,7 @@ from deepseek_jax import config as configs
 from deepseek_jax.bench import decode
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import LatentAttention
-from deepseek_jax.serve import cache
+from deepseek_jax.serve import latent_cache
 
 
 def test_both_caches_give_the_same_attention():
@@ -26,7 +26,7 @@ def test_both_caches_give_the_same_attention():
 
     @jax.jit
     def run(attention, x):
-        latents = cache.make(layer, 2, 8, "float32", mtp=False).moe
+        latents = latent_cache.make(layer, 2, 8, "float32", mtp=False).moe
         expanded = decode._Expanded.empty(config, 2, 8)
         over_latents, _ = attention.decode(x, Execution(), latents, 0, positions)
         return attention(x, Execution()), over_latents, expanded.decode(attention, x, positions)[0]

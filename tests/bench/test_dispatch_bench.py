@@ -15,23 +15,25 @@ from test_bench import ROOT
 
 from configs import v3_tiny
 from deepseek_jax import config as configs
+from deepseek_jax.aot import cluster, compiled, hlo
 from deepseek_jax.bench import dispatch, dispatch_pieces
-from deepseek_jax.bench.dispatch_pieces import Case, Piece
+from deepseek_jax.bench.dispatch_pieces import DispatchCase, DispatchPiece
 from deepseek_jax.bench.grouped import Shape
-from deepseek_jax.bench.report import text
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.hardware import chips
 from deepseek_jax.model.router import select_experts
 from deepseek_jax.parallel import axes
-from deepseek_jax.plan import cluster, compiled, hlo
-from deepseek_jax.precision.payload import FP8
+from deepseek_jax.precision.payload import FP8_PAYLOAD
+from deepseek_jax.table import text
 
 TOKENS = 16
 
 
 def tiny(buffer):
     config = configs.parse(v3_tiny.get_config())
-    return dataclasses.replace(config, layout=dataclasses.replace(config.layout, buffer=buffer))
+    return dataclasses.replace(
+        config, layout=dataclasses.replace(config.layout, capacity_factor=buffer)
+    )
 
 
 def copies(mesh, way, router):
@@ -121,7 +123,7 @@ def test_tables_are_as_wide_as_their_cells():
 
 # The pieces of one GPU, on this host and for one that is not there.
 
-CASE = Case(16, 256, 4, 2, 32, 4, 2, "bfloat16", (Shape(48, 3, 16, 32),), steps=2)
+CASE = DispatchCase(16, 256, 4, 2, 32, 4, 2, "bfloat16", (Shape(48, 3, 16, 32),), steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def test_the_route_of_one_is_that_of_the_mesh(moves):
 def test_buffers_of_the_pieces_are_those_of_the_messages(moves):
     with axes.active(layout()):
         plan = dispatch_pieces.hops(tiny(1.0), CASE).plan(CASE.tokens, CASE.top_k, CASE.experts)
-    want = plan.message_bytes(FP8, CASE.width, CASE.dtype, CASE.top_k)
+    want = plan.message_bytes(FP8_PAYLOAD, CASE.width, CASE.dtype, CASE.top_k)
     out_slow, out_fast, out_local, _, home_fast, home_slow = moves
     nbytes = [out_fast.changes.nbytes, out_local.changes.nbytes]
     assert nbytes == want["send"]
@@ -229,7 +231,7 @@ def test_one_gpu_has_its_tables(moves, monkeypatch):
 
 
 def test_the_floor_is_the_slower_of_memory_and_matrix_units():
-    piece = Piece("", lambda *_: None, (), (), bytes=3_350_000, flops=989_500_000)
+    piece = DispatchPiece("", lambda *_: None, (), (), bytes=3_350_000, flops=989_500_000)
     assert piece.floor_seconds(chips.H100, "bfloat16") == pytest.approx(1e-6)
     more = dataclasses.replace(piece, flops=2 * piece.flops)
     assert more.floor_seconds(chips.H100, "bfloat16") == pytest.approx(2e-6)

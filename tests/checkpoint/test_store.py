@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.checkpoint.leaves import axes_to_cut
+from deepseek_jax.checkpoint.chunks import axes_to_cut
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
 

@@ -9,9 +9,8 @@ import pytest
 import small
 from flax import nnx
 
-from deepseek_jax.model import execution
+from deepseek_jax.model import execution, params
 from deepseek_jax.model.transformer import build_model
-from deepseek_jax.train import state
 
 FAST = {"xla_backend_optimization_level": "0"}  # of the machine code: work and buffers stay
 
@@ -25,12 +24,12 @@ def built():
     return build(jax.random.key(0)), jnp.asarray(tokens, jnp.int32)
 
 
-def traced(recompute="none", block=16, unroll=1, flights=1):
+def traced(recompute="none", block=16, unroll=1, in_flight=1):
     """(function of weights, bias, tokens to a scalar and its gradient; those arguments)."""
     model, tokens = built()
-    graph, weights, bias = state.split(model)
+    graph, weights, bias = params.split(model)
     how = execution.Execution(
-        recompute=recompute, attention_block=block, unroll=unroll, flights=flights
+        recompute=recompute, attention_block=block, unroll=unroll, in_flight=in_flight
     )
 
     def total(weights, bias, tokens):
@@ -75,7 +74,7 @@ def test_policies_redo_more_and_keep_less_in_order():
 
 def test_every_kept_name_is_in_the_model():
     text = ""
-    for flights in (1, 2):
-        function, arguments = traced(flights=flights)
+    for in_flight in (1, 2):
+        function, arguments = traced(in_flight=in_flight)
         text += str(jax.make_jaxpr(function)(*arguments))
     assert {name for name in execution.KEPT if f"name={name}" not in text} == set()

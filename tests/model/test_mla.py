@@ -11,7 +11,7 @@ from published import layer, variant
 
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import LatentAttention, causal_attention
-from deepseek_jax.serve import cache
+from deepseek_jax.serve import latent_cache
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -50,7 +50,7 @@ def test_absorbed_follows_the_equations(rule, form, error):
     @jax.jit
     def run(module, x, starts):
         out, kept = module.prefill(x, how)
-        past = cache.make(model.config, 2, 80, form, mtp=False).moe
+        past = latent_cache.make(model.config, 2, 80, form, mtp=False).moe
         before = jnp.arange(80)[None] < starts[:, None]
         past = past.write(1, jnp.where(before, jnp.arange(80)[None], 80), kept)
         positions = starts[:, None] + jnp.arange(4)[None]

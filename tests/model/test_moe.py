@@ -13,8 +13,8 @@ from equations.norm import part
 from published import layer, variant
 
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.parallel import dispatch
-from deepseek_jax.precision.payload import AS_IS, FP8
+from deepseek_jax.parallel.experts import dispatch
+from deepseek_jax.precision.payload import FP8_PAYLOAD, UNCHANGED_PAYLOAD
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -25,7 +25,7 @@ def inputs(batch=2, length=20, seed=0):
 
 
 @pytest.mark.parametrize("rule", ["v3", "no_q_latent", "v2", "v2_lite", "moonlight"])
-@pytest.mark.parametrize("way", [dispatch.EXACT, dispatch.Reference(AS_IS)])
+@pytest.mark.parametrize("way", [dispatch.EXACT, dispatch.ReferenceDispatch(UNCHANGED_PAYLOAD)])
 def test_follows_the_equation(rule, way):
     settings, weights, model = variant(rule)
     how, x = Execution(dispatch=way), inputs()
@@ -37,7 +37,7 @@ def test_follows_the_equation(rule, way):
 
 
 @pytest.mark.parametrize("shape, every", [((1, 1), False), ((8, 2), True), ((8, 3), False)])
-@pytest.mark.parametrize("payload", [AS_IS, FP8], ids=["as it is", "fp8"])
+@pytest.mark.parametrize("payload", [UNCHANGED_PAYLOAD, FP8_PAYLOAD], ids=["as it is", "fp8"])
 def test_a_step_of_decoding_computes_the_same(shape, every, payload):
     """Whether tokens are sorted or, where few make many choices, go through every expert."""
     _, _, model = variant("v3")

@@ -43,7 +43,7 @@ def test_unrolled_layers_change_nothing():
 
 @pytest.mark.usefixtures("strict_dtypes")
 def test_bfloat16_stays_near_float32_and_routes_in_float32():
-    from deepseek_jax.precision.matmul import BFLOAT16
+    from deepseek_jax.precision.recipes import BFLOAT16
 
     settings, _, model = variant("v3")
     tokens = jnp.asarray(checkpoints.tokens(settings, length=12))

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import deepseek_jax
-from deepseek_jax.plan import cluster
+from deepseek_jax.aot import cluster
 
 STARTS = "import deepseek_jax, jax; print(jax.devices()[0].platform)"
 

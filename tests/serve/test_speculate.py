@@ -11,8 +11,8 @@ import small
 from published import layer
 
 from deepseek_jax.serve import speculate
+from deepseek_jax.serve.requests import Request
 from deepseek_jax.serve.sampling import Settings, draw
-from deepseek_jax.serve.server import Request
 
 HEAT = 3.0
 VOCAB = 6  # so small that random modules guess right now and then

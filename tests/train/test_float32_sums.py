@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.mla import causal_attention
 from deepseek_jax.model.transformer import Embedding
-from deepseek_jax.parallel import axes, dispatch, rounds
+from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.experts import dispatch, overflow
 from deepseek_jax.train import optimizer, state
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
@@ -59,7 +60,7 @@ def test_keys_that_many_blocks_of_queries_meet():
 def test_experts_over_many_rounds():
     """A buffer for one row at a time: 600 rounds, each of which adds 1 to the weight."""
     rows, mesh = 600, small.mesh_of({})
-    how = dispatch.Hops(True, 1 / rows, 1, dispatch.AS_IS)
+    how = dispatch.AllToAllDispatch(True, 1 / rows, 1, dispatch.AS_IS)
     tokens = jnp.ones((rows, 4), jnp.bfloat16)
     weights, chosen = jnp.ones((rows, 1)), jnp.zeros((rows, 1), jnp.int32)
 
@@ -70,7 +71,7 @@ def test_experts_over_many_rounds():
         everything = jnp.ones((rows, 1), jnp.bool_)
         arrived = how.send(tokens, weights, chosen, everything, 1)
         first = how.combine(work(weight, arrived), arrived.route)
-        out, count = rounds.complete(how, work, weight, tokens, weights, chosen, 1, first)
+        out, count = overflow.complete(how, work, weight, tokens, weights, chosen, 1, first)
         return out.astype(jnp.float32).sum(), count
 
     def local(weight):
@@ -101,7 +102,7 @@ LAYOUTS = {
 def test_no_sum_of_a_step_is_in_bfloat16(layout):
     config = small.config(
         precision_recipe="bfloat16", model_mtp_depth=1, layout_rules=small.NARROW,
-        layout_buffer=0.6, **layout,
+        layout_capacity_factor=0.6, **layout,
     )  # fmt: skip
     narrow = {
         (eqn.primitive.name, *(str(v.aval) for v in eqn.outvars))

@@ -8,9 +8,9 @@ import pytest
 import small
 from flax import nnx
 
-from deepseek_jax.model import execution
+from deepseek_jax.model import execution, params
 from deepseek_jax.model.transformer import abstract_model
-from deepseek_jax.train import objective, state
+from deepseek_jax.train import objective
 
 LENGTH, SEQUENCES, VOCAB, CHUNK = 128, 4, 8192, 64
 FAST = {"xla_backend_optimization_level": "0"}  # of the machine code: buffers stay the same
@@ -23,7 +23,7 @@ def temporary(depth=0, sequences=SEQUENCES, vocab=VOCAB, chunk=CHUNK):
         model_layers=1, model_mtp_depth=depth, model_vocab=vocab, batch_length=LENGTH,
         layout_attention_block=64,
     )  # fmt: skip
-    graph, weights, bias = state.split(abstract_model(config.model))
+    graph, weights, bias = params.split(abstract_model(config.model))
     how = execution.of(config)
 
     def loss(weights, bias, tokens):

@@ -10,8 +10,9 @@ import pytest
 import small
 from equations import recipe
 
+from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
-from deepseek_jax.train import optimizer, state
+from deepseek_jax.train import optimizer
 
 RATE = 0.01
 SHAPES = {"table": (6, 5), "scale": (7,)}
@@ -84,7 +85,7 @@ def test_clipping_keeps_directions_and_takes_the_norm_over_everything():
 
 @pytest.mark.parametrize("decayed", ["matrices", "all"])
 def test_of_the_model_norm_scales_alone_are_spared(decayed):
-    _, parameters, _ = state.split(abstract_model(small.config().model))
+    _, parameters, _ = params.split(abstract_model(small.config().model))
     mask = optimizer.decay_mask(decayed)
     if decayed == "all":
         assert mask is None  # optax decays everything

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from deepseek_jax.train import pictures, report
+from deepseek_jax.train import plots, report, screens
 from deepseek_jax.train.report import Report
 
 LAYERS, EXPERTS = 3, 8
@@ -148,7 +148,7 @@ def test_tensorboard_reads_the_scalars_and_forgets_the_interrupted_ones(tmp_path
 
 def test_without_a_terminal_lines_come_at_a_readable_rate(capsys):
     now = 0.0
-    screen = report.PlainScreen(report.Progress(10_000), clock=lambda: now)
+    screen = screens.PlainScreen(screens.Progress(10_000), clock=lambda: now)
     for step in range(1, 9):
         now = float(step)
         screen.step(row(step))
@@ -163,7 +163,7 @@ def test_without_a_terminal_lines_come_at_a_readable_rate(capsys):
 
 
 def test_the_last_step_is_shown_at_once(capsys):
-    screen = report.PlainScreen(report.Progress(10_000), clock=lambda: 0.0)
+    screen = screens.PlainScreen(screens.Progress(10_000), clock=lambda: 0.0)
     screen.step(row(9))
     screen.step(row(10))
     assert "(100 %)" in capsys.readouterr().out.splitlines()[-1]
@@ -184,7 +184,7 @@ def test_a_terminal_gets_one_region_below_the_news():
     console_module = pytest.importorskip("rich.console")
     out = io.StringIO()
     console = console_module.Console(file=out, force_terminal=True, width=80)
-    screen = report.LiveScreen(report.Progress(10_000), console)
+    screen = screens.LiveScreen(screens.Progress(10_000), console)
     screen.say("reading [data]")
     screen.begin(0, 0)
     screen.say("saved")
@@ -199,7 +199,7 @@ def test_a_terminal_gets_one_region_below_the_news():
     lines = [line.rstrip() for line in console.export_text().splitlines() if line.strip()]
     assert lines[0].startswith("step 5") and lines[0].endswith("0:50 left")
     assert lines[1] == "5,000 of 10,000 tokens (50 %)"
-    assert re.split(r"\s{2,}", lines[2].strip()) == [name for _, name, _ in report.SHOWN]
+    assert re.split(r"\s{2,}", lines[2].strip()) == [name for _, name, _ in screens.SHOWN]
     assert lines[3].split()[:2] == ["1.600", "1.800"]
     assert len(lines) == 4 and max(map(len, lines)) <= 80
 
@@ -209,13 +209,13 @@ def test_a_terminal_gets_one_region_below_the_news():
     [(0, None, "?"), (1000, 100.0, "1:30"), (1000, 1.0, "2:30:00"), (10_500, 100.0, "0:00")],
 )
 def test_the_time_left_is_tokens_over_speed(tokens, speed, left):
-    progress = report.Progress(10_000)
+    progress = screens.Progress(10_000)
     progress.step({"step": 1, "tokens": tokens, "tokens_per_second": speed})
     assert progress.left() == left
 
 
 def test_the_compiler_s_time_is_forgotten_at_the_second_row():
-    progress = report.Progress(10_000)
+    progress = screens.Progress(10_000)
     for step, speed in enumerate([1.0, 100.0, 110.0], 1):
         progress.step({"step": step, "tokens": 1000 * step, "tokens_per_second": speed})
     assert progress.left() == "1:09"  # 7,000 tokens at 0.8 x 100 + 0.2 x 110
@@ -257,16 +257,16 @@ def test_a_run_without_held_out_text_or_steps_ends_too(tmp_path, capsys):
 @pytest.mark.parametrize("steps", [1, 2, 40])
 def test_two_pictures_of_any_run(tmp_path, steps):
     run(tmp_path, range(1, steps + 1), screen=False).close()
-    drawn = pictures.draw(tmp_path)
+    drawn = plots.draw(tmp_path)
     assert [path.name for path in drawn] == ["loss.png", "expert_load.png"]
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path):
-    assert pictures.draw(tmp_path) == []
+    assert plots.draw(tmp_path) == []
     run(tmp_path, [], screen=False).step(row(1, expert_load=[]))
-    assert [path.name for path in pictures.draw(tmp_path)] == ["loss.png"]
+    assert [path.name for path in plots.draw(tmp_path)] == ["loss.png"]
 
 
 def test_a_run_that_ended_in_nan_is_drawn(tmp_path):
@@ -274,7 +274,7 @@ def test_a_run_that_ended_in_nan_is_drawn(tmp_path):
     nan = float("nan")
     going.step(row(3, loss=nan, mtp_loss=nan, expert_load=[[nan] * EXPERTS] * LAYERS))
     going.close()
-    assert len(pictures.draw(tmp_path)) == 2
+    assert len(plots.draw(tmp_path)) == 2
 
 
 def test_a_run_that_is_all_nan_is_drawn(tmp_path):
@@ -282,12 +282,12 @@ def test_a_run_that_is_all_nan_is_drawn(tmp_path):
     nan = float("nan")
     going.step(row(1, loss=nan, mtp_loss=None, expert_load=[[nan] * EXPERTS] * LAYERS))
     going.close()
-    assert [path.name for path in pictures.draw(tmp_path)] == ["loss.png"]
+    assert [path.name for path in plots.draw(tmp_path)] == ["loss.png"]
 
 
 def test_the_loss_picture_shows_the_losses():
     rows = [row(step) for step in range(1, 6)]
-    loss, rate = pictures._losses(rows, SUMMARY).axes
+    loss, rate = plots._losses(rows, SUMMARY).axes
     curves = {line.get_label().split()[0]: line.get_ydata() for line in loss.lines}
     np.testing.assert_array_equal(curves["next"], [row["loss"] for row in rows])
     np.testing.assert_array_equal(curves["MTP"], [row["mtp_loss"] for row in rows])
@@ -297,7 +297,7 @@ def test_the_loss_picture_shows_the_losses():
 
 def test_the_load_picture_has_a_panel_per_layer_and_marks_balance():
     rows = [row(step) for step in range(1, 6)]
-    figure = pictures._expert_load(rows, [f"layer {n}" for n in range(2, 2 + LAYERS)])
+    figure = plots._expert_load(rows, [f"layer {n}" for n in range(2, 2 + LAYERS)])
     heat = [axes for axes in figure.axes if axes.get_title(loc="left")]
     assert [axes.get_title(loc="left").split(":")[0] for axes in heat] == [
         "layer 2", "layer 3", "layer 4",
@@ -325,7 +325,7 @@ def spread_run(workdir, *rows):
     for step, changes in enumerate(rows, 1):
         going.step(row(step, **changes))
     going.close()
-    return [path.name for path in pictures.draw(workdir)]
+    return [path.name for path in plots.draw(workdir)]
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_one_device_has_no_picture_of_its_load(tmp_path):
 
 def test_the_device_picture_is_of_the_last_step_that_has_numbers(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(pictures, "_device_load", lambda *a: seen.append(a) or Figure())
+    monkeypatch.setattr(plots, "_device_load", lambda *a: seen.append(a) or Figure())
     last, lost = spread(LAYERS, 2, 2), [[float("nan")] * 4] * LAYERS
     first = {**last, "tokens_per_gpu": [[1.0] * 4] * LAYERS, "sequences": 1}
     spread_run(tmp_path, first, last, {**last, "tokens_per_gpu": lost})
@@ -356,7 +356,7 @@ def test_the_device_picture_is_of_the_last_step_that_has_numbers(tmp_path, monke
 def test_the_device_picture_shows_shares_of_the_mean_nodes_and_copies():
     per_gpu = np.array([[100, 100, 100, 100], [50, 100, 130, 120]])
     per_node = np.array([[150, 150], [140, 160]])
-    figure = pictures._device_load(per_gpu, per_node, 200, ["layer 2", "MTP module 1"])
+    figure = plots._device_load(per_gpu, per_node, 200, ["layer 2", "MTP module 1"])
     heat = figure.axes[0]
     shown, lines = heat.collections
     np.testing.assert_allclose(shown.get_array(), per_gpu / 100)
@@ -375,4 +375,4 @@ def test_the_device_picture_shows_shares_of_the_mean_nodes_and_copies():
 def test_layers_are_named_as_the_config_counts_them(tmp_path):
     model = {"dense_layers": 1, "layers": 3}
     (tmp_path / "config.json").write_text(json.dumps({"model": model}))
-    assert pictures._layer_names(tmp_path, 3) == ["layer 2", "layer 3", "MTP module 1"]
+    assert plots._layer_names(tmp_path, 3) == ["layer 2", "layer 3", "MTP module 1"]

@@ -7,12 +7,12 @@ import small
 from equations import recipe
 from trainer import Trainer
 
-from deepseek_jax.train import optimizer, schedule
+from deepseek_jax.train import optimizer, token_schedule
 from deepseek_jax.train import state as states
 from deepseek_jax.train.objective import head_weights
 from deepseek_jax.train.step import make_ema
 
-HYPER = schedule.Hyper(learning_rate=1e-2, mtp_weight=0.3, bias_speed=0.01)
+HYPER = token_schedule.Hyper(learning_rate=1e-2, mtp_weight=0.3, bias_speed=0.01)
 
 
 def drawn(micro_batches, sequences, length=16, seed=0):

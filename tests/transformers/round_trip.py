@@ -20,7 +20,8 @@ from transformers.utils import logging
 import deepseek_jax
 from configs import v3_tiny
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import convert, export
+from deepseek_jax.checkpoint import conversion
+from deepseek_jax.checkpoint.hf import export
 
 TOLERANCE = 2e-4  # what holds between independent float32 implementations of this model
 GREEDY = 8  # tokens
@@ -37,10 +38,10 @@ def main() -> None:
             root = Path(folder)
             found, weights = checkpoints.make(variant)
             checkpoints.write(root / "published", found, weights)
-            convert.to_run(root / "published", root / "run", base)
+            conversion.to_run(root / "published", root / "run", base)
             tokens = checkpoints.tokens(found)
             for form in export.FORMATS:
-                convert.to_published(root / "run", root / form, form, SHARD_BYTES)
+                conversion.to_published(root / "run", root / form, form, SHARD_BYTES)
                 difference, same = compare(root / form, tokens)
                 files = len(list((root / form).glob("*.safetensors")))
                 fine = difference < TOLERANCE and same

@@ -1,0 +1,231 @@
+"""From a Hugging Face directory to a run's workdir, back, or to another format of the first.
+
+A workdir made here has the weights and router biases alone, as step 0; training makes its moments
+and averages fresh. What lies beside weights (tokenizer, generation settings) is carried along.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.checkpoint import load
+from deepseek_jax.checkpoint.hf import config_json, export, names, reader
+from deepseek_jax.checkpoint.hf.safetensors import E4M3, read_json
+from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.config import Config, ConfigError, ModelConfig
+from deepseek_jax.data import tokenizer
+from deepseek_jax.model import params
+from deepseek_jax.model.transformer import abstract_model
+
+CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+WEIGHTS_ONLY = {
+    "weights_only": True,
+    "tokens": 0,
+}  # `meta` of the checkpoint that training starts at
+_LAUNCHER = '''"""The config of this folder: edit it, or set any of its keys on the command line."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict(json.loads(Path(__file__).with_name("config.json").read_text()))
+'''
+
+
+def to_run(source: Path, target: Path, base: Config) -> Config:
+    """A workdir with the weights of a Hugging Face directory, which `main` trains on.
+
+    Args:
+      target: a folder that does not exist, or is empty.
+      base: the recipe; its model is replaced by the checkpoint's, and its tokenizer too if the
+        checkpoint has one.
+
+    Raises:
+      ConfigError: what `hf.load` refuses, or a target that cannot be written.
+    """
+    with _appears(target) as folder:
+        found = reader.open_folder(source)
+        data = base.data
+        if (source / "tokenizer.json").exists():
+            data = dataclasses.replace(data, tokenizer=str(target.absolute() / "tokenizer.json"))
+        config = dataclasses.replace(base, model=found.config, data=data)
+        read, like = reader.parts_of(found), load.leaves_of(found.config)
+        store = Store(folder / "checkpoints", keep=1)
+        try:
+            store.save_parts(0, like, lambda name, part: read(like[name], part), WEIGHTS_ONLY)
+        finally:
+            store.close()
+        (folder / "config.json").write_text(config.to_json() + "\n")
+        (folder / "config.py").write_text(_LAUNCHER)
+        _carry(source, folder)
+        marks = {key: found.settings.get(key) for key in ("bos_token_id", "eos_token_id")}
+        _write_marks(folder, marks)
+    return config
+
+
+def to_published(source: Path, target: Path, form: str, shard_bytes: int) -> None:
+    """A Hugging Face directory with the weights of a workdir, or of another such directory.
+
+    Args:
+      target: a folder that does not exist, or is empty.
+      form: one of `export.FORMATS`.
+      shard_bytes: the largest size of a file.
+
+    Raises:
+      ConfigError: what loading refuses, a model without a published form, or a target that cannot
+        be written.
+    """
+    with _appears(target) as folder:
+        run = load.trained(source)
+        if run is None:
+            found = reader.open_folder(source)
+            described, values = dict(found.settings), _of_folder(found)
+        else:
+            described = config_json.published(run.model)
+            values = _of_run(source, run.model, described)
+        _carry(source, folder)
+        marks = _marks(source, described)
+        _write_marks(folder, marks)
+        described = config_json.in_format({**described, **marks}, form)
+        export.write(folder, described, values, form, shard_bytes)
+
+
+def _of_folder(found: reader.Published) -> export.WeightSource:
+    def stored(name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        tensor = found.tensors.get(name)
+        if tensor is None or tensor.dtype != E4M3:
+            return None
+        found.read(name)  # for its checks
+        pair = tensor.array.copy(), found.tensors[name + names.SCALE].array.astype(np.float32)
+        found.release(name)
+        return pair
+
+    def read(piece: names.Piece) -> np.ndarray:
+        value = np.array(found.read(piece.name))
+        found.release(piece.name)
+        return value
+
+    return export.WeightSource(found.config, found.biased, read, stored)
+
+
+def _of_run(workdir: Path, config: ModelConfig, described: dict[str, Any]) -> export.WeightSource:
+    masters = load.open_run(workdir, config)
+    biased = config_json.topk_method(described) == "noaux_tc"
+    for weight in params.describe(abstract_model(config)):
+        if not weight.trained and not biased and masters(weight.path, ()).any():
+            raise ConfigError(
+                f"{workdir}: {weight.path} is not zero, and {described['model_type']} has no "
+                "router biases; train with schedule.bias_speed=0"
+            )
+
+    def read(piece: names.Piece) -> np.ndarray:
+        value = masters(piece.path, piece.index)
+        bad = value.size - np.count_nonzero(np.isfinite(value))
+        if bad:
+            raise ConfigError(
+                f"{workdir}: {piece.path}, which {piece.name} is part of, holds {bad} values of "
+                f"{value.size} that are not finite there, expected none"
+            )
+        return piece.published(value)
+
+    return export.WeightSource(config, biased, read)
+
+
+def _carry(source: Path, folder: Path) -> None:
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _marks(source: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """Ids of the marks around a text: as the settings beside the weights say, or the tokenizer."""
+    for known in (described, _json_if_there(source / "generation_config.json")):
+        if any(known.get(key) is not None for key in ("bos_token_id", "eos_token_id")):
+            return {key: known.get(key) for key in ("bos_token_id", "eos_token_id")}
+    if (source / "tokenizer.json").is_file():
+        found = tokenizer.read(source / "tokenizer.json").marks
+        return {"bos_token_id": found.bos, "eos_token_id": found.eos}
+    return {key: described.get(key) for key in ("bos_token_id", "eos_token_id")}
+
+
+def _json_if_there(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _write_marks(folder: Path, marks: dict[str, Any]) -> None:
+    """generation_config.json, where the marks are known and none was carried along."""
+    file = folder / "generation_config.json"
+    if any(mark is not None for mark in marks.values()) and not file.exists():
+        file.write_text(json.dumps({"_from_model_config": True, **marks}, indent=2) + "\n")
+
+
+def check_target(target: Path) -> None:
+    """Raises ConfigError where something is there already."""
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--target={target} exists and is not an empty folder; give another one")
+
+
+@contextlib.contextmanager
+def _appears(target: Path) -> Iterator[Path]:
+    """A folder beside the target to be filled, which takes its name if nothing goes wrong.
+
+    Its own name follows from the target's, and it is locked: what a killed process left is found
+    and used again, what a live one writes is left alone.
+    """
+    check_target(target)
+    folder = target.parent / f".{target.name}.converting"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"--target={target} cannot be written ({error.strerror})") from error
+    try:
+        _lock(lock, folder, target)
+        try:
+            _clear(folder)
+            yield folder
+            os.replace(folder, target)
+        except BaseException as error:  # not later: by then its name may be another process's
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another's file in one of them
+                for path in made[1:]:
+                    path.rmdir()
+            if isinstance(error, OSError):
+                raise ConfigError(f"--target={target} cannot be written ({error})") from error
+            raise
+    finally:
+        os.close(lock)  # and with it the lock
+
+
+def _lock(lock: int, folder: Path, target: Path) -> None:
+    """Raises ConfigError where the folder is, or may be, another process's."""
+    wait = f"another process is making --target={target}; wait for it or give another one"
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(wait) from error
+    except OSError as error:  # a file system without locks
+        if any(folder.iterdir()):
+            raise ConfigError(f"{wait}; if there is none, remove {folder}") from error
+    if not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
+        raise ConfigError(wait)  # it was renamed or removed between opening and locking
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

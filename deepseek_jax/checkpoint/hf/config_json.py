@@ -1,0 +1,275 @@
+"""Settings of the Hugging Face format, a checkpoint's config.json, as ours and back."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.precision.fp8_tiles import BLOCK
+
+FAMILIES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",  # V3, R1, Moonlight
+    "deepseek_v2": "DeepseekV2ForCausalLM",  # V2, V2-Lite
+}
+# Published counts that must be there -> ours.
+_COUNTS = {
+    "vocab_size": "vocab", "num_hidden_layers": "layers", "hidden_size": "d_model",
+    "intermediate_size": "d_dense", "num_attention_heads": "heads", "kv_lora_rank": "kv_latent",
+    "qk_nope_head_dim": "d_nope", "qk_rope_head_dim": "d_rope", "v_head_dim": "d_value",
+    "n_routed_experts": "experts", "num_experts_per_tok": "top_k",
+    "moe_intermediate_size": "d_expert",
+}  # fmt: skip
+# Where null or absent means zero.
+_OPTIONAL = {
+    "first_k_dense_replace": "dense_layers", "q_lora_rank": "q_latent",
+    "n_shared_experts": "shared_experts", "num_nextn_predict_layers": "mtp_depth",
+}  # fmt: skip
+# The only value that this model computes; absent means the same.
+_FIXED = {
+    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu",
+    "moe_layer_freq": 1, "rope_interleave": True,
+}  # fmt: skip
+_GROUP_SCORE = {"noaux_tc": "top2", "group_limited_greedy": "max", "greedy": "max"}
+
+
+def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
+    """The published settings of `source`, a config.json, as ours.
+
+    Raises:
+      ConfigError: a key that is missing, or has a value that this model does not compute.
+    """
+    found = _Settings(settings, source)
+    family = found.one_of("model_type", FAMILIES)
+    v3 = family == "deepseek_v3"
+    found.need("architectures", [FAMILIES[family]], default=[FAMILIES[family]])
+    for key, value in _FIXED.items():
+        found.need(key, value, default=value)
+
+    sizes = {ours: found.count(key) for key, ours in _COUNTS.items()}
+    sizes |= {ours: found.count(key, least=0, absent=0) for key, ours in _OPTIONAL.items()}
+    heads = sizes["heads"]
+    found.need("num_key_value_heads", heads, default=heads)
+    method = found.one_of("topk_method", _GROUP_SCORE, default=topk_method(settings))
+    greedy = method == "greedy"
+    normalise = found.flag("norm_topk_prob", default=v3)
+    scale = found.number("routed_scaling_factor", absent=1.0)
+    if not v3 and normalise and scale != 1.0:
+        found.refuse("routed_scaling_factor", "1 beside norm_topk_prob, where V2's codes disagree")
+    config = ModelConfig(
+        **sizes,
+        **_rotary(found),
+        groups=1 if greedy else found.count("n_group", absent=1),
+        top_groups=1 if greedy else found.count("topk_group", absent=1),
+        score=found.one_of(
+            "scoring_func", ("sigmoid", "softmax"), default="sigmoid" if v3 else "softmax"
+        ),
+        group_score=_GROUP_SCORE[method],
+        normalise_weights=normalise,
+        routed_scale=scale,
+        norm_eps=found.number("rms_norm_eps"),
+        init_std=found.number("initializer_range", absent=0.02),
+    )
+    _check_relations(config, found)
+    return config
+
+
+def published(config: ModelConfig) -> dict[str, Any]:
+    """The official keys for a model of ours; `model_config` reads the same model back.
+
+    Raises:
+      ConfigError: a router that neither published family has.
+    """
+    v3 = config.score == "sigmoid"
+    grouped = config.groups > 1
+    family = "deepseek_v3" if v3 else "deepseek_v2"
+    score = "top2" if v3 else "max"
+    if grouped and config.group_score != score:
+        raise ConfigError(
+            f"model.group_score={config.group_score!r} with model.score={config.score!r} has no "
+            f"published form; expected model.group_score={score!r}"
+        )
+    if not v3 and config.normalise_weights and config.routed_scale != 1:
+        raise ConfigError(
+            f"model.routed_scale={config.routed_scale} beside model.normalise_weights and "
+            "model.score='softmax' has no published form; expected model.routed_scale=1"
+        )
+    sizes = {theirs: getattr(config, ours) for theirs, ours in (_COUNTS | _OPTIONAL).items()}
+    return {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        **_FIXED,
+        **sizes,
+        "q_lora_rank": config.q_latent or None,
+        "num_key_value_heads": config.heads,
+        "attention_dropout": 0.0,
+        "ep_size": 1,
+        "initializer_range": config.init_std,
+        "max_position_embeddings": round(config.yarn_original * config.yarn_factor),
+        "n_group": config.groups,
+        "topk_group": config.top_groups,
+        "topk_method": "noaux_tc" if v3 else "group_limited_greedy" if grouped else "greedy",
+        "scoring_func": config.score,
+        "norm_topk_prob": config.normalise_weights,
+        "routed_scaling_factor": config.routed_scale,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": _plain(config.rope_theta),
+        "rope_scaling": _yarn(config),
+        "use_cache": True,
+    }
+
+
+def _yarn(config: ModelConfig) -> dict[str, Any] | None:
+    if config.yarn_factor == 1:
+        return None
+    return {
+        "type": "yarn",
+        "factor": _plain(config.yarn_factor),
+        "original_max_position_embeddings": config.yarn_original,
+        "beta_fast": _plain(config.yarn_beta_fast),
+        "beta_slow": _plain(config.yarn_beta_slow),
+        "mscale": config.yarn_mscale,
+        "mscale_all_dim": config.yarn_mscale_all_dim,
+    }
+
+
+def _plain(number: float) -> float:
+    """As published: whole numbers without a fraction."""
+    return int(number) if number.is_integer() else number
+
+
+def in_format(settings: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """The same model's settings, its tensors stored in another of the formats of `export`."""
+    out = {key: value for key, value in settings.items() if key != "quantization_config"}
+    out.pop("dtype", None)  # the newer name of torch_dtype
+    out["torch_dtype"] = "float32" if form == "float32" else "bfloat16"
+    if form == "fp8":
+        out["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [BLOCK, BLOCK],
+        }
+    return out
+
+
+def topk_method(settings: Mapping[str, Any]) -> str:
+    """`topk_method`, or what its absence means."""
+    v3 = settings.get("model_type") == "deepseek_v3"
+    return settings.get("topk_method") or ("noaux_tc" if v3 else "greedy")
+
+
+def _check_relations(config: ModelConfig, found: "_Settings") -> None:
+    if config.dense_layers > config.layers:
+        found.refuse("first_k_dense_replace", f"at most num_hidden_layers={config.layers}")
+    if config.mtp_depth > 4:
+        found.refuse("num_nextn_predict_layers", "from 0 to 4")
+    if config.d_rope % 2:
+        found.refuse("qk_rope_head_dim", "an even number")
+    if config.experts % config.groups:
+        found.refuse("n_group", f"a divisor of n_routed_experts={config.experts}")
+    if config.top_groups > config.groups:
+        found.refuse("topk_group", f"at most n_group={config.groups}")
+    per_group = config.experts // config.groups
+    if config.groups > 1 and config.group_score == "top2" and per_group < 2:
+        found.refuse("n_group", f"two or more of n_routed_experts={config.experts} in each")
+    if config.top_k > (held := per_group * config.top_groups):
+        found.refuse("num_experts_per_tok", f"at most the {held} experts of topk_group groups")
+    quantised = found.values.get("quantization_config") or {}
+    for key, value in {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}.items():
+        if quantised and quantised.get(key) != value:
+            raise ConfigError(
+                f"{found.source}: quantization_config.{key} is {quantised.get(key)!r}; expected "
+                f"{value!r}"
+            )
+
+
+def _rotary(found: "_Settings") -> dict[str, Any]:
+    """Theta and YaRN, from `rope_scaling` or from `rope_parameters`, the newer spelling of both."""
+    newer = found.values.get("rope_parameters") is not None
+    spelling = "rope_parameters" if newer else "rope_scaling"
+    rope = found.below(spelling)
+    theta = rope if newer and "rope_theta" in rope.values else found
+    kind = "rope_type" if "rope_type" in rope.values else "type"
+    yarn = rope.one_of(kind, ("default", "yarn"), default="default") == "yarn"
+    values: dict[str, Any] = {
+        "rope_theta": theta.number("rope_theta"),
+        "yarn_factor": 1.0,  # off, which leaves the rest without effect
+        "yarn_original": found.count("max_position_embeddings", absent=4096),
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_mscale": 1.0,
+        "yarn_mscale_all_dim": 1.0,
+    }
+    if not yarn:
+        return values
+    rope.need("attention_factor", None, default=None)
+    rope.need("truncate", True, default=True)
+    values |= {  # what is absent is as in the published code
+        "yarn_factor": rope.number("factor"),
+        "yarn_original": rope.count("original_max_position_embeddings"),
+        "yarn_beta_fast": rope.number("beta_fast", absent=32.0),
+        "yarn_beta_slow": rope.number("beta_slow", absent=1.0),
+        "yarn_mscale": rope.number("mscale", absent=1.0, zero=True),
+        "yarn_mscale_all_dim": rope.number("mscale_all_dim", absent=0.0, zero=True),
+    }
+    if values["yarn_factor"] < 1:
+        rope.refuse("factor", "at least 1")
+    if values["yarn_beta_fast"] <= values["yarn_beta_slow"]:
+        rope.refuse("beta_fast", f"above beta_slow={values['yarn_beta_slow']}")
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """Published settings, or one object among them (`path`), each value checked as it is read."""
+
+    values: Mapping[str, Any]
+    source: Path
+    path: str = ""
+
+    def below(self, key: str) -> "_Settings":
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(key, "an object or null")
+        return _Settings(value or {}, self.source, f"{self.path}{key}.")
+
+    def refuse(self, key: str, expected: str) -> None:
+        found = repr(self.values[key]) if key in self.values else "missing"
+        raise ConfigError(f"{self.source}: {self.path}{key} is {found}; expected {expected}")
+
+    def need(self, key: str, value: Any, *, default: Any) -> None:
+        """The one value that works."""
+        found = self.values.get(key, default)
+        if found != value or isinstance(found, bool) != isinstance(value, bool):
+            self.refuse(key, repr(value))
+
+    def one_of(self, key: str, choices: Any, *, default: str = "") -> str:
+        value = self.values.get(key) or default
+        if not isinstance(value, str) or value not in choices:
+            self.refuse(key, f"one of {', '.join(choices)}")
+        return value
+
+    def count(self, key: str, *, least: int = 1, absent: int | None = None) -> int:
+        value = self.values.get(key)
+        value = absent if value is None else value
+        if type(value) is not int or not least <= value < 2**63:
+            self.refuse(key, f"a whole number from {least} on")
+        assert isinstance(value, int)
+        return value
+
+    def number(self, key: str, *, absent: float | None = None, zero: bool = False) -> float:
+        value = self.values.get(key)
+        value = absent if value is None else value
+        number = -1.0
+        if isinstance(value, int | float) and type(value) is not bool:
+            number = float(value)
+        if not (0 < number < 2**63 or (zero and number == 0)):
+            self.refuse(key, "a number from 0 on" if zero else "a number above 0")
+        return number
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if type(value) is not bool:
+            self.refuse(key, "true or false")
+        return value

@@ -1,0 +1,156 @@
+"""Writes a model as a Hugging Face directory: tensors in numbered files, an index, config.json.
+
+Formats: `float32`; `bfloat16`, matrices rounded; `fp8`, what the released checkpoint keeps in FP8
+(matrices of attention and feed-forward networks) in blocks of 128x128 with float32 scales, the
+rest as in bfloat16. Router biases are float32 in all. Norms and routers, which the model keeps in
+float32, are BF16 where that changes none of their values, else float32.
+
+Reading the directory again gives the same bits: in float32 always; in bfloat16 for weights that
+BF16 holds; in fp8 for those that came from FP8 blocks, even by way of our own float32 masters
+(`checkpoint/hf/fp8_blocks.py`).
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.checkpoint.hf import fp8_blocks, safetensors
+from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
+from deepseek_jax.checkpoint.hf.safetensors import E4M3
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.precision.fp8_tiles import BLOCK
+
+FORMATS = ("bfloat16", "float32", "fp8")
+BF16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+
+Read = Callable[[Piece], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSource:
+    """Where the values of an export come from.
+
+    Attributes:
+      read: a published tensor, [out, in], any float dtype but FP8.
+      stored: its FP8 values and scales where the source keeps such, else None.
+    """
+
+    config: ModelConfig
+    biased: bool
+    read: Read
+    stored: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda name: None
+
+
+def write(
+    folder: Path, settings: Mapping[str, Any], source: WeightSource, form: str, shard_bytes: int
+) -> None:
+    """Fills an existing folder; one tensor at a time is in memory.
+
+    Args:
+      settings: what config.json will hold.
+      form: one of `FORMATS`.
+      shard_bytes: a file is closed before it would grow past this; one tensor may be larger.
+    """
+    (folder / "config.json").write_text(json.dumps(dict(settings), indent=2) + "\n")
+    shards = _shards(_groups(source, form), shard_bytes)
+    files = [safetensors.SINGLE] if len(shards) == 1 else _names(len(shards))
+    where: dict[str, str] = {}
+    total = 0
+    for file, shard in zip(files, shards, strict=True):
+        expected = {name: kind for group in shard for name, kind in group.tensors.items()}
+        safetensors.write(folder / file, expected, _values(shard, source))
+        where |= dict.fromkeys(expected, file)
+        total += sum(map(_bytes, shard))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """What is written of a published tensor: itself, and its scales if it has some.
+
+    Attributes:
+      name: of the tensor; another one than `piece` has for the copies of a shared table.
+      tensors: dtype and shape of what is stored, by name.
+    """
+
+    name: str
+    piece: Piece
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+def _groups(source: WeightSource, form: str) -> Iterator[_Group]:
+    for name, piece in _with_copies(source.config, source.biased):
+        dtype = _dtype(piece, source.read, form)
+        tensors = {name: (dtype, piece.shape)}
+        if dtype == E4M3:
+            tensors[name + SCALE] = (FLOAT32, tuple(-(-size // BLOCK) for size in piece.shape))
+        yield _Group(name, piece, tensors)
+
+
+def _with_copies(config: ModelConfig, biased: bool) -> Iterator[tuple[str, Piece]]:
+    """All pieces by name, and each MTP layer's own names for the embedding and the head."""
+    everything = list(pieces(config, biased=biased))
+    shared = {
+        "embed_tokens.weight": next(p for p in everything if p.path == "embedding.table"),
+        "shared_head.head.weight": next(p for p in everything if p.path == "head.table"),
+    }
+    for piece in everything:
+        yield piece.name, piece
+        if piece.path == "mtp.project":
+            layer = piece.name.removesuffix("eh_proj.weight")
+            for name, table in shared.items():
+                yield layer + name, table
+
+
+def _dtype(piece: Piece, read: Read, form: str) -> np.dtype:
+    if form == "float32" or piece.path.endswith("router.bias"):
+        return FLOAT32
+    if len(piece.shape) == 1 or piece.path.endswith("router.centroids"):
+        value = read(piece).astype(np.float32)
+        return BF16 if (value.astype(BF16).astype(np.float32) == value).all() else FLOAT32
+    in_blocks = ".attention." in piece.path or ".feed." in piece.path
+    return E4M3 if form == "fp8" and in_blocks else BF16
+
+
+def _shards(groups: Iterable[_Group], most: int) -> list[list[_Group]]:
+    """Neighbours together, as many as fit into `most` bytes."""
+    shards: list[list[_Group]] = [[]]
+    held = 0
+    for group in groups:
+        size = _bytes(group)
+        if shards[-1] and held + size > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(group)
+        held += size
+    return shards
+
+
+def _bytes(group: _Group) -> int:
+    sizes = (int(np.prod(shape)) * dtype.itemsize for dtype, shape in group.tensors.values())
+    return sum(sizes)
+
+
+def _names(count: int) -> list[str]:
+    return [f"model-{number + 1:05}-of-{count:06}.safetensors" for number in range(count)]
+
+
+def _values(shard: Iterable[_Group], source: WeightSource) -> Iterator[tuple[str, np.ndarray]]:
+    for group in shard:
+        dtype, _ = group.tensors[group.name]
+        if dtype == E4M3:
+            pair = source.stored(group.name)
+            if pair is None:
+                pair = fp8_blocks.quantise_blocks(
+                    source.read(group.piece).astype(np.float32, copy=False)
+                )
+            yield from zip((group.name, group.name + SCALE), pair, strict=True)
+        else:
+            yield group.name, source.read(group.piece).astype(dtype, copy=False)

@@ -1,0 +1,138 @@
+"""Names and shapes of published tensors, and the parameters that they fill."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import params
+
+SCALE = "_scale_inv"  # what the name of an FP8 weight's scales ends in; despite it, one multiplies
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One published tensor, and the part of our parameter that it is.
+
+    Attributes:
+      name: published.
+      shape: published, [out, in] for a matrix.
+      path: our parameter, as `params.describe` names it.
+      index: of the part: layer, then expert, then which half of `gate_up`.
+      transposed: ours has the input in front (all but the embedding, which is looked up).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    index: tuple[Any, ...]
+    transposed: bool = True
+
+    def published(self, part: np.ndarray) -> np.ndarray:
+        return part.reshape(self.shape[::-1]).T if self.transposed else part
+
+
+def pieces(config: ModelConfig, *, biased: bool = True) -> Iterator[Piece]:
+    """The whole model; without the router biases where `biased` is false (V2 has none)."""
+    table = (config.vocab, config.d_model)
+    yield Piece("model.embed_tokens.weight", table, "embedding.table", (), transposed=False)
+    blocks = (
+        ("dense_layers.", config.dense_layers, _dense),
+        ("moe_layers.", config.moe_layers, functools.partial(_mixture, biased=biased)),
+        ("mtp.", config.mtp_depth, functools.partial(_mtp, biased=biased)),
+    )
+    number = itertools.count()
+    for stack, count, parts in blocks:
+        for layer in range(count):
+            prefix = f"model.layers.{next(number)}."
+            for part in parts(config):
+                yield dataclasses.replace(
+                    part,
+                    name=prefix + part.name,
+                    path=stack + part.path,
+                    index=(layer, *part.index),
+                )
+    yield Piece("model.norm.weight", (config.d_model,), "norm.scale", ())
+    yield Piece("lm_head.weight", table, "head.table", ())
+
+
+def _dense(config: ModelConfig) -> Iterator[Piece]:
+    yield from _attention_and_norms(config, "")
+    yield from _swiglu("mlp.", (config.d_model, config.d_dense), "feed.")
+
+
+def _mixture(config: ModelConfig, *, biased: bool, block: str = "") -> Iterator[Piece]:
+    yield from _attention_and_norms(config, block)
+    gate, router = "mlp.gate.", f"{block}feed.router."
+    yield Piece(f"{gate}weight", (config.experts, config.d_model), f"{router}centroids", ())
+    if biased:
+        yield Piece(f"{gate}e_score_correction_bias", (config.experts,), f"{router}bias", ())
+    widths = (config.d_model, config.d_expert)
+    for expert in range(config.experts):
+        yield from _swiglu(f"mlp.experts.{expert}.", widths, f"{block}feed.experts.", expert)
+    if config.shared_experts:
+        widths = (config.d_model, config.d_shared)
+        yield from _swiglu("mlp.shared_experts.", widths, f"{block}feed.shared.")
+
+
+def _mtp(config: ModelConfig, *, biased: bool) -> Iterator[Piece]:
+    yield from _mixture(config, biased=biased, block="block.")
+    width = (config.d_model,)
+    yield Piece("enorm.weight", width, "embedding_norm.scale", ())
+    yield Piece("hnorm.weight", width, "hidden_norm.scale", ())
+    yield Piece("shared_head.norm.weight", width, "out_norm.scale", ())
+    halves = (config.d_model, 2 * config.d_model)  # input: [embedding ; hidden]
+    yield Piece("eh_proj.weight", halves, "project", ())
+
+
+def _attention_and_norms(config: ModelConfig, block: str) -> Iterator[Piece]:
+    d, heads = config.d_model, config.heads
+    q_latent, kv_latent = config.q_latent, config.kv_latent
+    yield Piece("input_layernorm.weight", (d,), f"{block}attention_norm.scale", ())
+    yield Piece("post_attention_layernorm.weight", (d,), f"{block}feed_norm.scale", ())
+    query = heads * (config.d_nope + config.d_rope)
+    key_value = heads * (config.d_nope + config.d_value)
+    rows: list[tuple[str, tuple[int, ...], str]] = [
+        ("kv_a_proj_with_mqa", (kv_latent + config.d_rope, d), "kv_down"),
+        ("kv_a_layernorm", (kv_latent,), "kv_norm.scale"),
+        ("kv_b_proj", (key_value, kv_latent), "kv_up"),
+        ("o_proj", (d, heads * config.d_value), "out"),
+    ]
+    if q_latent:
+        rows += [
+            ("q_a_proj", (q_latent, d), "query_down"),
+            ("q_a_layernorm", (q_latent,), "query_norm.scale"),
+            ("q_b_proj", (query, q_latent), "query_up"),
+        ]
+    else:
+        rows += [("q_proj", (query, d), "query")]
+    for name, shape, path in rows:
+        yield Piece(f"self_attn.{name}.weight", shape, f"{block}attention.{path}", ())
+
+
+def _swiglu(name: str, widths: tuple[int, int], path: str, *expert: int) -> Iterator[Piece]:
+    d, f = widths
+    yield Piece(f"{name}gate_proj.weight", (f, d), f"{path}gate_up", (*expert, slice(None), 0))
+    yield Piece(f"{name}up_proj.weight", (f, d), f"{path}gate_up", (*expert, slice(None), 1))
+    yield Piece(f"{name}down_proj.weight", (d, f), f"{path}down", expert)
+
+
+def to_published(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
+    """Published name -> [out, in] array, a view where it can be.
+
+    Args:
+      tree: a model, or anything with its structure, such as the gradients of its parameters; what
+        it does not hold is left out.
+    """
+    paths = [weight.path for weight in params.describe(tree)]
+    ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(tree)), strict=True))
+    return {
+        piece.name: piece.published(ours[piece.path][piece.index])
+        for piece in pieces(config)
+        if piece.path in ours
+    }

@@ -1,0 +1,333 @@
+"""Published checkpoints: names and shapes of the Hugging Face format, both ways.
+
+One table, `pieces`, says which part of which of our parameters each published tensor is. A
+published matrix is [out, in], ours are laid out as the einsums of `model/` read them: the transpose
+of the one is a reshape of the other.
+
+What is read and left alone: an MTP layer's copies of embedding and head (all depths share the main
+model's), and tables of rotary frequencies, which follow from the settings.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from deepseek_jax.checkpoint.hf import safetensors
+from deepseek_jax.checkpoint.hf.config_json import model_config, topk_method
+from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
+from deepseek_jax.checkpoint.hf.safetensors import E4M3, Tensor
+from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.model import params
+from deepseek_jax.model.transformer import Transformer, abstract_model
+from deepseek_jax.precision.fp8_tiles import BLOCK, spread
+
+Place = Callable[[params.Weight], Sharding]
+
+Slices = tuple[slice, ...]  # start and stop along each dimension
+
+HOST = ("cpu",)  # platforms whose devices keep arrays in host memory
+
+BF16 = safetensors.DTYPES["BF16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """An open checkpoint whose tensors are those of its settings; no value has been read.
+
+    Attributes:
+      biased: whether routers have biases; V2's have none, and ours are then zero.
+      tensors: by published name.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    config: ModelConfig
+    biased: bool
+    tensors: Mapping[str, Tensor]
+
+    def read(self, name: str, index: Slices | None = None) -> np.ndarray:
+        """Values of a tensor, or of a part of it, in float32 or as they are stored.
+
+        This is the place where FP8 ends: its blocks are multiplied by their scales into float32.
+
+        Raises:
+          ConfigError: some of these values are not finite.
+        """
+        tensor = self.tensors[name]
+        index = tuple(slice(0, size) for size in tensor.shape) if index is None else index
+        value = tensor.array[index]
+        if tensor.dtype == E4M3:
+            with np.errstate(invalid="ignore"):  # told below
+                value = value.astype(np.float32) * self._scales(name, index)
+        bad = not_finite(value)
+        if bad:
+            raise ConfigError(
+                f"{tensor.file}: {name} holds {bad} values of {value.size} that are not finite, "
+                "expected none"
+            )
+        return value
+
+    def _scales(self, name: str, index: Slices) -> np.ndarray:
+        """A scale for each value of a part: of the 128x128 blocks that it touches."""
+        blocks = tuple(slice(part.start // BLOCK, -(-part.stop // BLOCK)) for part in index)
+        scales = self.tensors[name + SCALE].array[blocks].astype(np.float32)
+        ends = [part.stop - block.start * BLOCK for part, block in zip(index, blocks, strict=True)]
+        return spread(scales, tuple(ends))[tuple(slice(part.start % BLOCK, None) for part in index)]
+
+    def release(self, name: str) -> None:
+        """Gives back the memory that reading took."""
+        for stored in (name, name + SCALE):
+            if stored in self.tensors:
+                self.tensors[stored].release()
+
+
+def open_folder(folder: Path) -> Published:
+    """The checkpoint in a folder that holds config.json and safetensors files.
+
+    Raises:
+      ConfigError: settings that this model does not have, or a tensor that is missing, unexpected,
+        of another shape or damaged; the message says what was found and expected.
+    """
+    settings = safetensors.read_json(folder / "config.json")
+    tensors = safetensors.open_folder(folder)
+    config = model_config(settings, source=folder / "config.json")
+    if not any(name.startswith(f"model.layers.{config.layers}.") for name in tensors):
+        config = dataclasses.replace(config, mtp_depth=0)  # left out when it was saved
+    biased = topk_method(settings) == "noaux_tc"
+    _check_tensors(folder, config, tensors, biased)
+    return Published(folder, settings, config, biased, tensors)
+
+
+def load(folder: Path, dtype: Any = jnp.float32, place: Place | None = None) -> Transformer:
+    """The model in a folder; every check that needs no values is made before one is read.
+
+    Args:
+      dtype: of the weights; norms, router and biases stay float32 (`params.cast`).
+      place: where each parameter goes; without it, the default device. A process reads what its own
+        devices hold, and keeps in host memory one layer of one device's part at a time.
+
+    Raises:
+      ConfigError: as `open_folder`, and for values that are not finite.
+    """
+    source = open_folder(folder)
+    config = source.config
+    abstract = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config))
+    parts = _by_path(source)
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    leaves = [
+        _placed(weight, place(weight) if place else device, parts.get(weight.path, []), source)
+        for weight in params.describe(abstract)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def parts_of(source: Published) -> Callable[[params.Weight, Slices], np.ndarray]:
+    """Returns read(weight, held): a part of one of our parameters, from what is published of it."""
+    by_layer = {
+        path: {layer: list(some) for layer, some in itertools.groupby(parts, _layer)}
+        for path, parts in _by_path(source).items()
+    }
+
+    def read(weight: params.Weight, held: Slices) -> np.ndarray:
+        layers = by_layer.get(weight.path, {})
+        stacked = weight.axes[0] == "layer"
+        numbers = range(held[0].start, held[0].stop) if stacked else (0,)
+        parts = [piece for number in numbers for piece in layers.get(number, ())]
+        out = np.empty([span.stop - span.start for span in held], weight.dtype)
+        _fill(out, weight.shape, held, parts, source)
+        return out
+
+    return read
+
+
+def _by_path(source: Published) -> dict[str, list[Piece]]:
+    """The published tensors that our parameters are made of, by layer and expert."""
+    parts: dict[str, list[Piece]] = {}
+    for piece in pieces(source.config, biased=source.biased):
+        parts.setdefault(piece.path, []).append(piece)
+    return parts
+
+
+def _layer(piece: Piece) -> int:
+    return piece.index[0] if piece.index else 0
+
+
+def _placed(
+    weight: params.Weight, where: Sharding, parts: Sequence[Piece], source: Published
+) -> jax.Array:
+    """One parameter, each device's part filled where it will be."""
+    copies: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    indices: Any = where.addressable_devices_indices_map(weight.shape)
+    for device, index in indices.items():
+        held = (one.indices(size)[:2] for one, size in zip(index, weight.shape, strict=True))
+        copies.setdefault(tuple(held), []).append(device)
+    arrays = []
+    for spans, (device, *others) in copies.items():
+        part = tuple(itertools.starmap(slice, spans))
+        first = _on_device(device, weight, part, parts, source)
+        arrays += [first, *(jax.device_put(first, other) for other in others)]
+    return jax.make_array_from_single_device_arrays(weight.shape, where, arrays)
+
+
+def _on_device(
+    device: jax.Device,
+    weight: params.Weight,
+    held: Slices,
+    parts: Sequence[Piece],
+    source: Published,
+) -> jax.Array:
+    """The part of a parameter that one device holds.
+
+    What a CPU device holds is in host memory anyway; to others it goes layer by layer.
+    """
+    dtype, shape = np.dtype(weight.dtype), tuple(span.stop - span.start for span in held)
+    if device.platform in HOST or weight.axes[0] != "layer":
+        whole = _aligned(shape, dtype)
+        _fill(whole, weight.shape, held, parts, source)
+        return jax.device_put(whole, device, may_alias=True)
+    stack = jax.device_put(jnp.zeros(shape, dtype, device=device), device)
+    for number, layer in enumerate(range(held[0].start, held[0].stop)):
+        row = np.empty((1, *shape[1:]), dtype)
+        _fill(row, weight.shape, (slice(layer, layer + 1), *held[1:]), parts, source)
+        stack = jax.block_until_ready(_set_layer(stack, jax.device_put(row, device), number))
+    return stack
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, row: jax.Array, number: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(stack, row, number, 0)
+
+
+def _fill(
+    out: np.ndarray, shape: tuple[int, ...], held: Slices, parts: Sequence[Piece], source: Published
+) -> None:
+    """Writes into `out` what published tensors hold of a parameter's part `held`."""
+    if not parts:
+        out[...] = 0  # a router bias where none is published
+    for piece in parts:
+        whole = piece.index + (slice(None),) * (len(held) - len(piece.index))
+        numbers = [(n, span) for n, span in zip(whole, held, strict=True) if type(n) is int]
+        if not all(span.start <= n < span.stop for n, span in numbers):
+            continue
+        here = tuple(
+            n - span.start if type(n) is int else n for n, span in zip(whole, held, strict=True)
+        )
+        dims = [
+            (size, span)
+            for n, size, span in zip(whole, shape, held, strict=True)
+            if type(n) is not int
+        ]
+        _copy(out[here], _part(piece, dims, source))
+        source.release(piece.name)
+
+
+def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: Published) -> np.ndarray:
+    """What a published tensor holds of a part of ours.
+
+    An axis of the one is a run of dimensions of the other. Of a run, the span of its first
+    dimension is read, and what the spans of the rest leave out is dropped.
+
+    Args:
+      dims: whole size and wanted span of each dimension of ours.
+    """
+    left, read, shape, kept = list(dims), [], [], []
+    for size in reversed(piece.shape) if piece.transposed else piece.shape:
+        run = [left.pop(0)]
+        while math.prod(length for length, _ in run) < size:
+            run.append(left.pop(0))
+        first, inner = run[0][1], [length for length, _ in run[1:]]
+        step = math.prod(inner)
+        read.append(slice(first.start * step, first.stop * step))
+        shape += [first.stop - first.start, *inner]
+        kept += [slice(None), *(span for _, span in run[1:])]
+    index = tuple(reversed(read)) if piece.transposed else tuple(read)
+    values = source.read(piece.name, index)
+    values = values.T if piece.transposed else values
+    return values.reshape(shape + [1] * len(left))[tuple(kept)]
+
+
+def _copy(out: np.ndarray, values: np.ndarray) -> None:
+    """out[...] = values, where one of them is often a transpose.
+
+    NumPy copies numbers of types that it does not know one by one, so BF16 goes as integers. Rows
+    of 2^n bytes would meet in the same lines of a cache: some at a time are spread a little.
+    """
+    if values.dtype == BF16 and out.dtype == np.float32:
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if values.dtype == out.dtype:
+        bits = f"u{out.itemsize}"
+        values, out = values.view(bits), out.view(bits)
+    if out.ndim != 2:
+        out[...] = values
+        return
+    rows, columns, apart = 64, 512, 32
+    spread_out = np.empty((columns, len(out) + apart), values.dtype)
+    for column in range(0, out.shape[1], columns):
+        to = out[:, column : column + columns]
+        held = spread_out[: to.shape[1], : len(out)]
+        held[...] = values[:, column : column + columns].T
+        for row in range(0, len(out), rows):
+            to[row : row + rows] = held[:, row : row + rows].T
+
+
+def not_finite(values: np.ndarray) -> int:
+    """How many are NaN or infinite; some rows at a time, in memory that is used again."""
+    bad, rows = 0, max(1, (1 << 18) // max(1, math.prod(values.shape[1:])))
+    for start in range(0, len(values), rows):
+        some = values[start : start + rows]
+        if some.dtype == BF16:
+            bad += int(np.count_nonzero((some.view(np.uint16) & 0x7F80) == 0x7F80))
+        else:
+            bad += some.size - int(np.count_nonzero(np.isfinite(some)))
+    return bad
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised, at an address that a CPU device takes over without a second copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _check_tensors(
+    folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], biased: bool
+) -> None:
+    """Every tensor of the model is there, in its shape, and nothing else."""
+    expected = {piece.name: piece.shape for piece in pieces(config, biased=biased)}
+    table = (config.vocab, config.d_model)
+    for name, tensor in tensors.items():
+        if copy := re.fullmatch(
+            r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight", name
+        ):
+            if 0 <= int(copy[1]) - config.layers < config.mtp_depth:
+                expected[name] = table
+        elif re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
+            expected[name] = (config.d_rope // 2,)
+        if tensor.dtype == E4M3 and len(tensor.shape) == 2:
+            rows, columns = tensor.shape
+            expected[name + SCALE] = (-(-rows // BLOCK), -(-columns // BLOCK))
+    wrong = []
+    for name in sorted(expected.keys() | tensors.keys()):
+        found, shape = tensors.get(name), expected.get(name)
+        # FP8 is for matrices, which come with scales, and scales do not come in FP8.
+        plain = name.endswith(SCALE) or len(shape or ()) != 2
+        if found is None or found.shape != shape or (found.dtype == E4M3 and plain):
+            kind = "a float" if plain else "a float or FP8 "
+            wanted = "nothing" if shape is None else f"{kind}{list(shape)}"
+            wrong.append(f"{name} (found {found or 'nothing'}, expected {wanted})")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConfigError(
+            f"{folder} does not hold the model of its config.json: {', '.join(wrong[:3])}{more}"
+        )

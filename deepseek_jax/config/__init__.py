@@ -1,0 +1,52 @@
+"""The config of a run: one ConfigDict in, frozen dataclasses checked as a whole out."""
+
+from deepseek_jax.config.capacity import buffer_slots, most_nodes
+from deepseek_jax.config.parse import check, from_json, parse, parse_saved
+from deepseek_jax.config.renamed import RENAMED, renamed
+from deepseek_jax.config.schema import (
+    DATA_AXES,
+    LOGICAL_AXES,
+    MESH_AXES,
+    SPLITS,
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    LayoutConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+)
+
+__all__ = [
+    "DATA_AXES",
+    "LOGICAL_AXES",
+    "MESH_AXES",
+    "RENAMED",
+    "SPLITS",
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "LayoutConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrecisionConfig",
+    "ScheduleConfig",
+    "buffer_slots",
+    "check",
+    "from_json",
+    "most_nodes",
+    "parse",
+    "parse_saved",
+    "renamed",
+]

@@ -1,0 +1,299 @@
+"""Rules between the values of one config; each message names the key and a value that fits."""
+
+import math
+
+from deepseek_jax.config.capacity import buffer_slots, most_nodes
+from deepseek_jax.config.hints import did_you_mean, need
+from deepseek_jax.config.schema import (
+    DATA_AXES,
+    LOGICAL_AXES,
+    MESH_AXES,
+    SPLITS,
+    BatchConfig,
+    Config,
+    ConfigError,
+)
+
+
+def check_model(config: Config) -> None:
+    model = config.model
+    need(
+        model.dense_layers <= model.layers,
+        f"model.dense_layers={model.dense_layers} is more than model.layers={model.layers}; set "
+        f"model.dense_layers={model.layers}",
+    )
+    need(
+        model.d_rope % 2 == 0,
+        f"model.d_rope={model.d_rope} is odd, and rotary embeddings turn pairs; set "
+        f"model.d_rope={model.d_rope + 1}",
+    )
+    need(
+        model.yarn_beta_fast > model.yarn_beta_slow,
+        f"model.yarn_beta_fast={model.yarn_beta_fast} must be above "
+        f"model.yarn_beta_slow={model.yarn_beta_slow}; the report has 32 and 1",
+    )
+    need(
+        model.experts % model.groups == 0,
+        f"model.experts={model.experts} do not split into model.groups={model.groups} equal "
+        f"groups; set model.groups={_divisor(model.experts, model.groups)}",
+    )
+    need(
+        model.top_groups <= model.groups,
+        f"model.top_groups={model.top_groups} is more than model.groups={model.groups}; set "
+        f"model.top_groups={model.groups}",
+    )
+    per_group = model.experts // model.groups
+    held = per_group * model.top_groups
+    need(
+        model.top_k <= held,
+        f"model.top_k={model.top_k} is more than the {held} experts that model.top_groups="
+        f"{model.top_groups} groups hold (model.experts={model.experts} / model.groups="
+        f"{model.groups} = {per_group} each); raise model.top_groups, or set model.top_k={held}",
+    )
+    need(
+        model.groups == 1 or model.group_score != "top2" or per_group >= 2,
+        f"model.group_score='top2' adds the best two experts of a group, and model.experts="
+        f"{model.experts} in model.groups={model.groups} leaves one in each; change model.groups, "
+        "or set model.group_score=max",
+    )
+
+
+def check_optimizer(config: Config) -> None:
+    need(
+        config.optimizer.moments == "float32" or config.optimizer.b2 <= 0.99,
+        f"optimizer.b2={config.optimizer.b2} with optimizer.moments='bfloat16': each change of the "
+        "second moment is below bfloat16's resolution, so it would never move; use "
+        "optimizer.moments='float32', or set optimizer.b2=0.99",
+    )
+
+
+def check_schedule(config: Config) -> None:
+    """The phases follow each other. A run may end before it reaches the later ones."""
+    schedule, batch = config.schedule, config.batch
+    for early, late in (("decay_start", "decay_end"), ("decay_end", "final_start")):
+        start, end = getattr(schedule, early), getattr(schedule, late)
+        need(
+            start <= end,
+            f"schedule.{early}={start} comes after schedule.{late}={end} (both count consumed "
+            f"tokens); set schedule.{late}={start}",
+        )
+    # The ramp only adds sequences, so this is the least that the warm-up can consume.
+    per_step = min(batch.sequences, batch.ramp_sequences) * batch.length
+    steps = schedule.decay_start // per_step
+    need(
+        schedule.warmup_steps <= steps,
+        f"schedule.warmup_steps={schedule.warmup_steps} of at least {per_step} tokens each end "
+        f"after schedule.decay_start={schedule.decay_start}; set schedule.warmup_steps={steps}",
+    )
+
+
+def check_layout(config: Config) -> None:
+    """The mesh, and layout.rules: names that exist, splits that the model's collectives undo."""
+    free = [f"mesh.{axis}" for axis in MESH_AXES if getattr(config.mesh, axis) == -1]
+    need(
+        len(free) <= 1,
+        f"{' and '.join(free)} are both -1; only one axis can take all devices that are left",
+    )
+    for axis, over in config.layout.rules.items():
+        key, shown = f"layout.rules.{axis}", f"({', '.join(over)})"
+        need(
+            axis in LOGICAL_AXES,
+            f"{key}: there is no logical axis {axis!r}"
+            + (did_you_mean(axis, LOGICAL_AXES) or f"; known: {', '.join(LOGICAL_AXES)}"),
+        )
+        for name in over:
+            need(
+                name in MESH_AXES,
+                f"{key}: there is no mesh axis {name!r}"
+                + (did_you_mean(name, MESH_AXES) or f"; known: {', '.join(MESH_AXES)}"),
+            )
+            allowed = SPLITS[axis]
+            need(
+                name in allowed,
+                f"{key}={shown}: {axis} can only be split over "
+                f"({', '.join(allowed)}), not over {name}; "
+                "take it out (layout.zero=3 spreads any weight over the data axes)"
+                if allowed
+                else f"{key}={shown}: {axis} cannot be split; take the rule out (layout.zero=3 "
+                "spreads any weight over the data axes)",
+            )
+        ordered = tuple(name for name in MESH_AXES if name in over)
+        need(
+            tuple(over) == ordered,
+            f"{key}={shown}: name each mesh axis once, outermost first: ({', '.join(ordered)})",
+        )
+    # Gradients are summed over every data axis, so tokens along each of them have to differ.
+    over = config.layout.rules.get("batch", ())
+    for axis in DATA_AXES:
+        size = getattr(config.mesh, axis)
+        need(
+            axis in over or size in (1, -1),
+            f"layout.rules.batch=({', '.join(over)}) leaves out {axis}, so the mesh.{axis}={size} "
+            f"devices along it would see the same tokens; add it, or set mesh.{axis}=1",
+        )
+
+
+def check_batch(config: Config) -> None:
+    model, batch = config.model, config.batch
+    need(
+        model.mtp_depth < batch.length,
+        f"model.mtp_depth={model.mtp_depth} looks past batch.length={batch.length} tokens; set "
+        f"model.mtp_depth={batch.length - 1}",
+    )
+    reach = model.yarn_original * model.yarn_factor
+    if model.yarn_factor > 1 and batch.length > reach:
+        raise ConfigError(
+            f"batch.length={batch.length} is past what YaRN reaches, model.yarn_original="
+            f"{model.yarn_original} x model.yarn_factor={model.yarn_factor}; raise "
+            f"model.yarn_factor, or set batch.length={int(reach)}"
+        )
+    parts = _parts(config, "batch") or 1
+    fit = _fitting_batch(batch, parts)
+    need(
+        batch.micro_sequences % parts == 0,
+        f"batch.micro_sequences={batch.micro_sequences} do not divide among the {parts} devices of "
+        f"layout.rules.batch ({_shape(config, 'batch')}); change the mesh, or set {fit}",
+    )
+    for key in ("sequences", "ramp_sequences"):
+        need(
+            getattr(batch, key) % batch.micro_sequences == 0,
+            f"batch.{key}={getattr(batch, key)} is no multiple of batch.micro_sequences="
+            f"{batch.micro_sequences}, so a step would have a broken micro-batch; set {fit}",
+        )
+    need(
+        batch.ramp_sequences <= batch.sequences,
+        f"batch.ramp_sequences={batch.ramp_sequences} is more than batch.sequences="
+        f"{batch.sequences}, where the ramp ends; set batch.ramp_sequences={batch.sequences}",
+    )
+
+
+def check_splits(config: Config) -> None:
+    """Sizes against the devices they are split over, as far as those are known."""
+    model, layout = config.model, config.layout
+    for axis, key, step in (
+        ("experts", "experts", model.groups),
+        ("heads", "heads", 1),
+        ("vocab", "vocab", 1),
+        ("dense_width", "d_dense", 1),
+        ("expert_width", "d_expert", 1),  # the shared expert's width is a multiple of this one
+    ):
+        parts, size = _parts(config, axis) or 1, getattr(model, key)
+        need(
+            size % parts == 0,
+            f"model.{key}={size} does not divide among the {parts} devices of layout.rules.{axis} "
+            f"({_shape(config, axis)}); change the mesh or the rule, or set "
+            f"model.{key}={_round_up(size, math.lcm(parts, step))}",
+        )
+    need(
+        layout.dispatch != "reference" or _parts(config, "experts") in (1, None),
+        f"layout.dispatch='reference' computes every expert on every device, but "
+        f"layout.rules.experts splits them ({_shape(config, 'experts')}); set layout.dispatch=flat",
+    )
+
+
+def check_dispatch(config: Config) -> None:
+    """Groups against nodes, micro-batches against those in flight, buffers against no slot."""
+    model, layout = config.model, config.layout
+    over = layout.rules.get("experts", ())
+    sizes = {name: getattr(config.mesh, name) for name in over}
+    slow = math.prod(size for name, size in sizes.items() if name != "gpu")
+    known = -1 not in sizes.values()
+    need(
+        layout.dispatch != "two_hop" or not known or slow < 2 or model.groups % slow == 0,
+        f"model.groups={model.groups} do not map to the {slow} nodes of layout.rules.experts "
+        f"({_shape(config, 'experts')}), and layout.dispatch='two_hop' sends a token to few nodes "
+        "because its experts are in few groups; give a model that is not trained yet "
+        f"model.groups={_round_up(model.groups, slow)}, or set layout.dispatch=flat",
+    )
+    flights = layout.micro_batches_in_flight
+    need(
+        flights == 1 or layout.dispatch != "reference",
+        f"layout.micro_batches_in_flight={flights} puts one micro-batch's work under the messages "
+        "of another, and layout.dispatch=reference has none; set layout.dispatch=flat",
+    )
+    need(
+        flights == 1 or config.batch.sequences >= flights * config.batch.micro_sequences,
+        f"layout.micro_batches_in_flight={flights}, but batch.sequences={config.batch.sequences} "
+        f"make one micro-batch of batch.micro_sequences={config.batch.micro_sequences} a step; set "
+        f"batch.sequences={flights * config.batch.micro_sequences}",
+    )
+    parts = tuple(
+        math.prod(sizes[name] for name in over if (name == "gpu") == fast) for fast in (0, 1)
+    )
+    if layout.dispatch != "two_hop":
+        parts = (math.prod(parts),)
+    rows = config.batch.micro_sequences // (_parts(config, "batch") or 1)
+    if not known or layout.dispatch == "reference" or not model.moe_layers or not rows:
+        return
+    parts = tuple(count for count in parts if count > 1)
+    tokens, nodes = rows * config.batch.length, most_nodes(model)
+    buffer_slots(layout.capacity_factor, tokens, model.top_k, model.experts, parts, nodes)
+
+
+def check_pipeline(config: Config) -> None:
+    """What a pipeline asks of the layout; `stage_assignment.py` checks how layers are split."""
+    pipe, layout, model = config.mesh.pipe, config.layout, config.model
+    if pipe in (1, -1):
+        return
+    need(
+        layout.pipeline != "dualpipe" or pipe % 2 == 0,
+        f"mesh.pipe={pipe}: layout.pipeline=dualpipe pairs ranks r and {pipe - 1} - r; set "
+        f"mesh.pipe={pipe + 1}, or layout.pipeline=dualpipev or layout.pipeline=1f1b",
+    )
+    need(
+        layout.zero < 3,
+        f"layout.zero=3 with mesh.pipe={pipe} would gather every layer for every micro-batch; set "
+        "layout.zero=1, which splits the masters over the pipeline too",
+    )
+    need(
+        layout.dispatch != "reference",
+        f"mesh.pipe={pipe} runs a layer in steps, which layout.dispatch=reference has not; set "
+        "layout.dispatch=flat",
+    )
+    need(
+        layout.micro_batches_in_flight == 1,
+        f"layout.micro_batches_in_flight={layout.micro_batches_in_flight} with mesh.pipe={pipe}: "
+        "which micro-batches run side by side is for layout.pipeline to say; set "
+        "layout.micro_batches_in_flight=1",
+    )
+    need(
+        not (layout.defer_weight_gradients and layout.pipeline == "1f1b"),
+        "layout.defer_weight_gradients fills the waits of DualPipe's schedule, and "
+        "layout.pipeline=1f1b has none for it; set layout.defer_weight_gradients=False",
+    )
+    need(
+        model.moe_layers > 0,
+        f"model.dense_layers={model.dense_layers} are all of model.layers, and stages of "
+        f"mesh.pipe={pipe} are made of MoE layers; set model.dense_layers={model.layers - 1}",
+    )
+
+
+def _parts(config: Config, axis: str) -> int | None:
+    """Devices that a logical axis is split over; None while a mesh axis of it is -1."""
+    sizes = [getattr(config.mesh, name) for name in config.layout.rules.get(axis, ())]
+    return None if -1 in sizes else math.prod(sizes)
+
+
+def _shape(config: Config, axis: str) -> str:
+    """The mesh axes behind `_parts`, as "mesh.node=2 x mesh.gpu=4"."""
+    return " x ".join(
+        f"mesh.{name}={getattr(config.mesh, name)}" for name in config.layout.rules.get(axis, ())
+    )
+
+
+def _fitting_batch(batch: BatchConfig, parts: int) -> str:
+    """The batch keys to change, so that micro-batches divide among `parts` and steps into them."""
+    micro = _round_up(batch.micro_sequences, parts)
+    sequences = _round_up(batch.sequences, micro)
+    ramp = min(_round_up(batch.ramp_sequences, micro), sequences)
+    want = {"micro_sequences": micro, "sequences": sequences, "ramp_sequences": ramp}
+    return ", ".join(f"batch.{k}={v}" for k, v in want.items() if v != getattr(batch, k))
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _divisor(value: int, near: int) -> int:
+    """The largest divisor of `value` that is not above `near`."""
+    return next(d for d in range(min(value, near), 0, -1) if value % d == 0)

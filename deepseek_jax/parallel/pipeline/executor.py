@@ -1,0 +1,238 @@
+"""One program for all ranks of DualPipe and DualPipeV: `ticks` says when, the model says what.
+
+A tick runs one forward and one backward chunk, of which neither needs anything of the other, so
+each one's messages can travel under the other's matmuls. Values wait in pools of slots, whose
+number does not grow with the micro-batches. Runs inside a `shard_map` that is manual over `pipe`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.parallel.overlap import Steps, interleave, run_to_end, storing, with_scope
+from deepseek_jax.parallel.pipeline.lockstep import IDLE, BidirectionalStages
+from deepseek_jax.parallel.pipeline.slot_pools import (
+    SharedPools,
+    accumulated,
+    pool,
+    read,
+    run_if,
+    write,
+    zeros,
+)
+
+AXIS = "pipe"
+# What a compiled program calls ticks, the chunks in each, and what follows the last layer.
+TICKS, FORWARD, BACKWARD, LAST = ("even", "odd"), "forward", "backward", "last"
+
+
+class Stages(Protocol):
+    """What the executor asks of a model. A micro-batch is a traced number, a chunk 0 or 1.
+
+    What `on` (a bool scalar) says false of may return anything finite, and should send nothing.
+    """
+
+    def first(self, micro: jax.Array) -> jax.Array:
+        """The input of stage 0."""
+        ...
+
+    def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[tuple[Any, Any, Any]]:
+        """The output, what backward needs (a list of arrays), and a pytree of sums to record."""
+        ...
+
+    def backward(
+        self, chunk: int, kept: list[jax.Array], d_y: jax.Array, on: jax.Array
+    ) -> Steps[tuple[jax.Array, Any, list[Any]]]:
+        """The gradients of the input and of the chunk's weights, these float32; and, if the model
+        defers them, what is missing of the weights' as arrays that `rest_of_backward` wants."""
+        ...
+
+    def rest_of_backward(self, chunk: int, later: list[Any]) -> Any:
+        """What is missing of the weights' gradients."""
+        ...
+
+    def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
+        """Adds loss and gradients of the model's end to `total`; and the gradient of y."""
+        ...
+
+    def first_gradient(self, micro: jax.Array, d_x: jax.Array, total: Any) -> Any:
+        """Adds the gradients of what `first` did."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Attributes:
+    wall: who holds which stage.
+    slots: of the pools, from `TickTables`.
+    turns: the steps of a forward ("f") and a backward chunk ("b") side by side.
+    skip: whether a tick before and after the steady ones leaves out what its rank has not to do,
+      instead of making and dropping it. What is left out hides no message.
+    """
+
+    wall: BidirectionalStages
+    slots: dict[str, int]
+    turns: Sequence[str]
+    skip: bool
+
+    def run(
+        self,
+        stages: Stages,
+        like: jax.Array,
+        total: Any,
+        tables: dict[str, jax.Array],
+        steady: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[list[Any], list[Any], Any]:
+        """All ticks.
+
+        Args:
+          like: shape and dtype of what travels between stages.
+          total: zeros of what `last` and `first_gradient` add to.
+          tables: [T, ranks], of `TickTables`; ticks past the last one may follow.
+          steady: first steady tick, the one after the last, and the number of ticks; all even.
+
+        Returns:
+          For each chunk the gradients of its weights and its sums; and `total`.
+        """
+        rank = lax.axis_index(AXIS)
+        mine = {name: table[:, rank] for name, table in tables.items()}
+        on = jnp.zeros((), jnp.bool_)
+        wait = jnp.zeros(like.shape, like.dtype)
+        whole = [
+            jax.eval_shape(lambda x, on, c=c: run_to_end(stages.forward(c, x, on)), wait, on)
+            for c in (0, 1)
+        ]
+        back = [
+            jax.eval_shape(
+                lambda kept, d_y, on, c=c: run_to_end(stages.backward(c, kept, d_y, on)),
+                whole[c][1], wait, on,
+            )
+            for c in (0, 1)
+        ]  # fmt: skip
+        kept, later = (
+            SharedPools.of(kinds) for kinds in ([w[1] for w in whole], [b[2] for b in back])
+        )
+        state = {
+            "x": pool(like, self.slots["x"]),
+            "d_y": pool(like, self.slots["d_y"]),
+            "kept": kept.pools(self.slots["kept"]),
+            "later": later.pools(self.slots.get("later", 0)),
+            "sums": [zeros(w[2]) for w in whole],
+            "gradients": [zeros(b[1]) for b in back],
+            "total": total,
+        }
+        tick = _Tick(self, stages, rank, whole, back, kept, later)
+
+        def loop(start: Any, end: Any, skip: bool, state: Any) -> Any:
+            def pair(i: jax.Array, state: Any) -> Any:
+                for parity in (0, 1):
+                    now = {name: column[2 * i + parity] for name, column in mine.items()}
+                    state = tick(state, now, parity, skip)
+                return state
+
+            return lax.fori_loop(start // 2, end // 2, pair, state)
+
+        first, end, count = steady
+        if self.skip:
+            state = loop(0, first, True, state)
+            state = loop(first, end, False, state)
+            state = loop(end, count, True, state)
+        else:
+            state = loop(0, count, False, state)
+        return state["gradients"], state["sums"], state["total"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tick:
+    pipeline: Pipeline
+    stages: Stages
+    rank: jax.Array
+    whole: list[Any]
+    back: list[Any]
+    kept: SharedPools
+    later: SharedPools
+
+    def __call__(self, state: Any, now: dict[str, jax.Array], parity: int, skip: bool) -> Any:
+        """One tick: all reads, then both chunks, the swap, and all writes."""
+        wall, stages, f, b = self.pipeline.wall, self.stages, parity, 1 - parity
+        f_on, b_on = now["f_micro"] != IDLE, now["b_micro"] != IDLE
+        reads = (
+            read(state["x"], now["f_in"]),
+            read(state["d_y"], now["b_in"]),
+            self.kept.read(state["kept"], b, now["b_kept"]),
+        )
+        pools = state["x"], state["d_y"], state["kept"]
+        # A read before all writes: otherwise the compiler copies whole pools to be safe.
+        (x, d_y, kept), (xs, d_ys, kepts) = lax.optimization_barrier((reads, pools))
+        # Only even ticks begin a micro-batch, and only odd ones end it, forward and backward.
+        is_first = self._holds(0, 0)
+        if parity == 0:
+            x = run_if(is_first & f_on, lambda _: stages.first(now["f_micro"]), x)
+        with jax.named_scope(TICKS[parity]):
+            (y, new, sums), (d_x, made, missing) = self._both(f, b, x, d_y, kept, f_on, b_on, skip)
+        swaps = wall.swaps(parity)
+        y_here, d_x_here = lax.ppermute((y, d_x), AXIS, swaps) if swaps else (y, d_x)
+        total = state["total"]
+        if parity == 1:
+            ends = self._holds(wall.stages - 1, 1) & f_on
+            with jax.named_scope(LAST):
+                total, d_top = run_if(
+                    ends,
+                    lambda both: stages.last(now["f_micro"], y, both[0]),
+                    (total, jnp.zeros(y.shape, y.dtype)),
+                )
+            d_x_here = jnp.where(ends, d_top, d_x_here)
+            total = run_if(
+                is_first & b_on,
+                lambda total: stages.first_gradient(now["b_micro"], d_x, total),
+                total,
+            )
+        gradients = accumulated(state["gradients"], b, made, b_on)
+        later = self.later.write(state["later"], b, now["w_to"], missing)
+        if later:  # after the swap: no neighbour waits for it
+            gradients = [self._rest(c, later, now, total) for c, total in enumerate(gradients)]
+        return {
+            "x": write(xs, now["y_to"], y_here),
+            "d_y": write(d_ys, now["d_x_to"], d_x_here),
+            "kept": self.kept.write(kepts, f, now["f_kept"], new),
+            "sums": accumulated(state["sums"], f, sums, f_on),
+            "gradients": gradients,
+            "later": later,
+            "total": total,
+        }
+
+    def _rest(self, chunk: int, later: Any, now: dict[str, jax.Array], total: Any) -> Any:
+        """The gradients of a chunk's weights, with those that were deferred until this tick."""
+
+        def add(total: Any) -> Any:
+            with jax.named_scope(BACKWARD):
+                taken = self.later.read(later, chunk, now["w_from"])
+                more = self.stages.rest_of_backward(chunk, taken)
+            return jax.tree.map(jnp.add, total, more)
+
+        return run_if((now["w_micro"] != IDLE) & (now["w_chunk"] == chunk), add, total)
+
+    def _holds(self, stage: int, chunk: int) -> jax.Array:
+        """Whether this rank's chunk is that stage."""
+        wall = self.pipeline.wall
+        holders = [r for r in range(wall.ranks) if wall.stage(r, chunk) == stage]
+        return jnp.isin(self.rank, jnp.asarray(holders, jnp.int32))
+
+    def _both(
+        self, f: int, b: int, x: Any, d_y: Any, kept: Any, f_on: Any, b_on: Any, skip: bool
+    ) -> tuple[Any, Any]:
+        forward = with_scope(FORWARD, self.stages.forward(f, x, f_on))
+        backward = with_scope(BACKWARD, self.stages.backward(b, kept, d_y, b_on))
+        if not skip:
+            out: dict[str, Any] = {}
+            works = {"f": storing(out, "f", forward), "b": storing(out, "b", backward)}
+            interleave(works, self.pipeline.turns)
+            return out["f"], out["b"]
+        return (
+            lax.cond(f_on, lambda: run_to_end(forward), lambda: zeros(self.whole[f])),
+            lax.cond(b_on, lambda: run_to_end(backward), lambda: zeros(self.back[b])),
+        )

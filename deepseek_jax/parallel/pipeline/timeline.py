@@ -1,0 +1,158 @@
+"""When each step of a schedule runs, with free messages: bubbles, live activations, the figure.
+
+Formulas are those of table 2 of the report and of DeepSeek's DualPipe repository; PP stages.
+"""
+
+import dataclasses
+
+from deepseek_jax.parallel.pipeline.schedule import Result, Schedule, Step, Task, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a step of one stage takes, all in one unit of time.
+
+    Attributes:
+      forward, input_grad, weight_grad: F, I and W; a full backward B is I + W.
+      pair: F&B, an overlapped forward and backward; F + B if not given, which hides messages only.
+    """
+
+    forward: float = 1
+    input_grad: float = 1
+    weight_grad: float = 1
+    pair: float | None = None
+
+    @property
+    def backward(self) -> float:
+        return self.input_grad + self.weight_grad
+
+    @property
+    def overlapped(self) -> float:
+        return self.forward + self.backward if self.pair is None else self.pair
+
+    def of(self, step: Step) -> float:
+        if len(step) > 1:
+            return self.overlapped
+        return {
+            Work.FORWARD: self.forward,
+            Work.INPUT_GRAD: self.input_grad,
+            Work.WEIGHT_GRAD: self.weight_grad,
+            Work.BACKWARD: self.backward,
+        }[step[0].work]
+
+
+UNIT = Costs()  # F = I = W = 1, B = 2, F&B = 3: the figure's
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """A schedule's run, from time 0, in the unit of its costs.
+
+    Attributes:
+      starts, ends: [rank][step].
+      makespan: when the last rank is done.
+      bubbles: of each rank, the time of the makespan in which it has no step.
+      peaks: of each rank, the most chunks live at once: from their F to the end of their W or B.
+    """
+
+    starts: tuple[tuple[float, ...], ...]
+    ends: tuple[tuple[float, ...], ...]
+    makespan: float
+    bubbles: tuple[float, ...]
+    peaks: tuple[int, ...]
+
+
+def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
+    """Runs every rank's program in order, each step as soon as its inputs are there.
+
+    Raises:
+      ValueError: the programs come to a halt before their end.
+    """
+    ready: dict[Result, float] = {}
+    starts: list[list[float]] = [[] for _ in schedule.programs]
+    ends: list[list[float]] = [[] for _ in schedule.programs]
+    for rank, number in schedule.order():
+        step = schedule.programs[rank][number]
+        inputs = (ready[need] for task in step for need in schedule.needs(task))
+        start = max(ends[rank][-1] if number else 0, *inputs, 0)
+        starts[rank].append(start)
+        ends[rank].append(start + costs.of(step))
+        ready.update((task.gives, ends[rank][-1]) for task in step)
+    makespan = max(times[-1] for times in ends if times)
+    busy = (sum(map(costs.of, program)) for program in schedule.programs)
+    return Timeline(
+        starts=tuple(map(tuple, starts)),
+        ends=tuple(map(tuple, ends)),
+        makespan=makespan,
+        bubbles=tuple(makespan - each for each in busy),
+        peaks=tuple(map(_peak, schedule.programs)),
+    )
+
+
+def bubble_formula(kind: str, stages: int, costs: Costs = UNIT) -> float:
+    """The published bubble of a rank, in the unit of the costs, for a kind of `schedule.BY_NAME`.
+
+    DualPipe's released list of steps stays at or below it where W <= F <= I and B <= F&B <= F + B,
+    and meets it where F = I; ZB1P meets it from PP micro-batches on where W <= F and W <= I.
+    """
+    forward, backward, weight = costs.forward, costs.backward, costs.weight_grad
+    both_ways = (stages // 2 - 1) * (costs.overlapped + backward - 3 * weight)
+    return {
+        "1f1b": (stages - 1) * (forward + backward),
+        "zb1p": (stages - 1) * (forward + backward - 2 * weight),
+        "dualpipe": both_ways,
+        "dualpipev": both_ways,
+    }[kind]
+
+
+def peak_formula(kind: str, stages: int) -> int:
+    """The published most live chunks of a rank; a chunk is one stage for one micro-batch."""
+    return stages if kind in ("1f1b", "zb1p") else stages + 1
+
+
+def draw(schedule: Schedule) -> str:
+    """The schedule as figure 5 of the report, in characters, at F = I = W = 1 and F&B = 3.
+
+    A line for each rank. A unit of time is as wide as "a7". a and b are the two streams' forwards
+    (DualPipeV: the way down and the way up), A and B their backwards: of one unit for inputs only,
+    filled up with "=" where full. x and y are their weight gradients, "a7&B3=" a forward and a
+    backward that overlap, ".." nothing.
+    """
+    timeline = simulate(schedule)
+    tasks = (task for program in schedule.programs for step in program for task in step)
+    digits = max(len(str(schedule.stream(task)[1])) for task in tasks)
+    width, rank_width = 1 + digits, len(str(schedule.ranks - 1))
+    lines = []
+    for rank, program in enumerate(schedule.programs):
+        line = ""
+        for step, start, end in zip(
+            program, timeline.starts[rank], timeline.ends[rank], strict=True
+        ):
+            label = "&".join(_label(schedule, task, digits) for task in step)
+            line = line.ljust(int(start) * width, ".") + label
+            line = line.ljust(int(end) * width, "=")
+        line = line.ljust(int(timeline.makespan) * width, ".")
+        lines.append(f"rank {rank:>{rank_width}} |{line}|")
+    return "\n".join(lines)
+
+
+_LETTERS = {
+    Work.FORWARD: "ab",
+    Work.INPUT_GRAD: "AB",
+    Work.BACKWARD: "AB",
+    Work.WEIGHT_GRAD: "xy",
+}
+
+
+def _label(schedule: Schedule, task: Task, digits: int) -> str:
+    stream, number = schedule.stream(task)
+    return f"{_LETTERS[task.work][stream]}{number:0{digits}}"
+
+
+def _peak(program: tuple[Step, ...]) -> int:
+    live = peak = 0
+    for step in program:
+        live += sum(task.work is Work.FORWARD for task in step)
+        peak = max(peak, live)
+        live -= sum(task.work in (Work.BACKWARD, Work.WEIGHT_GRAD) for task in step)
+    return peak

@@ -1,0 +1,298 @@
+"""Continuous batching: requests join and leave the slots of a batch that keeps running."""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.model import params
+from deepseek_jax.model.decoding import Unstacked
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.params import split
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.axes import Layout
+from deepseek_jax.parallel.experts import dispatch
+from deepseek_jax.parallel.mesh import spread
+from deepseek_jax.serve import decode, speculate
+from deepseek_jax.serve.batch_state import Admission, State, empty
+from deepseek_jax.serve.requests import Counts, Delta, Request
+from deepseek_jax.serve.sampling import Settings
+
+SHORTEST = 16  # prompts are padded to this or a power of two above it, so that compiles are few
+
+
+class CompiledProgram:
+    """A jitted function of `held` and more, compiled apart from its first call, once per shapes."""
+
+    def __init__(self, function: Any, held: tuple[Any, ...]):
+        self._function, self._held = function, held
+        self._compiled: dict[Any, Any] = {}
+
+    def prepare(self, *arguments: Any) -> float:
+        """Compiles for these shapes if need be -> seconds that it took."""
+        begin, key = time.perf_counter(), self._shapes(arguments)
+        if key not in self._compiled:
+            self._compiled[key] = self._function.lower(*self._held, *arguments).compile()
+        return time.perf_counter() - begin
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._compiled[self._shapes(arguments)](*self._held, *arguments)
+
+    @staticmethod
+    def _shapes(arguments: Any) -> tuple[Any, ...]:
+        return tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+
+
+class Engine:
+    """A fixed number of slots that requests share; `add` them, then `step` until nothing is left.
+
+    Args:
+      model: weights; on `mesh`, if there is one, placed by `layout.storage`.
+      how: precision; whether layers are a loop or, with `unroll` above 1, come one after another;
+        and how tokens reach their experts when prompts are read. Decoding has few tokens, for which
+        it takes buffers that any router fits into.
+      slots: requests that run at once, over all devices.
+      length: tokens of room for each, prompt and generated ones.
+      cache: format of the latent cache, one of `cache.FORMATS`.
+      stop: tokens that end a request.
+      drafts: tokens that the MTP modules guess in each step; 0 decodes one at a time.
+      steps: of decoding in one call; new requests join between calls.
+
+    Raises:
+      ConfigError: sizes that cannot work together, before anything is compiled.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        how: Execution,
+        layout: Layout,
+        mesh: Mesh,
+        *,
+        slots: int,
+        length: int,
+        cache: str = "bfloat16",
+        stop: tuple[int, ...] = (),
+        drafts: int = 0,
+        steps: int = 8,
+    ):
+        config = self.config = model.config
+        for name, value, least in (("slots", slots, 1), ("speculate", drafts, 0)):
+            if value < least:
+                raise ConfigError(f"--{name}={value}; expected at least {least}")
+        if drafts and not config.mtp_depth:
+            raise ConfigError(
+                f"--speculate={drafts} drafts with MTP modules, and this model has none; set "
+                "--speculate=0"
+            )
+        self.layout, self.mesh, self.slots, self.length = layout, mesh, slots, length
+        self._drafts = drafts
+        self.count_anew()
+        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._held: list[int | None] = [None] * slots
+        self._added = 0
+        self._parts = int(
+            np.prod([layout.sizes[name] for name in layout.mesh_axes("batch")] or [1])
+        )
+        if slots % self._parts:
+            raise ConfigError(
+                f"{slots} slots do not divide among the {self._parts} devices of the data axes; "
+                f"set --slots={-(-slots // self._parts) * self._parts}"
+            )
+
+        self._build(model, how, cache, stop, steps)
+
+    def _build(
+        self, model: Transformer, how: Execution, cache: str, stop: tuple[int, ...], steps: int
+    ) -> None:
+        """The empty state, and the two programs that change it."""
+        config, layout, mesh, drafts = self.config, self.layout, self.mesh, self._drafts
+        apart = how.unroll > 1  # layers that are compiled one after another need no stack
+        with jax.set_mesh(mesh):
+            on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+            graph, weights, bias = split(Unstacked.of(model, on_cpu=on_cpu) if apart else model)
+        batch = P(layout.mesh_axes("batch") or None)
+        held = (
+            params.place(weights, layout.storage),
+            jax.tree.map(lambda _: P(), bias),
+        )
+        window = speculate.window(config, drafts) if drafts else 0
+
+        def fresh() -> State:
+            compute = how.recipe.compute
+            return empty(config, self.slots, self.length, cache, compute, window, apart)
+
+        state = jax.eval_shape(fresh)
+        own = State(
+            slots=jax.tree.map(lambda _: batch, state.slots),
+            cache=jax.tree.map(lambda _: P(None, *batch), state.cache),
+            hidden_window=jax.tree.map(lambda _: batch, state.hidden_window),
+        )
+        self._place = NamedSharding(mesh, batch)
+
+        def program(fn, how, *more):
+            """fn(model, how, state, ...) on every device's own part."""
+
+            def local(weights, bias, *arguments):
+                with axes.active(layout):
+                    return fn(nnx.merge(graph, weights, bias), how, *arguments)
+
+            sharded = jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(*held, own, *more),
+                out_specs=(own, P()),
+                check_vma=False,
+            )
+            return CompiledProgram(jax.jit(sharded, donate_argnums=2), (weights, bias))
+
+        step = speculate.stepper(drafts) if drafts else decode.plain_step
+        with jax.set_mesh(mesh):
+            self._admit = program(functools.partial(decode.admit, stop=stop), how, batch)
+            self._decode = program(
+                lambda model, how, state: decode.multi_step(
+                    step, steps, drafts + 1, model, how, state, stop
+                ),
+                dataclasses.replace(how, dispatch=dispatch.unbounded(how.dispatch)),
+            )
+            places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), own)
+            self._state = jax.jit(fresh, out_shardings=places)()
+
+    def add(self, request: Request) -> int:
+        """Queues a request and returns its number; ConfigError where it can never run here."""
+        prompt, total = request.prompt, len(request.prompt) + request.max_tokens
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab:
+            raise ConfigError(
+                f"a prompt has tokens from {min(prompt)} to {max(prompt)}; this model has 0 to "
+                f"{self.config.vocab - 1}"
+            )
+        if total > self.length:
+            raise ConfigError(
+                f"a prompt of {len(prompt)} tokens and --max_tokens={request.max_tokens} need room "
+                f"for {total}, and a slot has {self.length}; set --cache_length={total}"
+            )
+        self._waiting.append((self._added, request))
+        self._added += 1
+        return self._added - 1
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or any(number is not None for number in self._held)
+
+    def step(self) -> list[Delta]:
+        """Lets waiting requests into free slots, then decodes a few steps of all that run."""
+        deltas = []
+        for wave in self._waves():
+            news, seconds = self._call(self._admit, wave)
+            self.counts.prefill_seconds += seconds
+            deltas += self._deltas(news)
+        if any(number is not None for number in self._held):
+            news, seconds = self._call(self._decode)
+            self.counts.decode_seconds += seconds
+            self._count(news)
+            deltas += self._deltas(news)
+        return deltas
+
+    def count_anew(self) -> None:
+        """From here on `counts` tells what comes."""
+        self.counts = Counts(np.zeros(self._drafts, np.int64))
+
+    def run(self, requests: Iterable[Request]) -> list[list[int]]:
+        """All of them, and what else is waiting, to their end: the tokens generated for each."""
+        numbers = [self.add(request) for request in requests]
+        made: dict[int, list[int]] = {number: [] for number in numbers}
+        while self.busy:
+            for delta in self.step():
+                made.setdefault(delta.request, []).extend(delta.tokens)
+        return [made[number] for number in numbers]
+
+    def _call(self, program: CompiledProgram, *arguments: Any) -> tuple[decode.StepOutput, float]:
+        """What came out, and the seconds that it took once compiled."""
+        with jax.set_mesh(self.mesh):
+            self.counts.compile_seconds += program.prepare(self._state, *arguments)
+            begin = time.perf_counter()
+            self._state, news = program(self._state, *arguments)
+            news = jax.device_get(news)
+        return news, time.perf_counter() - begin
+
+    def _waves(self) -> Iterator[Admission]:
+        """Waiting requests for which there are slots, those of one padded length together."""
+        free = [slot for slot, number in enumerate(self._held) if number is None]
+        by_length: dict[int, list[tuple[int, int, Request]]] = {}
+        for slot in free[: len(self._waiting)]:
+            number, request = self._waiting.popleft()
+            length = self._padded(len(request.prompt))
+            by_length.setdefault(length, []).append((slot, number, request))
+        for length, wave in sorted(by_length.items()):
+            for slot, number, request in wave:
+                self._held[slot] = number
+                self.counts.prompt_tokens += len(request.prompt)
+            yield self._admission(length, [(slot, request) for slot, _, request in wave])
+
+    def _padded(self, length: int) -> int:
+        return min(max(SHORTEST, 1 << (length - 1).bit_length()), self.length)
+
+    def _admission(self, length: int, requests: list[tuple[int, Request]]) -> Admission:
+        """On each device either one row for a new request, or as many as it has slots."""
+        here = self.slots // self._parts
+        per_device = collections.Counter(slot // here for slot, _ in requests)
+        rows = 1 if max(per_device.values()) == 1 else here
+
+        # NumPy until all is filled in.
+        def full(value: float, dtype: Any, *more: int) -> Any:
+            return np.full((self._parts * rows, *more), value, dtype)
+
+        new = Admission(
+            rows=full(here, np.int32),
+            prompts=full(0, np.int32, length),
+            lengths=full(0, np.int32),
+            limits=full(0, np.int32),
+            settings=Settings(full(0, np.float32), full(1, np.float32), full(0, np.uint32)),
+        )
+        used: collections.Counter[int] = collections.Counter()
+        for slot, request in requests:
+            device, prompt = slot // here, request.prompt
+            row = device * rows + used[device]
+            used[device] += 1
+            for whole, value in (
+                (new.rows, slot % here),
+                (new.lengths, len(prompt)),
+                (new.limits, len(prompt) + request.max_tokens),
+                (new.settings.temperature, request.temperature),
+                (new.settings.top_p, request.top_p),
+                (new.settings.seed, request.seed),
+            ):
+                whole[row] = value
+            new.prompts[row, : len(prompt)] = prompt
+        return jax.tree.map(lambda x: spread(x, self._place), new)
+
+    def _deltas(self, news: decode.StepOutput) -> list[Delta]:
+        deltas = []
+        for slot, number in enumerate(self._held):
+            if number is None:
+                continue
+            steps = zip(news.tokens[:, slot], news.count[:, slot], strict=True)
+            tokens = [int(t) for made, count in steps for t in made[:count]]
+            done = not news.running[slot]
+            if done:
+                self._held[slot] = None
+            if tokens or done:
+                deltas.append(Delta(number, tokens, done))
+        return deltas
+
+    def _count(self, news: decode.StepOutput) -> None:
+        offered, counts = news.offered, self.counts
+        counts.tokens += int(news.count.sum())
+        counts.steps += int((offered > 0).sum())
+        for draft in range(len(counts.accepted)):
+            counts.accepted[draft] += int((offered > draft + 1).sum())

@@ -1,0 +1,257 @@
+"""The end of a pipeline: MTP modules, whose messages travel under the matmuls of the heads.
+
+A module's block is a MoE layer on one micro-batch, and no other chunk is beside it. But the loss of
+the head before it needs nothing of the module, and is as much work as several layers. Eight parts
+of that head's rows go with it, each in two steps: matmuls (h), then messages of its own (H), which
+a vocabulary that is split needs between them and which XLA lets travel by no other.
+
+    forward     attention H    dispatch h H h             experts H    combine h H h    H
+    backward                   combine gradient h H h     experts H    dispatch gradient h H h
+                attention H
+
+The last head has no module after it, and is alone, as are rows that eight chunks do not hold. While
+a part's gradients are made, the logits of the next one are, too.
+"""
+
+import dataclasses
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.loss import entropy_of, everywhere, gradients_of, head_loss, logits_of
+from deepseek_jax.model.mtp import join
+from deepseek_jax.model.overlapped.layer_pass import hops_of
+from deepseek_jax.model.overlapped.stage import Stage, single_layer
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.overlap import Steps, interleave, storing
+from deepseek_jax.train.objective import Sums, counted, no_layers, targets_of
+
+PARTS = 8
+
+
+def forward_turns(hops: int) -> list[str]:
+    """A module's steps ("m") and those of the head before it ("h")."""
+    return ["mmh", *_beside_hops(hops), "mmmh", *_beside_hops(hops), "h"]
+
+
+def backward_turns(hops: int) -> list[str]:
+    return [*_beside_hops(hops), "mmh", *_beside_hops(hops), "mmh"]
+
+
+def _beside_hops(hops: int) -> list[str]:
+    return ["mh", "h|m", "mh"] if hops == 2 else ["m" * hops + "hhh"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LastStage:
+    """How the end of a model is run, and what its loss counts.
+
+    Attributes:
+      how: of the MTP modules.
+      chunk: rows whose logits are held at once.
+      mtp_weight, alpha, sequences: as `objective` takes them.
+    """
+
+    how: Execution
+    chunk: int
+    mtp_weight: jax.Array
+    alpha: float
+    sequences: jax.Array
+
+    def gradients(
+        self, ends: Transformer, y: jax.Array, tokens: jax.Array
+    ) -> tuple[Transformer, jax.Array, Sums]:
+        """Of what `objective` makes of the last layer's output.
+
+        Args:
+          ends: a model without layers (`staged.ends`).
+          y: BSD.
+          tokens: B(S+1) int32.
+
+        Returns:
+          The gradients of `ends` and of y, and what to record.
+        """
+        depth = ends.config.mtp_depth
+        targets, each = targets_of(tokens, depth, self.mtp_weight, self.sequences)
+        heads = [
+            _LossHead(ends.head.table[...], targets[k], each[k], self.chunk)
+            for k in range(depth + 1)
+        ]
+        out, pull_norm = jax.vjp(lambda norm, y: norm(y), ends.norm, y)
+        embedded, pull_embedded = jax.vjp(lambda table: table(tokens, self.how), ends.embedding)
+        modules = []
+        state = out
+        for k in range(1, depth + 1):
+            module = _OverlappedMTP(self, jax.tree.map(operator.itemgetter(k - 1), ends.mtp), k)
+            heads[k - 1].rows = out
+            state, out = module.forward(state, embedded, heads[k - 1])
+            modules.append(module)
+        heads[depth].rows = out
+        heads[depth].rest()
+
+        d_embedded, d_state = jnp.zeros_like(embedded), jnp.zeros_like(y)
+        for module, head, last in zip(modules[::-1], heads[-2::-1], heads[:0:-1], strict=True):
+            d_state, more = module.backward(last.gradient(), d_state, head)
+            head.rest()
+            d_embedded = d_embedded + more
+        d_norm, d_y = pull_norm(heads[0].gradient() + d_state)
+
+        grads: Any = jax.tree.map(lambda leaf: leaf, ends)
+        grads.embedding, grads.norm = pull_embedded(d_embedded)[0], d_norm
+        d_table = sum(head.d_table for head in heads)
+        grads.head = jax.tree.map(lambda _: d_table, ends.head)
+        if modules:
+            of_modules = [module.gradients for module in modules]
+            grads.mtp = jax.tree.map(lambda *parts: jnp.stack(parts), *of_modules)
+        return grads, d_y, self._sums(ends, heads, modules, each)
+
+    def _sums(self, ends: Any, heads: Any, modules: Any, weights: jax.Array) -> Sums:
+        entropies = jnp.stack([head.entropies() for head in heads])
+        balance = sum((module.sums[1].sum() for module in modules), jnp.zeros(()))
+        layers = [(module.sums[0], module.sums[2]) for module in modules]
+        layers = layers or [no_layers(ends.config.experts)]
+        load, traffic = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+        return Sums(counted(entropies, weights), balance, load, traffic)
+
+
+class _LossHead:
+    """The loss of one head, part by part.
+
+    Attributes:
+      rows: BSD, what the head reads.
+      d_table: DV float32, of the parts that are done.
+    """
+
+    rows: jax.Array
+    _ready: Any
+
+    def __init__(self, table: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int):
+        """targets and weights BS."""
+        self._table, self._chunk = table, chunk
+        self._targets, self._weights = targets.reshape(-1), weights.reshape(-1)
+        self._done: list[tuple[jax.Array, jax.Array]] = []
+        self.d_table = jnp.zeros(table.shape, jnp.float32)
+
+    def steps(self, parts: range) -> Steps[None]:
+        """Two for each part, matmuls and messages; before the first part, one that makes ready."""
+        if self._targets.size < PARTS:  # too few to part, but the turns have to be taken
+            for _ in range(2 * len(parts) + (not parts.start)):
+                yield ()
+            return
+        if not parts.start:
+            here = self._gathered(0)
+            logits = logits_of(here[0], self._table)
+            scored = entropy_of(logits, here[1])
+            self._ready = yield here, logits, scored, self._gathered(1)
+        for k in parts:
+            here, logits, scored, ahead = self._ready
+            entropy = scored[0]
+            d_rows, d_table = gradients_of(here[0], self._table, logits, scored, here[2])
+            self.d_table = self.d_table + d_table
+            here, logits = ahead, ahead and logits_of(ahead[0], self._table)
+            d_rows, self.d_table, logits = yield d_rows, self.d_table, logits
+            d_rows = axes.fan_in(d_rows, "vocab").astype(self.rows.dtype)
+            scored = here and entropy_of(logits, here[1])
+            ready = here, logits, scored, self._gathered(k + 2)
+            d_rows, self._ready = yield d_rows, ready
+            self._done.append((d_rows, axes.own(entropy, "vocab")))
+
+    def rest(self) -> None:
+        """The rows of no part, in one loop."""
+        first, total = sum(len(entropy) for _, entropy in self._done), self._targets.size
+        if first == total:
+            return
+        run = jax.grad(head_loss, (0, 1), has_aux=True)
+        rows, targets, weights = self._slice(first, total)
+        chunk = min(self._chunk, total - first)
+        (d_rows, d_table), entropies = run(rows, self._table, targets, weights, chunk)
+        self.d_table = self.d_table + d_table
+        self._done.append((d_rows, entropies))
+
+    def _gathered(self, part: int) -> Any:
+        """Rows, targets and weights of all devices; None past the end."""
+        size = min(self._chunk, self._targets.size // PARTS)
+        return everywhere(*self._slice(size * part, size * (part + 1))) if part < PARTS else None
+
+    def _slice(self, start: int, end: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        rows = self.rows.reshape(self._targets.size, -1)
+        return rows[start:end], self._targets[start:end], self._weights[start:end]
+
+    def gradient(self) -> jax.Array:
+        """Of `rows`."""
+        return jnp.concatenate([d_rows for d_rows, _ in self._done]).reshape(self.rows.shape)
+
+    def entropies(self) -> jax.Array:
+        """BS, in nats."""
+        each = jnp.concatenate([entropies for _, entropies in self._done])
+        return each.reshape(self.rows.shape[:-1])
+
+
+class _OverlappedMTP:
+    """MTP module k on its way there and back.
+
+    Attributes:
+      sums: load, balance and traffic of its block, as `Stage.forward` returns them.
+      gradients: of the module, after backward.
+    """
+
+    sums: Any
+    gradients: Any
+
+    def __init__(self, ending: LastStage, module: Any, k: int):
+        self._how, self._module, self._k = ending.how, module, k
+        balance = ending.alpha / ending.sequences
+        experts = module.block.feed.config.experts
+        self._stage = Stage([single_layer(module.block)], ending.how, experts, balance)
+
+    def forward(
+        self, state: jax.Array, embedded: jax.Array, head: _LossHead
+    ) -> tuple[jax.Array, jax.Array]:
+        """state BSD and all embeddings -> (the next state, what the next head reads), both BSD."""
+        enter, weights = jax.checkpoint(self._enter, prevent_cse=False), self._module.joining()
+        x, self._pull_in = jax.vjp(enter, weights, state, embedded)
+        turns = forward_turns(hops_of(self._how))
+        done: dict[str, Any] = {}
+        work = self._stage.forward(x, jnp.bool_(True))
+        interleave({"m": storing(done, "m", work), "h": head.steps(range(PARTS // 2))}, turns)
+        state, self._kept, self.sums = done["m"]
+        out, self._pull_out = jax.vjp(lambda norm, x: norm(x), self._module.out_norm, state)
+        return state, out
+
+    def backward(
+        self, d_out: jax.Array, d_state: jax.Array, head: _LossHead
+    ) -> tuple[jax.Array, jax.Array]:
+        """The gradients of what `forward` returned -> those of state and embeddings."""
+        d_norm, d_x = self._pull_out(d_out)
+        turns = backward_turns(hops_of(self._how))
+        done: dict[str, Any] = {}
+        work = self._stage.backward(self._kept, d_x + d_state, jnp.bool_(True))
+        interleave(
+            {"m": storing(done, "m", work), "h": head.steps(range(PARTS // 2, PARTS))}, turns
+        )
+        d_x, (of_block,), _ = done["m"]
+        of_join, d_state, d_embedded = self._pull_in(d_x)
+        self.gradients = self._all(of_join, of_block, d_norm)
+        return d_state, d_embedded
+
+    def _enter(self, weights: Any, state: jax.Array, embedded: jax.Array) -> jax.Array:
+        """Position i reads token i + k, and zeros past the end."""
+        length = state.shape[1]
+        missing = max(0, self._k + length - embedded.shape[1])
+        ahead = jnp.pad(embedded, ((0, 0), (0, missing), (0, 0)))
+        embedding_norm, hidden_norm, project = weights
+        token = ahead[:, self._k : self._k + length]
+        return join(embedding_norm, hidden_norm, project, state, token, self._how)
+
+    def _all(self, of_join: Any, of_block: dict[str, Any], d_norm: Any) -> Any:
+        grads = jax.tree.map(lambda leaf: leaf, self._module)
+        grads.embedding_norm, grads.hidden_norm, project = of_join
+        grads.project = jax.tree.map(lambda _: project, grads.project)
+        grads.out_norm, feed = d_norm, grads.block.feed
+        for name, value in of_block.items():
+            setattr(grads.block if hasattr(grads.block, name) else feed, name, value)
+        return grads

@@ -1,0 +1,97 @@
+"""Rows of `metrics.jsonl`, written and read."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import jax
+import numpy as np
+
+METRICS = "metrics.jsonl"
+
+SUMMARY = "summary.json"
+
+Row = dict[str, Any]
+
+
+class Sink(Protocol):
+    """One place that news goes to."""
+
+    def begin(self, step: int, tokens: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def step(self, row: Row) -> None: ...
+    def close(self) -> None: ...
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON can keep: Python numbers, with None for what is not finite."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        value = np.asarray(value).tolist()
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`, each step once and in order.
+
+    A line that is no JSON object with a step is left out: what was being written when the process
+    was killed.
+    """
+    rows: list[Row] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+        if whole and (not rows or row["step"] > rows[-1]["step"]):
+            rows.append(row)
+    return rows
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object per logged step, there as soon as it is written."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def begin(self, step: int, tokens: int) -> None:
+        text = "".join(_line(row) for row in read_metrics(self._path) if row["step"] <= step)
+        if not self._path.exists() or self._path.read_text(errors="replace") != text:
+            replace_file(self._path, text)
+        self._file = self._path.open("a")
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step(self, row: Row) -> None:
+        assert self._file, "begin comes first"
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _line(row: Row) -> str:
+    if "expert_load" in row:
+        load = [[None if x is None else round(x, 6) for x in layer] for layer in row["expert_load"]]
+        row = {**row, "expert_load": load}
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a whole file so that a reader finds the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

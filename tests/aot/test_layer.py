@@ -1,0 +1,100 @@
+"""Traffic and overlap of one V3 layer, read from its program for 2,048 H100s (section 3.2.2).
+
+Pipe 16 x replica 2 x node 8 x gpu 8; nothing runs here.
+"""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import v3_671b
+from deepseek_jax import config as configs
+from deepseek_jax.aot import cluster, compiled, layer
+from deepseek_jax.model.router import select_experts, visits
+from deepseek_jax.parallel import axes
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.experts import dispatch
+
+pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
+
+MATMUL = 1e9  # FLOPs; counting and sorting make tiny ones
+
+
+def config(**layout):
+    """Of one stage: a layer does not know of the 16."""
+    c = v3_671b.get_config()
+    c.mesh.update(pipe=1, replica=2, node=8, gpu=8, tensor=1)
+    c.layout.update(recompute="report", attention_block=2048, **layout)
+    c.batch.micro_sequences = 1 * 2 * 8 * 8  # one of 4096 tokens on each device
+    return configs.parse(c)
+
+
+def messages(config):
+    """The all-to-alls of the first round, which is not in a loop."""
+    mesh = cluster.mesh(dataclasses.replace(config.mesh, pipe=16))
+    program = compiled.read(cluster.compile_for(layer.lower(config, mesh)), mesh, layer.KERNELS)
+    return [c for c in program.collectives if c.kind == "all-to-all" and c.inside == "entry"]
+
+
+def planned(config):
+    """Bytes of each hop's message, for each of the four times a token crosses it."""
+    model = config.model
+    with axes.active(meshes.layout(config)):
+        way = dispatch.of(config)
+        plan = way.plan(config.batch.length, model.top_k, model.experts)
+    return plan, plan.message_bytes(way.payload, model.d_model, jnp.bfloat16, model.top_k)
+
+
+def copies_per_token(config, hop):
+    plan, found = planned(config)
+    per_copy = found["send"][hop] // (plan.hops[hop].parts * plan.hops[hop].slots)
+    return found["send"][hop] / per_copy / config.batch.length / config.layout.capacity_factor
+
+
+def test_two_micro_batches_in_flight():
+    """What the plan says travels, where it should, and under a matmul of the other's."""
+    found = messages(config(micro_batches_in_flight=2))
+    plan, want = planned(config())
+    assert [hop.over for hop in plan.hops] == [("node",), ("gpu",)]
+    # Twice, for two micro-batches: recomputation asks for no message again.
+    want = collections.Counter(
+        (over, each[hop])
+        for hop, over in enumerate([("node",), ("gpu",)])
+        for each in want.values()
+        for _ in range(2)
+    )
+    assert collections.Counter((c.axes, c.bytes) for c in found) == want
+    assert len(found) == 16
+    for c in found:
+        # The slow hop stays on its rail, the fast one in its node.
+        assert (c.slow_bytes > 0, c.fast_bytes > 0) == (c.axes == ("node",), c.axes == ("gpu",))
+        assert c.group == 8
+        assert not c.is_sync, c
+        assert any(gemm.flops > MATMUL for gemm in c.gemms), c
+
+
+def test_four_copies_cross_between_nodes_where_flat_sends_eight():
+    flat = config(dispatch="flat")
+    _, want = planned(flat)
+    found = messages(flat)
+    assert sorted(c.bytes for c in found) == sorted(each[0] for each in want.values())
+    assert all(c.axes == ("node", "gpu") and c.group == 64 for c in found)
+    assert copies_per_token(flat, 0) == pytest.approx(8)
+    assert copies_per_token(config(), 0) == pytest.approx(4)
+    two_hop = planned(config())[1]
+    assert two_hop["send"][0] == want["send"][0] / 2
+
+
+def test_nodes_that_a_token_visits():
+    """With random scores: what the slow hop's buffer is sized for is what really travels."""
+    model = config().model
+    scores = jax.random.uniform(jax.random.key(0), (1, 4096, model.experts))
+    experts, _ = select_experts(scores, jnp.zeros(model.experts), model)
+    nodes = visits(experts, model.experts, 8).sum() / 4096
+    gpus = visits(experts, model.experts, 64).sum() / 4096
+    assert 3.9 < nodes <= 4 and 6.5 < gpus < 8
+    each = [int(visits(experts[:, i : i + 1], model.experts, 8).sum()) for i in range(256)]
+    assert max(each) <= 4

@@ -1,0 +1,128 @@
+"""The ticks of DualPipe, compiled for 2,048 H100s: pipe 16 x replica 2 x node 8 x gpu 8.
+
+A layer of V3's sizes in each stage, nothing before or after them, and our costs of what is in it.
+`python -m deepseek_jax.plan step` reads the same of a whole model, which a slow test asserts:
+ten minutes and more, only with `-m slow`. Nothing runs here.
+"""
+
+import collections
+import re
+from pathlib import Path
+
+import pytest
+from tiny import get_config as small
+
+from configs import v3_671b
+from deepseek_jax import config as configs
+from deepseek_jax.aot import cluster, compiled, cost_model, pipelined_step
+from deepseek_jax.config import ConfigError
+from deepseek_jax.parallel.pipeline import schedule
+from deepseek_jax.parallel.pipeline.lockstep import lockstep
+from deepseek_jax.train import step
+
+pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
+
+
+def compiled_with_our_costs(lower, config, folder):
+    """The program, and the steady ticks in it."""
+    mesh, rates = cluster.mesh(config.mesh), cost_model.Rates()
+    program = lower(config, mesh)
+    # Machine code, most of the time, is made once: costs change when a kernel runs, not the kernel.
+    once = {
+        "xla_gpu_kernel_cache_file": str(folder / "kernels"),
+        "xla_gpu_enable_llvm_module_compilation_parallelism": True,  # nothing is kept without
+    }
+    first = compiled.read(cluster.compile_for(program, once), mesh, pipelined_step.KERNELS)
+    costs = cost_model.text(pipelined_step.costs(first, rates))
+    second = cluster.compile_for(program, once, profile=costs)
+    done = compiled.read(second, mesh, pipelined_step.KERNELS)
+    return done, pipelined_step.read(done, rates), pipelined_step.read_last(done, rates)
+
+
+def hides_its_messages(program, pair, layers):
+    """Two ticks of a forward and a backward chunk, each two hops out and two home in a layer."""
+    axes = collections.Counter(c.axes for c in pair.messages)
+    assert axes == {("node",): 8 * layers, ("gpu",): 8 * layers}
+    for message in pair.messages:
+        assert not message.is_sync and pipelined_step.under(message), message
+    assert pair.hidden_share > 0.97
+    # Neither chunk of a tick needs anything of the other; of the tick before, both do.
+    assert pipelined_step.dependences(program, pair.computation) == []
+    assert not any(copy.bytes > 32 * 2**20 for copy in pair.copies)
+
+
+def test_each_chunk_hides_the_messages_of_the_other(tmp_path):
+    config = configs.parse(v3_671b.get_config())
+    program, pair, last = compiled_with_our_costs(pipelined_step.lower_alone, config, tmp_path)
+    assert last is None
+    hides_its_messages(program, pair, layers=1)
+    assert pipelined_step.under_the_other(pair) >= 10
+    # A layer keeps what crossed the slow hop and its input, and nothing made of a weight.
+    slots = lockstep_slots(config)
+    kept = {array.shape[1:] for array in pair.kept if array.shape[:1] == (slots,)}
+    crossed, words = 4096 * 4 * 5 // 4, (7168 + 4 * 7168 // 128) // 4
+    large = {shape for shape in kept if len(shape) > 1 and shape[-1] > 1000}
+    assert large == {(crossed, words), (1, 4096, 7168)}
+    assert program.peak_bytes < 24 * 2**30
+
+
+@pytest.mark.slow
+def test_so_does_the_whole_published_model(tmp_path):
+    """61 layers and MTP over 16 stages, with the way of weights to them and the optimiser."""
+    config = configs.parse(v3_671b.get_config())
+    program, pair, last = compiled_with_our_costs(step.lower, config, tmp_path)
+    hides_its_messages(program, pair, layers=4)
+    assert pair.hidden_share > 0.999
+    assert pipelined_step.under_the_other(pair) >= 50
+    # The end ranks' MTP module, under its main head: messages there and back of both hops.
+    assert len(last.messages) == 8
+    for message in last.messages:
+        assert not message.is_sync and pipelined_step.under(message), message
+    assert last.hidden_share > 0.97
+    assert program.peak_bytes < 62 * 2**30
+
+
+def pipelined(**mesh):
+    c = small()
+    c.mesh.update(**{"pipe": 2, "node": 2, "gpu": 2, **mesh})
+    return configs.parse(c)
+
+
+def test_a_whole_step_is_lowered_for_the_cluster():
+    """With the model's ends, the way of its weights to their ranks, and the optimiser."""
+    config = pipelined()
+    text = step.lower(config, cluster.mesh(config.mesh)).as_text()
+    assert "num_partitions = 8" in text and text.count("all_to_all") > 16
+
+
+@pytest.mark.parametrize(
+    ("mesh", "file", "message"),
+    [
+        ({"pipe": 1}, None, "set mesh.pipe above 1"),
+        ({"node": 1, "gpu": 1}, None, "set mesh.node or mesh.gpu above 1"),
+        ({}, Path("costs.txt"), "--costs=costs.txt must end in .pbtxt"),
+        ({}, Path("/no/costs.pbtxt"), "there is no folder /no"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_it_is_compiled(mesh, file, message):
+    def lower(config, mesh):
+        raise AssertionError("lowered before the check")
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        pipelined_step.measure(pipelined(**mesh), lower, file)
+
+
+def test_ticks_of_one_chunk_each_are_not_there_to_show():
+    c = small()
+    c.mesh.update(pipe=2, node=2, gpu=2)
+    c.layout.pipeline = "1f1b"
+    config = configs.parse(c)
+    with pytest.raises(
+        ConfigError, match=r"layout\.pipeline=1f1b .*; set layout\.pipeline=dualpipe "
+    ):
+        pipelined_step.lower_alone(config, cluster.mesh(config.mesh))
+
+
+def lockstep_slots(config):
+    made = schedule.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
+    return lockstep(made).slots["kept"]

@@ -1,0 +1,119 @@
+"""Datasheet numbers agree with each other and with what the report derives from them."""
+
+import dataclasses
+
+import pytest
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.hardware import chips, network, xla_options, xla_target
+
+
+def test_every_number_is_positive():
+    for facts in (*chips.CHIPS.values(), *network.NETWORKS.values()):
+        for field in dataclasses.fields(facts):
+            value = getattr(facts, field.name)
+            for number in value.values() if field.name == "peak_flops_per_s" else [value]:
+                assert number is None or isinstance(number, str) or number > 0, field.name
+
+
+def test_halving_the_bits_doubles_the_peak():
+    for chip in chips.CHIPS.values():
+        peak = chip.peak_flops_per_s
+        assert peak["bfloat16"] == peak["float16"] == pytest.approx(2 * peak["tf32"], rel=1e-3)
+        assert peak["float8"] == pytest.approx(2 * peak["bfloat16"], rel=1e-3)
+
+
+def test_the_h800_is_an_h100_with_weaker_links_and_less_float64():
+    h100, h800 = chips.H100, chips.H800
+    for dtype in ("tf32", "bfloat16", "float16", "float8"):
+        assert h800.peak_flops_per_s[dtype] == h100.peak_flops_per_s[dtype]
+    assert h800.peak_flops_per_s["float64"] < h100.peak_flops_per_s["float64"] / 10
+    assert (h800.hbm_bytes, h800.hbm_bytes_per_s) == (h100.hbm_bytes, h100.hbm_bytes_per_s)
+    # "NVLink bandwidth was cut from 900 to 400 GB/s": the two directions together.
+    assert 2 * network.H800.nvlink_bytes_per_s == 400e9
+    assert 2 * network.H100.nvlink_bytes_per_s == 900e9
+
+
+def test_the_h200_differs_from_the_h100_in_memory_alone():
+    h100, h200 = chips.H100, chips.H200
+    same = {"name": "", "hbm_bytes": 0, "hbm_bytes_per_s": 0.0}
+    assert dataclasses.replace(h100, **same) == dataclasses.replace(h200, **same)
+    assert h200.hbm_bytes > h100.hbm_bytes and h200.hbm_bytes_per_s > h100.hbm_bytes_per_s
+
+
+def test_links_reach_less_than_they_are_rated():
+    for links in network.NETWORKS.values():
+        if links.nvlink_effective_bytes_per_s:
+            assert links.nvlink_effective_bytes_per_s < links.nvlink_bytes_per_s
+        assert links.infiniband_effective_bytes_per_s < links.infiniband_bytes_per_s
+        assert links.infiniband_small_bytes_per_s <= links.infiniband_effective_bytes_per_s
+        assert links.infiniband_bytes_per_s < links.nvlink_bytes_per_s
+        assert links.infiniband_latency_s < links.infiniband_far_latency_s
+
+
+def test_the_report_s_argument_for_four_nodes():
+    """Section 3.2.2: NVLink is 3.2 times InfiniBand, so 4 nodes x 3.2 = 13 experts cost no more."""
+    links = network.H800
+    ratio = links.nvlink_effective_bytes_per_s / links.infiniband_bytes_per_s
+    assert ratio == pytest.approx(3.2)
+    assert round(ratio * 4) == 13
+
+
+def test_the_paper_s_limit_on_decoding_speed():
+    """[INS] 2.3.2: 32 tokens to 9 places, 1 byte out and 2 back, hidden 7000: 120.96 us a round."""
+    sent = (1 + 2) * 32 * 9 * 7000
+    assert sent / network.H800.infiniband_bytes_per_s == pytest.approx(120.96e-6)
+
+
+@pytest.mark.parametrize("name", ["h800", "H800", "NVIDIA H800"])
+def test_chips_are_found_by_any_spelling(name):
+    assert chips.chip(name) is chips.H800
+    assert network.network("H800") is network.H800
+
+
+def test_a_device_s_own_name_is_enough():
+    assert chips.chip("NVIDIA H100 80GB HBM3") is chips.H100
+    assert chips.chip("NVIDIA-H200") is chips.H200
+
+
+def test_the_host_has_no_published_peak():
+    assert chips.chip("cpu") is None
+
+
+@pytest.mark.parametrize("lookup", [chips.chip, network.network])
+def test_unknown_names_get_the_closest(lookup):
+    with pytest.raises(ValueError, match=r"'h80'; did you mean h800\?"):
+        lookup("h80")
+    with pytest.raises(ValueError, match="known: h100, h800, h200"):
+        lookup("abacus")
+
+
+def test_the_compiler_is_told_of_the_same_h100():
+    """XLA's own description of the device and the datasheet, which rounds."""
+    told, chip = xla_target.H100_SXM["gpu_device_info"], chips.H100
+    assert told["core_count"] == chip.sms
+    assert told["memory_bandwidth"] == pytest.approx(chip.hbm_bytes_per_s, rel=1e-3)
+    assert told["l2_cache_size"] == pytest.approx(chip.l2_bytes, rel=0.05)
+    assert told["shared_memory_per_core"] == chip.shared_bytes_per_sm
+    assert 0.95 * chip.hbm_bytes < told["device_memory_size"] < 1.07 * chip.hbm_bytes
+    float32 = 2 * told["core_count"] * told["fpus_per_core"] * told["clock_rate_ghz"] * 1e9
+    assert float32 == pytest.approx(67e12, rel=1e-2)
+
+
+def test_the_text_form_of_a_device():
+    config = {"name": 'a "b"', "on": True, "info": {"ghz": 1.5, "feature_extension": "FAST"}}
+    lines = ['name: "a \\"b\\""', "on: true", "info { ghz: 1.5 feature_extension: FAST }"]
+    assert xla_target.text(config) == "\n".join(lines)
+
+
+def test_gpus_are_told_what_instructions_cost(tmp_path):
+    costs = tmp_path / "costs.pbtxt"
+    with pytest.raises(ConfigError, match=r"layout\.cost_profile=.*plan step"):
+        xla_options.options("gpu", str(costs))
+    costs.touch()
+    assert xla_options.options("gpu", str(costs)) == xla_options.options("gpu") | {
+        xla_options.PROFILE: str(costs)
+    }
+    assert xla_options.options("cpu", str(costs)) == {}
+    with pytest.raises(ConfigError, match=r"ends in \.pbtxt"):
+        xla_options.options("gpu", str(costs.rename(tmp_path / "costs.txt")))

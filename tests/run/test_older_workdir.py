@@ -1,0 +1,57 @@
+"""A workdir that was written before keys and modules had their names of today.
+
+`fixtures/workdir_before_renames` is a run of `tiny.py` on its `text.txt`, 6 steps, made by the last
+commit before the renames. The losses of the steps after it are those of that commit, too.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+
+from deepseek_jax.checkpoint import conversion, load
+from deepseek_jax.config import ConfigError, parse, parse_saved
+from deepseek_jax.config.renamed import RENAMED
+from deepseek_jax.train import loop
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "workdir_before_renames"
+NEXT = {7: (3.5950918, 3.7677615), 8: (3.5476782, 3.7243023)}  # step -> loss, MTP loss
+SCHEDULE = dict(tokens=2000, decay_start=1024, decay_end=1200, final_start=1400, warmup_steps=2)
+
+
+def test_it_resumes(tmp_path):
+    shutil.copytree(FIXTURE, tmp_path / "run")
+    config = runs.tiny(
+        FIXTURE / "text.txt",
+        data=dict(cache=str(tmp_path / "cache")),
+        schedule=SCHEDULE,
+        batch=dict(ramp_tokens=100_000),
+        evaluation=dict(tokens=0),
+    )
+    loop.train(config, tmp_path / "run", screen=False)
+    rows = {row["step"]: row for row in runs.rows(tmp_path / "run")}
+    assert sorted(rows) == list(range(1, 9))
+    for step, want in NEXT.items():
+        got = rows[step]["loss"], rows[step]["mtp_loss"]
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert "capacity_factor" in kept["layout"] and "buffer" not in kept["layout"]
+
+
+def test_it_converts(tmp_path):
+    conversion.to_published(FIXTURE, tmp_path / "out", "float32", 1 << 30)
+    model = load.load(tmp_path / "out", np.float32)
+    ours = load.load(FIXTURE, np.float32)
+    np.testing.assert_array_equal(model.head.table[...], ours.head.table[...])
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_an_old_key_is_refused_with_its_new_name(old, new):
+    values = json.loads((FIXTURE / "config.json").read_text())
+    with pytest.raises(ConfigError, match=f"{old} is now called {new}"):
+        parse(values)
+    section, name = new.split(".")
+    assert getattr(getattr(parse_saved(values), section), name) == 1.25

@@ -1,0 +1,112 @@
+"""Two processes of four devices are one process of eight: local.sh as a user starts it, and the
+commands that read checkpoints."""
+
+import json
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from safetensors.numpy import load_file, save_file
+
+TINY = Path(__file__).parents[1] / "fixtures" / "hf_tiny"
+MESH = {"replica": 2, "node": 2, "gpu": 2}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "text"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = "the loss of a token is what the next one costs when it surprises us".split()  # noqa: SIM905
+    for number in range(30):
+        (folder / f"{number:02}.txt").write_text(" ".join(rng.choice(words, 120)))
+    return folder
+
+
+def test_two_processes_are_one(text, tmp_path):
+    """Stopped by SIGTERM as two processes, ended by one; and all of it by one alone."""
+    config = runs.tiny(text, mesh=MESH)
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole = runs.start_main([*runs.arguments(config, one), "--emulate_devices=8"])
+    _, err = whole.communicate(timeout=200)
+    assert (whole.returncode, err) == (0, "")
+
+    slow = [*runs.arguments(config, two), "--emulate_devices=4"]
+    launched = runs.start([str(runs.ROOT / "launch/local.sh"), "2", *slow])
+    try:
+        while launched.poll() is None and len(runs.rows(two)) < 2:
+            time.sleep(0.02)
+        launched.send_signal(signal.SIGTERM)
+        out, _ = launched.communicate(timeout=200)
+    finally:
+        launched.terminate()
+    assert launched.returncode == 0 and "Gloo" not in out
+    reached = len(runs.losses(two))
+    assert reached >= 2 and runs.checkpoints(two)[-1] == reached
+    assert out.count("compiling") == 1  # the other process does not speak
+
+    rest = runs.start_main([*runs.arguments(config, two), "--emulate_devices=8"])
+    out, err = rest.communicate(timeout=200)
+    assert (rest.returncode, err) == (0, "") and f"resumed from step {reached}" in out
+    np.testing.assert_allclose(runs.losses(two), runs.losses(one), rtol=1e-5)
+    ours, theirs = runs.rows(two), runs.rows(one)
+    assert [row["expert_load"] for row in ours] == [row["expert_load"] for row in theirs]
+
+
+def pair(command, *flags):
+    """(exit code, stdout, stderr) of both processes of a command, of four devices each."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    common = ["--config=configs/v3_tiny.py", "--emulate_devices=4"]
+    common += [
+        "--config.layout.unroll=1",
+        "--config.layout.capacity_factor=100",
+    ]  # quick to compile
+    common += [f"--coordinator=localhost:{port}", "--processes=2", *map(str, flags)]
+    module = [sys.executable, "-m", f"deepseek_jax.{command}"]
+    started = [runs.start([*module, *common, f"--process={number}"]) for number in range(2)]
+    try:
+        told = [process.communicate(timeout=100) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *both) for process, both in zip(started, told, strict=True)]
+
+
+def test_generation_and_scoring_by_two_processes(tmp_path):
+    """Each makes the calls, one prints; numbers are those of the fixture."""
+    common = [f"--checkpoint={TINY}", "--mesh=node:2,gpu:4", "--json"]
+    with np.load(TINY / "expected.npz") as expected:
+        prompts, tokens = expected["gen_prompt"], expected["gen_tokens"]
+        np.save(tmp_path / "ids.npy", expected["input_ids"])
+        loss = float(expected["loss"])
+    flags = [f"--prompt_tokens={','.join(map(str, prompt))}" for prompt in prompts]
+    first, second = pair("generate", *common, *flags, "--max_tokens=24")
+    assert second == (0, "", "") and (first[0], first[2]) == (0, "")
+    found = json.loads(first[1])
+    np.testing.assert_array_equal([r["tokens"] for r in found["requests"]], tokens)
+
+    data = f"--data={tmp_path / 'ids.npy'}"
+    first, second = pair("evaluate", *common, data, "--dtype=float32")
+    assert second == (0, "", "") and (first[0], first[2]) == (0, "")
+    assert json.loads(first[1])["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_what_one_process_cannot_read_ends_both(tmp_path):
+    """Only the second one holds the experts of the second node."""
+    name = "model.layers.3.mlp.experts.15.up_proj.weight"
+    weights = {n: np.array(w) for n, w in load_file(TINY / "model.safetensors").items()}
+    weights[name][0, 0] = np.nan
+    save_file(weights, tmp_path / "model.safetensors")
+    shutil.copyfile(TINY / "config.json", tmp_path / "config.json")
+    flags = [f"--checkpoint={tmp_path}", "--prompt_tokens=1,2", "--mesh=node:2,gpu:4"]
+    for code, out, err in pair("generate", *flags):
+        assert (code, out) == (2, "")
+        assert f"error: {tmp_path}/model.safetensors: {name} holds 1 values of" in err, err
