@@ -24,8 +24,8 @@ def __getattr__(name: str) -> Any:
 def _use_the_cpu_without_a_driver() -> None:
     """Selects the CPU where JAX's CUDA plugin is installed but no NVIDIA driver is.
 
-    The plugin may be there only to compile for a virtual cluster (`aot/cluster.py`). JAX would start
-    on the CPU anyway, after a long complaint of the plugin.
+    The plugin may be there only to compile for a virtual cluster (`aot/cluster.py`). JAX would
+    start on the CPU anyway, after a long complaint of the plugin.
     """
     folder = importlib.util.find_spec("jax_plugins")
     if _platforms() or importlib.util.find_spec("libtpu") or folder is None:
