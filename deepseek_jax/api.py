@@ -95,7 +95,7 @@ def load(directory: str | Path, dtype: Any = "float32") -> Model:
         recipe = recipes.recipe(jnp.dtype(dtype).name)
     except TypeError as error:
         raise ConfigError(f"dtype is {dtype!r}; expected float32 or bfloat16") from error
-    model = checkpoints.load(Path(directory), recipe.compute)
+    model = checkpoints.load(Path(directory), recipe.activation_dtype)
     return Model(model.config, model, Execution(recipe=recipe))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 128  # values along an axis that share a scale; the last ones may be fewer
-E4M3 = jnp.float8_e4m3fn
+E4M3 = np.dtype(jnp.float8_e4m3fn)
 LARGEST = 448.0  # of E4M3; a cast makes NaN of what is far above
 FLOOR = 1e-12  # of a tile's largest magnitude, so that zeros have a scale
 # XLA makes products of divisions by a constant or by what is broadcast, but not everywhere. They

@@ -86,7 +86,7 @@ def open_engine(
     parts = config.mesh.replica * config.mesh.node * config.mesh.gpu
     how = dataclasses.replace(execution.of(config), recompute="none")
     with jax.set_mesh(grid):
-        loaded = load.load(directory, how.recipe.compute, layout, grid)
+        loaded = load.load(directory, how.recipe.activation_dtype, layout, grid)
     return Engine(
         loaded,
         how,

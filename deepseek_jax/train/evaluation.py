@@ -57,7 +57,7 @@ def make_score(
 
     def local(masters, bias, tokens, valid):
         with axes.active(layout):
-            compute = params.cast(masters, how.recipe.compute)
+            compute = params.prepare(masters, how.recipe)
             compute = compute if per_layer else params.gather(compute, layout)
             model: Any = nnx.merge(graph, compute, bias)
             rows = model.trunk(tokens[:, :-1], how).top.reshape(-1, config.model.d_model)
@@ -127,7 +127,7 @@ def score_checkpoint(
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     with jax.set_mesh(grid):
-        dtype = execution.of(config).recipe.compute
+        dtype = execution.of(config).recipe.activation_dtype
         _, masters, bias = split(load.load(directory, dtype, layout, grid))
         score = make_score(config, layout, grid)(masters, bias, sequences, valid)
     loss = score.nats / score.targets

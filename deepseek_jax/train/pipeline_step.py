@@ -69,7 +69,7 @@ def make_gradients(
 
     def local(masters, bias, tokens, count, mtp_weight):
         with axes.active(layout):
-            model: Any = nnx.merge(graph, params.cast(masters, how.recipe.compute), bias)
+            model: Any = nnx.merge(graph, params.prepare(masters, how.recipe), bias)
             sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
             balance = config.schedule.balance_alpha / sequences
             rows = stage_params.fetch_stage_params(model, where, config.model, layout)
@@ -95,7 +95,7 @@ def make_gradients(
             )
             run = _ModelStages(chunks, ends, tokens, how, ending)
             shape = tokens.shape[1], tokens.shape[2] - 1, config.model.d_model
-            like: Any = jax.ShapeDtypeStruct(shape, how.recipe.compute)
+            like: Any = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
             gradients, sums, total = run_all(run, like, run.nothing(like), count)
             grads = stage_params.return_gradients(
                 model, gradients, total[0], where, config.model, layout

@@ -56,8 +56,8 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
 
     def local(masters, bias, tokens, count, mtp_weight):
         with axes.active(layout):
-            # Cast first: half the bytes to gather.
-            compute = params.cast(masters, how.recipe.compute)
+            # Prepared first: bfloat16 is half the bytes to gather.
+            compute = params.prepare(masters, how.recipe)
             compute = compute if per_layer else params.gather(compute, layout)
             sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
 
