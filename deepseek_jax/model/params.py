@@ -81,13 +81,13 @@ def prepare(tree: Any, recipe: Recipe) -> Any:
     return jax.tree.map(one, tree, is_leaf=is_variable)
 
 
-def cast(tree: Any, dtype: Any) -> Any:
-    """Weights in another dtype; sensitive ones as they are."""
+def stored(tree: Any, recipe: Recipe) -> Any:
+    """The weights as loading leaves them for `prepare`: sensitive ones as they are, others cast."""
 
-    def one(variable):
+    def one(variable: Any) -> Any:
         if variable.get_metadata("sensitive"):
             return variable
-        return variable.replace(variable[...].astype(dtype))
+        return variable.replace(variable[...].astype(recipe.stored_dtype))
 
     return jax.tree.map(one, tree, is_leaf=is_variable)
 

@@ -12,7 +12,7 @@ from deepseek_jax.checkpoint.hf.safetensors import read_json
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model import execution
+from deepseek_jax.model import execution, params
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.requests import Counts, Request
@@ -86,7 +86,8 @@ def open_engine(
     parts = config.mesh.replica * config.mesh.node * config.mesh.gpu
     how = dataclasses.replace(execution.of(config), recompute="none")
     with jax.set_mesh(grid):
-        loaded = load.load(directory, how.recipe.activation_dtype, layout, grid)
+        stored = load.load(directory, how.recipe, layout, grid)
+        loaded = params.prepare(stored, how.recipe)
     return Engine(
         loaded,
         how,

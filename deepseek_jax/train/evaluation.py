@@ -127,9 +127,9 @@ def score_checkpoint(
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     with jax.set_mesh(grid):
-        dtype = execution.of(config).recipe.activation_dtype
-        _, masters, bias = split(load.load(directory, dtype, layout, grid))
-        score = make_score(config, layout, grid)(masters, bias, sequences, valid)
+        recipe = execution.of(config).recipe
+        _, stored, bias = split(load.load(directory, recipe, layout, grid))
+        score = make_score(config, layout, grid)(stored, bias, sequences, valid)
     loss = score.nats / score.targets
     return {
         "loss": loss,
