@@ -11,6 +11,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint import load as checkpoints
 from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.loss import head_loss
 from deepseek_jax.model.router import Routing
@@ -95,7 +96,7 @@ def load(directory: str | Path, dtype: Any = "float32") -> Model:
         recipe = recipes.recipe(jnp.dtype(dtype).name)
     except TypeError as error:
         raise ConfigError(f"dtype is {dtype!r}; expected float32 or bfloat16") from error
-    model = checkpoints.load(Path(directory), recipe.compute)
+    model = params.prepare(checkpoints.load(Path(directory), recipe), recipe)
     return Model(model.config, model, Execution(recipe=recipe))
 
 

@@ -84,7 +84,7 @@ def _generate(
         mesh=mesh,
         slots=min(SLOTS.value, len(requests)),
         length=CACHE_LENGTH.value or max(map(len, prompts)) + MAX_TOKENS.value,
-        cache=CACHE.value or base.precision.recipe,
+        cache=CACHE.value,
         stop=words.stop,
         drafts=SPECULATE.value,
     )

@@ -203,7 +203,7 @@ class MeasuredDispatch:
     def messages(self) -> list[dict[str, Any]]:
         """A row for each hop."""
         model, payload = self.config.model, _hops(self.config).payload
-        dtype = execution.of(self.config).recipe.compute
+        dtype = execution.of(self.config).recipe.activation_dtype
         planned = self.plan.message_bytes(payload, model.d_model, dtype, model.top_k)
         rows = []
         for number, hop in enumerate(self.plan.hops):
@@ -263,7 +263,7 @@ def _compiled(config: Config, tokens: int) -> tuple[Any, tuple[NamedSharding, ..
 
 def _operands(config: Config, tokens: int) -> list[tuple[tuple[int, ...], Any]]:
     """Shape and dtype of gate_up, down, tokens, weights, experts and the gradient that comes in."""
-    model, dtype = config.model, execution.of(config).recipe.compute
+    model, dtype = config.model, execution.of(config).recipe.activation_dtype
     batch = tokens * config.mesh.node * config.mesh.gpu
     return [
         ((model.experts, model.d_model, 2, model.d_expert), dtype),

@@ -45,13 +45,14 @@ from deepseek_jax.checkpoint import weights
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import Layout
+from deepseek_jax.precision.recipes import BFLOAT16
 from pathlib import Path
 where = ()
 if devices > 1:
     where = Layout(rules, sizes, 0), meshes.build(MeshConfig(**sizes))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begin = time.perf_counter()
-model = jax.block_until_ready(weights.load(Path(folder), "bfloat16", *where))
+model = jax.block_until_ready(weights.load(Path(folder), BFLOAT16, *where))
 seconds = time.perf_counter() - begin
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([seconds, before, after]))

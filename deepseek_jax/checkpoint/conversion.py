@@ -18,12 +18,13 @@ import numpy as np
 
 from deepseek_jax.checkpoint import load
 from deepseek_jax.checkpoint.hf import config_json, export, names, reader
-from deepseek_jax.checkpoint.hf.safetensors import E4M3, read_json
+from deepseek_jax.checkpoint.hf.safetensors import read_json
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
 from deepseek_jax.data import tokenizer
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
+from deepseek_jax.precision.fp8_tiles import E4M3
 
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",

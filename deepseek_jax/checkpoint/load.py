@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -19,6 +18,7 @@ from deepseek_jax.model import params
 from deepseek_jax.model.params import Weight
 from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.parallel.axes import Layout
+from deepseek_jax.precision.recipes import FLOAT32, Recipe
 from deepseek_jax.runtime.agreement import raise_together
 
 T = TypeVar("T")
@@ -26,14 +26,15 @@ T = TypeVar("T")
 
 def load(
     directory: Path,
-    dtype: Any = jnp.float32,
+    recipe: Recipe = FLOAT32,
     layout: Layout | None = None,
     mesh: Mesh | None = None,
 ) -> Transformer:
     """The model in a Hugging Face directory or a run's workdir; its sizes are `.config`.
 
     Args:
-      dtype: of the weights; norms, router and biases stay float32 (`params.cast`).
+      recipe: its `stored_dtype` is that of the weights, for `params.prepare`; norms, router and
+        biases stay float32.
       layout, mesh: where each parameter goes, `layout.storage`: the places that compute wants, and
         under ZeRO the parts that it gathers. Without them, the default device.
 
@@ -42,7 +43,7 @@ def load(
         It is raised in all processes if it is in one.
     """
     return raise_together(
-        lambda: _loaded(directory, dtype, lambda weight: place(weight, layout, mesh))
+        lambda: _loaded(directory, recipe, lambda weight: place(weight, layout, mesh))
     )
 
 
@@ -60,11 +61,11 @@ def model_of(directory: Path) -> ModelConfig:
     return raise_together(found)
 
 
-def _loaded(directory: Path, dtype: Any, where: reader.Place) -> Transformer:
+def _loaded(directory: Path, recipe: Recipe, where: reader.Place) -> Transformer:
     run = trained(directory)
     if run is None:
-        return reader.load(directory, dtype, where)
-    return _restored(directory, run.model, dtype, where)
+        return reader.load(directory, recipe, where)
+    return _restored(directory, run.model, recipe, where)
 
 
 def trained(directory: Path) -> Config | None:
@@ -105,7 +106,9 @@ def leaves_of(config: ModelConfig) -> dict[str, Weight]:
     return {f"{_part(weight)}.{weight.path}": weight for weight in weights}
 
 
-def _restored(workdir: Path, config: ModelConfig, dtype: Any, where: reader.Place) -> Transformer:
+def _restored(
+    workdir: Path, config: ModelConfig, recipe: Recipe, where: reader.Place
+) -> Transformer:
     """Masters and router biases of a run's newest checkpoint; each process reads its own parts."""
     abstract = abstract_model(config)
     wanted = _wanted(abstract, where)
@@ -123,7 +126,7 @@ def _restored(workdir: Path, config: ModelConfig, dtype: Any, where: reader.Plac
                 f"{workdir}: {weight.path} holds {bad} values that are not finite, expected none"
             )
         leaves.append(leaf)
-    return params.cast(jax.tree.unflatten(jax.tree.structure(abstract), leaves), dtype)
+    return params.stored(jax.tree.unflatten(jax.tree.structure(abstract), leaves), recipe)
 
 
 def _wanted(abstract: Transformer, where: reader.Place | None) -> dict[str, dict[str, Any]]:

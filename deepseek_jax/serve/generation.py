@@ -12,8 +12,9 @@ from deepseek_jax.checkpoint.hf.safetensors import read_json
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model import execution
+from deepseek_jax.model import execution, params
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.serve import latent_cache
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.requests import Counts, Request
 
@@ -61,7 +62,7 @@ def open_engine(
     mesh: Mapping[str, int],
     slots: int,
     length: int,
-    cache: str,
+    cache: str | None,
     stop: tuple[int, ...],
     drafts: int,
     steps: int = 8,
@@ -72,7 +73,8 @@ def open_engine(
       base: layout and precision; its model is replaced by the checkpoint's.
       mesh: devices along mesh axes; empty for one device.
       slots: at least; rounded up to what the data axes divide.
-      length, cache, stop, drafts, steps: see `Engine`.
+      cache: format of the latent cache; None for the dtype of activations.
+      length, stop, drafts, steps: see `Engine`.
 
     Raises:
       ConfigError: a checkpoint that cannot be read, or a layout that does not fit.
@@ -86,7 +88,8 @@ def open_engine(
     parts = config.mesh.replica * config.mesh.node * config.mesh.gpu
     how = dataclasses.replace(execution.of(config), recompute="none")
     with jax.set_mesh(grid):
-        loaded = load.load(directory, how.recipe.compute, layout, grid)
+        stored = load.load(directory, how.recipe, layout, grid)
+        loaded = params.prepare(stored, how.recipe)
     return Engine(
         loaded,
         how,
@@ -94,7 +97,7 @@ def open_engine(
         grid,
         slots=-(-slots // parts) * parts,
         length=length,
-        cache=cache,
+        cache=cache or latent_cache.default_format(how.recipe),
         stop=stop,
         drafts=drafts,
         steps=steps,

@@ -1,7 +1,6 @@
 """Weights straight onto a mesh: the same numbers as on one device, each part read once."""
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import small
@@ -13,6 +12,7 @@ from deepseek_jax.checkpoint import conversion, load
 from deepseek_jax.checkpoint.hf import names, reader
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model import params
+from deepseek_jax.precision.recipes import BFLOAT16
 
 LAYOUTS = {
     "experts over 8": (dict(gpu=8), 0),
@@ -75,8 +75,8 @@ def test_a_part_is_read_once_by_the_device_that_holds_it(published, monkeypatch)
 def test_devices_with_memory_of_their_own_are_filled_layer_by_layer(published, whole, monkeypatch):
     monkeypatch.setattr(reader, "HOST", ())
     sizes = dict(gpu=2)
-    model = load.load(published, ml_dtypes.bfloat16, small.layout_of(sizes), small.mesh_of(sizes))
-    half = params.cast(whole, ml_dtypes.bfloat16)
+    model = load.load(published, BFLOAT16, small.layout_of(sizes), small.mesh_of(sizes))
+    half = params.stored(whole, BFLOAT16)
     jax.tree.map(np.testing.assert_array_equal, model, half)
 
 

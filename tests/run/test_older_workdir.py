@@ -43,8 +43,8 @@ def test_it_resumes(tmp_path):
 
 def test_it_converts(tmp_path):
     conversion.to_published(FIXTURE, tmp_path / "out", "float32", 1 << 30)
-    model = load.load(tmp_path / "out", np.float32)
-    ours = load.load(FIXTURE, np.float32)
+    model = load.load(tmp_path / "out")
+    ours = load.load(FIXTURE)
     np.testing.assert_array_equal(model.head.table[...], ours.head.table[...])
 
 

@@ -1,15 +1,19 @@
 """From the command line to text: folders with and without a tokenizer, what is told, bad input."""
 
+import dataclasses
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 import serving
 
 from deepseek_jax import command
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, values
+from deepseek_jax.precision import recipes
 from deepseek_jax.serve import generation
 from deepseek_jax.serve.generation import TextCodec
 from deepseek_jax.serve.requests import Request
@@ -62,6 +66,19 @@ def test_half_a_character_waits(folder):
     whole = words.encode("é", folder)[1:]
     assert generation._so_far(words, whole[:1], False) == ""
     assert generation._so_far(words, whole, False) == "é"
+
+
+def test_a_recipe_called_fp8_does_not_make_the_cache_fp8(monkeypatch):
+    recipe = recipes.Recipe("fp8", jnp.dtype(jnp.bfloat16))
+    monkeypatch.setitem(recipes._RECIPES, "fp8", recipe)
+    base = command.default_config()
+    monkeypatch.setitem(values._CHOICES, "precision.recipe", ("fp8",))
+    precision = dataclasses.replace(base.precision, recipe="fp8")
+    base = dataclasses.replace(base, precision=precision)
+    rest = dict(mesh={}, slots=1, length=40, stop=(), drafts=0)
+    for asked, kinds in ((None, {"bfloat16"}), ("fp8", {"float8_e4m3fn", "float32", "bfloat16"})):
+        server = generation.open_engine(TINY, base, cache=asked, **rest)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(server._state.cache)} == kinds
 
 
 def test_bad_input_gets_one_message(folder):

@@ -21,9 +21,8 @@ import numpy as np
 
 from deepseek_jax.checkpoint.hf import fp8_blocks, safetensors
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
-from deepseek_jax.checkpoint.hf.safetensors import E4M3
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.precision.fp8_tiles import BLOCK
+from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3
 
 FORMATS = ("bfloat16", "float32", "fp8")
 BF16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)

@@ -9,8 +9,7 @@ import itertools
 
 import numpy as np
 
-from deepseek_jax.checkpoint.hf.safetensors import E4M3
-from deepseek_jax.precision.fp8_tiles import BLOCK, LARGEST
+from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, LARGEST
 
 # What the largest value of a block may be stored as: the E4M3 values of eight significands, each
 # with the largest exponent. Quantisers divide by LARGEST, so it comes first.

@@ -25,11 +25,12 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from deepseek_jax.checkpoint.hf import safetensors
 from deepseek_jax.checkpoint.hf.config_json import model_config, topk_method
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
-from deepseek_jax.checkpoint.hf.safetensors import E4M3, Tensor
+from deepseek_jax.checkpoint.hf.safetensors import Tensor
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
-from deepseek_jax.precision.fp8_tiles import BLOCK, spread
+from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, spread
+from deepseek_jax.precision.recipes import FLOAT32, Recipe
 
 Place = Callable[[params.Weight], Sharding]
 
@@ -108,11 +109,11 @@ def open_folder(folder: Path) -> Published:
     return Published(folder, settings, config, biased, tensors)
 
 
-def load(folder: Path, dtype: Any = jnp.float32, place: Place | None = None) -> Transformer:
+def load(folder: Path, recipe: Recipe = FLOAT32, place: Place | None = None) -> Transformer:
     """The model in a folder; every check that needs no values is made before one is read.
 
     Args:
-      dtype: of the weights; norms, router and biases stay float32 (`params.cast`).
+      recipe: its `stored_dtype` is that of the weights; norms, router and biases stay float32.
       place: where each parameter goes; without it, the default device. A process reads what its own
         devices hold, and keeps in host memory one layer of one device's part at a time.
 
@@ -121,7 +122,7 @@ def load(folder: Path, dtype: Any = jnp.float32, place: Place | None = None) -> 
     """
     source = open_folder(folder)
     config = source.config
-    abstract = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config))
+    abstract = jax.eval_shape(lambda m: params.stored(m, recipe), abstract_model(config))
     parts = _by_path(source)
     device = SingleDeviceSharding(jax.local_devices()[0])
     leaves = [

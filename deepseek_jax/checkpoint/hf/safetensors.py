@@ -19,9 +19,9 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.precision.fp8_tiles import E4M3
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
