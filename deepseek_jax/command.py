@@ -11,12 +11,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.config import MESH_AXES, RENAMED, Config, ConfigError, parse, renamed
+
+if TYPE_CHECKING:  # imported where it is used: JAX must not meet its devices before start-up
+    from deepseek_jax.checkpoint.load import Checkpoint
 
 
 def define_config_flag() -> Any:
@@ -39,21 +42,17 @@ def default_config() -> Config:
     raise ConfigError("no configs/v3_tiny.py here; pass --config=FILE")
 
 
-def config_of(directory: Path, given: Config | None, dtype: str | None) -> Config:
-    """How a checkpoint is run: as `given`, else as its run was, else as configs/v3_tiny.py says.
+def config_of(checkpoint: "Checkpoint", given: Config | None, dtype: str | None) -> Config:
+    """The config of a forward pass: `given` by --config, else the checkpoint's own.
 
     Args:
-      dtype: of weights and matmuls instead of the config's; None leaves that.
+      dtype: dtype of weights and matmuls instead of the config's; None keeps that.
     """
-    # JAX must not have met its devices before.
     from deepseek_jax.checkpoint import load
-    from deepseek_jax.runtime import agreement
 
-    base = given or agreement.raise_together(lambda: load.trained(directory)) or default_config()
-    if dtype is None:
-        return base
-    precision = dataclasses.replace(base.precision, recipe=dtype)
-    return dataclasses.replace(base, precision=precision)
+    if given is None:
+        return checkpoint.config(dtype)
+    return given if dtype is None else load.with_recipe(given, dtype)
 
 
 def parse_mesh(parts: list[str]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Loss of a text: python -m deepseek_jax.evaluate --checkpoint=DIR --data=PATH [--json].
 
-Layout and precision are those of --config, else the run's own, else configs/v3_tiny.py's.
+Layout and precision are chosen as in `generate`: those of --config, else those of the run that made
+the checkpoint, else the dtype that a Hugging Face directory states; --dtype takes its place.
 """
 
 import json
@@ -24,7 +25,7 @@ command.define_process_flags()
 
 FLAG_OF = {
     "data.path": "--data", "data.text_key": "--text_key", "data.tokenizer": "--checkpoint",
-    "batch.length": "--length", "--workdir": "--checkpoint",
+    "batch.length": "--length",
 }  # fmt: skip
 
 
@@ -35,14 +36,16 @@ def main() -> None:
     mesh = command.parse_mesh(MESH.value)
     given = command.read_config(CONFIG) if CONFIG.value is not None else None
     command.start_processes()
+    from deepseek_jax.checkpoint.load import open_checkpoint
     from deepseek_jax.runtime import processes
     from deepseek_jax.train import evaluation
 
     with command.naming(FLAG_OF):
+        checkpoint = open_checkpoint(directory)
         found = evaluation.score_checkpoint(
-            directory,
+            checkpoint,
             DATA.value,
-            command.config_of(directory, given, DTYPE.value),
+            command.config_of(checkpoint, given, DTYPE.value),
             mesh=mesh,
             length=LENGTH.value,
             tokens=TOKENS.value,

@@ -1,6 +1,9 @@
 """Text from a checkpoint: python -m deepseek_jax.generate --checkpoint=DIR --prompt=TEXT [--json].
 
-Layout and precision are those of --config, else the run's own, else configs/v3_tiny.py's.
+Layout and precision are those of --config. Without it they are those of the training run that made
+the checkpoint; a Hugging Face directory runs in the dtype of its config.json (`torch_dtype`; FP8
+blocks in bfloat16; float32 where that is missing or float16) with dropless dispatch in that dtype.
+--dtype takes the place of either's dtype.
 """
 
 import json
@@ -40,7 +43,7 @@ command.define_process_flags()
 
 FLAG_OF = {
     "batch.length": "--cache_length", "data.tokenizer": "--checkpoint",
-    "--workdir": "--checkpoint",
+    "prompt_tokens": "--prompt_tokens",
 }  # fmt: skip
 
 
@@ -62,16 +65,18 @@ def _generate(
     mesh: dict[str, int],
     given: Config | None,
 ) -> None:
+    from deepseek_jax.checkpoint.load import open_checkpoint
     from deepseek_jax.runtime import processes
     from deepseek_jax.runtime.agreement import raise_together
     from deepseek_jax.serve import generation
     from deepseek_jax.serve.requests import Request
 
-    def encoded() -> tuple[generation.TextCodec, list[tuple[int, ...]]]:
-        words = generation.TextCodec.of(directory)
-        return words, [words.encode(text, directory) for text in PROMPT.value]
+    checkpoint = open_checkpoint(directory)
 
-    base = command.config_of(directory, given, DTYPE.value)
+    def encoded() -> tuple[generation.TextCodec, list[tuple[int, ...]]]:
+        words = generation.TextCodec.of(checkpoint)
+        return words, [words.encode(text) for text in PROMPT.value]
+
     words, prompts = raise_together(encoded)
     prompts += prompt_tokens
     requests = [
@@ -79,12 +84,12 @@ def _generate(
         for number, prompt in enumerate(prompts)
     ]
     server = generation.open_engine(
-        directory,
-        base,
+        checkpoint,
+        command.config_of(checkpoint, given, DTYPE.value),
         mesh=mesh,
         slots=min(SLOTS.value, len(requests)),
         length=CACHE_LENGTH.value or max(map(len, prompts)) + MAX_TOKENS.value,
-        cache=CACHE.value or base.precision.recipe,
+        cache=CACHE.value,
         stop=words.stop,
         drafts=SPECULATE.value,
     )

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import numpy as np
 
 from deepseek_jax.checkpoint import load
 from deepseek_jax.checkpoint.hf import config_json, export, names, reader
-from deepseek_jax.checkpoint.hf.safetensors import E4M3, read_json
+from deepseek_jax.checkpoint.hf.safetensors import E4M3
+from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
-from deepseek_jax.data import tokenizer
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
 
@@ -29,10 +29,8 @@ CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "chat_template.jinja",
 )  # fmt: skip
-WEIGHTS_ONLY = {
-    "weights_only": True,
-    "tokens": 0,
-}  # `meta` of the checkpoint that training starts at
+_MARKS = ("bos_token_id", "eos_token_id")
+WEIGHTS_ONLY = {"weights_only": True, "tokens": 0}  # `meta` of the step that training starts at
 _LAUNCHER = '''"""The config of this folder: edit it, or set any of its keys on the command line."""
 
 import json
@@ -46,21 +44,26 @@ def get_config():
 '''
 
 
-def to_run(source: Path, target: Path, base: Config) -> Config:
-    """A workdir with the weights of a Hugging Face directory, which `main` trains on.
+def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
+    """Makes a workdir with the weights of a Hugging Face directory, on which `main` trains on.
 
     Args:
+      source: a published checkpoint.
       target: a folder that does not exist, or is empty.
-      base: the recipe; its model is replaced by the checkpoint's, and its tokenizer too if the
-        checkpoint has one.
+      base: the training recipe; its model is replaced by the checkpoint's, and its tokenizer too
+        if the checkpoint has one.
 
     Raises:
-      ConfigError: what `hf.load` refuses, or a target that cannot be written.
+      ConfigError: values that loading refuses, or a target that cannot be written.
     """
+    found = source.published
+    if found is None:
+        raise ConfigError(
+            f"{source.directory} is a workdir already; expected a Hugging Face directory"
+        )
     with _appears(target) as folder:
-        found = reader.open_folder(source)
         data = base.data
-        if (source / "tokenizer.json").exists():
+        if (source.directory / "tokenizer.json").exists():
             data = dataclasses.replace(data, tokenizer=str(target.absolute() / "tokenizer.json"))
         config = dataclasses.replace(base, model=found.config, data=data)
         read, like = reader.parts_of(found), load.leaves_of(found.config)
@@ -71,14 +74,13 @@ def to_run(source: Path, target: Path, base: Config) -> Config:
             store.close()
         (folder / "config.json").write_text(config.to_json() + "\n")
         (folder / "config.py").write_text(_LAUNCHER)
-        _carry(source, folder)
-        marks = {key: found.settings.get(key) for key in ("bos_token_id", "eos_token_id")}
-        _write_marks(folder, marks)
+        _carry(source.directory, folder)
+        _write_marks(folder, {key: source.settings.get(key) for key in _MARKS})
     return config
 
 
-def to_published(source: Path, target: Path, form: str, shard_bytes: int) -> None:
-    """A Hugging Face directory with the weights of a workdir, or of another such directory.
+def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) -> None:
+    """Makes a Hugging Face directory with the weights of a workdir, or of another such directory.
 
     Args:
       target: a folder that does not exist, or is empty.
@@ -86,18 +88,16 @@ def to_published(source: Path, target: Path, form: str, shard_bytes: int) -> Non
       shard_bytes: the largest size of a file.
 
     Raises:
-      ConfigError: what loading refuses, a model without a published form, or a target that cannot
-        be written.
+      ConfigError: values that loading refuses, a model without a published form, or a target that
+        cannot be written.
     """
     with _appears(target) as folder:
-        run = load.trained(source)
-        if run is None:
-            found = reader.open_folder(source)
-            described, values = dict(found.settings), _of_folder(found)
+        if source.published is not None:
+            described, values = dict(source.settings), _of_folder(source.published)
         else:
-            described = config_json.published(run.model)
-            values = _of_run(source, run.model, described)
-        _carry(source, folder)
+            described = config_json.published(source.model)
+            values = _of_run(source.directory, source.model, described)
+        _carry(source.directory, folder)
         marks = _marks(source, described)
         _write_marks(folder, marks)
         described = config_json.in_format({**described, **marks}, form)
@@ -151,19 +151,15 @@ def _carry(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _marks(source: Path, described: dict[str, Any]) -> dict[str, Any]:
-    """Ids of the marks around a text: as the settings beside the weights say, or the tokenizer."""
-    for known in (described, _json_if_there(source / "generation_config.json")):
-        if any(known.get(key) is not None for key in ("bos_token_id", "eos_token_id")):
-            return {key: known.get(key) for key in ("bos_token_id", "eos_token_id")}
-    if (source / "tokenizer.json").is_file():
-        found = tokenizer.read(source / "tokenizer.json").marks
+def _marks(source: Checkpoint, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids of the marks around a text: from the settings beside the weights, or the tokenizer."""
+    for known in (described, source.generation):
+        if any(known.get(key) is not None for key in _MARKS):
+            return {key: known.get(key) for key in _MARKS}
+    if source.tokenizer is not None:
+        found = source.tokenizer.marks
         return {"bos_token_id": found.bos, "eos_token_id": found.eos}
-    return {key: described.get(key) for key in ("bos_token_id", "eos_token_id")}
-
-
-def _json_if_there(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return {key: described.get(key) for key in _MARKS}
 
 
 def _write_marks(folder: Path, marks: dict[str, Any]) -> None:
@@ -176,7 +172,7 @@ def _write_marks(folder: Path, marks: dict[str, Any]) -> None:
 def check_target(target: Path) -> None:
     """Raises ConfigError where something is there already."""
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--target={target} exists and is not an empty folder; give another one")
+        raise ConfigError(f"target={target} exists and is not an empty folder; give another one")
 
 
 @contextlib.contextmanager
@@ -193,7 +189,7 @@ def _appears(target: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise ConfigError(f"--target={target} cannot be written ({error.strerror})") from error
+        raise ConfigError(f"target={target} cannot be written ({error.strerror})") from error
     try:
         _lock(lock, folder, target)
         try:
@@ -206,7 +202,7 @@ def _appears(target: Path) -> Iterator[Path]:
                 for path in made[1:]:
                     path.rmdir()
             if isinstance(error, OSError):
-                raise ConfigError(f"--target={target} cannot be written ({error})") from error
+                raise ConfigError(f"target={target} cannot be written ({error})") from error
             raise
     finally:
         os.close(lock)  # and with it the lock
@@ -214,7 +210,7 @@ def _appears(target: Path) -> Iterator[Path]:
 
 def _lock(lock: int, folder: Path, target: Path) -> None:
     """Raises ConfigError where the folder is, or may be, another process's."""
-    wait = f"another process is making --target={target}; wait for it or give another one"
+    wait = f"another process is making target={target}; wait for it or give another one"
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

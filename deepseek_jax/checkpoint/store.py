@@ -79,7 +79,7 @@ class Store:
         if newest >= step:
             raise ConfigError(
                 f"{self._directory} already holds step {newest}, so step {step} cannot be saved; "
-                "resume from it or choose another --workdir"
+                "resume from it or choose another workdir"
             )
         leaves = manifest.named(state)
         described = zip(
@@ -220,7 +220,7 @@ class Store:
         if self._broken:
             raise ConfigError(
                 f"{self._directory} holds {len(self._broken)} checkpoints and none can be read; "
-                "repair or remove it, or choose another --workdir"
+                "repair or remove them, or choose another workdir"
             )
 
     def _attempt(self, step: int, read: Callable[[], T]) -> T | None:
@@ -264,7 +264,7 @@ class Store:
             path = self._directory / str(step)
             raise ConfigError(
                 f"{path} holds another model: {', '.join(differ[:3])}{more}; "
-                "choose another --workdir, or the config that wrote this one"
+                "choose another workdir, or the config that wrote this one"
             )
 
     def _load(self, step: int, wanted: dict[str, Any], partial: bool) -> dict[str, jax.Array]:

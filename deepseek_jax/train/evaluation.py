@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.checkpoint import load
+from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import scoring, source, tokenizer
 from deepseek_jax.model import execution, params
@@ -91,7 +91,7 @@ def make_score(
 
 
 def score_checkpoint(
-    directory: Path,
+    checkpoint: Checkpoint,
     data: str,
     base: Config,
     *,
@@ -104,7 +104,7 @@ def score_checkpoint(
     """What a checkpoint makes of a text, every token of which is predicted once.
 
     Args:
-      directory: a Hugging Face directory or a run's workdir.
+      checkpoint: an opened Hugging Face directory or workdir.
       data: text as in `data.path`, read with the directory's `tokenizer.json`, each file or row
         between the tokenizer's marks, and marks spelt out in it as the text that they are; or token
         files.
@@ -121,14 +121,16 @@ def score_checkpoint(
     Raises:
       ConfigError: a checkpoint or data that cannot be read, or a layout that does not fit.
     """
-    model = load.model_of(directory)
-    sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, text_key, say)
+    model = checkpoint.model
+    sequences, valid, text = _laid_out(
+        checkpoint.directory, data, model.vocab, length, tokens, text_key, say
+    )
     config = forward_config(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     with jax.set_mesh(grid):
         dtype = execution.of(config).recipe.compute
-        _, masters, bias = split(load.load(directory, dtype, layout, grid))
+        _, masters, bias = split(checkpoint.load(dtype, layout, grid))
         score = make_score(config, layout, grid)(masters, bias, sequences, valid)
     loss = score.nats / score.targets
     return {

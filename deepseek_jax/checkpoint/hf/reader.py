@@ -91,14 +91,16 @@ class Published:
                 self.tensors[stored].release()
 
 
-def open_folder(folder: Path) -> Published:
-    """The checkpoint in a folder that holds config.json and safetensors files.
+def open_folder(folder: Path, settings: Mapping[str, Any]) -> Published:
+    """Opens the safetensors files of a folder and checks them against its settings.
+
+    Args:
+      settings: content of the folder's config.json.
 
     Raises:
       ConfigError: settings that this model does not have, or a tensor that is missing, unexpected,
         of another shape or damaged; the message says what was found and expected.
     """
-    settings = safetensors.read_json(folder / "config.json")
     tensors = safetensors.open_folder(folder)
     config = model_config(settings, source=folder / "config.json")
     if not any(name.startswith(f"model.layers.{config.layers}.") for name in tensors):
@@ -108,20 +110,18 @@ def open_folder(folder: Path) -> Published:
     return Published(folder, settings, config, biased, tensors)
 
 
-def load(folder: Path, dtype: Any = jnp.float32, place: Place | None = None) -> Transformer:
-    """The model in a folder; every check that needs no values is made before one is read.
+def load(source: Published, dtype: Any = jnp.float32, place: Place | None = None) -> Transformer:
+    """Reads the model of an opened checkpoint.
 
     Args:
       dtype: of the weights; norms, router and biases stay float32 (`params.cast`).
-      place: where each parameter goes; without it, the default device. A process reads what its own
-        devices hold, and keeps in host memory one layer of one device's part at a time.
+      place: sharding of each parameter; without it, the default device. A process reads what its
+        own devices hold, and keeps in host memory one layer of one device's part at a time.
 
     Raises:
-      ConfigError: as `open_folder`, and for values that are not finite.
+      ConfigError: values that are not finite.
     """
-    source = open_folder(folder)
-    config = source.config
-    abstract = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config))
+    abstract = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(source.config))
     parts = _by_path(source)
     device = SingleDeviceSharding(jax.local_devices()[0])
     leaves = [
