@@ -15,15 +15,16 @@ from deepseek_jax import command
 from deepseek_jax.config import ConfigError
 
 SOURCE = flags.DEFINE_string("source", None, "A Hugging Face directory, or a run's workdir.")
-TARGET = flags.DEFINE_string("target", None, "The folder to make.")
+TARGET = flags.DEFINE_string("target", None, "The folder to make; absent or empty.")
 CONFIG = command.define_config_flag()
 FORMAT = flags.DEFINE_enum(
-    "format", None, ("bfloat16", "float32", "fp8"), "Of a Hugging Face directory to make."
+    "format", None, ("bfloat16", "float32", "fp8"), "Format of the Hugging Face directory to make."
 )
-SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest file of it, in 10^9 bytes.")
+SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Size of its largest file, in 10^9 bytes.")
 
 
 def main() -> None:
+    """Converts a checkpoint as the flags say."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing half made
     if not SOURCE.value or not TARGET.value:
         raise ConfigError("convert needs --source=DIR and --target=DIR")

@@ -14,12 +14,12 @@ from deepseek_jax.table import text
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face directory or a run's workdir.")
 DATA = flags.DEFINE_string("data", None, "Text, JSONL, Parquet, token files, or a folder of them.")
-TEXT_KEY = flags.DEFINE_string("text_key", "text", "Which field or column of rows is the text.")
+TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field or column that holds the text of a row.")
 CONFIG = command.define_config_flag()
 MESH = flags.DEFINE_list("mesh", [], "Devices by mesh axis, as node:2,gpu:4; else one device.")
-LENGTH = flags.DEFINE_integer("length", 1024, "Tokens that a sequence predicts.", lower_bound=2)
+LENGTH = flags.DEFINE_integer("length", 1024, "Tokens that each sequence predicts.", lower_bound=2)
 TOKENS = flags.DEFINE_integer("tokens", 2**62, "Score at most this many.", lower_bound=2)
-DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of weights and matmuls.")
+DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Dtype of weights and matmuls.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 command.define_process_flags()
 
@@ -30,6 +30,7 @@ FLAG_OF = {
 
 
 def main() -> None:
+    """Scores a checkpoint on a text as the flags say."""
     if not CHECKPOINT.value or not DATA.value:
         raise ConfigError("evaluate needs --checkpoint=DIR and --data=PATH")
     directory = command.folder(CHECKPOINT)

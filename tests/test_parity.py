@@ -152,9 +152,9 @@ def training(tiny, expected):
         length=length - 1, sequences=count, ramp_sequences=count, micro_sequences=count
     )
     config = dataclasses.replace(configs.parse(config), model=tiny.config)
-    shape = (1,) * len(axes.MESH_AXES)
+    shape = (1,) * len(configs.MESH_AXES)
     devices = np.array(jax.devices()[:1]).reshape(shape)
-    mesh = Mesh(devices, axes.MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
+    mesh = Mesh(devices, configs.MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
     layout = meshes.layout(config)
     _, params, bias = split(tiny.weights)
     with jax.set_mesh(mesh):

@@ -1,7 +1,7 @@
-"""From a Hugging Face directory to a run's workdir, back, or to another format of the first.
+"""Conversion of a Hugging Face directory to a workdir, back, or to another published format.
 
-A workdir made here has the weights and router biases alone, as step 0; training makes its moments
-and averages fresh. What lies beside weights (tokenizer, generation settings) is carried along.
+A converted workdir holds weights and router biases alone, as step 0; training starts with fresh
+moments and averages. Files beside the weights (tokenizer, generation settings) are copied.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ def _of_folder(found: reader.Published) -> export.WeightSource:
         tensor = found.tensors.get(name)
         if tensor is None or tensor.dtype != E4M3:
             return None
-        found.read(name)  # for its checks
+        found.read(name)  # refuses values that are not finite
         pair = tensor.array.copy(), found.tensors[name + names.SCALE].array.astype(np.float32)
         found.release(name)
         return pair
@@ -163,24 +163,24 @@ def _marks(source: Checkpoint, described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_marks(folder: Path, marks: dict[str, Any]) -> None:
-    """generation_config.json, where the marks are known and none was carried along."""
+    """Writes generation_config.json if the marks are known and no such file was copied."""
     file = folder / "generation_config.json"
     if any(mark is not None for mark in marks.values()) and not file.exists():
         file.write_text(json.dumps({"_from_model_config": True, **marks}, indent=2) + "\n")
 
 
 def check_target(target: Path) -> None:
-    """Raises ConfigError where something is there already."""
+    """Raises ConfigError unless the target is absent or an empty folder."""
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"target={target} exists and is not an empty folder; give another one")
 
 
 @contextlib.contextmanager
 def _appears(target: Path) -> Iterator[Path]:
-    """A folder beside the target to be filled, which takes its name if nothing goes wrong.
+    """Gives a folder beside the target to fill, and renames it to the target at the end.
 
-    Its own name follows from the target's, and it is locked: what a killed process left is found
-    and used again, what a live one writes is left alone.
+    The folder's name follows from the target's, so that a later process finds and uses again what a
+    killed one left. A lock keeps it from the folder of a process that still runs.
     """
     check_target(target)
     folder = target.parent / f".{target.name}.converting"
@@ -196,20 +196,20 @@ def _appears(target: Path) -> Iterator[Path]:
             _clear(folder)
             yield folder
             os.replace(folder, target)
-        except BaseException as error:  # not later: by then its name may be another process's
+        except BaseException as error:  # while the lock is held: later the name may be another's
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another's file in one of them
+            with contextlib.suppress(OSError):  # one of them holds another process's file
                 for path in made[1:]:
                     path.rmdir()
             if isinstance(error, OSError):
                 raise ConfigError(f"target={target} cannot be written ({error})") from error
             raise
     finally:
-        os.close(lock)  # and with it the lock
+        os.close(lock)  # releases the lock
 
 
 def _lock(lock: int, folder: Path, target: Path) -> None:
-    """Raises ConfigError where the folder is, or may be, another process's."""
+    """Locks the folder; ConfigError if another process has it, or may have it."""
     wait = f"another process is making target={target}; wait for it or give another one"
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
