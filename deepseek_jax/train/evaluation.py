@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.checkpoint import load
+from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import scoring, source, tokenizer
 from deepseek_jax.model import execution, params
@@ -99,7 +99,7 @@ def make_score(
 
 
 def score_checkpoint(
-    directory: Path,
+    checkpoint: Checkpoint,
     data: str,
     base: Config,
     *,
@@ -112,7 +112,7 @@ def score_checkpoint(
     """Loss of a checkpoint on a text, each token of which is predicted once.
 
     Args:
-      directory: a Hugging Face directory or a run's workdir.
+      checkpoint: an opened Hugging Face directory or workdir.
       data: text as in `data.path`, or token files. Text is read with the directory's
         `tokenizer.json`, each file or row between its begin and end tokens; their spellings inside
         a text are encoded as plain text.
@@ -130,14 +130,16 @@ def score_checkpoint(
     Raises:
       ConfigError: a checkpoint or data that cannot be read, or a layout that does not fit.
     """
-    model = load.model_of(directory)
-    sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, text_key, say)
+    model = checkpoint.model
+    sequences, valid, text = _laid_out(
+        checkpoint.directory, data, model.vocab, length, tokens, text_key, say
+    )
     config = forward_config(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     with jax.set_mesh(grid):
         recipe = execution.of(config).recipe
-        _, stored, bias = split(load.load(directory, recipe, layout, grid))
+        _, stored, bias = split(checkpoint.load(recipe, layout, grid))
         score = make_score(config, layout, grid)(stored, bias, sequences, valid)
     loss = score.nats / score.targets
     return {

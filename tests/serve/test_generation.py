@@ -12,6 +12,7 @@ import runs
 import serving
 
 from deepseek_jax import command
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError, values
 from deepseek_jax.precision import recipes
 from deepseek_jax.serve import generation
@@ -45,9 +46,9 @@ def folder(tmp_path_factory):
 
 
 def test_text_is_told_as_it_comes(folder):
-    words = TextCodec.of(folder)
+    words = TextCodec.of(open_checkpoint(folder))
     assert words.stop == (1,)
-    prompt = words.encode("añ", folder)
+    prompt = words.encode("añ")
     assert prompt == (0, 6 + ord("a"), 6 + 0xC3, 6 + 0xB1)
     server = serving.opened(folder)
     several: list[str] = []
@@ -62,8 +63,8 @@ def test_text_is_told_as_it_comes(folder):
 
 
 def test_half_a_character_waits(folder):
-    words = TextCodec.of(folder)
-    whole = words.encode("é", folder)[1:]
+    words = TextCodec.of(open_checkpoint(folder))
+    whole = words.encode("é")[1:]
     assert generation._so_far(words, whole[:1], False) == ""
     assert generation._so_far(words, whole, False) == "é"
 
@@ -77,16 +78,16 @@ def test_a_recipe_called_fp8_does_not_make_the_cache_fp8(monkeypatch):
     base = dataclasses.replace(base, precision=precision)
     rest = dict(mesh={}, slots=1, length=40, stop=(), drafts=0)
     for asked, kinds in ((None, {"bfloat16"}), ("fp8", {"float8_e4m3fn", "float32", "bfloat16"})):
-        server = generation.open_engine(TINY, base, cache=asked, **rest)
+        server = generation.open_engine(open_checkpoint(TINY), base, cache=asked, **rest)
         assert {leaf.dtype.name for leaf in jax.tree.leaves(server._state.cache)} == kinds
 
 
 def test_bad_input_gets_one_message(folder):
-    with pytest.raises(ConfigError, match=r"no tokenizer\.json .* give --prompt_tokens"):
-        TextCodec.of(TINY).encode("a", TINY)
-    base = command.default_config()
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json .* give prompt_tokens"):
+        TextCodec.of(open_checkpoint(TINY)).encode("a")
+    tiny, base = open_checkpoint(TINY), command.default_config()
     rest = dict(slots=1, length=40, cache="bfloat16", stop=())
     with pytest.raises(ConfigError, match="generation has no pipeline"):
-        generation.open_engine(TINY, base, mesh={"pipe": 2, "gpu": 4}, drafts=0, **rest)
+        generation.open_engine(tiny, base, mesh={"pipe": 2, "gpu": 4}, drafts=0, **rest)
     with pytest.raises(ConfigError, match="--speculate=1 drafts with MTP modules"):
-        generation.open_engine(TINY, base, mesh={}, drafts=1, **rest)
+        generation.open_engine(tiny, base, mesh={}, drafts=1, **rest)
