@@ -28,6 +28,7 @@ def whole(text, tmp_path_factory):
     return workdir, out
 
 
+@pytest.mark.smoke
 def test_a_run_leaves_what_it_promises(whole):
     workdir, out = whole
     names = {path.name for path in workdir.iterdir()}
