@@ -27,6 +27,11 @@ class Recipe:
     name: str
     compute: jnp.dtype
 
+    @property
+    def matmul_dtype(self) -> str:
+        """Dtype whose peak bounds the products, as `hardware/chips.py` names it."""
+        return self.name  # these recipes are named after it
+
     def einsum(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         """One linear layer: contraction of an activation with a weight."""
         product = _linear(subscripts, x.astype(self.compute), weight.astype(self.compute))
