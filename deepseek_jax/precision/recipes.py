@@ -67,6 +67,11 @@ class Recipe:
         leaves = jax.tree.leaves(jax.eval_shape(prepare, jax.ShapeDtypeStruct(shape, jnp.float32)))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
+    @property
+    def matmul_dtype(self) -> str:
+        """Dtype whose peak bounds the products, as `hardware/chips.py` names it."""
+        return self.name  # these recipes are named after it
+
     def einsum(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         """One linear layer: contraction of an activation with a prepared weight."""
         dtype = self.activation_dtype
