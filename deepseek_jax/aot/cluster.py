@@ -45,7 +45,7 @@ def missing() -> str | None:
         found = " and ".join(f"{name} {version}" for name, version in versions.items())
         name = next(iter(versions))
         return (
-            f"jax {jax.__version__} and {found} must be the same version: "
+            f"jax {jax.__version__} and {found} differ, and must be the same version: "
             f"pip install {name}=={jax.__version__}"
         )
     if (platforms := _platforms()) != "cpu":
