@@ -73,7 +73,7 @@ def text(compared: dict[str, Any]) -> str:
 
 _NOTES = (
     "Unit of time: a forward of one stage. F = I = W = 1, B = I + W = 2, F&B = 3, messages 0.",
-    "Bubble: idle time of a rank. Peak live: most chunks (stage of a micro-batch) from F to W or B.",
+    "Bubble: idle time of a rank. Peak live: most chunks (stage of a micro-batch) from F to W, B.",
     "DualPipe hides messages under F&B; these numbers do not include that.",
 )
 
