@@ -50,7 +50,11 @@ command.define_process_flags()
 
 FLAG_OF = {
     "batch.length": "--cache_length", "data.tokenizer": "--checkpoint",
-    "prompt_tokens": "--prompt_tokens",
+    "prompt_tokens": "--prompt_tokens", "--workdir": "--checkpoint",
+    "request.max_tokens": "--max_tokens",
+    "request.temperature": "--temperature", "request.top_p": "--top_p", "request.seed": "--seed",
+    "engine.slots": "--slots", "engine.length": "--cache_length", "engine.cache": "--cache",
+    "engine.drafts": "--speculate",
 }  # fmt: skip
 
 

@@ -1,14 +1,12 @@
-"""Seconds and memory of loading and converting a checkpoint, beside reading it with `cat`.
+"""Time and memory of loading and converting a checkpoint, beside reading it with `cat`.
 
-The table also has the time in which a process writes as many bytes into newly allocated memory.
-Loading onto a CPU cannot be faster than both together, and on virtual machines the second can be
-most of the sum.
+"touch" is the time of writing as many bytes into newly allocated memory. Loading onto a CPU cannot
+be faster than `cat` and "touch" together; on virtual machines "touch" can be most of it.
 
-A checkpoint of random BF16 weights is generated in a temporary folder, in files of half a gigabyte;
-all readings find it in the page cache. Each load runs in a process of its own, so that the peak is
-that of loading alone. On a mesh of emulated devices the process holds the parts of all. Then the
-checkpoint is converted to a workdir, and the workdir to a checkpoint; neither conversion holds the
-model in memory.
+A checkpoint of random BF16 weights is written to a temporary folder, in files of half a gigabyte,
+and read from the page cache. Each load runs in a process of its own, whose peak memory is that of
+loading alone; on a mesh of emulated devices it includes the parts of all devices. The checkpoint is
+then converted to a workdir and back, for which neither is held in memory.
 """
 
 import dataclasses
@@ -83,9 +81,10 @@ _FILE_BYTES = 1 << 29
 
 
 def measure(config: Config, *, gigabytes: float = 4.0, rounds: int = 3) -> dict[str, Any]:
-    """Tables `loads` and `converts`: medians of some rounds; each conversion runs once.
+    """Measures loads, as medians over `rounds`, and conversions, once.
 
-    `peak_GiB` is above the process's peak before, `beside_weights_GiB` above the weights too.
+    Memory is the peak less the memory of the process before; `beside_weights_GiB` is also less the
+    weights.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -132,7 +131,7 @@ def measure(config: Config, *, gigabytes: float = 4.0, rounds: int = 3) -> dict[
 
 
 def sized(model: ModelConfig, gigabytes: float) -> ModelConfig:
-    """A model with as many experts as a BF16 checkpoint of that size holds."""
+    """Model with as many experts as a BF16 checkpoint of `gigabytes` has room for."""
     wide = dataclasses.replace(
         model, vocab=1024, layers=5, dense_layers=1, d_model=1024, d_dense=2048, heads=4,
         q_latent=512, kv_latent=256, d_nope=128, d_rope=64, d_value=128, d_expert=1024, groups=1,
@@ -148,7 +147,7 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def generate(model: ModelConfig, folder: Path) -> None:
-    """Writes a checkpoint of this model whose matrices are random."""
+    """Writes a checkpoint of random weights."""
     random = np.random.default_rng(0)
     noise = random.standard_normal(1 << 24, np.float32).astype(export.BF16)
 
@@ -176,20 +175,21 @@ def _touch(count: int) -> float:
 
 
 def _load(folder: Path, config: Config, sizes: dict[str, int]) -> tuple[float, float, float]:
-    """Seconds of a load, and the process's peak in KiB before and after it."""
+    """(seconds, peak KiB before, peak KiB after) of loading in a new process."""
     whole = dict.fromkeys(dataclasses.asdict(config.mesh), 1) | sizes
     devices = int(np.prod(list(whole.values())))
-    return _told(_LOAD, [devices, str(folder), dict(config.layout.rules), whole])
+    return _run_script(_LOAD, [devices, str(folder), dict(config.layout.rules), whole])
 
 
 def _convert(source: Path, target: Path, base: str, largest: int) -> dict[str, float]:
-    """Row of a conversion; `base` is the config of a workdir to make, "" for a checkpoint."""
-    spent, before, after = _told(_CONVERT, [str(source), str(target), base, _FILE_BYTES])
+    """Figures of a conversion: to a workdir with config `base`, or to a checkpoint if it is ""."""
+    spent, before, after = _run_script(_CONVERT, [str(source), str(target), base, _FILE_BYTES])
     peak = (after - before) * 2**10
     return {"seconds": spent, "peak_GiB": peak / 2**30, "of_largest_file": peak / largest}
 
 
-def _told(script: str, given: list[Any]) -> tuple[float, float, float]:
+def _run_script(script: str, given: list[Any]) -> tuple[float, float, float]:
+    """Runs a script in a new process -> the three numbers that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(given)],
         capture_output=True,

@@ -1,10 +1,11 @@
-"""The latent cache: all that decoding keeps of a token is one latent and one rotated key per layer.
+"""Latent cache of MLA: one latent (c^KV) and one rotated key (k^R) per token and layer.
 
-V3 keeps 576 numbers in a layer: 70,272 bytes of a token over all layers in the format "bfloat16".
-The format "fp8" keeps the latent as E4M3 in tiles of 1x128 with float32 scales and the key, which
-is rotated by its position, in bfloat16: 656 bytes in a layer, 40,016 over all.
+V3 caches 576 elements per token and layer: 70,272 bytes per token over all layers in the format
+"bfloat16". The format "fp8" keeps the latent as E4M3 in tiles of 1x128 with float32 scales, and the
+rotated key in bfloat16: 656 bytes per token and layer, 40,016 over all layers.
 
-L layers, B requests, T positions, C latent width, R rotary width, S positions written at once.
+L layers, B requests, T positions, C latent width, R rotary width, S positions written at once,
+N requests admitted at once.
 """
 
 import dataclasses
@@ -55,7 +56,7 @@ class Latents:
     Attributes:
       latent: LBT..., normalised latents as `payload` encodes them.
       key_rope: LBTR, rotated keys.
-      payload: encoding of the latents.
+      payload: Encoding of the latents.
     """
 
     latent: tuple[jax.Array, ...]
@@ -63,7 +64,7 @@ class Latents:
     payload: Payload = dataclasses.field(metadata=dict(static=True))
 
     def write(self, layer: Any, positions: jax.Array, kept: Kept) -> "Latents":
-        """Writes BSC and BSR of one layer to positions BS; positions from T on are dropped."""
+        """Writes one layer's BSC and BSR at positions BS; positions of T or more are dropped."""
         latent, key_rope = kept
         request = jnp.arange(positions.shape[0])[:, None]
 
@@ -85,10 +86,10 @@ class Latents:
         return latent, self.key_rope[layer].astype(dtype)
 
     def admit(self, requests: jax.Array, kept: Kept) -> "Latents":
-        """Writes the first S positions of requests N, LNSC and LNSR; rows from B on are dropped.
+        """Writes the first S positions of new requests: LNSC and LNSR to rows N.
 
-        Later positions keep the numbers of an earlier request; no query reads a position before it
-        is written again.
+        Rows of B or more are dropped. Later positions keep the entries of an earlier request; no
+        query reads them before they are overwritten.
         """
         latent, key_rope = kept
         length = key_rope.shape[2]
@@ -108,11 +109,10 @@ class Latents:
 class LayerCaches:
     """Cache of a stack whose layers are compiled one after another.
 
-    Reading a layer of `Latents` copies it out of the stack; here each layer is an array of its own,
-    which is read in place.
+    Reading a layer of a stacked `Latents` copies it; an array per layer is read in place.
 
     Attributes:
-      layers: `Latents` of each layer, a stack of one.
+      layers: Caches of the layers, each a stack of one.
     """
 
     layers: tuple[Latents, ...]
@@ -127,7 +127,7 @@ class LayerCaches:
         return self.layers[layer].read(0, dtype)
 
     def admit(self, requests: jax.Array, kept: Kept) -> "LayerCaches":
-        """`Latents.admit` of every layer."""
+        """`Latents.admit` of all layers."""
         latent, key_rope = kept
         return LayerCaches(
             tuple(
@@ -140,18 +140,21 @@ class LayerCaches:
 def make(
     config: ModelConfig, requests: int, length: int, form: str, *, mtp: bool, apart: bool = False
 ) -> PerStack:
-    """An empty cache for some requests of up to `length` tokens.
+    """Builds an empty cache.
 
     Args:
-      form: name of a format in FORMATS.
-      mtp: whether the MTP modules have caches too.
-      apart: whether each layer's cache is an array of its own.
+      config: Sizes of the model.
+      requests: B.
+      length: T, tokens of room for each request.
+      form: Format, one of FORMATS.
+      mtp: True adds a cache for the MTP modules.
+      apart: True makes the cache of each layer an array of its own.
 
     Raises:
-      ConfigError: no such format.
+      ConfigError: An unknown format.
     """
     if form not in FORMATS:
-        raise ConfigError(f"--cache={form}; expected one of {', '.join(FORMATS)}")
+        raise ConfigError(f"engine.cache={form}; expected one of {', '.join(FORMATS)}")
     dtype, payload = FORMATS[form].dtype, FORMATS[form].payload
 
     def stack(layers: int) -> Latents | LayerCaches | None:
@@ -171,6 +174,6 @@ def make(
 
 
 def bytes_per_token(config: ModelConfig, form: str, *, mtp: bool = False) -> int:
-    """Bytes of one token over all layers, counted from abstract arrays: nothing is allocated."""
+    """Cache bytes of one token over all layers, from the shapes of the arrays."""
     whole = jax.eval_shape(lambda: make(config, 1, 1, form, mtp=mtp))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole))

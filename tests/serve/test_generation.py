@@ -89,5 +89,5 @@ def test_bad_input_gets_one_message(folder):
     rest = dict(slots=1, length=40, cache="bfloat16", stop=())
     with pytest.raises(ConfigError, match="generation has no pipeline"):
         generation.open_engine(tiny, base, mesh={"pipe": 2, "gpu": 4}, drafts=0, **rest)
-    with pytest.raises(ConfigError, match="--speculate=1 drafts with MTP modules"):
+    with pytest.raises(ConfigError, match=r"engine\.drafts=1 drafts with MTP modules"):
         generation.open_engine(tiny, base, mesh={}, drafts=1, **rest)

@@ -43,7 +43,9 @@ def test_what_is_written_is_read(form, error, apart):
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(ConfigError, match="--cache=int4; expected one of float32, bfloat16, fp8"):
+    with pytest.raises(
+        ConfigError, match=r"engine\.cache=int4; expected one of float32, bfloat16, fp8"
+    ):
         latent_cache.make(V3, 1, 1, "int4", mtp=False)
 
 
