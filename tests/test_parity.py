@@ -63,6 +63,7 @@ def by_expert(routing):
     return tuple(np.take_along_axis(part, order, -1) for part in pair)
 
 
+@pytest.mark.smoke
 def test_logits_and_loss(tiny, out, expected):
     assert out.logits.dtype == jnp.float32
     near(out.logits, expected["logits"], HIDDEN)
@@ -109,6 +110,7 @@ def test_every_layer(tiny, expected):
         near(value, expected[name], HIDDEN)
 
 
+@pytest.mark.smoke
 def test_greedy_generation(tiny, expected):
     """24 tokens, each from the whole text so far: causal, so what stands behind it is free."""
     prompt, steps = expected["gen_prompt"], expected["gen_tokens"].shape[1]

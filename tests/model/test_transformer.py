@@ -14,9 +14,9 @@ from published import variant
 from configs import v3_671b
 from deepseek_jax import config as configs
 from deepseek_jax.model import params
+from deepseek_jax.model.count import count
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.transformer import abstract_model
-from deepseek_jax.plan.count import count
 
 
 @pytest.mark.usefixtures("strict_dtypes")

@@ -17,6 +17,7 @@ from deepseek_jax.serve.requests import Request
 TINY = serving.TINY
 
 
+@pytest.mark.smoke
 def test_the_command_tells_the_tokens_of_the_fixture():
     with np.load(TINY / "expected.npz") as expected:
         prompts, want = expected["gen_prompt"], expected["gen_tokens"]

@@ -1,4 +1,4 @@
-"""Parameter counts, read off the abstract model; nothing is allocated."""
+"""Parameter counts, read from the abstract model without allocating anything."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ class Count:
 
     Attributes:
       total: the main model.
-      activated: of those, what one token touches: top-k of the routed experts.
-      input_table: of those, the embedding, which is looked up and not multiplied.
-      mtp: the MTP modules' own; table and head are the main model's.
+      activated: parameters of the main model that one token uses: top-k of the routed experts.
+      input_table: parameters of the embedding, which is looked up and not multiplied.
+      mtp: parameters of the MTP modules, without the table and head of the main model.
     """
 
     total: int
@@ -26,7 +26,7 @@ class Count:
 
 
 def count(config: ModelConfig) -> Count:
-    """Reads the abstract model: 671,026,419,200 for DeepSeek-V3."""
+    """Parameters of a model of this config: 671,026,419,200 in all for DeepSeek-V3."""
     total = active = table = mtp = 0
     for weight in params.describe(abstract_model(config)):
         size = math.prod(weight.shape)

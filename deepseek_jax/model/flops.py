@@ -1,11 +1,11 @@
-"""Floating-point operations per token: 6 per activated weight, plus attention."""
+"""Floating-point operations of training per token: 6 per activated weight, plus attention."""
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.plan.count import count
+from deepseek_jax.model.count import count
 
 
 def training_flops_per_token(config: ModelConfig, length: int, *, causal: bool = True) -> float:
-    """Forward and backward of the main model, without MTP and recomputation.
+    """Forward and backward of the main model, without MTP modules and recomputation.
 
     6 per activated weight (the input table is looked up, not multiplied), and for attention
     6 L H (N + R + W) S, halved where the causal mask leaves half of the scores.
