@@ -50,9 +50,9 @@ WORD = re.compile(r"[a-z]+(?:_[a-z0-9]+)+")
 RUN = re.compile(r"^<!-- run -->\n```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def constant(path: str, name: str):
+def constant(path: Path, name: str):
     """The literal that a module assigns to `name`, without importing the module."""
-    for node in ast.parse((PACKAGE / path).read_text()).body:
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
             return ast.literal_eval(node.value)
     raise AssertionError(f"{path} assigns no {name}")
@@ -66,8 +66,8 @@ def keys() -> dict[str, object]:
 
 
 KEYS = keys()
-BENCHES = constant("bench/__main__.py", "NAMES")
-PLANS = tuple(constant("plan/__main__.py", "OF"))
+BENCHES = constant(PACKAGE / "bench/__main__.py", "NAMES")
+PLANS = tuple(constant(PACKAGE / "plan/__main__.py", "OF"))
 MODULES = {
     "plan": PACKAGE / "plan/__main__.py",
     "bench": PACKAGE / "bench/__main__.py",
@@ -335,6 +335,20 @@ def run_line(line: str) -> subprocess.CompletedProcess:
 def test_pages_have_commands_to_run_and_a_broken_one_fails():
     assert len(COMMANDS) >= 3
     assert run_line(".venv/bin/python -m deepseek_jax.plan schedule --pipe=7").returncode == 2
+
+
+def test_the_maps_of_the_house_show_its_floors():
+    """The table of the architecture and the map of the README against `test_floors.py`."""
+    floors = constant(ROOT / "tests/test_floors.py", "FLOORS")
+    table = re.findall(r"^\| (\d) \| ([^|]*) \|", PAGES["docs/architecture.md"], re.MULTILINE)
+    shown = {int(n): {x.strip("`/").removesuffix(".py") for x in re.findall(r"`[^`]*`", names)}
+             for n, names in table}  # fmt: skip
+    drawn = re.findall(r"^ (\d)  (.*)$", PAGES["README.md"], re.MULTILINE)
+    assert len(shown) == len(drawn) == len(floors)
+    for number, names in enumerate(floors):
+        assert {name for name in shown[number] if "/" not in name} == set(names)
+    for number, line in drawn:
+        assert all(re.search(rf"\b{name}(/|\.py)", line) for name in floors[int(number)]), line
 
 
 def test_the_readme_is_short_and_keeps_the_test_command():
