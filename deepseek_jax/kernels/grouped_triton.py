@@ -191,7 +191,7 @@ def _product_kernel(
     tile: Tile,
     transpose: bool,
 ) -> None:
-    """One program of `product`: a tile of `out`, if the program has rows."""
+    """Kernel of `product`: each program makes a tile of `out`, if the program has rows."""
     block = pl.program_id(2) * tile.neighbours + pl.program_id(0)
     expert, first, end = experts[block], firsts[block], ends[block]
     mine = _Run(first, tile.height, end)
@@ -216,7 +216,7 @@ def _product_kernel(
 def _weight_gradient_kernel(
     starts: Any, ends: Any, rows: Any, d_out: Any, d_weight: Any, *, tile: Tile
 ) -> None:
-    """One program of `weight_gradient`: a tile of one expert's `d_weight`."""
+    """Kernel of `weight_gradient`: each program makes a tile of one expert's `d_weight`."""
     _, deep, wide = d_weight.shape
     sets = pl.cdiv(deep, tile.height * tile.neighbours)
     expert, first = lax.div(pl.program_id(2), sets), lax.rem(pl.program_id(2), sets)

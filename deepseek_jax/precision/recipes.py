@@ -73,14 +73,14 @@ class Recipe:
         return self.name  # these recipes are named after it
 
     def einsum(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """One linear layer: contraction of an activation with a prepared weight."""
+        """Linear layer: contraction of an activation with a prepared weight."""
         dtype = self.activation_dtype
         return _linear(subscripts, x.astype(dtype), weight.astype(dtype)).astype(dtype)
 
     def grouped(
         self, rows: jax.Array, weight: jax.Array, sizes: jax.Array, likely: int
     ) -> jax.Array:
-        """One linear layer of all experts at once; arguments as in `grouped_matmul`."""
+        """Linear layers of all experts at once; arguments as in `grouped_matmul`."""
         rows, weight = rows.astype(self.activation_dtype), weight.astype(self.activation_dtype)
         return grouped_matmul(rows, weight, sizes, likely=likely)
 

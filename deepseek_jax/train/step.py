@@ -1,4 +1,4 @@
-"""One optimiser step, pure: gradients over all micro-batches, then AdamW, router bias and EMA."""
+"""Optimiser step, pure: gradients over all micro-batches, AdamW, router biases, and the EMA."""
 
 import dataclasses
 import functools
