@@ -21,7 +21,6 @@ from deepseek_jax.checkpoint.hf import names
 from deepseek_jax.model import execution, rotary
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.params import split
-from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.precision.recipes import FLOAT32
 from deepseek_jax.train import optimizer as optimizers
