@@ -28,17 +28,20 @@ class Block(nnx.Module):
             self.feed = MixtureOfExperts(config, rngs=rngs)
         self.dense = dense
 
+    @jax.named_scope("layer")
     def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
         """x BSD -> BSD, and the routing of a mixture of experts."""
         if how.in_flight > 1 and not self.dense:
             return two_batch.layer(self, x, how)
         return self._fed(attend(self.attention_norm, self.attention, x, how), how)
 
+    @jax.named_scope("layer")
     def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:
         """x BSD -> BSD, and what decoding keeps of these tokens."""
         mixed, kept = self.attention.prefill(self.attention_norm(x), how)
         return self._fed(x + mixed, how)[0], kept
 
+    @jax.named_scope("layer")
     def decode(
         self, x: jax.Array, how: Execution, past: Past, layer: Any, positions: jax.Array
     ) -> tuple[jax.Array, Past]:

@@ -15,6 +15,7 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 
 
+@jax.named_scope("loss")
 def head_loss(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:

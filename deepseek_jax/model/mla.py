@@ -69,6 +69,7 @@ class LatentAttention(nnx.Module):
         """x BSD, already normalised -> BSD, before the residual is added."""
         return self.prefill(x, how)[0]
 
+    @jax.named_scope("attention")
     def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:
         """The same, and what decoding keeps of these tokens: BSC and BSR."""
         config, einsum = self.config, how.recipe.einsum
@@ -95,6 +96,7 @@ class LatentAttention(nnx.Module):
         mixed = checkpoint_name(mixed, "attention")
         return axes.fan_in(einsum("BSHW,HWD->BSD", mixed, self.out[...]), "heads"), kept
 
+    @jax.named_scope("attention")
     def decode(
         self, x: jax.Array, how: Execution, past: Past, layer: Any, positions: jax.Array
     ) -> tuple[jax.Array, Past]:

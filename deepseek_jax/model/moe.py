@@ -45,9 +45,10 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
         einsum = how.recipe.einsum
-        gate_up = einsum("BSD,DX->BSX", axes.fan_out(x, self.axis), _joined(self.gate_up[...]))
-        hidden = swiglu(checkpoint_name(gate_up, "gate_up"))
-        return axes.fan_in(einsum("BSF,FD->BSD", hidden, self.down[...]), self.axis)
+        with jax.named_scope("dense_ffn" if self.axis == "dense_width" else "shared_experts"):
+            gate_up = einsum("BSD,DX->BSX", axes.fan_out(x, self.axis), _joined(self.gate_up[...]))
+            hidden = swiglu(checkpoint_name(gate_up, "gate_up"))
+            return axes.fan_in(einsum("BSF,FD->BSD", hidden, self.down[...]), self.axis)
 
     def decode(self, x: jax.Array, how: Execution) -> jax.Array:
         """The same for the tokens of one step of decoding, BSD."""
@@ -79,12 +80,14 @@ def through_experts(
     return out_of_experts(how, weights[1], up, arrived.weights, arrived)
 
 
+@jax.named_scope("experts")
 def into_experts(how: Execution, gate_up: jax.Array, rows: jax.Array, arrived: Received):
     """SD through its experts' gate_up ED2F -> S(2F)."""
     up = how.recipe.grouped(rows, _joined(gate_up), arrived.sizes, arrived.likely)
     return checkpoint_name(up, "gate_up")
 
 
+@jax.named_scope("experts")
 def out_of_experts(
     how: Execution, down: jax.Array, up: jax.Array, weights: jax.Array, arrived: Received
 ) -> jax.Array:
@@ -129,9 +132,12 @@ class MixtureOfExperts(nnx.Module):
         """x BSD, normalised -> BSD before the residual, and what the gate decided."""
         gated, places = self.gate(x), self.places
         everything = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
-        arrived = how.dispatch.send(gated.tokens, gated.weights, gated.chosen, everything, places)
+        sent = gated.tokens, gated.weights, gated.chosen, everything
+        with jax.named_scope("dispatch"):
+            arrived = how.dispatch.send(*sent, places)
         out = through_experts(how, self.experts.weights(), arrived)
-        first = how.dispatch.combine(out, arrived.route)
+        with jax.named_scope("combine"):
+            first = how.dispatch.combine(out, arrived.route)
         routed, routing = finish(how, self.experts.weights(), gated, first, places)
         out = routed.reshape(x.shape)
         if self.config.shared_experts:
@@ -170,6 +176,7 @@ class MixtureOfExperts(nnx.Module):
         return self.config.experts if self.slots is None else self.slots.expert[...].shape[-1]
 
 
+@jax.named_scope("experts")
 def through_every_expert(how: Execution, experts: Experts, gated: Gated) -> jax.Array:
     """Each token through all experts, times 0 where it did not choose them: (BS)D.
 

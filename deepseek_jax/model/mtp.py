@@ -30,6 +30,7 @@ class MTPModule(nnx.Module):
         self.block = Block(config, dense=False, rngs=rngs)
         self.out_norm = RMSNorm(config.d_model, eps=config.norm_eps)
 
+    @jax.named_scope("mtp")
     def __call__(
         self, hidden: jax.Array, embedding: jax.Array, how: Execution
     ) -> tuple[jax.Array, jax.Array, Routing]:
@@ -38,12 +39,14 @@ class MTPModule(nnx.Module):
         assert routing is not None
         return state, self.out_norm(state), routing
 
+    @jax.named_scope("mtp")
     def prefill(
         self, hidden: jax.Array, embedding: jax.Array, how: Execution
     ) -> tuple[jax.Array, Kept]:
         """The state for the next depth, and what decoding keeps."""
         return self.block.prefill(self._joined(hidden, embedding, how), how)
 
+    @jax.named_scope("mtp")
     def decode(
         self,
         hidden: jax.Array,

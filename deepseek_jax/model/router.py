@@ -71,6 +71,7 @@ class Router(nnx.Module):
         self.bias = params.router_bias(config.experts)  # E
         self.config = config
 
+    @jax.named_scope("router")
     def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> Routing:
         """x BSD, the normalised input of the feed-forward layer.
 

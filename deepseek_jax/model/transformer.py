@@ -59,6 +59,7 @@ class Embedding(nnx.Module):
         dims = (("vocab", config.vocab), ("model", config.d_model))
         self.table = params.weight(rngs, *dims, std=config.init_std)  # VD
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: jax.Array, how: Execution) -> jax.Array:
         """tokens BS int -> BSD in the recipe's dtype."""
         table, tokens = self.table[...], axes.fan_out(tokens, "vocab")
@@ -77,6 +78,7 @@ class Head(nnx.Module):
         dims = (("model", config.d_model), ("vocab", config.vocab))
         self.table = params.weight(rngs, *dims, std=config.init_std)  # DV
 
+    @jax.named_scope("head")
     def __call__(self, x: jax.Array) -> jax.Array:
         """x ...D -> this device's logits ...V, float32."""
         table = self.table[...]

@@ -28,7 +28,7 @@ from deepseek_jax.model.overlapped.layer_pass import hops_of
 from deepseek_jax.model.overlapped.stage import Stage, single_layer
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import axes
-from deepseek_jax.parallel.overlap import Steps, interleave, storing
+from deepseek_jax.parallel.overlap import Steps, interleave, storing, with_scope
 from deepseek_jax.train.objective import Sums, counted, no_layers, targets_of
 
 PARTS = 8  # of a head's rows that overlap with a module: half in its forward, half in its backward
@@ -232,8 +232,9 @@ class _OverlappedMTP:
         x, self._pull_in = jax.vjp(enter, weights, state, embedded)
         turns = forward_turns(hops_of(self._how))
         done: dict[str, Any] = {}
-        work = self._stage.forward(x, jnp.bool_(True))
-        interleave({"m": storing(done, "m", work), "h": head.steps(range(PARTS // 2))}, turns)
+        work = with_scope("mtp", self._stage.forward(x, jnp.bool_(True)))
+        loss = with_scope("loss", head.steps(range(PARTS // 2)))
+        interleave({"m": storing(done, "m", work), "h": loss}, turns)
         state, self._kept, self.sums = done["m"]
         out, self._pull_out = jax.vjp(lambda norm, x: norm(x), self._module.out_norm, state)
         return state, out
@@ -253,10 +254,9 @@ class _OverlappedMTP:
         d_norm, d_x = self._pull_out(d_out)
         turns = backward_turns(hops_of(self._how))
         done: dict[str, Any] = {}
-        work = self._stage.backward(self._kept, d_x + d_state, jnp.bool_(True))
-        interleave(
-            {"m": storing(done, "m", work), "h": head.steps(range(PARTS // 2, PARTS))}, turns
-        )
+        work = with_scope("mtp", self._stage.backward(self._kept, d_x + d_state, jnp.bool_(True)))
+        loss = with_scope("loss", head.steps(range(PARTS // 2, PARTS)))
+        interleave({"m": storing(done, "m", work), "h": loss}, turns)
         d_x, (of_block,), _ = done["m"]
         of_join, d_state, d_embedded = self._pull_in(d_x)
         self.gradients = self._all(of_join, of_block, d_norm)

@@ -105,7 +105,7 @@ class Inputs:
 
 
 class Run:
-    """A run from its newest checkpoint to its last step.
+    """A run from its newest checkpoint to its last step: `to_the_end` takes the turns.
 
     Attributes:
       state: the training state after the last step that was taken.
@@ -138,6 +138,7 @@ class Run:
         self._move_ema: Any = make_ema(config, places)
         self._all_finite: Any = jax.jit(_all_finite)
         self._stop = processes.StopSignal()
+        self._system = system_metrics.of(config)
 
     def to_the_end(self, profiler: profiling.Profiler) -> dict[str, Any]:
         """Takes the steps that are left; SIGTERM ends the run early, after a checkpoint.
@@ -148,7 +149,7 @@ class Run:
         self._stop.install()
         self._report.begin(self.steps, self.tokens)
         self._report.say(_headline(self._config, self._data))
-        self._system = system_metrics.of(self._config)
+        self._system.start()
         stopped = False
         while self.tokens < self._config.schedule.tokens and not stopped:
             with self._system.excluded():
@@ -252,7 +253,7 @@ class Run:
 
 
 def check_devices(config: Config) -> Config:
-    """The config with its mesh filled in and checked against the devices there are."""
+    """The config with its mesh filled in, checked against the devices of this machine."""
     mesh = meshes.resolve(config.mesh, jax.device_count())
     config = dataclasses.replace(config, mesh=mesh)
     configs.check(config)

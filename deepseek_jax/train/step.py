@@ -148,9 +148,10 @@ def make_step(
         state: TrainState, tokens: jax.Array, count: jax.Array, hyper: Hyper
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = gradients(state.params, state.bias, tokens, count, hyper.mtp_weight)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        stepped = jax.tree.map(lambda p, u: p - hyper.learning_rate * u, state.params, updates)
-        bias = _move_biases(state.bias, sums.load, hyper.bias_speed, config.model.moe_layers)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            stepped = jax.tree.map(lambda p, u: p - hyper.learning_rate * u, state.params, updates)
+            bias = _move_biases(state.bias, sums.load, hyper.bias_speed, config.model.moe_layers)
 
         sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
         losses = sums.entropy / (sequences * (length - jnp.arange(depth + 1)))

@@ -53,7 +53,7 @@ class SystemMetrics:
         local_devices: Sequence[Any],
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """Starts the clock.
+        """A clock that `start` starts.
 
         Args:
           devices: number of devices of the whole run.
@@ -66,7 +66,11 @@ class SystemMetrics:
         self._peak = chips.peak_flops_per_s(local_devices[0].device_kind, dtype)
         self._compile_seconds: float | None = None
         self._row, self._rows = Spent(), Spent()
-        self._resumed = clock()  # the row's time before this is in its sums, or is no step's
+        self.start()
+
+    def start(self) -> None:
+        """Starts the clock anew: the first step begins."""
+        self._resumed = self._clock()  # the row's earlier time is in its sums, or is no step's
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:

@@ -39,7 +39,7 @@ from deepseek_jax.model.router import Routing
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.dispatch import AllToAllDispatch, Received
 from deepseek_jax.parallel.experts.overflow import complete_gradient
-from deepseek_jax.parallel.overlap import Steps
+from deepseek_jax.parallel.overlap import Steps, with_scope
 from deepseek_jax.parallel.pipeline import split_backward
 
 
@@ -141,9 +141,8 @@ class LayerPass:
         gated = self._step("gate", self._gate, self.weights["gate"], x)
         self.gated, self.sent = gated, (gated.weights, gated.chosen)
         everything = jnp.broadcast_to(self.kind.routed, gated.chosen.shape)
-        self.arrived = arrived = yield from self.dispatch.sending(
-            gated.tokens, *self.sent, everything, self.experts
-        )
+        sending = self.dispatch.sending(gated.tokens, *self.sent, everything, self.experts)
+        self.arrived = arrived = yield from with_scope("dispatch", sending)
         if shared:
             yield from self.shared_forward()
         up = yield self._into(gate_up, self._rows())
@@ -152,7 +151,8 @@ class LayerPass:
             out = yield self._out_of(*inputs)
         else:
             out = yield self._step("down", self._out_of, *inputs)
-        self.summed, served = yield from self.dispatch.combining(out, arrived.route)
+        combining = self.dispatch.combining(out, arrived.route)
+        self.summed, served = yield from with_scope("combine", combining)
         self.served = served | ~everything
 
     def shared_forward(self) -> Steps[None]:
@@ -172,9 +172,8 @@ class LayerPass:
         if self.recompute_all:
             self._recompute_attention()
         d_home = self.d_out.reshape(-1, self.d_out.shape[-1])
-        travelled, rows = yield from self.dispatch.combine_gradient(
-            d_home, arrived.route, arrived.passed
-        )
+        gradient = self.dispatch.combine_gradient(d_home, arrived.route, arrived.passed)
+        travelled, rows = yield from with_scope("combine", gradient)
         if rows:
             self.arrived = dataclasses.replace(arrived, rows=rows)
         d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
@@ -183,7 +182,8 @@ class LayerPass:
         d_up, d_weights = yield d_hidden
         d_gate_up, d_rows = self._apart(self._pull_into, d_up)
         d_rows = yield d_rows
-        d_sent = yield from self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
+        gradient_sent = self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
+        d_sent = yield from with_scope("dispatch", gradient_sent)
         self.d_experts = d_gate_up, d_down
         first = with_zeros_for_deferred(self.weights["experts"], self.d_experts), *d_sent
         self.d_rounds, d_tokens, d_weights = self._with_further_rounds(d_home, first)

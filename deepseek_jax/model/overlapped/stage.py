@@ -17,7 +17,7 @@ from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.overlapped.layer_pass import LayerKind, LayerPass
 from deepseek_jax.model.overlapped.residuals import Residuals, deferred_gradients
 from deepseek_jax.model.router import Routing
-from deepseek_jax.parallel.overlap import Steps
+from deepseek_jax.parallel.overlap import Steps, with_scope
 
 
 def turns(slots: int, hops: int) -> list[str]:
@@ -95,7 +95,8 @@ class Stage:
         kept, sums, self.traced = [], [], []
         for slot in self.slots:
             flight = self._flight(slot, on)
-            yield from flight.forward(x, shared=flight.weights["shared"] is not None)
+            work = flight.forward(x, shared=flight.weights["shared"] is not None)
+            yield from with_scope("layer", work)
             x, routing = flight.result()
             held = flight.kept()
             kept.append(held.leaves)
@@ -122,7 +123,8 @@ class Stage:
             balance = jnp.where(flight.kind.routed, self.balance, 0.0)
             d_routing = _pull_of_balance(routing, balance)
             flight.restore(Residuals(leaves, structure), (d_x, d_routing))
-            yield from flight.backward(shared=flight.weights["shared"] is not None)
+            work = flight.backward(shared=flight.weights["shared"] is not None)
+            yield from with_scope("layer", work)
             d_x = flight.d_x
             gradients.append(_of_modules(slot, flight.gradients()))
             if self.defer:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.overlapped.layer_pass import LayerPass, hops_of
 from deepseek_jax.model.router import Routing, joined
-from deepseek_jax.parallel.overlap import interleave, side_by_side
+from deepseek_jax.parallel.overlap import interleave, side_by_side, with_scope
 
 MICRO_BATCHES = "ab"  # in capitals: their shared experts
 
@@ -67,6 +67,7 @@ def _layer_forward(how, experts, weights, xs):
     works = {name: flights[name].forward(x) for name, x in zip(MICRO_BATCHES, xs, strict=True)}
     shared = MICRO_BATCHES.upper() if weights["shared"] is not None else ""
     works |= {name: flights[name.lower()].shared_forward() for name in shared}
+    works = {name: with_scope(f"pass_{name}", work) for name, work in works.items()}
     interleave(works, forward_turns(hops_of(how), shared))
     done = tuple(flight.result() for flight in flights.values())
     return done, (weights, [flight.kept() for flight in flights.values()])
@@ -81,6 +82,7 @@ def _layer_backward(how, experts, saved, cotangents):
     works = {name: flight.backward() for name, flight in flights.items()}
     shared = MICRO_BATCHES.upper() if weights["shared"] is not None else ""
     works |= {name: flights[name.lower()].shared_backward() for name in shared}
+    works = {name: with_scope(f"pass_{name}", work) for name, work in works.items()}
     interleave(works, backward_turns(hops_of(how), shared))
     gradients = jax.tree.map(jnp.add, *(flight.gradients() for flight in flights.values()))
     return gradients, tuple(flight.d_x for flight in flights.values())

@@ -21,6 +21,7 @@ from deepseek_jax.parallel.experts.dispatch import Dispatch, Received
 Work = Callable[[Any, Received], jax.Array]
 
 
+@jax.named_scope("overflow_rounds")
 def complete(
     dispatch: Dispatch,
     work: Work,
@@ -50,6 +51,7 @@ def complete(
     return more, 1.0 + rounds
 
 
+@jax.named_scope("overflow_rounds")
 def complete_gradient(
     dispatch: Dispatch,
     work: Work,
