@@ -1,4 +1,4 @@
-"""A small config, and one piece of the model run alone or over the first few of eight devices."""
+"""A small config, and a part of the model run on one or on the first few of eight devices."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The house's floors: modules import downwards only, and some libraries belong to one module."""
+"""Floors of the package: modules import downwards only, and some libraries one module only."""
 
 import ast
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Layouts never change results: fourteen of them against one device, 20 steps, losses to 1e-5.
 
-Everything of the recipe moves in these steps: batch ramp over accumulated micro-batches, warm-up
+Every part of the recipe changes in these steps: batch ramp over accumulated micro-batches, warm-up
 and cosine, router bias, balance loss, and where there is MTP its weight. The wide init (0.1) keeps
 the router's scores apart: a near-tie of 6e-8, which a narrow init makes likely, is decided by the
 order of a float32 sum.
@@ -67,7 +67,7 @@ def test_a_layout_changes_nothing(layout):
 
 
 def test_the_run_moves():
-    """What the comparison stands on: the loss falls, and the model is not a fixed point."""
+    """The loss falls in these steps, so that the comparison of layouts means something."""
     metrics, params = alone(1)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
     start = jax.tree.leaves(Trainer(small.config(model_mtp_depth=1)).params())

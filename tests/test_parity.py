@@ -1,4 +1,4 @@
-"""The whole model against values that are not ours: a published implementation's, and float64."""
+"""The whole model against a published implementation and against float64."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from deepseek_jax.train.token_schedule import Hyper
 
 TINY = Path(__file__).parent / "fixtures" / "hf_tiny"
 
-# What holds between independent float32 implementations of this model (the fixture's own).
+# Error between independent float32 implementations of this model (the fixture's own).
 HIDDEN, WEIGHTS, LOSS, GRADIENT, STEPS = 2e-4, 2e-5, 1e-5, 1e-4, 1e-4
 
 
@@ -233,7 +233,7 @@ def test_every_rule_that_models_differ_in(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", ["mtp", "mtp2"])
 def test_losses_of_every_depth(variant, tmp_path):
-    """Through the objective that training minimises."""
+    """Losses through the objective that training minimises."""
     settings, weights, tokens, want = case(variant)
     checkpoints.write(tmp_path, settings, weights)
     model = deepseek_jax.load(tmp_path).weights
@@ -267,7 +267,7 @@ def test_bfloat16_is_near_float32(tiny, out, expected):
     layers = [(by_expert(got.routing[i])[0], by_expert(out.routing[i])[0]) for i in out.routing]
     other = np.array([(ours != theirs).any(-1) for ours, theirs in layers])  # layer, B, S
     assert other.mean() < 0.05
-    same = np.cumsum(other.any(0), axis=1) == 0  # attention looks back alone
+    same = np.cumsum(other.any(0), axis=1) == 0  # attention is causal
     assert same.sum() > 40
     difference = np.asarray(got.logits - out.logits)[same]
     assert 1e-4 < np.sqrt(np.mean(difference**2)) < 0.06

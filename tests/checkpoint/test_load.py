@@ -1,4 +1,4 @@
-"""Weights straight onto a mesh: the same numbers as on one device, each part read once."""
+"""Loading onto a mesh: the same weights as on one device, each part read once."""
 
 import jax
 import ml_dtypes

@@ -1,4 +1,4 @@
-"""Every rule of `config.check`: what it refuses, that it names the key, that its advice works."""
+"""Rules of `config.check`: refused values, named keys, and advice that works."""
 
 import copy
 import dataclasses

@@ -90,7 +90,7 @@ def test_split_vocabulary_gives_the_same(parts):
 
 
 def test_vocabulary_over_devices_with_rows_of_their_own():
-    """Two see other rows than the other two, and each pair has the vocabulary between them."""
+    """Two pairs of devices with different rows; each pair splits the vocabulary."""
     hidden, head, targets, weights = drawn(scale=3.0)
     data = hidden[:22], head, targets[:22], weights[:22]
     sizes = {"gpu": 2, "tensor": 2}

@@ -1,4 +1,4 @@
-"""Latent attention against equations 1 to 11; unchanged by blocks and by a split of its heads."""
+"""Latent attention against equations 1 to 11, in any blocks and with heads split over devices."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""FP8 tiles: the reference's bits, as near as E4M3 allows, safe at the edges."""
+"""FP8 tiles: bits of the reference, error within that of E4M3, and special values."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Recipes: what they compute in, what they sum in, what they give back."""
+"""Recipes: dtypes of operands, sums and results."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A head's loss in steps is its loss at once. With MTP beside it: `test_pipelined.py`."""
+"""Loss of a head in steps equals its loss at once; `test_pipeline_step.py` has MTP beside it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""AdamW against the equations: clipping, what decays, moments in bfloat16."""
+"""AdamW against the equations: clipping, decayed weights, moments in bfloat16."""
 
 import dataclasses
 

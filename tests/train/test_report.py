@@ -1,4 +1,4 @@
-"""What a run says: each step once in `metrics.jsonl`, a calm screen, pictures of what happened."""
+"""Report of a run: each step once in `metrics.jsonl`, the screen, and the plots."""
 
 import io
 import json

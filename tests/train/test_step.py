@@ -100,7 +100,7 @@ def test_ema_follows_in_host_memory(sizes):
             average = move(average, grown)
             new = [np.float64(leaf) + number for leaf in jax.tree.leaves(trainer.params())]
             want = recipe.ema(dict(enumerate(want)), dict(enumerate(new)), 0.9).values()
-    # A checkpoint may still be reading it.
+    # A checkpoint may still read the donated state.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(first))
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(average)}
     assert kinds == {states.host_memory()}

@@ -1,4 +1,4 @@
-"""Reading published checkpoints: every name, FP8 blocks, runs of our own, and what is refused."""
+"""Reading published checkpoints: every name, FP8 blocks, converted runs, and refused files."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_names_go_both_ways(variant, tmp_path):
     for name, want in weights.items():
         if not (name.startswith("model.layers.") and name.endswith(copies)):
             np.testing.assert_array_equal(back.pop(name), want)
-    # What is left are the biases that V2 does not have.
+    # The rest are the router biases, which V2 does not have.
     assert all(name.endswith("e_score_correction_bias") and not x.any() for name, x in back.items())
 
 
@@ -248,7 +248,7 @@ def test_folders_that_are_refused(made, tmp_path):
 
 
 def test_links_to_files_elsewhere_are_followed(made, tmp_path):
-    """As the hub's cache keeps them."""
+    """Links as in the hub's cache."""
     checkpoints.write(tmp_path / "blobs", *made)
     os.symlink(tmp_path / "blobs", tmp_path / "snapshot")
     assert reader.load(tmp_path / "snapshot").config.mtp_depth == 1

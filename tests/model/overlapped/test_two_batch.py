@@ -1,4 +1,4 @@
-"""Two micro-batches in flight compute what each computes alone, and ask the network no more."""
+"""Two micro-batches in flight: the results of each alone, and no additional messages."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Every token's copies reach their experts and come home: exactly, for any routing and layout."""
+"""Dispatch and combine: every copy of a token reaches its expert, for any routing and layout."""
 
 import functools
 import math
@@ -58,7 +58,7 @@ def routings(top_k):
 
 
 def through(way, work, weights, tokens, gates, chosen):
-    """All three steps and what further rounds it takes."""
+    """Dispatch, experts and combine, with the overflow rounds."""
     everything = jnp.ones_like(chosen, dtype=jnp.bool_)
     arrived = way.send(tokens, gates, chosen, everything, EXPERTS)
     first = way.combine(work(weights, arrived), arrived.route)
@@ -76,7 +76,7 @@ def stamped(_, arrived):
     expert = axes.index("experts") * sizes.shape[0] + local
     stamp = jax.nn.one_hot(expert, EXPERTS, dtype=rows.dtype)
     out = jnp.concatenate([rows[:, :WIDTH], stamp], axis=1) * arrived.weights[:, None]
-    return jnp.where((number < sizes.sum())[:, None], out, 1e9)  # nobody's rows stay here
+    return jnp.where((number < sizes.sum())[:, None], out, 1e9)  # no row of another expert
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Rows to slots and home again, against plain loops, for any choice and too few slots too."""
+"""Permute and unpermute against plain loops, for any choice, also with too few slots."""
 
 import jax.numpy as jnp
 import numpy as np
