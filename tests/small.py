@@ -106,7 +106,7 @@ def spread(
         return jax.device_get(jax.jit(whole)(*jax.device_put(arguments, places)))
 
 
-def close(got: Any, want: Any, rtol: float = 1e-5) -> None:
+def assert_close(got: Any, want: Any, rtol: float = 1e-5) -> None:
     """Every leaf to rtol of its own norm, which is what float32 sums in another order allow."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(want):
         other = _at(got, path)

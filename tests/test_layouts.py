@@ -8,6 +8,7 @@ order of a float32 sum.
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -63,7 +64,9 @@ def test_a_layout_changes_nothing(layout):
         np.testing.assert_allclose([m[name] for m in got], [m[name] for m in want], rtol=1e-5)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(ours["expert_load"], theirs["expert_load"])
-    small.close(params, want_params, rtol=1e-4)  # Adam divides by the root of small second moments
+    small.assert_close(
+        params, want_params, rtol=1e-4
+    )  # Adam divides by the root of small second moments
 
 
 def test_the_run_moves():
@@ -82,4 +85,4 @@ def test_a_fresh_state_is_the_same_everywhere():
         initial(small.config(model_mtp_depth=1)),
         initial(small.config(model_mtp_depth=1, **every)),
     )
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(many), jax.device_get(one))
+    chex.assert_trees_all_equal(jax.device_get(many), jax.device_get(one))

@@ -1,5 +1,6 @@
 """Loading onto a mesh: the same weights as on one device, each part read once."""
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -77,7 +78,7 @@ def test_devices_with_memory_of_their_own_are_filled_layer_by_layer(published, w
     sizes = dict(gpu=2)
     model = load.load(published, ml_dtypes.bfloat16, small.layout_of(sizes), small.mesh_of(sizes))
     half = params.cast(whole, ml_dtypes.bfloat16)
-    jax.tree.map(np.testing.assert_array_equal, model, half)
+    chex.assert_trees_all_equal(model, half)
 
 
 def test_what_is_not_finite_is_named_on_a_mesh_too(tmp_path):

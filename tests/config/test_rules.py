@@ -271,7 +271,8 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
     ids=str,
 )
 def test_what_works_is_let_through(changes):
-    configs.parse(tiny(changes))
+    config = configs.parse(tiny(changes))
+    assert configs.from_json(config.to_json()) == config
 
 
 def test_a_free_axis_is_checked_once_it_is_known():
@@ -339,4 +340,4 @@ SIZE = st.integers(1, 70)
     )
 )
 def test_following_the_advice_ends_in_a_config_that_works(changes):
-    settle(tiny(changes))
+    configs.check(settle(tiny(changes)))

@@ -60,7 +60,7 @@ def ran(recompute="none", block=16, unroll=1):
     ids=str,
 )
 def test_how_it_runs_never_changes_what_it_computes(changes):
-    small.close(ran(**changes)[0], ran()[0], rtol=2e-6)
+    small.assert_close(ran(**changes)[0], ran()[0], rtol=2e-6)
 
 
 def test_policies_redo_more_and_keep_less_in_order():

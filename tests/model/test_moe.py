@@ -70,7 +70,7 @@ def test_layout_changes_nothing(sizes):
         return module(x, Execution())[0]
 
     want = jax.device_get(jax.jit(small.pulled, static_argnums=0)(fn, module, x, pull))
-    small.close(small.spread(fn, module, x, pull, sizes), want, 3e-6)
+    small.assert_close(small.spread(fn, module, x, pull, sizes), want, 3e-6)
 
 
 def test_bias_gets_no_gradient_and_the_router_does():

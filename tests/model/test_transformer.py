@@ -74,7 +74,7 @@ def test_splitting_the_vocabulary_of_the_table_changes_nothing(sizes):
 
     ids = tokens.astype(jnp.float32)
     want = jax.device_get(small.pulled(fn, model.embedding, ids, pull))
-    small.close(small.spread(fn, model.embedding, ids, pull, sizes)[:2], want[:2], 1e-6)
+    small.assert_close(small.spread(fn, model.embedding, ids, pull, sizes)[:2], want[:2], 1e-6)
 
 
 def test_golden_sizes_of_the_published_model():

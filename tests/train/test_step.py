@@ -37,7 +37,7 @@ def test_accumulation_is_one_large_batch(split_and_whole):
         np.testing.assert_allclose(split[name], whole[name], rtol=2e-6)
     np.testing.assert_array_equal(split["expert_load"], whole["expert_load"])
     # Adam's first moment is the clipped gradient times 1 - b1.
-    small.close(first_moment(two), first_moment(one), rtol=1e-5)
+    small.assert_close(first_moment(two), first_moment(one), rtol=1e-5)
 
 
 def first_moment(trainer):
