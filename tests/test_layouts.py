@@ -55,7 +55,14 @@ def alone(mtp):
     return trained({}, mtp)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+SMOKE = "experts over 8 gpus"
+CASES = [
+    pytest.param(layout, id=name, marks=[pytest.mark.smoke] if name == SMOKE else [])
+    for name, layout in LAYOUTS.items()
+]
+
+
+@pytest.mark.parametrize("layout", CASES)
 def test_a_layout_changes_nothing(layout):
     mtp = layout.get("mtp", 0)
     want, want_params = alone(mtp)

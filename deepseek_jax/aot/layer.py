@@ -49,7 +49,7 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     )
     sequences = config.batch.micro_sequences * how.in_flight
     shape = sequences, config.batch.length, config.model.d_model
-    x = jax.ShapeDtypeStruct(shape, how.recipe.compute)
+    x = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
     with jax.set_mesh(mesh):
         return jax.jit(mapped).lower(*placed(mesh, specs, (weights, rest, x)))
 
@@ -61,7 +61,7 @@ def abstract(config: Config, how: execution.Execution) -> tuple[Any, nnx.State, 
     )
     parts: Any = nnx.split(whole, nnx.Param, ...)
     graph, weights, rest = parts
-    return graph, jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights), rest
+    return graph, jax.eval_shape(lambda tree: params.prepare(tree, how.recipe), weights), rest
 
 
 def placed(mesh: Mesh, specs: Any, trees: Any) -> Any:

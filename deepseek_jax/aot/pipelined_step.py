@@ -61,7 +61,7 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     made = schedule.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
     ticks = lockstep(made, config.layout.defer_weight_gradients)
     like: Any = jax.ShapeDtypeStruct(
-        (1, config.batch.length, config.model.d_model), how.recipe.compute
+        (1, config.batch.length, config.model.d_model), how.recipe.activation_dtype
     )
 
     def local(weights, rest, tables):

@@ -217,7 +217,7 @@ class MeasuredDispatch:
     def messages(self) -> list[dict[str, Any]]:
         """Rows of `messages`, one for each hop."""
         model, payload = self.config.model, _hops(self.config).payload
-        dtype = execution.of(self.config).recipe.compute
+        dtype = execution.of(self.config).recipe.activation_dtype
         planned = self.plan.message_bytes(payload, model.d_model, dtype, model.top_k)
         rows = []
         for number, hop in enumerate(self.plan.hops):
@@ -277,7 +277,7 @@ def _compiled(config: Config, tokens: int) -> tuple[Any, tuple[NamedSharding, ..
 
 def _operands(config: Config, tokens: int) -> list[tuple[tuple[int, ...], Any]]:
     """Shapes and dtypes of gate_up, down, tokens, weights, experts and the output's cotangent."""
-    model, dtype = config.model, execution.of(config).recipe.compute
+    model, dtype = config.model, execution.of(config).recipe.activation_dtype
     batch = tokens * config.mesh.node * config.mesh.gpu
     return [
         ((model.experts, model.d_model, 2, model.d_expert), dtype),

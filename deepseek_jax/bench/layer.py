@@ -95,14 +95,14 @@ def _attention(config: Config) -> jax.stages.Lowered:
         return RMSNorm(model.d_model, eps=model.norm_eps), LatentAttention(model, rngs=rngs)
 
     graph, weights, rest = params.split(jax.eval_shape(both, jax.random.key(0)))
-    weights = jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights)
+    weights = jax.eval_shape(lambda tree: params.prepare(tree, how.recipe), weights)
 
     def total(weights, rest, x):
         norm, attention = nnx.merge(graph, weights, rest)
         return (attend(norm, attention, x, how).astype("float32") ** 2).sum()
 
     shape = config.batch.micro_sequences, config.batch.length, model.d_model
-    x = jax.ShapeDtypeStruct(shape, how.recipe.compute)
+    x = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
     return jax.jit(jax.grad(total, (0, 2))).lower(weights, rest, x)
 
 

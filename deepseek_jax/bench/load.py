@@ -40,17 +40,18 @@ import jax
 devices, folder, rules, sizes = json.loads(sys.argv[1])
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", devices)
-from deepseek_jax.checkpoint import load
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import Layout
+from deepseek_jax.precision.recipes import BFLOAT16
 from pathlib import Path
 where = ()
 if devices > 1:
     where = Layout(rules, sizes, 0), meshes.build(MeshConfig(**sizes))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begin = time.perf_counter()
-model = jax.block_until_ready(load.load(Path(folder), "bfloat16", *where))
+model = jax.block_until_ready(open_checkpoint(Path(folder)).load(BFLOAT16, *where))
 seconds = time.perf_counter() - begin
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([seconds, before, after]))
@@ -63,13 +64,15 @@ jax.config.update("jax_platforms", "cpu")
 jax.devices()
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import conversion
+from deepseek_jax.checkpoint.load import open_checkpoint
 source, target, base, most = json.loads(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begin = time.perf_counter()
+opened = open_checkpoint(Path(source))
 if base:
-    conversion.to_run(Path(source), Path(target), configs.parse(json.loads(base)))
+    conversion.to_run(opened, Path(target), configs.parse(json.loads(base)))
 else:
-    conversion.to_published(Path(source), Path(target), "bfloat16", most)
+    conversion.to_published(opened, Path(target), "bfloat16", most)
 seconds = time.perf_counter() - begin
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([seconds, before, after]))

@@ -224,7 +224,9 @@ def _halves(config: Config, recompute: str) -> dict[str, Any]:
     sized = dataclasses.replace(sized, layout=options)
     how, on = execution.of(sized), jnp.bool_(True)
     graph, weights, rest = layer.abstract(sized, how)
-    x = jax.ShapeDtypeStruct((2, sized.batch.length, sized.model.d_model), how.recipe.compute)
+    x = jax.ShapeDtypeStruct(
+        (2, sized.batch.length, sized.model.d_model), how.recipe.activation_dtype
+    )
 
     def traced(defer: bool, weights: Any, rest: Any, x: Any) -> tuple[Stage, Any]:
         """Stage, and the residuals of its forward."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.checkpoint import load
 from deepseek_jax.checkpoint.hf.safetensors import read_json
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import Config
 from deepseek_jax.data import corpus, scoring
 from deepseek_jax.serve import generation
@@ -58,7 +58,7 @@ def _trained(config: Config, depth: int, workdir: Path) -> Config:
     """Config of the run of this depth, which is trained to its end first if needed."""
     summary = workdir / "summary.json"
     if summary.is_file() and not read_json(summary)["stopped"]:
-        run = load.trained(workdir)
+        run = open_checkpoint(workdir).run
         if run is not None and run.model.mtp_depth == depth:
             return run
     config = dataclasses.replace(
@@ -87,9 +87,10 @@ def _rows(
     tokens: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
+    checkpoint = open_checkpoint(workdir)
     servers = {
         number: generation.open_engine(
-            workdir,
+            checkpoint,
             config,
             mesh={},
             slots=1,

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from deepseek_jax.config import Config
+from deepseek_jax.model.count import count
+from deepseek_jax.model.flops import training_flops_per_token
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.plan.count import count
-from deepseek_jax.plan.flops import training_flops_per_token
 from deepseek_jax.train import optimizer, state, token_schedule
 from deepseek_jax.train.step import make_step, tokens_spec
 

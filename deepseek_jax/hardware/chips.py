@@ -1,4 +1,4 @@
-"""What one accelerator can do at most, from its maker's datasheet.
+"""Peaks of one accelerator, from the maker's datasheet.
 
 Peaks are dense (no sparsity) and in FLOP/s, a multiply-add counting two; memory is in bytes and
 bytes/s, decimal. Sources of the numbers:
@@ -7,7 +7,8 @@ bytes/s, decimal. Sources of the numbers:
   memory and its bandwidth.
 - NVIDIA H100 architecture whitepaper: 132 SMs, 50 MB of L2, 228 KB of shared memory in each SM.
 - H800: the DeepSeek-V3 report (132 SMs, section 3.2.2) and "Insights into DeepSeek-V3" (ISCA 2025):
-  an H100 whose NVLink and float64 were cut. What was left of float64 is not published exactly.
+  an H100 with less NVLink bandwidth and float64 throughput; the exact float64 peak is not
+  published.
 """
 
 import dataclasses
@@ -17,13 +18,14 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device.
+    """Numbers of one device.
 
     Attributes:
-      peak_flops_per_s: dtype name -> dense peak of its matrix units; a missing dtype has none.
-      hbm_bytes, hbm_bytes_per_s: device memory and the speed of reading it.
+      peak_flops_per_s: dtype name -> dense peak of the matrix units; a dtype that the matrix units
+        do not multiply is missing.
+      hbm_bytes, hbm_bytes_per_s: device memory and its bandwidth.
       sms: streaming multiprocessors.
-      l2_bytes, shared_bytes_per_sm: caches that a kernel's tiles have to fit.
+      l2_bytes, shared_bytes_per_sm: L2 cache, and shared memory of each multiprocessor.
     """
 
     name: str
@@ -51,7 +53,7 @@ H100 = Chip(
     shared_bytes_per_sm=228 * 1024,
 )
 
-# About 1 TFLOP/s of float64 is left; links are in `network.py`.
+# About 1 TFLOP/s of float64; the links are in `network.py`.
 H800 = dataclasses.replace(
     H100, name="h800", peak_flops_per_s={**H100.peak_flops_per_s, "float64": 1e12}
 )
@@ -66,10 +68,10 @@ def chip(name: str) -> Chip | None:
     """The chip of this name in any spelling ("H800", "NVIDIA H100 80GB HBM3").
 
     Returns:
-      None for "cpu": a host's peak differs from one machine to the next and has to be measured.
+      The chip, or None for "cpu": the peak of a host differs between machines and is measured.
 
     Raises:
-      ValueError: no such chip; the message has the closest name.
+      ValueError: no chip has this name; the message names the closest one.
     """
     words = name.lower().replace("-", " ").split()
     if "cpu" in words:
@@ -80,3 +82,27 @@ def chip(name: str) -> Chip | None:
     near = [n for word in words for n in difflib.get_close_matches(word, CHIPS, n=1)]
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(CHIPS)}, cpu"
     raise ValueError(f"unknown chip {name!r}; {hint}")
+
+
+# Forms of these chips that run slower than the SXM form, and parts of a chip.
+_OTHER_FORMS = {"pcie", "nvl", "mig"}
+
+
+def peak_flops_per_s(device_kind: str, dtype: str) -> float | None:
+    """Dense peak of a device for matmuls of `dtype`, in FLOP/s.
+
+    Args:
+      device_kind: name of the device as JAX gives it, "NVIDIA H100 80GB HBM3".
+      dtype: dtype of the operands, "bfloat16".
+
+    Returns:
+      None for a CPU, an unknown chip, another form than SXM, or a dtype that the matrix units do
+      not multiply (float32 on NVIDIA GPUs).
+    """
+    if _OTHER_FORMS & set(device_kind.lower().replace("-", " ").split()):
+        return None
+    try:
+        known = chip(device_kind)
+    except ValueError:
+        return None
+    return None if known is None else known.peak_flops_per_s.get(dtype)

@@ -7,11 +7,11 @@ import math
 from typing import Any
 
 from deepseek_jax.config import MESH_AXES, Config, check
+from deepseek_jax.model.count import count
+from deepseek_jax.model.flops import training_flops_per_token
 from deepseek_jax.parallel import mesh
 from deepseek_jax.parallel.pipeline import stage_assignment
 from deepseek_jax.plan.compare_schedules import TITLES
-from deepseek_jax.plan.count import count
-from deepseek_jax.plan.flops import training_flops_per_token
 from deepseek_jax.plan.kv_cache import cache_bytes_per_token
 from deepseek_jax.plan.memory import memory
 

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -30,10 +29,10 @@ class Memory:
     Attributes:
       masters: Master weights, float32, in the storage layout.
       router_bias: Router biases, float32, replicated.
-      compute_weights: Copy of the weights in the recipe's dtype (sensitive weights in float32):
-        gathered for the step with layout.zero 0 and 1, sharded like the masters with 3. A weight
-        whose dtype and layout equal its master's needs no copy. In a pipeline: the layer slots of
-        the rank's chunks, zeros in an empty slot, and embedding, MTP modules and head on all ranks.
+      compute_weights: Weights as the recipe prepares them (sensitive weights in float32): gathered
+        for the step with layout.zero 0 and 1, sharded like the masters with 3. A weight whose bytes
+        and layout equal its master's needs no copy. In a pipeline: the layer slots of the rank's
+        chunks, zeros in an empty slot, and embedding, MTP modules and head on all ranks.
       gathered_layer: Largest gathered layer, embedding, head or MTP module with layout.zero=3.
       gradients: Sums over micro-batches, float32, in the layout of `compute_weights`.
       reduced_gradients: Gradients that the optimiser receives, float32, in the storage layout,
@@ -77,29 +76,32 @@ def memory(config: Config) -> Memory:
     layout, float32 = mesh.layout(config), 4
     per_layer = layout.zero == 3
     assignment = stage_assignment.assign_layers(config) if config.mesh.pipe > 1 else None
-    dtype = recipe(config.precision.recipe).compute
-    model = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config.model))
+    prepared_bytes = recipe(config.precision.recipe).prepared_bytes
     moment = jnp.dtype(config.optimizer.moments).itemsize
     stored = bias = compute = gradients = reduced = 0
     gathered: dict[str, int] = collections.defaultdict(int)
-    for weight in params.describe(model):
-        each, layers = weight.dtype.itemsize, weight.shape[0] if "layer" in weight.axes else 1
-        mine = local_size(weight.shape, layout.storage(weight.axes, weight.shape), layout)
-        whole = local_size(weight.shape, layout.spec(weight.axes), layout)
+    for weight in params.describe(abstract_model(config.model)):
+        layers = weight.shape[0] if "layer" in weight.axes else 1
+        mine_shape = local_shape(weight.shape, layout.storage(weight.axes, weight.shape), layout)
+        whole_shape = local_shape(weight.shape, layout.spec(weight.axes), layout)
+        mine, whole = math.prod(mine_shape), math.prod(whole_shape)
+        prepared = prepared_bytes(whole_shape, sensitive=weight.sensitive)
         stored += mine if weight.trained else 0
         bias += 0 if weight.trained else float32 * whole
         if assignment and (rows := _rows(config, assignment, weight.path)):
             fetched, summed = rows
-            compute += fetched * each * whole // layers
+            compute += fetched * prepared // layers
             gradients += summed * float32 * whole // layers
             reduced += float32 * mine if weight.trained else 0
         elif weight.trained:
-            kept = mine if per_layer else whole
-            compute += kept * each if (kept, each) != (mine, float32) else 0
+            kept_shape = mine_shape if per_layer else whole_shape
+            kept = math.prod(kept_shape)
+            copied = prepared_bytes(kept_shape, sensitive=weight.sensitive)
+            compute += copied if (kept, copied) != (mine, float32 * mine) else 0
             gradients += float32 * kept
             reduced += float32 * mine if kept != mine else 0
             if per_layer and whole != mine:
-                gathered[weight.path.split(".")[0]] += whole * each // layers
+                gathered[weight.path.split(".")[0]] += prepared // layers
         elif assignment:  # the executor's gradient sums include zeros for router biases
             gradients += float32 * whole
     return Memory(
@@ -137,7 +139,11 @@ def _rows(
     return every, int(dense.any(axis=0).sum())
 
 
-def local_size(shape: tuple[int, ...], spec: P, layout: Layout) -> int:
-    """Elements on one device of an array of `shape` that is placed by `spec`."""
-    names = [name for part in spec if part for name in ((part,) if isinstance(part, str) else part)]
-    return math.prod(shape) // math.prod(layout.sizes[name] for name in names)
+def local_shape(shape: tuple[int, ...], spec: P, layout: Layout) -> tuple[int, ...]:
+    """Shape on one device of an array of `shape` that is placed by `spec`."""
+    parts = (*spec, *(None,) * (len(shape) - len(spec)))
+    names = [(part,) if isinstance(part, str) else part or () for part in parts]
+    return tuple(
+        size // math.prod(layout.sizes[name] for name in over)
+        for size, over in zip(shape, names, strict=True)
+    )

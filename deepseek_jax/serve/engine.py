@@ -139,7 +139,7 @@ class Engine:
         window = speculate.window(config, drafts) if drafts else 0
 
         def fresh() -> State:
-            compute = how.recipe.compute
+            compute = how.recipe.activation_dtype
             return empty(config, self.slots, self.length, cache, compute, window, apart)
 
         state = jax.eval_shape(fresh)

@@ -1,8 +1,8 @@
 """Latent cache of MLA: one latent (c^KV) and one rotated key (k^R) per token and layer.
 
-V3 caches 576 elements per token and layer, and 70,272 bytes per token over all layers in bfloat16.
-In FP8 the latent is E4M3 in tiles of 1x128 with float32 scales, and the rotated key stays bfloat16:
-656 bytes per token and layer, 40,016 over all layers.
+V3 caches 576 elements per token and layer: 70,272 bytes per token over all layers in the format
+"bfloat16". The format "fp8" keeps the latent as E4M3 in tiles of 1x128 with float32 scales, and the
+rotated key in bfloat16: 656 bytes per token and layer, 40,016 over all layers.
 
 L layers, B requests, T positions, C latent width, R rotary width, S positions written at once,
 N requests admitted at once.
@@ -19,8 +19,33 @@ from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model.decoding import PerStack
 from deepseek_jax.model.mla import Kept
 from deepseek_jax.precision.payload import FP8_PAYLOAD, UNCHANGED_PAYLOAD, Payload
+from deepseek_jax.precision.recipes import Recipe
 
-FORMATS = ("float32", "bfloat16", "fp8")
+
+@dataclasses.dataclass(frozen=True)
+class CacheFormat:
+    """Numbers of a cache in memory.
+
+    Attributes:
+      dtype: of rotated keys, and of latents where `payload` leaves them as they are.
+      payload: encoding of the latents.
+    """
+
+    dtype: jnp.dtype
+    payload: Payload
+
+
+FORMATS = {
+    "float32": CacheFormat(jnp.dtype(jnp.float32), UNCHANGED_PAYLOAD),
+    "bfloat16": CacheFormat(jnp.dtype(jnp.bfloat16), UNCHANGED_PAYLOAD),
+    "fp8": CacheFormat(jnp.dtype(jnp.bfloat16), FP8_PAYLOAD),
+}
+
+
+def default_format(recipe: Recipe) -> str:
+    """Name of the format that keeps activations as they are, whatever the recipe is called."""
+    unchanged = CacheFormat(recipe.activation_dtype, UNCHANGED_PAYLOAD)
+    return next(name for name, found in FORMATS.items() if found == unchanged)
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +68,7 @@ class Latents:
         latent, key_rope = kept
         request = jnp.arange(positions.shape[0])[:, None]
 
-        def put(whole, new):
+        def put(whole: jax.Array, new: jax.Array) -> jax.Array:
             place = whole.at[layer, request, positions]
             return place.set(new.astype(whole.dtype), mode="drop", unique_indices=True)
 
@@ -55,7 +80,7 @@ class Latents:
         )
 
     def read(self, layer: Any, dtype: Any) -> Kept:
-        """Latents BTC and rotated keys BTR of one layer."""
+        """Latents BTC and rotated keys BTR of one layer, in `dtype`."""
         encoded = jax.tree.map(lambda whole: whole[layer], self.latent)
         latent = self.payload.decode(encoded, dtype).astype(dtype)
         return latent, self.key_rope[layer].astype(dtype)
@@ -69,7 +94,7 @@ class Latents:
         latent, key_rope = kept
         length = key_rope.shape[2]
 
-        def put(whole, new):
+        def put(whole: jax.Array, new: jax.Array) -> jax.Array:
             return whole.at[:, requests, :length].set(new.astype(whole.dtype), mode="drop")
 
         return dataclasses.replace(
@@ -82,7 +107,7 @@ class Latents:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCaches:
-    """`Latents` of a stack whose layers are compiled one after another.
+    """Cache of a stack whose layers are compiled one after another.
 
     Reading a layer of a stacked `Latents` copies it; an array per layer is read in place.
 
@@ -130,8 +155,7 @@ def make(
     """
     if form not in FORMATS:
         raise ConfigError(f"engine.cache={form}; expected one of {', '.join(FORMATS)}")
-    payload = FP8_PAYLOAD if form == "fp8" else UNCHANGED_PAYLOAD
-    dtype = jnp.bfloat16 if form == "fp8" else jnp.dtype(form)
+    dtype, payload = FORMATS[form].dtype, FORMATS[form].payload
 
     def stack(layers: int) -> Latents | LayerCaches | None:
         if not layers:

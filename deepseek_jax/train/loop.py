@@ -1,18 +1,18 @@
-"""A training run from top to bottom, and the only place with side effects.
+"""A training run from start to end.
 
-The order of one turn, everywhere: data, step, check, log, save, stop.
+One turn of the loop, in this order: data, step, check, log, save, stop.
 """
 
 import contextlib
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+import optax
+from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint.store import Store
@@ -22,53 +22,66 @@ from deepseek_jax.data.loader import TrainData
 from deepseek_jax.data.scoring import held_out
 from deepseek_jax.hardware import xla_options
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.parallel.pipeline import stage_assignment
 from deepseek_jax.runtime import processes
-from deepseek_jax.train import evaluation, optimizer, state, token_schedule, workdir
+from deepseek_jax.train import (
+    evaluation,
+    optimizer,
+    profiling,
+    state,
+    system_metrics,
+    token_schedule,
+    workdir,
+)
+from deepseek_jax.train.metrics import Row
 from deepseek_jax.train.report import Report
 from deepseek_jax.train.step import make_ema, make_step, tokens_spec
+from deepseek_jax.train.token_schedule import Hyper
 
 
 class NotFinite(RuntimeError):
-    """The loss or the gradients stopped being numbers; the message names the last good step."""
+    """A loss, gradient or weight that is NaN or infinite; the message names the last good step."""
 
 
-def train(config: Config, directory: Path, *, screen: bool = True) -> dict[str, Any]:
+def train(
+    config: Config, directory: Path, *, screen: bool = True, profile_steps: int | None = None
+) -> dict[str, Any]:
     """Trains until `schedule.tokens` are consumed, from `directory`'s newest checkpoint if any.
 
+    Args:
+      screen: whether the run shows its progress; False writes the files only.
+      profile_steps: number of steps to trace into `directory/profile`, after the first two steps
+        of this process; None traces none.
+
     Returns:
-      The summary that the screen ends with: step, tokens, held-out bits per byte and gzip's; or
-      step, tokens and `stopped` where a signal ended the run early.
+      The summary that `summary.json` holds: step, tokens, the fields of `SystemMetrics`, held-out
+      bits per byte and those of gzip. Where a signal ended the run early, `stopped` is true and
+      there are no held-out scores.
 
     Raises:
       ConfigError: before anything is compiled or written.
-      NotFinite: a loss or gradient norm is NaN or infinite.
+      NotFinite: a loss, gradient norm or weight is NaN or infinite.
     """
     config = check_devices(config)
+    if profile_steps is not None:
+        profiling.check(config, profile_steps)
     workdir.check(directory, config)
     primary = processes.is_primary()
-    tokens = config.schedule.tokens
-    report = Report(directory, total_tokens=tokens, screen=screen, primary=primary)
+    report = Report(directory, total_tokens=config.schedule.tokens, screen=screen, primary=primary)
+    profiler = profiling.Profiler(directory, (profile_steps or 0) if primary else 0, report.say)
     with contextlib.closing(report):
         mesh, layout = meshes.build(config.mesh), meshes.layout(config)
-        place = NamedSharding(mesh, tokens_spec(layout))
-        row, readers = _rows(place, config)
-        data = TrainData(
-            config.data,
-            vocab=config.model.vocab,
-            length=config.batch.length,
-            micro_sequences=config.batch.micro_sequences,
-            seed=config.seed,
-            process_index=row,
-            process_count=readers,
-            say=report.say,
-        )
+        data = _open_data(config, layout, mesh, report)
         store = Store(directory / "checkpoints", keep=config.checkpoint.keep)
         with contextlib.closing(data), contextlib.closing(store), jax.set_mesh(mesh):
-            summary, now = _run(config, directory, layout, mesh, data, store, report)
+            run = Run(config, mesh, layout, data, store, report)
+            workdir.claim(directory, config, data.corpus)  # checkpoints and data fit one another
+            with contextlib.closing(profiler):
+                summary = run.to_the_end(profiler)
             if not summary["stopped"]:
                 report.say("scoring held-out text")
-                summary |= _held_out(config, layout, mesh, now, data.corpus)
+                summary |= _held_out(config, layout, mesh, run.state, data.corpus)
         if summary["stopped"]:
             report.say(f"stopped after step {summary['step']}; the same command goes on from there")
         else:
@@ -76,81 +89,166 @@ def train(config: Config, directory: Path, *, screen: bool = True) -> dict[str, 
     return summary
 
 
-def _run(
-    config, directory, layout, mesh, data, store, report
-) -> tuple[dict[str, Any], state.TrainState]:
-    """From the newest checkpoint to the last step."""
-    adam = optimizer.build(config.optimizer)
-    places = state.shardings(config, layout, mesh, adam)
-    now, tokens = _start(config, places, adam, store, data, report)
-    workdir.claim(directory, config, data.corpus)  # what was there fits: the folder is this run's
-    step = jax.jit(
-        make_step(config, layout, mesh, adam),
-        donate_argnums=0,
-        out_shardings=(dataclasses.replace(places, ema=None), None),
-    )
-    move_ema = make_ema(config, places)
-    all_finite = jax.jit(_all_finite)
-    place = NamedSharding(mesh, tokens_spec(layout))
-    options = xla_options.options(jax.default_backend(), config.layout.cost_profile)
-    done = saved = int(now.step)
-    stop = processes.StopSignal()
-    stop.install()
-    report.begin(done, tokens)
-    report.say(_headline(config, data))
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Arguments of one step, besides the state.
 
-    compiled, logged_at, logged_tokens, stopped = None, time.perf_counter(), tokens, False
-    while tokens < config.schedule.tokens and not stopped:
-        count = token_schedule.micro_batches(config.batch, tokens)
-        hyper = token_schedule.hyper(config.schedule, step=done, tokens=tokens)
-        inputs = (
-            dataclasses.replace(now, ema=None),
-            _batch(data, config, place, count),
-            np.int32(count),
-            jax.tree.map(np.float32, hyper),
-        )
-        if compiled is None:
-            report.say("compiling the training step")
-            compiled = step.lower(*inputs).compile(compiler_options=options)
-            logged_at = time.perf_counter()  # the speed of a step is without its compilation
-        moved, metrics = compiled(*inputs)
-        del inputs  # the state in it was donated
-        ema = None if now.ema is None else move_ema(now.ema, moved.params)
-        now = dataclasses.replace(moved, ema=ema)
-        done, tokens = (
-            done + 1,
-            tokens + count * token_schedule.tokens_per_micro_batch(config.batch),
-        )
+    Attributes:
+      tokens: [micro-batch, sequence, position + 1] int32, a global array.
+      count: micro-batches that count; the others are padding.
+      hyper: numbers of the schedule.
+    """
 
+    tokens: jax.Array
+    count: int
+    hyper: Hyper
+
+
+class Run:
+    """A run from its newest checkpoint to its last step.
+
+    Attributes:
+      state: the training state after the last step that was taken.
+      steps, tokens: taken and consumed since the start of the run, in earlier processes too.
+      saved: step of the newest checkpoint; 0 without one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        layout: Layout,
+        data: TrainData,
+        store: Store,
+        report: Report,
+    ):
+        """Restores the newest checkpoint of `store` and the data's position, or starts afresh."""
+        self._config, self._data, self._store, self._report = config, data, store, report
+        adam = optimizer.build(config.optimizer)
+        places = state.shardings(config, layout, mesh, adam)
+        self.state, self.tokens = _start(config, places, adam, store, data, report)
+        self.steps = self.saved = int(self.state.step)
+        self._tokens_place = NamedSharding(mesh, tokens_spec(layout))
+        self._jitted_step = jax.jit(
+            make_step(config, layout, mesh, adam),
+            donate_argnums=0,
+            out_shardings=(dataclasses.replace(places, ema=None), None),
+        )
+        self._compiled_step: Any = None
+        self._move_ema: Any = make_ema(config, places)
+        self._all_finite: Any = jax.jit(_all_finite)
+        self._stop = processes.StopSignal()
+
+    def to_the_end(self, profiler: profiling.Profiler) -> dict[str, Any]:
+        """Takes the steps that are left; SIGTERM ends the run early, after a checkpoint.
+
+        Returns:
+          step, tokens, stopped, and the system's fields over all steps of this process.
+        """
+        self._stop.install()
+        self._report.begin(self.steps, self.tokens)
+        self._report.say(_headline(self._config, self._data))
+        self._system = system_metrics.of(self._config)
+        stopped = False
+        while self.tokens < self._config.schedule.tokens and not stopped:
+            with self._system.excluded():
+                profiler.before_step()
+            with profiler.step(self.steps + 1):  # data, step, check, log, save, stop
+                inputs = self.data()
+                values = self.step(inputs)
+            self.check(values)
+            with self._system.excluded():
+                profiler.after_step()
+            stopped = self._stop.reached(self.steps)
+            last = stopped or self.tokens >= self._config.schedule.tokens
+            self.log(values, inputs, last)
+            self.save(last)
+        summary = self._system.summary()
+        self._store.wait()
+        stopped = stopped and self.tokens < self._config.schedule.tokens
+        return {"step": self.steps, "tokens": self.tokens, "stopped": stopped, **summary}
+
+    def data(self) -> Inputs:
+        """The micro-batches and the schedule's numbers of the next step."""
+        config = self._config
+        count = token_schedule.micro_batches(config.batch, self.tokens)
+        hyper = token_schedule.hyper(config.schedule, step=self.steps, tokens=self.tokens)
+        with self._system.waiting_for_data():
+            tokens = _batch(self._data, config, self._tokens_place, count)
+        return Inputs(tokens, count, hyper)
+
+    def step(self, inputs: Inputs) -> dict[str, Any]:
+        """Moves the state by one step; returns the metrics as Python numbers and lists."""
+        arguments = (
+            dataclasses.replace(self.state, ema=None),
+            inputs.tokens,
+            np.int32(inputs.count),
+            jax.tree.map(np.float32, inputs.hyper),
+        )
+        if self._compiled_step is None:
+            self._report.say("compiling the training step")
+            with self._system.compiling():
+                self._compile(arguments)
+        moved, metrics = self._compiled_step(*arguments)  # which donates the state
+        ema = None if self.state.ema is None else self._move_ema(self.state.ema, moved.params)
+        self.state = dataclasses.replace(moved, ema=ema)
+        tokens = inputs.count * token_schedule.tokens_per_micro_batch(self._config.batch)
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        _check_finite(values, done, saved)
-        stopped = stop.reached(done)
-        last = stopped or tokens >= config.schedule.tokens
-        if done == 1 or done % config.log.every_steps == 0 or last:
-            speed = (tokens - logged_tokens) / (time.perf_counter() - logged_at)
-            violations = values.pop("max_violation")
-            report.step(
-                {
-                    "step": done,
-                    "tokens": tokens,
-                    **values,
-                    "max_violation": max(violations, default=0.0),
-                    "layer_max_violation": violations,
-                    **dataclasses.asdict(hyper),
-                    "sequences": count * config.batch.micro_sequences,
-                    "tokens_per_second": speed,
-                }
-            )
-            logged_at, logged_tokens = time.perf_counter(), tokens
-        if done % config.checkpoint.every_steps == 0 or last:
-            # This step's loss is of the weights before it: its own are in no metric yet.
-            if not all_finite(now.params, now.bias):
-                raise NotFinite(_not_finite(f"step {done} made weights that are no numbers", saved))
-            store.save(done, state.to_dict(now), {"tokens": tokens, "data": data.state()})
-            saved = done
-    store.wait()
-    stopped = stopped and tokens < config.schedule.tokens
-    return {"step": done, "tokens": tokens, "stopped": stopped}, now
+        self._system.stepped(tokens)
+        return values
+
+    def check(self, values: dict[str, Any]) -> None:
+        """Raises NotFinite where the loss or the gradient norm is no number."""
+        loss, norm = values["loss"], values["grad_norm"]
+        if not np.isfinite([loss, norm]).all():
+            said = f"step {self.steps} has loss {loss}, gradient norm {norm}"
+            raise NotFinite(_not_finite(said, self.saved))
+
+    def log(self, values: dict[str, Any], inputs: Inputs, last: bool) -> None:
+        """Reports the first step, every `log.every_steps`-th and the last."""
+        if self.steps == 1 or self.steps % self._config.log.every_steps == 0 or last:
+            with self._system.row() as system:
+                self._report.step({**self._row(values, inputs), **system})
+
+    def save(self, last: bool) -> None:
+        """Saves every `checkpoint.every_steps`-th step and the last.
+
+        Raises:
+          NotFinite: a weight is no number. The loss of this step is that of the weights before it,
+            so no metric has shown it yet.
+        """
+        if self.steps % self._config.checkpoint.every_steps and not last:
+            return
+        if not self._all_finite(self.state.params, self.state.bias):
+            said = f"step {self.steps} made weights that are NaN or infinite"
+            raise NotFinite(_not_finite(said, self.saved))
+        meta = {"tokens": self.tokens, "data": self._data.state()}
+        self._store.save(self.steps, state.to_dict(self.state), meta)
+        self.saved = self.steps
+
+    def _compile(self, arguments: tuple[Any, ...]) -> None:
+        """Compiles all that a turn of the loop runs, so that no later step has it in its time."""
+        profile = self._config.layout.cost_profile
+        options = xla_options.options(jax.default_backend(), profile)
+        lowered = self._jitted_step.lower(*arguments)
+        self._compiled_step = lowered.compile(compiler_options=options)
+        now = self.state
+        self._all_finite = self._all_finite.lower(now.params, now.bias).compile()
+        if now.ema is not None:
+            self._move_ema = self._move_ema.lower(now.ema, now.params).compile()
+
+    def _row(self, values: dict[str, Any], inputs: Inputs) -> Row:
+        violations = values.pop("max_violation")
+        return {
+            "step": self.steps,
+            "tokens": self.tokens,
+            **values,
+            "max_violation": max(violations, default=0.0),
+            "layer_max_violation": violations,
+            **dataclasses.asdict(inputs.hyper),
+            "sequences": inputs.count * self._config.batch.micro_sequences,
+        }
 
 
 def check_devices(config: Config) -> Config:
@@ -164,11 +262,36 @@ def check_devices(config: Config) -> Config:
     return config
 
 
-def _start(config, places, adam, store, data, report) -> tuple[state.TrainState, int]:
-    """The newest checkpoint, which may be of weights alone, or a fresh start."""
+def _open_data(config: Config, layout: Layout, mesh: Mesh, report: Report) -> TrainData:
+    """The training data of this process."""
+    row, readers = _rows(NamedSharding(mesh, tokens_spec(layout)), config)
+    return TrainData(
+        config.data,
+        vocab=config.model.vocab,
+        length=config.batch.length,
+        micro_sequences=config.batch.micro_sequences,
+        seed=config.seed,
+        process_index=row,
+        process_count=readers,
+        say=report.say,
+    )
+
+
+def _start(
+    config: Config,
+    places: state.TrainState,
+    adam: optax.GradientTransformation,
+    store: Store,
+    data: TrainData,
+    report: Report,
+) -> tuple[state.TrainState, int]:
+    """State and consumed tokens of the newest checkpoint, or those of a fresh start.
+
+    A checkpoint of weights alone is a fresh start from these weights.
+    """
     abstract = state.abstract(config, places, adam)
 
-    def held(meta):
+    def held(meta: dict[str, Any]) -> dict[str, Any]:
         alone = meta.get("weights_only")
         return state.weights_only(abstract) if alone else state.to_dict(abstract)
 
@@ -185,51 +308,47 @@ def _start(config, places, adam, store, data, report) -> tuple[state.TrainState,
 
 
 def _rows(place: NamedSharding, config: Config) -> tuple[int, int]:
-    """Which equal run of each micro-batch's rows this process reads, and how many there are."""
+    """Index of this process among those that share each micro-batch's rows, and their number."""
     rows = config.batch.micro_sequences
     first, end = _span(place, (1, rows, 1))
     return first // (end - first), rows // (end - first)
 
 
 def _span(place: NamedSharding, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """First and last + 1 of the rows that this process's devices hold."""
+    """First row and last row + 1 of a micro-batch on the devices of this process."""
     held: Any = place.addressable_devices_indices_map(shape).values()
     spans = [index[1].indices(shape[1])[:2] for index in held]
     return min(span[0] for span in spans), max(span[1] for span in spans)
 
 
 def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) -> jax.Array:
-    """The next `count` micro-batches as one global array, as long as the longest step needs."""
+    """The next `count` micro-batches as one global array, padded to the longest step's number."""
     most = token_schedule.most_micro_batches(config.batch)
     local = np.stack([next(data) for _ in range(count)])
     local = np.pad(local, ((0, most - count), (0, 0), (0, 0)))
     shape = (most, config.batch.micro_sequences, config.batch.length + 1)
     first, _ = _span(place, shape)
 
-    def part(index):
+    def part(index: Any) -> np.ndarray:
         start, end, _ = index[1].indices(shape[1])
         return local[:, start - first : end - first]
 
     return jax.make_array_from_callback(shape, place, part)
 
 
-def _check_finite(values: dict[str, Any], step: int, saved: int) -> None:
-    loss, norm = values["loss"], values["grad_norm"]
-    if not np.isfinite([loss, norm]).all():
-        raise NotFinite(_not_finite(f"step {step} has loss {loss}, gradient norm {norm}", saved))
-
-
-def _not_finite(what: str, saved: int) -> str:
+def _not_finite(said: str, saved: int) -> str:
     good = f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"
-    return f"{what}; {good}. Lower schedule.learning_rate, or look at the data of this step"
+    return f"{said}; {good}. Lower schedule.learning_rate, or look at the data of this step"
 
 
 def _all_finite(*trees: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trees)]).all()
 
 
-def _held_out(config, layout, mesh, now: state.TrainState, corpus: Corpus) -> dict[str, Any]:
-    """Bits per byte of the weights, and of their average, on text that training never saw."""
+def _held_out(
+    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, corpus: Corpus
+) -> dict[str, Any]:
+    """Bits per byte of the weights, and of their average, on text outside the training data."""
     if not config.evaluation.tokens:
         return {}
     text = held_out(corpus, length=config.batch.length, tokens=config.evaluation.tokens)

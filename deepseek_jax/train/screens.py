@@ -11,19 +11,27 @@ from deepseek_jax.train.metrics import Row, Sink
 
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
 
-# Metric, its name on the screen, and how it is written.
-SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+# A metric, its name on the screen, and how its value is written.
+Shown = tuple[tuple[str, str, Callable[[float], str]], ...]
+
+MODEL: Shown = (
     ("loss", "loss", "{:.3f}".format),
     ("mtp_loss", "MTP loss", "{:.3f}".format),
     ("max_violation", "MaxVio", "{:.2f}".format),
-    ("tokens_per_second", "tokens/s", "{:,.0f}".format),
     ("learning_rate", "learning rate", "{:.2e}".format),
     ("grad_norm", "grad norm", "{:.2f}".format),
 )
 
+SYSTEM: Shown = (
+    ("tokens_per_second", "tokens/s", "{:,.0f}".format),
+    ("step_seconds", "step time", "{:.3g} s".format),
+    ("mfu", "MFU", "{:.1%}".format),
+    ("device_bytes_peak", "peak memory", lambda size: f"{size / 1e9:.1f} GB"),
+)
+
 
 class Progress:
-    """How far the run is and how long it will take, in tokens."""
+    """Tokens that a run has consumed, and the time that it has left."""
 
     def __init__(self, total_tokens: int):
         self.total, self.tokens = total_tokens, 0
@@ -34,17 +42,18 @@ class Progress:
     def step(self, row: Row) -> None:
         self.row, self.tokens = row, row["tokens"]
         if rate := row.get("tokens_per_second"):
-            # The first one has the compiler in it, so the second starts afresh. Then a memory long
-            # enough to be calm and short enough to follow the batch ramp.
+            # The first row has the start-up of the devices in it, so the second one replaces it.
+            # The mean after that is long enough to be calm and short enough to follow the ramp.
             self._rate = 0.8 * self._rate + 0.2 * rate if self._rates > 1 else rate
             self._rates += 1
 
     @property
     def share(self) -> float:
+        """Consumed share of the run's tokens, at most 1."""
         return min(self.tokens / self.total, 1.0) if self.total else 1.0
 
     def left(self) -> str:
-        """The time left, as "1:02:03"; "?" before the first step."""
+        """Time left, as "1:02:03"; "?" before the first step."""
         if not self._rate:
             return "?"
         seconds = round(max(self.total - self.tokens, 0) / self._rate)
@@ -52,18 +61,20 @@ class Progress:
         clock = f"{minutes % 60}:{seconds % 60:02}"
         return f"{hours}:{minutes % 60:02}:{seconds % 60:02}" if hours else clock
 
-    def values(self) -> Iterable[tuple[str, str]]:
-        """Name and text of each metric that the screen shows."""
-        for key, name, write in SHOWN:
+    def values(self, shown: Shown) -> Iterable[tuple[str, str]]:
+        """Name and text of each metric of `shown` that the last row has."""
+        for key, name, write in shown:
             if key in self.row:
                 value = self.row[key]
                 yield name, "not finite" if value is None else write(value)
 
     def where(self) -> str:
+        """Consumed tokens as a line."""
         return f"{self.tokens:,} of {self.total:,} tokens ({100 * self.share:.0f} %)"
 
 
 def screen_for(total_tokens: int) -> Sink:
+    """The screen that fits standard output: live on a terminal, lines elsewhere."""
     progress = Progress(total_tokens)
     if sys.stdout.isatty():
         from rich.console import Console
@@ -75,7 +86,7 @@ def screen_for(total_tokens: int) -> Sink:
 
 
 class PlainScreen:
-    """Single lines for a log file or a pipe: the first step, the last, and a calm rate between."""
+    """Single lines for a log file or a pipe: the first step, the last, and some between them."""
 
     def __init__(self, progress: Progress, clock: Callable[[], float] = time.monotonic):
         self._progress, self._clock = progress, clock
@@ -92,7 +103,7 @@ class PlainScreen:
     def step(self, row: Row) -> None:
         progress = self._progress
         progress.step(row)
-        values = ", ".join(f"{name} {text}" for name, text in progress.values())
+        values = ", ".join(f"{name} {text}" for name, text in progress.values(MODEL + SYSTEM))
         self._waiting = f"step {row['step']}: {progress.where()}, {values}, {progress.left()} left"
         if self._clock() >= self._next or progress.share == 1:
             self._flush()
@@ -108,7 +119,7 @@ class PlainScreen:
 
 
 class LiveScreen:
-    """A terminal: news scrolls above, one region below is redrawn in place."""
+    """A terminal: lines scroll above, and one region below is redrawn in place."""
 
     def __init__(self, progress: Progress, console: Any):
         self._progress, self._console, self._began = progress, console, 0.0
@@ -135,7 +146,7 @@ class LiveScreen:
             self._live.stop()
 
     def region(self) -> Any:
-        """The bar, and below it each metric under its name."""
+        """The bar, and below it the values of model and system, each under its name."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -154,10 +165,12 @@ class LiveScreen:
             ProgressBar(total=1.0, completed=progress.share),
             Text(f"{progress.left()} left" if progress.share < 1 else "done", style="bold"),
         )
-        table = Table.grid(padding=(0, 3))
-        shown = list(progress.values())
-        for _ in shown:
-            table.add_column(justify="right", no_wrap=True)
-        table.add_row(*(Text(name, style="dim") for name, _ in shown))
-        table.add_row(*(Text(value, style="bold") for _, value in shown))
-        return Group("", bar, Text(progress.where(), style="dim"), table)
+        tables = []
+        for shown in (list(progress.values(part)) for part in (MODEL, SYSTEM)):
+            table = Table.grid(padding=(0, 3))
+            for _ in shown:
+                table.add_column(justify="right", no_wrap=True)
+            table.add_row(*(Text(name, style="dim") for name, _ in shown))
+            table.add_row(*(Text(value, style="bold") for _, value in shown))
+            tables.append(table)
+        return Group("", bar, Text(progress.where(), style="dim"), *tables)

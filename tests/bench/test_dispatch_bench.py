@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
-from test_bench import ROOT
+from runs import ROOT
 
 from configs import v3_tiny
 from deepseek_jax import config as configs

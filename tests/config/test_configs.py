@@ -7,8 +7,8 @@ from all_configs import NAMES, load, settings
 from equations import cost
 
 from deepseek_jax import config as configs
+from deepseek_jax.model.count import count
 from deepseek_jax.parallel import mesh
-from deepseek_jax.plan.count import count
 from deepseek_jax.train import token_schedule
 
 

@@ -80,6 +80,23 @@ def test_the_host_has_no_published_peak():
     assert chips.chip("cpu") is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.5e12),
+        ("NVIDIA H200", "bfloat16", 989.5e12),
+        ("NVIDIA H200", "float32", None),  # not a product of the matrix units
+        ("NVIDIA H100 PCIe", "bfloat16", None),  # slower than the SXM form
+        ("NVIDIA H100 NVL", "bfloat16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", None),
+        ("cpu", "bfloat16", None),
+    ],
+)
+def test_peaks_by_device_and_dtype(kind, dtype, peak):
+    assert chips.peak_flops_per_s(kind, dtype) == peak
+
+
 @pytest.mark.parametrize("lookup", [chips.chip, network.network])
 def test_unknown_names_get_the_closest(lookup):
     with pytest.raises(ValueError, match=r"'h80'; did you mean h800\?"):

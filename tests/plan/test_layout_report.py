@@ -10,8 +10,8 @@ import pytest
 from all_configs import NAMES, load, settings
 from equations import cost
 
+from deepseek_jax.model.flops import training_flops_per_token
 from deepseek_jax.plan import layout_report
-from deepseek_jax.plan.flops import training_flops_per_token
 from deepseek_jax.plan.kv_cache import cache_bytes_per_token
 
 ROOT = pathlib.Path(__file__).parents[2]

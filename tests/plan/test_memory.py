@@ -67,10 +67,10 @@ def test_predicted_bytes_are_what_is_allocated(name):
             real = jax.tree.map(
                 lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), shapes
             )
-        dtype = recipe(config.precision.recipe).compute
         keep = layout.storage if layout.zero == 3 else lambda axes, _: layout.spec(axes)
         places = params.place(real.params, lambda *where: NamedSharding(mesh, keep(*where)))
-        compute = jax.device_put(params.cast(real.params, dtype), places)
+        prepared = params.prepare(real.params, recipe(config.precision.recipe))
+        compute = jax.device_put(prepared, places)
         sums = jax.device_put(real.params, places)
     each = {
         "masters": real.params,

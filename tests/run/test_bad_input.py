@@ -110,6 +110,10 @@ def test_broken_checkpoints_are_not_overwritten(refused, text, tmp_path):
         (["--confgi.seed=1"], "confgi"),
         (["stray"], "stray"),
         (["--emulate_devices=0"], "--emulate_devices=0"),
+        (["--profile=0"], "--profile=0; expected at least 1"),
+        (["--profile=-3"], "--profile=-3; expected at least 1"),
+        (["--profile=400"], "--profile=400 begins after 2 steps, and the run has"),
+        (["--profile=few"], "profile"),
     ],
 )
 def test_the_command_line(monkeypatch, capsys, tmp_path, arguments, words):

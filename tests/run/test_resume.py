@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or moved to another mesh resume exactly."""
 
+import json
 import shutil
 import signal
 import time
@@ -10,8 +11,9 @@ import runs
 
 from deepseek_jax.train import loop
 
-KEYS = {
-    "step", "tokens", "loss", "mtp_loss", "grad_norm", "learning_rate", "tokens_per_second",
+SYSTEM = {"tokens_per_second", "step_seconds", "data_seconds", "model_flops_per_second"}
+KEYS = SYSTEM | {
+    "step", "tokens", "loss", "mtp_loss", "grad_norm", "learning_rate",
     "max_violation", "expert_load", "mtp_weight", "bias_speed", "sequences",
 }  # fmt: skip
 
@@ -26,6 +28,7 @@ def whole(text, tmp_path_factory):
     return workdir, out
 
 
+@pytest.mark.smoke
 def test_a_run_leaves_what_it_promises(whole):
     workdir, out = whole
     names = {path.name for path in workdir.iterdir()}
@@ -41,6 +44,12 @@ def test_a_run_leaves_what_it_promises(whole):
         assert len({row[key] for row in rows}) > 1, key
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
     assert runs.checkpoints(workdir)[-1] == len(rows)
+    # A CPU has neither a published peak nor memory statistics.
+    assert not any(row.keys() & {"mfu", "device_bytes_in_use", "device_bytes_peak"} for row in rows)
+    assert [row["step"] for row in rows if "compile_seconds" in row] == [1]
+    assert rows[0]["compile_seconds"] > rows[1]["step_seconds"] > rows[1]["data_seconds"] > 0
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary.keys() >= SYSTEM | {"compile_seconds", "step", "tokens", "stopped"}
     # No row includes the time of compiling, which is far longer than that of a thousand tokens.
     assert min(row["tokens_per_second"] for row in rows) > 256
     assert "compiling" in out and "held-out" in out and "gzip -9" in out
@@ -55,6 +64,7 @@ def test_nothing_left_to_train_only_scores_again(whole, text):
     assert (process.returncode, err) == (0, "")
     assert "resumed from step" in out and "held-out" in out and "compiling" not in out
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    assert not json.loads((workdir / "summary.json").read_text()).keys() & SYSTEM
     assert runs.bits(workdir) == before
 
 

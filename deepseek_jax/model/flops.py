@@ -1,7 +1,7 @@
 """Estimated floating-point operations per token: 6 per activated weight, plus attention."""
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.plan.count import count
+from deepseek_jax.model.count import count
 
 
 def training_flops_per_token(config: ModelConfig, length: int, *, causal: bool = True) -> float:
