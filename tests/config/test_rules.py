@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -69,6 +70,20 @@ def settle(values):
 def test_the_configs_pass_and_survive_json(published):
     config = configs.parse(published.get_config())
     assert configs.from_json(config.to_json()) == config
+
+
+def sections(kind=configs.Config):
+    """Every dataclass of the config, the whole first."""
+    yield kind
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield from sections(field.type)
+
+
+@pytest.mark.parametrize("kind", list(sections()), ids=lambda kind: kind.__name__)
+def test_every_key_has_a_line_of_description(kind):
+    described = re.findall(r"^  (\w+): [A-Z].*\.$", inspect.getdoc(kind), re.MULTILINE)
+    assert described == [field.name for field in dataclasses.fields(kind)]
 
 
 # Changes to v3_tiny, and what the one message must say.
