@@ -1,19 +1,19 @@
-"""Eight emulated CPU devices, quick compiles that are kept, no silent broadcasting of ranks."""
+"""Test set-up: eight emulated CPU devices, quick cached compiles, no implicit rank promotion."""
 
 import gc
 import importlib.metadata
 import os
 import tempfile
 
-gc.set_threshold(100_000, 50, 100)  # what tests have traced is long to look through
+gc.set_threshold(100_000, 50, 100)  # collecting the many objects of traced programs is slow
 
 # Read when JAX starts, here and in the processes that tests start. Compiling takes most of the
 # tests' time, and nearly every program runs a few steps on a few numbers only.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if importlib.metadata.version("jax") < "0.11":  # later releases do not know it
+if importlib.metadata.version("jax") < "0.11":  # later releases do not have this flag
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
-# What one process has compiled, the others read: workers, and the runs that tests start.
+# Workers and the runs that tests start share one compilation cache.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name

@@ -1,4 +1,4 @@
-"""A function as one device's part of a layout, and numbers whose sums are exact."""
+"""Helpers: a function mapped over a layout, and numbers whose sums are exact."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Weights under published names as our modules: how tests give both sides the same numbers."""
+"""Modules built from weights under published names, so that both sides have the same weights."""
 
 from collections.abc import Mapping
 from typing import Any

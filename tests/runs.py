@@ -1,4 +1,4 @@
-"""Starts runs of `tiny.py`, in this process or as a user would, and reads what they leave."""
+"""Starts runs of `tiny.py`, in this process or from the command line, and reads their output."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def tiny(text: Path, **sections: dict) -> Config:
 
 
 def arguments(config: Config, workdir: Path) -> list[str]:
-    """What the command line needs to run `config`."""
+    """Command-line arguments that run `config`."""
     out = [f"--config={TINY}", f"--workdir={workdir}"]
     for section, value in dataclasses.asdict(config).items():
         for key, setting in value.items() if isinstance(value, dict) else ():
@@ -54,7 +54,7 @@ def start_main(flags: list[str]) -> subprocess.Popen:
 
 
 def rows(workdir: Path) -> list[dict]:
-    """What `metrics.jsonl` holds so far, less a line that is being written."""
+    """Complete rows of `metrics.jsonl`."""
     file = workdir / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

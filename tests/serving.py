@@ -1,4 +1,4 @@
-"""A small model and servers for it, over the first few of the eight devices."""
+"""A small model and engines for it, over the first few of the eight devices."""
 
 import dataclasses
 import functools
@@ -67,7 +67,7 @@ def fill(folder: Path) -> Path:
 
 
 def opened(folder: Path) -> Engine:
-    """A server of a checkpoint, as the command makes one."""
+    """Engine of a checkpoint, as the command opens it."""
     base = command.default_config()
     base = dataclasses.replace(base, layout=dataclasses.replace(base.layout, unroll=1))
     room = dict(slots=2, length=32, cache="float32", stop=(), drafts=0)

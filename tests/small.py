@@ -1,4 +1,4 @@
-"""A small config, and one piece of the model run alone or over the first few of eight devices."""
+"""A small config, and a part of the model run on one or on the first few of eight devices."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -106,7 +106,7 @@ def spread(
         return jax.device_get(jax.jit(whole)(*jax.device_put(arguments, places)))
 
 
-def close(got: Any, want: Any, rtol: float = 1e-5) -> None:
+def assert_close(got: Any, want: Any, rtol: float = 1e-5) -> None:
     """Every leaf to rtol of its own norm, which is what float32 sums in another order allow."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(want):
         other = _at(got, path)

@@ -1,4 +1,4 @@
-"""A few documents, non-ASCII and odd white space among them."""
+"""A few documents, with non-ASCII text and unusual white space."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Scheduled HLO by hand: a mesh of node 2 x gpu 4, every spelling that the parser has to read."""
+"""Scheduled HLO written by hand: a mesh of node 2 x gpu 4, in every spelling that XLA uses."""
 
 MESH = {"pipe": 1, "replica": 1, "node": 2, "gpu": 4, "tensor": 1}
 

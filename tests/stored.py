@@ -49,7 +49,7 @@ def assert_same(got, want):
 
 
 def written(store: Store, *steps: int) -> Path:
-    """The store's directory, with these steps in it."""
+    """Saves these steps and returns the store's directory."""
     for step in steps:
         store.save(step, example(step), {**META, "step": step})
     store.wait()
@@ -61,7 +61,7 @@ def reopened(store: Store) -> Store:
 
 
 def data_file(step: Path) -> Path:
-    """The largest file of array data; small leaves are kept inside the index."""
+    """Largest file of array data; the index holds small leaves."""
     return max(step.glob("state/*/d/*"), key=lambda file: file.stat().st_size)
 
 

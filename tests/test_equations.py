@@ -1,4 +1,4 @@
-"""The references themselves: against an independent implementation's values, and by property."""
+"""The reference equations, against values of an independent implementation and by property."""
 
 import json
 from pathlib import Path
@@ -163,7 +163,7 @@ def test_rotary_scores_depend_on_distance_alone():
 
 @pytest.mark.parametrize("variant", checkpoints.VARIANTS)
 def test_choice_of_experts(variant):
-    """Written once more, token by token, with plain lists."""
+    """Choice of experts, token by token, with plain lists."""
     settings, weights = checkpoints.make(variant)
     run = model.forward(settings, weights, checkpoints.tokens(settings)[:, :40])
     size = settings["n_routed_experts"] // settings["n_group"]

@@ -1,6 +1,6 @@
 """Layouts never change results: fourteen of them against one device, 20 steps, losses to 1e-5.
 
-Everything of the recipe moves in these steps: batch ramp over accumulated micro-batches, warm-up
+Every part of the recipe changes in these steps: batch ramp over accumulated micro-batches, warm-up
 and cosine, router bias, balance loss, and where there is MTP its weight. The wide init (0.1) keeps
 the router's scores apart: a near-tie of 6e-8, which a narrow init makes likely, is decided by the
 order of a float32 sum.
@@ -8,6 +8,7 @@ order of a float32 sum.
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -70,11 +71,13 @@ def test_a_layout_changes_nothing(layout):
         np.testing.assert_allclose([m[name] for m in got], [m[name] for m in want], rtol=1e-5)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(ours["expert_load"], theirs["expert_load"])
-    small.close(params, want_params, rtol=1e-4)  # Adam divides by the root of small second moments
+    small.assert_close(
+        params, want_params, rtol=1e-4
+    )  # Adam divides by the root of small second moments
 
 
 def test_the_run_moves():
-    """What the comparison stands on: the loss falls, and the model is not a fixed point."""
+    """The loss falls in these steps, so that the comparison of layouts means something."""
     metrics, params = alone(1)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.01
     start = jax.tree.leaves(Trainer(small.config(model_mtp_depth=1)).params())
@@ -89,4 +92,4 @@ def test_a_fresh_state_is_the_same_everywhere():
         initial(small.config(model_mtp_depth=1)),
         initial(small.config(model_mtp_depth=1, **every)),
     )
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(many), jax.device_get(one))
+    chex.assert_trees_all_equal(jax.device_get(many), jax.device_get(one))

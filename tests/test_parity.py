@@ -1,4 +1,4 @@
-"""The whole model against values that are not ours: a published implementation's, and float64."""
+"""The whole model against a published implementation and against float64."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ from deepseek_jax.train.token_schedule import Hyper
 
 TINY = Path(__file__).parent / "fixtures" / "hf_tiny"
 
-# What holds between independent float32 implementations of this model (the fixture's own).
+# Error between independent float32 implementations of this model (the fixture's own).
 HIDDEN, WEIGHTS, LOSS, GRADIENT, STEPS = 2e-4, 2e-5, 1e-5, 1e-4, 1e-4
 
 
@@ -51,7 +51,7 @@ def out(tiny, expected):
     return tiny(expected["input_ids"])
 
 
-def near(got, want, tolerance):
+def assert_near(got, want, tolerance):
     np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=tolerance)
 
 
@@ -65,9 +65,9 @@ def by_expert(routing):
 @pytest.mark.smoke
 def test_logits_and_loss(tiny, out, expected):
     assert out.logits.dtype == jnp.float32
-    near(out.logits, expected["logits"], HIDDEN)
-    near(out.hidden, expected["final_norm"], HIDDEN)
-    near(tiny.loss(expected["input_ids"]), expected["loss"], LOSS)
+    assert_near(out.logits, expected["logits"], HIDDEN)
+    assert_near(out.hidden, expected["final_norm"], HIDDEN)
+    assert_near(tiny.loss(expected["input_ids"]), expected["loss"], LOSS)
 
 
 def test_routing(out, expected):
@@ -76,7 +76,7 @@ def test_routing(out, expected):
         assert routing.experts.dtype == jnp.int32 and routing.weights.dtype == jnp.float32
         experts, weights = by_expert(routing)
         np.testing.assert_array_equal(experts, expected[f"topk_indices_{layer}"])
-        near(weights, expected[f"topk_weights_{layer}"], WEIGHTS)
+        assert_near(weights, expected[f"topk_weights_{layer}"], WEIGHTS)
 
 
 def test_every_layer(tiny, expected):
@@ -106,7 +106,7 @@ def test_every_layer(tiny, expected):
     found = walk(tiny.weights, expected["input_ids"])
     assert len(found) == 1 + 2 * 4 + 3
     for name, value in found.items():
-        near(value, expected[name], HIDDEN)
+        assert_near(value, expected[name], HIDDEN)
 
 
 @pytest.mark.smoke
@@ -118,17 +118,17 @@ def test_greedy_generation(tiny, expected):
     for step in range(steps):
         end = prompt.shape[1] + step
         logits = np.asarray(tiny(text).logits[:, end - 1])
-        near(logits, expected["gen_step_logits"][:, step], HIDDEN)
+        assert_near(logits, expected["gen_step_logits"][:, step], HIDDEN)
         text[:, end] = logits.argmax(-1)
     np.testing.assert_array_equal(text[:, prompt.shape[1] : end + 1], expected["gen_tokens"])
 
 
 def test_rotary(tiny, expected):
     config = tiny.config
-    near(rotary.frequencies(config), expected["rope_inv_freq"], 1e-7)
-    near(rotary.softmax_scale(config), expected["softmax_scale"], 1e-7)
+    assert_near(rotary.frequencies(config), expected["rope_inv_freq"], 1e-7)
+    assert_near(rotary.softmax_scale(config), expected["softmax_scale"], 1e-7)
     cos, _ = rotary.cos_sin(config, jnp.arange(1))
-    near(cos, expected["rope_attention_scaling"], 1e-7)
+    assert_near(cos, expected["rope_attention_scaling"], 1e-7)
 
 
 def test_both_spellings_of_the_settings(tmp_path, tiny):
@@ -169,13 +169,13 @@ def test_gradients(training, tiny, expected):
     with jax.set_mesh(mesh):
         gradients = jax.jit(make_gradients(config, layout, mesh))
         found, sums = gradients(params, bias, tokens, jnp.int32(1), jnp.float32(0))
-    near(sums.entropy[0] / tokens[..., 1:].size, expected["loss"], LOSS)
+    assert_near(sums.entropy[0] / tokens[..., 1:].size, expected["loss"], LOSS)
     named = names.to_published(tiny.config, found)
     wanted = {k.removeprefix("grad:"): v for k, v in expected.items() if k.startswith("grad:")}
     assert len(wanted) == 9 and wanted.keys() <= named.keys()  # the norm below covers the others
     for name, want in wanted.items():
         assert named[name].shape == want.shape, name
-        near(named[name], want, GRADIENT * max(np.abs(want).max(), 1e-12))
+        assert_near(named[name], want, GRADIENT * max(np.abs(want).max(), 1e-12))
     norm = np.sqrt(sum(np.square(value.astype(np.float64)).sum() for value in named.values()))
     np.testing.assert_allclose(norm, expected["grad_global_norm"], rtol=GRADIENT)
 
@@ -192,7 +192,7 @@ def test_five_optimiser_steps(training, expected):
         for _ in expected["adamw_losses"]:
             state, metrics = step(state, tokens, jnp.int32(1), hyper)
             losses.append(float(metrics["loss"]))
-    near(losses, expected["adamw_losses"], STEPS)
+    assert_near(losses, expected["adamw_losses"], STEPS)
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -210,12 +210,12 @@ def test_every_rule_that_models_differ_in(variant, tmp_path):
     checkpoints.write(tmp_path / "one", settings, weights)
     model = deepseek_jax.load(tmp_path / "one")
     got = model(tokens)
-    near(got.logits, want.logits, HIDDEN)
-    near(got.hidden, want.final_norm, HIDDEN)
+    assert_near(got.logits, want.logits, HIDDEN)
+    assert_near(got.hidden, want.final_norm, HIDDEN)
     assert len(got.mtp_logits) == settings["num_nextn_predict_layers"] == len(want.mtp)
     routed = dict(want.routing)
     for k, depth in enumerate(want.mtp):
-        near(got.mtp_logits[k][:, : -k - 1], depth.logits, HIDDEN)
+        assert_near(got.mtp_logits[k][:, : -k - 1], depth.logits, HIDDEN)
         routed[settings["num_hidden_layers"] + k] = depth.routing
     assert got.routing.keys() == routed.keys()
     for layer, routing in routed.items():
@@ -223,7 +223,7 @@ def test_every_rule_that_models_differ_in(variant, tmp_path):
         experts, gates = by_expert(jax.tree.map(np.asarray, got.routing[layer]))
         np.testing.assert_array_equal(experts[:, :length], routing.experts)
         # Relative to the routed scale, which is 16 in one variant.
-        near(gates[:, :length] / model.config.routed_scale,
+        assert_near(gates[:, :length] / model.config.routed_scale,
              routing.weights / model.config.routed_scale, WEIGHTS)  # fmt: skip
 
     checkpoints.write(tmp_path / "many", settings, weights, shards=3)
@@ -234,7 +234,7 @@ def test_every_rule_that_models_differ_in(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", ["mtp", "mtp2"])
 def test_losses_of_every_depth(variant, tmp_path):
-    """Through the objective that training minimises."""
+    """Losses through the objective that training minimises."""
     settings, weights, tokens, want = case(variant)
     checkpoints.write(tmp_path, settings, weights)
     model = deepseek_jax.load(tmp_path).weights
@@ -250,8 +250,8 @@ def test_losses_of_every_depth(variant, tmp_path):
     loss, sums = losses(model, tokens)
     depth = settings["num_nextn_predict_layers"]
     valid = np.asarray(head_weights(depth, length - 1, 1.0) > 0).sum(1)
-    near(sums.entropy / (count * valid), [want.loss, *want.mtp_losses], LOSS)
-    near(loss, want.loss + 0.3 * np.mean(want.mtp_losses), LOSS)
+    assert_near(sums.entropy / (count * valid), [want.loss, *want.mtp_losses], LOSS)
+    assert_near(loss, want.loss + 0.3 * np.mean(want.mtp_losses), LOSS)
 
 
 def test_bfloat16_is_near_float32(tiny, out, expected):
@@ -268,7 +268,7 @@ def test_bfloat16_is_near_float32(tiny, out, expected):
     layers = [(by_expert(got.routing[i])[0], by_expert(out.routing[i])[0]) for i in out.routing]
     other = np.array([(ours != theirs).any(-1) for ours, theirs in layers])  # layer, B, S
     assert other.mean() < 0.05
-    same = np.cumsum(other.any(0), axis=1) == 0  # attention looks back alone
+    same = np.cumsum(other.any(0), axis=1) == 0  # attention is causal
     assert same.sum() > 40
     difference = np.asarray(got.logits - out.logits)[same]
     assert 1e-4 < np.sqrt(np.mean(difference**2)) < 0.06
@@ -288,4 +288,4 @@ def test_settings_of_a_published_model_are_read(tmp_path):
     assert model.config == deepseek_jax.load(tmp_path / "old").config
     assert model.config.yarn_factor == json.loads((tmp_path / "old" / "config.json").read_text())[
         "rope_scaling"]["factor"]  # fmt: skip
-    near(model(tokens).logits, want.logits, HIDDEN)
+    assert_near(model(tokens).logits, want.logits, HIDDEN)

@@ -1,8 +1,8 @@
-"""A run of 20 steps that takes seconds: every feature of the recipe moves inside it.
+"""A run of 20 steps that takes seconds, in which every part of the recipe changes.
 
 The batch ramp, the learning rate's phases, the MTP weight and the bias speed all change on the
-way, so a resumed run that forgot where it was would show it. Tokens travel as they are: FP8 turns
-a difference of 1e-7 into one of 6 % where a number is rounded the other way.
+way, so that a run which resumes at a wrong position differs. No FP8 payload: FP8 turns
+a difference of 1e-7 into one of 6 % when a value rounds the other way.
 """
 
 from configs import v3_671b

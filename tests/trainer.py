@@ -1,4 +1,4 @@
-"""Steps of training over the first few of the eight devices, as the loop takes them."""
+"""Training steps over the first few of the eight devices, as the training loop takes them."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from deepseek_jax.train.step import make_step, tokens_spec
 
 
 class Trainer:
-    """A state and its compiled step; `step` moves the state and returns the metrics."""
+    """A state and its compiled step; `step` updates the state and returns the metrics."""
 
     def __init__(self, config: Config):
         self.config, self.layout = config, meshes.layout(config)
@@ -58,15 +58,15 @@ class Trainer:
 
 @functools.cache
 def fresh(model: ModelConfig, optimizer_config: OptimizerConfig, seed: int) -> states.TrainState:
-    """A state as `initialise` makes it, on the host. Compiling that for every layout takes long;
-    that the numbers are the same on every layout is a test of its own."""
+    """State of `initialise`, on the host. Compiling it for every layout takes long;
+    another test checks that it is the same on every layout."""
     config = small.config()
     config = dataclasses.replace(config, model=model, optimizer=optimizer_config, seed=seed)
     return jax.device_get(initial(config))
 
 
 def initial(config: Config) -> states.TrainState:
-    """What `initialise` makes of this config on its own mesh."""
+    """State of `initialise` for this config on its own mesh."""
     layout = meshes.layout(config)
     mesh = small.mesh_of({name: getattr(config.mesh, name) for name in MESH_AXES})
     adam = optimizer.build(config.optimizer)

@@ -53,7 +53,7 @@ class Gemm:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a compiled program; bytes are those of one device and one run.
+    """Collective of a compiled program; bytes are those of one device and one run.
 
     Attributes:
       name: Name of the instruction in the scheduler.

@@ -43,7 +43,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction, a line of the text.
+    """Instruction, one line of the text.
 
     Attributes:
       name: Name in its computation.

@@ -1,4 +1,4 @@
-"""One MoE layer, forward and backward, lowered for a real or virtual cluster.
+"""MoE layer, forward and backward, lowered for a real or virtual cluster.
 
 The compiled layer shows the messages of a layout and the GEMMs that can hide them. A layer compiles
 in seconds, and the MoE layers of a model are all alike.

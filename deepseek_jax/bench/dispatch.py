@@ -140,7 +140,7 @@ def choose(router: str, tokens: int, model: ModelConfig, seed: int = 0) -> np.nd
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredDispatch:
-    """One compiled dispatch and combine, forward and backward.
+    """Compiled dispatch and combine, forward and backward.
 
     Attributes:
       mesh: Nodes x GPUs, such as "2x4".

@@ -35,8 +35,8 @@ class ModelConfig:
       yarn_original: Context length of pre-training, in tokens.
       yarn_beta_fast: Turns in `yarn_original` above which a pair is kept; above `yarn_beta_slow`.
       yarn_beta_slow: Turns in `yarn_original` below which a pair is slowed by `yarn_factor`.
-      yarn_mscale: Weight of YaRN's scale of queries and keys after rotation; at least 0.
-      yarn_mscale_all_dim: Weight of YaRN's scale of all attention logits; at least 0.
+      yarn_mscale: Numerator of YaRN's scale m(yarn_mscale)/m(yarn_mscale_all_dim) of cosines; >= 0.
+      yarn_mscale_all_dim: Denominator of that scale; its square scales all logits; at least 0.
       experts: Routed experts of an MoE layer.
       shared_experts: Experts that every token uses, computed as one network; at least 0.
       top_k: Routed experts of a token.
@@ -198,7 +198,7 @@ class OptimizerConfig:
       b2: Decay of the second moment; from 0, below 1, at most 0.99 with bfloat16 moments.
       eps: Epsilon added to the root of the second moment.
       weight_decay: Decoupled weight decay, times the learning rate; at least 0.
-      decayed: Weights that decay: "matrices", all but vectors such as norms, or "all".
+      decayed: Weights that decay: "matrices", all but the scales of norms, or "all".
       clip: Largest global norm of the gradient.
       moments: Format in which both moments are kept: "float32" or "bfloat16" (section 3.3.3).
       ema_decay: Decay per step of the exponential moving average of weights; from 0 (off), below 1.
@@ -278,7 +278,7 @@ class DataConfig:
 
     Attributes:
       path: Text, JSONL, Parquet or token file, or a folder; "" for the Python library's source.
-      tokenizer: "bpe" trained on the data, "byte", "deepseek", or the path of a tokenizer.json.
+      tokenizer: Name "bpe" (trained here), "byte" or "deepseek", or the path of a tokenizer.json.
       text_key: Field of JSONL and Parquet rows that holds the text.
       cache: Folder of tokenizers and tokens; "" for the user's cache folder.
       fim_rate: Share of documents in fill-in-the-middle form (prefix-suffix-middle); from 0 to 1.
@@ -333,7 +333,7 @@ class Config:
     """All settings of a run.
 
     Attributes:
-      seed: Seed of initial weights and data order; from 0 to 2**32 - 1.
+      seed: Seed of initial weights, document order and fill-in-the-middle; from 0 to 2**32 - 1.
       model: Sizes and routing rules of the model.
       mesh: Devices along each mesh axis.
       layout: Parallelism and memory.

@@ -219,16 +219,8 @@ def _from_tokens(
             "that wrote the files"
         )
     if words is None:
-        first = max(used, len(tokenizer.OWN_MARKS))
-        if config.fim_rate and first + 3 > vocab:
-            raise ConfigError(
-                f"data.fim_rate={config.fim_rate} needs three unused ids, and the ids of "
-                f"data.path={config.path!r} leave too few below model.vocab={vocab}; set "
-                f"data.fim_rate=0, model.vocab to at least {first + 3}, or data.tokenizer to the "
-                "tokenizer.json that wrote them"
-            )
         if config.fim_rate:
-            marks = dataclasses.replace(marks, fim=(first, first + 1, first + 2))
+            marks = dataclasses.replace(marks, fim=_unused_ids(config, used, vocab))
         say("data: these token files have no data.tokenizer; assuming id 1 as end of text")
     if not has_bos:
         marks = dataclasses.replace(marks, bos=None)
@@ -248,6 +240,19 @@ def _from_tokens(
         description=words.description if words else "token files of an unnamed tokenizer",
     )
     return corpus
+
+
+def _unused_ids(config: DataConfig, used: int, vocab: int) -> tuple[int, int, int]:
+    """First three ids, after those of token files and of marks, for fill-in-the-middle."""
+    first = max(used, len(tokenizer.OWN_MARKS))
+    if first + 3 > vocab:
+        raise ConfigError(
+            f"data.fim_rate={config.fim_rate} needs three unused ids, and the ids of "
+            f"data.path={config.path!r} leave too few below model.vocab={vocab}; set "
+            f"data.fim_rate=0, model.vocab to at least {first + 3}, or data.tokenizer to the "
+            "tokenizer.json that wrote them"
+        )
+    return first, first + 1, first + 2
 
 
 def _corpus(

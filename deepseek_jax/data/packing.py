@@ -29,7 +29,7 @@ _WINDOW = 1 << 16  # sequences that are shuffled together, at most those of an e
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """One pass over the N training documents.
+    """Pass over the N training documents.
 
     Attributes:
       documents: [N], document numbers in the order of the epoch.

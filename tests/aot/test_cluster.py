@@ -1,4 +1,4 @@
-"""Programs compiled for a cluster that is not there: traffic, overlap, and what is said without."""
+"""Programs compiled for a virtual cluster: traffic, overlap, and errors without the compiler."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ AXES = ("node", "gpu")
 
 
 def layer(x, w, v):
-    """An exchange over both hops, with a GEMM pair before and after."""
+    """All-to-alls over both hops, with a pair of GEMMs before and after."""
     x = lax.all_to_all(jax.nn.relu(x @ w) @ v, "node", 0, 0, tiled=True)
     x = lax.all_to_all(x, "gpu", 0, 0, tiled=True)
     return jax.nn.relu(x @ w) @ v
@@ -34,7 +34,7 @@ def chunks(x, y, w, v):
 
 
 def chain(x, w, v):
-    """Nothing is independent of anything: no exchange can be hidden."""
+    """A chain of dependent operations, in which no collective can be hidden."""
     return lax.scan(lambda x, wv: (layer(x, *wv), None), x, (w, v))[0]
 
 
@@ -154,7 +154,7 @@ def test_a_cost_profile_hides_more(two_chunks, mesh):
 
 @needs_plugin
 def test_links_that_differ_change_the_schedule_s_length(two_chunks):
-    """The slow hop weighs as much as its link is slow: 3 of 4 parts at 50 GB/s, 7 of 8 at 160."""
+    """The cost of a hop follows its link: 3 of 4 parts at 50 GB/s, 7 of 8 at 160 GB/s."""
     program = two_chunks[1]
     waits = cost_model.replay(program, cost_model.costs(program, cost_model.Rates())).waits
     seconds = {axis: [w.seconds for w in waits if w.collective.axes == (axis,)] for axis in AXES}

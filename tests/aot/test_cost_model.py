@@ -1,4 +1,4 @@
-"""Costs and replay, against times worked out by hand."""
+"""Costs and replay against times computed by hand."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Whether a tick's chunks are found to need one another, in programs written out here."""
+"""Dependences between the chunks of a tick, found in programs written by hand."""
 
 import pytest
 
@@ -50,7 +50,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("line", "found"), WRONG.values(), ids=WRONG)
 def test_what_needs_what(line, found):
-    """Constants, fences and what was fused for being alike bind nobody to anybody."""
+    """Constants, barriers and fusions of like operations create no dependence."""
     module = hlo.parse(HEAD + line + TAIL)
     program = Program(module, (), (), {}, 0)
     assert pipelined_step.dependences(program, module.entry) == found

@@ -1,4 +1,4 @@
-"""The reader of compiled programs, on HLO written by hand."""
+"""Parser and reader of compiled programs, on HLO written by hand."""
 
 import pytest
 from snippets import MESH, STEP
@@ -120,7 +120,7 @@ def test_what_runs_between_start_and_done(found, module):
     assert (fast.computation, fast.inside, fast.times) == ("body", "while", 3)
     assert [g.name for g in fast.gemms] == ["gemm"]
     assert slow.overlapped and fast.overlapped
-    # A kernel that nobody calls a GEMM is none.
+    # A kernel that is not listed does not count as a GEMM.
     plain = {c.name: c for c in compiled.collectives(module, MESH)}
     assert [g.name for g in plain["slow"].gemms] == ["gemm"]
 

@@ -24,7 +24,7 @@ MATMUL = 1e9  # FLOPs; counting and sorting make tiny ones
 
 
 def config(**layout):
-    """Of one stage: a layer does not know of the 16."""
+    """Config of one stage: a layer does not depend on the 16 stages."""
     c = v3_671b.get_config()
     c.mesh.update(pipe=1, replica=2, node=8, gpu=8, tensor=1)
     c.layout.update(recompute="report", attention_block=2048, **layout)
@@ -55,7 +55,7 @@ def copies_per_token(config, hop):
 
 
 def test_two_micro_batches_in_flight():
-    """What the plan says travels, where it should, and under a matmul of the other's."""
+    """Bytes of the plan on their axes, each message under a matmul of the other micro-batch."""
     found = messages(config(micro_batches_in_flight=2))
     plan, want = planned(config())
     assert [hop.over for hop in plan.hops] == [("node",), ("gpu",)]
@@ -69,7 +69,7 @@ def test_two_micro_batches_in_flight():
     assert collections.Counter((c.axes, c.bytes) for c in found) == want
     assert len(found) == 16
     for c in found:
-        # The slow hop stays on its rail, the fast one in its node.
+        # The slow hop connects GPUs of one number, the fast hop those of one node.
         assert (c.slow_bytes > 0, c.fast_bytes > 0) == (c.axes == ("node",), c.axes == ("gpu",))
         assert c.group == 8
         assert not c.is_sync, c
@@ -89,7 +89,7 @@ def test_four_copies_cross_between_nodes_where_flat_sends_eight():
 
 
 def test_nodes_that_a_token_visits():
-    """With random scores: what the slow hop's buffer is sized for is what really travels."""
+    """With random scores, the slow hop sends as many copies as its buffer is sized for."""
     model = config().model
     scores = jax.random.uniform(jax.random.key(0), (1, 4096, model.experts))
     experts, _ = select_experts(scores, jnp.zeros(model.experts), model)

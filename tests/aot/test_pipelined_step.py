@@ -1,7 +1,7 @@
 """The ticks of DualPipe, compiled for 2,048 H100s: pipe 16 x replica 2 x node 8 x gpu 8.
 
-A layer of V3's sizes in each stage, nothing before or after them, and our costs of what is in it.
-`python -m deepseek_jax.plan step` reads the same of a whole model, which a slow test asserts:
+Each stage has one layer of V3's sizes, without embedding and head; costs are those of `cost_model`.
+`python -m deepseek_jax.plan step` reads the same from a whole model, which a slow test checks:
 ten minutes and more, only with `-m slow`. Nothing runs here.
 """
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing(
 
 
 def compiled_with_our_costs(lower, config, folder):
-    """The program, and the steady ticks in it."""
+    """Compiled program, and its steady ticks."""
     mesh, rates = cluster.mesh(config.mesh), cost_model.Rates()
     program = lower(config, mesh)
     # Machine code, most of the time, is made once: costs change when a kernel runs, not the kernel.
@@ -46,7 +46,7 @@ def hides_its_messages(program, pair, layers):
     for message in pair.messages:
         assert not message.is_sync and pipelined_step.under(message), message
     assert pair.hidden_share > 0.97
-    # Neither chunk of a tick needs anything of the other; of the tick before, both do.
+    # The chunks of a tick are independent; both depend on the tick before.
     assert pipelined_step.dependences(program, pair.computation) == []
     assert not any(copy.bytes > 32 * 2**20 for copy in pair.copies)
 
@@ -57,7 +57,7 @@ def test_each_chunk_hides_the_messages_of_the_other(tmp_path):
     assert last is None
     hides_its_messages(program, pair, layers=1)
     assert pipelined_step.under_the_other(pair) >= 10
-    # A layer keeps what crossed the slow hop and its input, and nothing made of a weight.
+    # Residuals of a layer: its input and the tokens after the slow hop, no result of a weight.
     slots = lockstep_slots(config)
     kept = {array.shape[1:] for array in pair.kept if array.shape[:1] == (slots,)}
     crossed, words = 4096 * 4 * 5 // 4, (7168 + 4 * 7168 // 128) // 4
@@ -68,13 +68,13 @@ def test_each_chunk_hides_the_messages_of_the_other(tmp_path):
 
 @pytest.mark.slow
 def test_so_does_the_whole_published_model(tmp_path):
-    """61 layers and MTP over 16 stages, with the way of weights to them and the optimiser."""
+    """61 layers and MTP over 16 stages, with the transfer of weights and the optimiser."""
     config = configs.parse(v3_671b.get_config())
     program, pair, last = compiled_with_our_costs(step.lower, config, tmp_path)
     hides_its_messages(program, pair, layers=4)
     assert pair.hidden_share > 0.999
     assert pipelined_step.under_the_other(pair) >= 50
-    # The end ranks' MTP module, under its main head: messages there and back of both hops.
+    # MTP module of the end ranks under the main head: dispatch and combine over both hops.
     assert len(last.messages) == 8
     for message in last.messages:
         assert not message.is_sync and pipelined_step.under(message), message
@@ -89,7 +89,7 @@ def pipelined(**mesh):
 
 
 def test_a_whole_step_is_lowered_for_the_cluster():
-    """With the model's ends, the way of its weights to their ranks, and the optimiser."""
+    """With embedding, head, moving the weights to their ranks, and the optimiser."""
     config = pipelined()
     text = step.lower(config, cluster.mesh(config.mesh)).as_text()
     assert "num_partitions = 8" in text and text.count("all_to_all") > 16

@@ -1,4 +1,4 @@
-"""The bench commands: what they refuse, and the claims that need no clock."""
+"""Bench commands: refused arguments, and the claims that need no clock."""
 
 import dataclasses
 import pathlib
@@ -53,7 +53,7 @@ def test_no_set_of_logits_is_held_at_depth_four(tiny):
 
     logits = 4 * 2048 * (16_384 - 2048)  # what one head's whole logits grow by
     assert growth(chunk=128) < logits
-    assert growth(chunk=5 * 2048) > 4 * logits  # all five heads at once do show
+    assert growth(chunk=5 * 2048) > 4 * logits  # logits of all five heads at once would show
 
 
 def test_moe_rows(tiny):
@@ -75,7 +75,7 @@ def test_load_rows(tiny):
 
 
 def test_layer_rows(tiny):
-    """On a CPU, which is nowhere near the rates that are assumed of an H800."""
+    """On a CPU, whose rates are far below those assumed for an H800."""
     found = layer.measure(tiny, calls=1, repeats=1)
     rows = found["layer"]
     assert [row["piece"] for row in rows] == [
@@ -132,7 +132,7 @@ def test_grouped_backends_do_the_same(kind, sizes):
 
 @pytest.mark.parametrize("shape", grouped.GPU.shapes, ids=["gate_up", "down"])
 def test_grouped_on_a_gpu_adds_the_kernel(shape):
-    """Traced only; what the kernel computes is tested where it is."""
+    """Traced only; `test_grouped_triton.py` tests the kernel's results."""
     shapes = ((shape.rows, shape.width), (shape.experts, shape.width, shape.out))
     operands = [jax.ShapeDtypeStruct(one, grouped.GPU.dtype) for one in shapes]
     found = grouped.backends("gpu")

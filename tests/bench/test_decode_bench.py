@@ -1,4 +1,4 @@
-"""`bench decode`: both caches give the same attention, whose bytes are told; and all its rows."""
+"""`bench decode`: equal attention with both caches, cache bytes, and all rows."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_bytes_are_those_of_the_config():
 
 
 def test_rows(monkeypatch):
-    """Beside somebody who makes the token 0 in no time."""
+    """Beside a function that returns token 0 at once."""
     config = small.config(model_layers=1)  # dense, and quick to compile
     monkeypatch.setattr(decode, "sized", lambda _: config)
     zeros = lambda prompts, tokens: np.zeros((len(prompts), tokens), int)  # noqa: E731

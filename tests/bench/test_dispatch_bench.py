@@ -1,4 +1,4 @@
-"""The dispatch bench: messages, bytes and copies of an exchange, and the pieces of one GPU."""
+"""`bench dispatch`: messages, bytes and copies of a dispatch, and the pieces of one GPU."""
 
 import dataclasses
 import math
@@ -121,7 +121,7 @@ def test_tables_are_as_wide_as_their_cells():
     ]
 
 
-# The pieces of one GPU, on this host and for one that is not there.
+# Pieces of one GPU, on this host and compiled for a virtual one.
 
 CASE = DispatchCase(16, 256, 4, 2, 32, 4, 2, "bfloat16", (Shape(48, 3, 16, 32),), steps=2)
 
@@ -137,7 +137,7 @@ def layout():
 
 
 def test_the_route_of_one_is_that_of_the_mesh(moves):
-    """The first device's, of 4 x 2 that really exchange."""
+    """Route of the first device, against 4 x 2 devices that exchange tokens."""
     config, key = tiny(1.0), jax.random.split(jax.random.key(0), 3)[0]
     every = jax.random.uniform(key, (1, 8 * CASE.tokens, CASE.experts))
     model = dispatch_pieces._model(config, CASE)
@@ -188,7 +188,7 @@ def test_repeating_changes_nothing(moves):
 
 
 def test_each_run_waits_for_the_last():
-    """A number that no result has would change what the next run is given; nothing else does."""
+    """Arguments of the next run depend on the result, but change for one impossible value only."""
     given, out = (jnp.ones((2, 3)), jnp.ones(3)), jnp.ones((4, 5), jnp.bfloat16)
     jax.tree.map(np.testing.assert_array_equal, dispatch_pieces._after(given, out), given)
     rare = jax.lax.bitcast_convert_type(jnp.uint16(0x5A5A), jnp.bfloat16)
@@ -198,7 +198,7 @@ def test_each_run_waits_for_the_last():
 
 
 def test_every_run_of_a_piece_is_in_the_loop_of_an_h100(moves):
-    """The result is made anew in the loop, and nothing large is copied to keep it going."""
+    """The loop computes the result again in each step and copies no large array."""
     if problem := cluster.missing():
         pytest.skip(problem)
     mesh = cluster.mesh(MeshConfig(pipe=1, replica=1, node=1, gpu=1, tensor=1))

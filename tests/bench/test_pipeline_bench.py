@@ -1,4 +1,4 @@
-"""What `bench pipeline` counts: masked ticks compute everything, skipped ones what is planned."""
+"""`bench pipeline`: masked ticks compute all chunks, skipped ticks the planned ones only."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_devices_compute_what_the_schedule_says(kind, ticks, skip):
 
 @pytest.mark.parametrize("recompute", ["none", "report", "full"])
 def test_deferring_gradients_computes_nothing_twice(recompute):
-    """Input and weight gradients apart are a whole backward pass, to 2 %."""
+    """Input and weight gradients together take as many FLOPs as a whole backward pass, to 2 %."""
     row = pipeline._halves(configs.parse(v3_tiny.get_config()), recompute)
     assert row["halves_of_whole"] == pytest.approx(1, abs=0.02)
     assert 0.3 < row["weights"] / row["whole"] < 0.5

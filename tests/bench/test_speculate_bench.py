@@ -1,4 +1,4 @@
-"""`bench speculate`: a run is made once and read again, and every row of the table is there."""
+"""`bench speculate`: a run is trained once and read again, and the table has every row."""
 
 import json
 

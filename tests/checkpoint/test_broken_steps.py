@@ -53,7 +53,7 @@ def test_a_broken_step_is_skipped_with_one_warning(store, accident, caplog, capf
     assert "\n" not in warning.getMessage()
     assert capfd.readouterr().err == ""
 
-    written(resumed, 3)  # the same number again: nothing is in the way, nothing good is removed
+    written(resumed, 3)  # the same step again: the broken one is moved, no good one is removed
     assert resumed.steps() == [1, 2, 3] and (directory / "3.broken").is_dir()
     step, state, _ = reopened(store).restore(abstract(example()))
     assert step == 3
@@ -75,7 +75,7 @@ def test_a_broken_step_is_not_read_in_parts_either(store, accident, caplog, capf
 def test_broken_steps_do_not_count_as_kept(tmp_path):
     first = Store(tmp_path, keep=2)
     directory = written(first, 10, 20)
-    shutil.copytree(directory / "20", directory / "30")  # not the step that its record says
+    shutil.copytree(directory / "20", directory / "30")  # its record has another step
     for broken in (20, 30):
         data_file(directory / str(broken)).unlink()
     resumed = Store(tmp_path, keep=2)

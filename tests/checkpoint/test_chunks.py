@@ -22,7 +22,7 @@ from deepseek_jax.config import ConfigError
 
 
 def test_leaves_are_read_in_parts(store, monkeypatch):
-    """From chunks of the size that was asked for, whatever the sharding that wrote them."""
+    """Leaves are read in chunks of the requested size, whatever sharding wrote them."""
     monkeypatch.setattr("deepseek_jax.checkpoint.chunks.CHUNK_BYTES", 1 << 10)
     written(store, 1)
     leaves, want = reopened(store).open(abstract(example())), example(1)
@@ -36,7 +36,7 @@ def test_leaves_are_read_in_parts(store, monkeypatch):
 
 
 def test_leaves_are_made_in_parts(store, monkeypatch):
-    """And read as if they had been saved whole; a step that stopped half-way counts as damaged."""
+    """Leaves saved in parts are read as if saved whole; an interrupted step counts as damaged."""
     monkeypatch.setattr("deepseek_jax.checkpoint.chunks.CHUNK_BYTES", 1 << 10)
     state = example(1)
     state["zeros"] = jax.device_put(np.zeros((300,), np.float32), shardings(8, P()))
@@ -67,7 +67,7 @@ def test_leaves_are_made_in_parts(store, monkeypatch):
     [
         ((58, 32, 7168, 2, 2048), (0, 1)),  # an expert of V3 is read as a whole
         ((58, 1536, 128, 192), (0,)),
-        ((129280, 7168), ()),  # in chunks, of no special shape
+        ((129280, 7168), ()),  # no axis to cut: chunks of any shape
         ((58, 7168), None),
     ],
 )

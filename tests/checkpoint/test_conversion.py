@@ -1,4 +1,4 @@
-"""Weights out and in again: every bit comes back, in each format, and nothing partial is left."""
+"""Export and import of weights: bit-exact in each format, and no partial output left behind."""
 
 import json
 import subprocess
@@ -174,7 +174,7 @@ def test_our_own_configs_have_a_published_form(module):
 
 def test_nothing_partial_is_left(tmp_path):
     found, weights = checkpoints.make("v3")
-    weights["lm_head.weight"][0, 0] = np.nan  # the last that is written
+    weights["lm_head.weight"][0, 0] = np.nan  # the last tensor written
     checkpoints.write(tmp_path / "in", found, weights)
     with pytest.raises(ConfigError, match=r"lm_head.weight holds 1 values"):
         conversion.to_published(open_checkpoint(tmp_path / "in"), tmp_path / "out", "fp8", SHARD)
@@ -200,7 +200,7 @@ with conversion._appears(Path(sys.argv[1])) as folder:
 
 
 def test_what_a_killed_process_left_is_used_again(tmp_path):
-    """And not while that process lives."""
+    """A lock of a process that still runs is respected."""
     found, weights = checkpoints.make("v3")
     checkpoints.write(tmp_path / "in", found, weights)
     target = tmp_path / "out"
@@ -230,7 +230,7 @@ def test_a_router_without_a_published_form_is_refused(tmp_path):
 
 
 def save_changed(run, config, path, index, value):
-    """A step more, in which one number of one parameter is another."""
+    """Saves another step, in which one element of one parameter is changed."""
     one = SingleDeviceSharding(jax.devices()[0])
     store = Store(run / "checkpoints", keep=1)
     wanted = load._wanted(abstract_model(config.model), lambda _: one)
@@ -242,7 +242,7 @@ def save_changed(run, config, path, index, value):
 
 
 def test_a_run_with_numbers_that_are_not_finite_is_refused(tmp_path):
-    """By what loads it and by what exports it."""
+    """Loading and exporting both refuse the run."""
     checkpoints.write(tmp_path / "in", *checkpoints.make("v3"))
     run, path = tmp_path / "run", "moe_layers.feed.experts.gate_up"
     config = conversion.to_run(open_checkpoint(tmp_path / "in"), run, small.config())

@@ -1,5 +1,6 @@
-"""Weights straight onto a mesh: the same numbers as on one device, each part read once."""
+"""Loading onto a mesh: the same weights as on one device, each part read once."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_devices_with_memory_of_their_own_are_filled_layer_by_layer(published, w
     sizes = dict(gpu=2)
     model = load.load(published, BFLOAT16, small.layout_of(sizes), small.mesh_of(sizes))
     half = params.stored(whole, BFLOAT16)
-    jax.tree.map(np.testing.assert_array_equal, model, half)
+    chex.assert_trees_all_equal(model, half)
 
 
 def test_what_is_not_finite_is_named_on_a_mesh_too(tmp_path):

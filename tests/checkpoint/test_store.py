@@ -22,7 +22,7 @@ def test_every_leaf_and_meta_come_back_exactly(store):
     assert (step, meta) == (7, {**META, "step": 7})
     assert_same(state, example(7))
     for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(example()), strict=True):
-        assert leaf.sharding == want.sharding  # the mesh and the memory it was asked for
+        assert leaf.sharding == want.sharding  # the requested mesh and memory
     assert reopened(store).newest_meta() == meta
 
 

@@ -57,7 +57,7 @@ def test_kill_at_any_moment_leaves_a_whole_step(tmp_path):
         saver = run_saver(tmp_path)
         first = saver.stdout.readline().split()
         assert first, saver.communicate()[1]
-        # What was announced before the kill is at most two saves ahead of what was committed.
+        # At most two announced saves are not committed when the process is killed.
         assert first[0] == "from" and int(first[1]) >= reached - 2
         while int(saver.stdout.readline().split()[1]) < int(first[1]) + 5:
             pass
@@ -105,7 +105,7 @@ for step in (1, 2, 3):
     store.save(step, make(step), {"step": step})
 store.close()
 jax.experimental.multihost_utils.sync_global_devices("saved")
-if rank == 0:  # what process 1 wrote of step 3 is lost
+if rank == 0:  # remove the files of process 1 in step 3
     for path in (directory / "3" / "state" / "ocdbt.process_1" / "d").iterdir():
         path.unlink()
 jax.experimental.multihost_utils.sync_global_devices("broken")
@@ -146,7 +146,7 @@ def test_two_processes_write_and_read_one_checkpoint(tmp_path):
         assert peer.returncode == 0, err
         assert json.loads(out.splitlines()[-1]) == [2, {"step": 2}, True, 8, [2, 3]]
     warnings = [err.count("cannot be read") for _, err in results]
-    assert warnings == [1, 0]  # process 0 speaks for all
+    assert warnings == [1, 0]  # only process 0 warns
 
     mesh_of_one = SingleDeviceSharding(jax.devices()[0])
     wanted = {

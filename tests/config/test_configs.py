@@ -1,4 +1,4 @@
-"""Every file of configs/ is a valid run, on its own mesh and on resolved ones, of stated size."""
+"""Files of configs/: each is valid on its own and on a resolved mesh, and has the stated size."""
 
 import dataclasses
 

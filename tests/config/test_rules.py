@@ -1,7 +1,8 @@
-"""Every rule of `config.check`: what it refuses, that it names the key, that its advice works."""
+"""Rules of `config.check`: refused values, named keys, and advice that works."""
 
 import copy
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -69,6 +70,20 @@ def settle(values):
 def test_the_configs_pass_and_survive_json(published):
     config = configs.parse(published.get_config())
     assert configs.from_json(config.to_json()) == config
+
+
+def sections(kind=configs.Config):
+    """Every dataclass of the config, the whole first."""
+    yield kind
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield from sections(field.type)
+
+
+@pytest.mark.parametrize("kind", list(sections()), ids=lambda kind: kind.__name__)
+def test_every_key_has_a_line_of_description(kind):
+    described = re.findall(r"^  (\w+): [A-Z].*\.$", inspect.getdoc(kind), re.MULTILINE)
+    assert described == [field.name for field in dataclasses.fields(kind)]
 
 
 # Changes to v3_tiny, and what the one message must say.
@@ -271,7 +286,8 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
     ids=str,
 )
 def test_what_works_is_let_through(changes):
-    configs.parse(tiny(changes))
+    config = configs.parse(tiny(changes))
+    assert configs.from_json(config.to_json()) == config
 
 
 def test_a_free_axis_is_checked_once_it_is_known():
@@ -339,4 +355,4 @@ SIZE = st.integers(1, 70)
     )
 )
 def test_following_the_advice_ends_in_a_config_that_works(changes):
-    settle(tiny(changes))
+    configs.check(settle(tiny(changes)))

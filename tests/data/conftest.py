@@ -1,4 +1,4 @@
-"""A small corpus of its own for every test that asks, tokenised as bytes."""
+"""Fixtures of a small corpus, tokenised as bytes."""
 
 import dataclasses
 

@@ -51,7 +51,7 @@ def test_bpe_is_trained_on_training_documents_alone(corpus_of):
     _, (held, *_) = split(10, 0.1)
     texts[held] = "zxqj" * 200
     corpus = corpus_of(texts, tokenizer="bpe")
-    assert len(corpus.body(held)) == 800  # nothing in it was worth merging
+    assert len(corpus.body(held)) == 800  # the tokenizer has no merge for it
     assert all(len(corpus.body(i)) < 20 for i in corpus.training)
 
 

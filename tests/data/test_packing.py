@@ -1,4 +1,4 @@
-"""Fill-in-the-middle keeps every token; packing is concatenation, whatever is asked for first."""
+"""Fill-in-the-middle keeps every token; packing is concatenation, in any order of requests."""
 
 import collections
 import threading

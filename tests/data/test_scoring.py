@@ -1,4 +1,4 @@
-"""Held-out documents laid out: every token a target once, and the bytes that they stand for."""
+"""Packing for scoring: every token is a target once, and bytes are those of the documents."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Every format gives its documents; everything wrong with them is named."""
+"""Sources: documents of every format, and errors that name their cause."""
 
 import json
 import sys

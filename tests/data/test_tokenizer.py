@@ -1,4 +1,4 @@
-"""Exact round trips, marks by name, and room for every id."""
+"""Tokenizers: exact round trips, marks by name, and ids below the vocabulary size."""
 
 import importlib.metadata
 import json

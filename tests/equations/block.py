@@ -1,4 +1,4 @@
-"""One transformer block: attention and feed-forward, each after a norm and beside a residual."""
+"""Transformer block: attention and feed-forward, each after a norm and beside a residual."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a model costs by arithmetic alone: parameters, operations and cache per token."""
+"""Cost of a model by formula: parameters, operations and cache per token."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ Settings = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Parameters.
+    """Numbers of parameters.
 
     Attributes:
       main: all of the main model, its two tables included.

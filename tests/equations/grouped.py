@@ -1,4 +1,4 @@
-"""Each row by the matrix of its expert, and the gradients, in float64."""
+"""Grouped matmul and its gradients in float64, one expert after another."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What training minimises: cross entropy, the MTP terms (24, 25), the balance term (17)."""
+"""Training loss: cross entropy, the MTP terms (24, 25), the balance term (17)."""
 
 from collections.abc import Sequence
 

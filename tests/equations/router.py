@@ -1,4 +1,4 @@
-"""The gate (section 2.1.2): equations 13 to 16, node-limited choice, and what balances the load."""
+"""Router (section 2.1.2): equations 13 to 16, node-limited choice, bias update and balance loss."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from .attention import softmax
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the gate of one layer did.
+    """Routing of one layer.
 
     Attributes:
       logits: BTE, before the score function, without bias.
@@ -73,7 +73,7 @@ def choose(biased: np.ndarray, settings: Mapping[str, Any]) -> tuple[np.ndarray,
 
 
 def _gap(x: np.ndarray, count: int) -> np.ndarray:
-    """From the last one taken to the first one left."""
+    """Gap between the last chosen value and the first one not chosen."""
     ordered = -np.sort(-x, -1)
     nothing_left = count == x.shape[-1]
     return (

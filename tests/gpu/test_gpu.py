@@ -1,4 +1,4 @@
-"""What only a GPU can show. Without the settings of the CPU tests:
+"""Tests that need a GPU. They run without the settings of the CPU tests:
 
 PYTHONPATH=tests:. python -m pytest --noconftest tests/gpu
 """

@@ -56,7 +56,7 @@ def compiled(backend):
     return with_gradients(backend)
 
 
-# Cuts of the rows into experts; what is behind the last cut is nobody's.
+# Cuts of the rows into experts; rows behind the last cut belong to no expert.
 sizes_of_all = st.lists(st.integers(0, ROWS), min_size=EXPERTS, max_size=EXPERTS).map(
     lambda cuts: [int(n) for n in np.diff([0, *sorted(cuts)])]
 )
@@ -86,7 +86,7 @@ def test_any_sizes_give_the_loop_over_experts(widths, dtype, sizes):
     weight = integers(EXPERTS, wide, narrow, seed=1)
     want = by_loop(rows, weight, sizes, pull)
     used = sum(sizes)
-    rows[used:], pull[used:] = np.nan, 1e9  # nobody's rows are never looked at
+    rows[used:], pull[used:] = np.nan, 1e9  # rows of no expert are never read
     arguments = [jnp.asarray(part, dtype) for part in (rows, weight)]
     arguments += [jnp.asarray(sizes, jnp.int32), jnp.asarray(pull, dtype)]
     for part, exact, other in zip(
@@ -189,7 +189,7 @@ def kernels_in(text):
 
 @lowers_for_a_gpu
 def test_the_platform_it_is_lowered_for_decides():
-    """Not the one it is lowered on: there is no GPU here."""
+    """The target platform decides, not the platform of lowering, which is a CPU."""
     device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("gpu",), axis_types=(AxisType.Auto,), abstract_device=device)
     shapes = ((ROWS, 32), (EXPERTS, 32, 48), (EXPERTS,), (ROWS, 48))
@@ -205,7 +205,7 @@ def test_the_platform_it_is_lowered_for_decides():
 
 @pytest.fixture(scope="module")
 def h100():
-    """A mesh of one H100 that is not there."""
+    """Mesh of one virtual H100."""
     if problem := cluster.missing():
         pytest.skip(problem)
     return cluster.mesh(MeshConfig(pipe=1, replica=1, node=1, gpu=1, tensor=1))
@@ -234,7 +234,7 @@ def test_compiles_for_an_h100_at_full_size(h100, tmp_path, width, out, dtype):
     text, memory = compiled.as_text(), compiled.memory_analysis()
     print(f"{dtype} {width}x{out}: {memory.temp_size_in_bytes:,} bytes of temporaries")
     assert kernels_in(text) == 3
-    assert " while(" not in text and " conditional(" not in text  # nothing goes back to the host
+    assert " while(" not in text and " conditional(" not in text  # no control flow on the host
     assert memory.temp_size_in_bytes < 2**16  # work lists: no copy of rows, weights or gradients
     code = "".join(path.read_text() for path in tmp_path.glob("*.ptx"))
     kernels = code[code.index("_kernel(") :]

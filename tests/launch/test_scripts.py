@@ -13,8 +13,8 @@ import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
-# Stands in for `python`: writes down its arguments and signals, then acts as its process number
-# is told to by PEER_0, PEER_1 and so on.
+# Fake `python`: records its arguments and signals, then behaves as PEER_0, PEER_1 and so on
+# say for its process number.
 FAKE_PYTHON = """#!/usr/bin/env bash
 for argument in "$@"; do [[ $argument == --process=* ]] && rank=${argument#--process=}; done
 printf '%s\\n' "$@" > "$NOTES/$rank.args"
@@ -95,7 +95,7 @@ def test_a_failed_process_stops_the_others_with_its_code(script, rank):
     assert code == 7
     for other in {0, 1, 2} - {rank}:
         assert (script.notes / f"{other}.signal").read_text() == "TERM\n"
-    assert ("my reason" in err) == (rank == 1)  # process 0 printed it itself
+    assert ("my reason" in err) == (rank == 1)  # process 0 prints its own output
     assert "process 2 speaking" in err
 
 

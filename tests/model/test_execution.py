@@ -1,4 +1,4 @@
-"""Recompute policies and attention blocks: same numbers, and what each really keeps and redoes."""
+"""Recompute policies and attention blocks: equal results, and compiled FLOPs and memory of each."""
 
 import functools
 
@@ -12,7 +12,7 @@ from flax import nnx
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.transformer import build_model
 
-FAST = {"xla_backend_optimization_level": "0"}  # of the machine code: work and buffers stay
+FAST = {"xla_backend_optimization_level": "0"}  # for machine code only: work and buffers stay
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def ran(recompute="none", block=16, unroll=1):
     ids=str,
 )
 def test_how_it_runs_never_changes_what_it_computes(changes):
-    small.close(ran(**changes)[0], ran()[0], rtol=2e-6)
+    small.assert_close(ran(**changes)[0], ran()[0], rtol=2e-6)
 
 
 def test_policies_redo_more_and_keep_less_in_order():
@@ -68,7 +68,7 @@ def test_policies_redo_more_and_keep_less_in_order():
     flops, memory = zip(*(ran(name)[1:] for name in ("none", "report", "full")), strict=True)
     assert flops[0] * 1.02 < flops[1] < flops[2] * 0.95
     assert memory[0] * 0.6 > memory[1] > memory[2] * 1.2
-    # All but the embedding runs a second time: backward is twice a forward, so a third more.
+    # All but the embedding runs twice: backward costs two forwards, so FLOPs grow by a third.
     assert 1.2 < flops[2] / flops[0] < 1.4
 
 

@@ -49,9 +49,9 @@ run = jax.jit(computed, static_argnums=4)
 def test_follows_float64_in_any_chunks(chunk):
     data = drawn()
     got = run(*data, chunk)
-    small.close(got, expected(*data), rtol=2e-6)
+    small.assert_close(got, expected(*data), rtol=2e-6)
     total, entropies = jax.jit(head_loss, static_argnums=4)(*data, chunk)  # not differentiated
-    small.close((total, entropies), expected(*data)[:2], rtol=2e-6)
+    small.assert_close((total, entropies), expected(*data)[:2], rtol=2e-6)
 
 
 def test_rows_that_count_nothing_get_no_gradient_but_an_entropy():
@@ -66,7 +66,7 @@ def test_rows_that_count_nothing_get_no_gradient_but_an_entropy():
 def test_large_logits_stay_finite():
     data = drawn(scale=1e3)  # exp of these overflows float32
     assert float(jnp.abs(data[0] @ data[1]).max()) > 1e3
-    small.close(run(*data, 7), expected(*data), rtol=2e-6)
+    small.assert_close(run(*data, 7), expected(*data), rtol=2e-6)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -86,11 +86,11 @@ def test_split_vocabulary_gives_the_same(parts):
     )  # fmt: skip
     with jax.set_mesh(mesh):
         got = jax.device_get(jax.jit(whole)(*data))
-    small.close(got, expected(*data), rtol=2e-6)
+    small.assert_close(got, expected(*data), rtol=2e-6)
 
 
 def test_vocabulary_over_devices_with_rows_of_their_own():
-    """Two see other rows than the other two, and each pair has the vocabulary between them."""
+    """Two pairs of devices with different rows; each pair splits the vocabulary."""
     hidden, head, targets, weights = drawn(scale=3.0)
     data = hidden[:22], head, targets[:22], weights[:22]
     sizes = {"gpu": 2, "tensor": 2}
@@ -110,7 +110,7 @@ def test_vocabulary_over_devices_with_rows_of_their_own():
     with jax.set_mesh(mesh):
         placed = jax.device_put(data, tuple(NamedSharding(mesh, s) for s in given))
         got = jax.device_get(jax.jit(whole)(*placed))
-    small.close(got, expected(*data), rtol=2e-6)
+    small.assert_close(got, expected(*data), rtol=2e-6)
 
 
 def test_bfloat16_rounds_operands_and_gradients_only():
@@ -118,14 +118,14 @@ def test_bfloat16_rounds_operands_and_gradients_only():
     data = drawn(dtype=jnp.bfloat16)
     got, want = run(*data, 7), expected(*data)
     assert [part.dtype for part in got] == [jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16]
-    small.close(got[:2], want[:2], rtol=2e-6)
-    small.close(got[2:], want[2:], rtol=2**-8)
+    small.assert_close(got[:2], want[:2], rtol=2e-6)
+    small.assert_close(got[2:], want[2:], rtol=2**-8)
 
 
 def test_cotangent_scales_the_gradient():
     data = drawn()
     scaled = jax.grad(lambda h, w: 3 * head_loss(h, w, *data[2:], 7)[0], (0, 1))(*data[:2])
-    small.close(scaled, tuple(3 * d for d in expected(*data)[2:]), rtol=2e-6)
+    small.assert_close(scaled, tuple(3 * d for d in expected(*data)[2:]), rtol=2e-6)
 
 
 def test_no_gradient_flows_through_the_entropies():

@@ -1,4 +1,4 @@
-"""Latent attention against equations 1 to 11; unchanged by blocks and by a split of its heads."""
+"""Latent attention against equations 1 to 11, in any blocks and with heads split over devices."""
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def test_blocks_of_queries_change_nothing(block, keep):
     (_, want), want_grads = run(512, True)
     (_, got), got_grads = run(block, keep)
     np.testing.assert_allclose(got, want, atol=2e-6)
-    small.close(got_grads, want_grads, 2e-6)
+    small.assert_close(got_grads, want_grads, 2e-6)
 
 
 def test_sees_no_later_token():
@@ -111,4 +111,4 @@ def test_splitting_heads_changes_nothing(tensor):
         return module(x, how)
 
     want = jax.device_get(jax.jit(small.pulled, static_argnums=0)(fn, module, x, pull))
-    small.close(small.spread(fn, module, x, pull, {"tensor": tensor, "gpu": 2}), want, 3e-6)
+    small.assert_close(small.spread(fn, module, x, pull, {"tensor": tensor, "gpu": 2}), want, 3e-6)

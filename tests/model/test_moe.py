@@ -1,4 +1,4 @@
-"""DeepSeekMoE against equation 12; unchanged by dispatch and by where its experts live."""
+"""DeepSeekMoE against equation 12, with any dispatch and any placement of its experts."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def test_follows_the_equation(rule, way):
 @pytest.mark.parametrize("shape, every", [((1, 1), False), ((8, 2), True), ((8, 3), False)])
 @pytest.mark.parametrize("payload", [UNCHANGED_PAYLOAD, FP8_PAYLOAD], ids=["as it is", "fp8"])
 def test_a_step_of_decoding_computes_the_same(shape, every, payload):
-    """Whether tokens are sorted or, where few make many choices, go through every expert."""
+    """Tokens are sorted by expert or, if few make many choices, go through every expert."""
     _, _, model = variant("v3")
     how = Execution(dispatch=dataclasses.replace(dispatch.EXACT, payload=payload))
     feed, x = layer(model.moe_layers).feed, inputs(*shape)
@@ -70,7 +70,7 @@ def test_layout_changes_nothing(sizes):
         return module(x, Execution())[0]
 
     want = jax.device_get(jax.jit(small.pulled, static_argnums=0)(fn, module, x, pull))
-    small.close(small.spread(fn, module, x, pull, sizes), want, 3e-6)
+    small.assert_close(small.spread(fn, module, x, pull, sizes), want, 3e-6)
 
 
 def test_bias_gets_no_gradient_and_the_router_does():

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 def made(depth):
-    """A checkpoint of any depth, from the rules that `checkpoints` has for its own depths."""
+    """Checkpoint of any MTP depth, by the rules of `checkpoints`."""
     settings = checkpoints.make("v3")[0] | {"num_nextn_predict_layers": depth}
     rng = np.random.default_rng(depth)
     weights = {}

@@ -1,4 +1,4 @@
-"""RMSNorm against its equation; scale and dtype by property."""
+"""RMSNorm against its equation, and properties of scale and dtype."""
 
 import jax.numpy as jnp
 import numpy as np

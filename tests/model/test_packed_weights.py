@@ -1,4 +1,4 @@
-"""A model laid out for few tokens on a CPU decodes the same as it is."""
+"""Packed weights for few tokens on a CPU: decoding equals that of the plain model."""
 
 import jax
 import jax.numpy as jnp
@@ -31,4 +31,4 @@ def test_it_decodes_the_same(requests):
         past = latent_cache.make(model.config, requests, 8, "float32", mtp=False, apart=True)
         apart = Unstacked.of(model, on_cpu=on_cpu)
         results.append(jax.device_get(jax.jit(logits)(apart, tokens, past)))
-    small.close(results[1], results[0], 3e-6)
+    small.assert_close(results[1], results[0], 3e-6)

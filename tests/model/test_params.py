@@ -1,4 +1,4 @@
-"""Parameters: axes and shapes of every one, casting, and that a stack draws different layers."""
+"""Parameters: axes and shapes, casting, and different initial weights in each layer."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Copies of experts on several GPUs change nothing but who does the work."""
+"""Redundant experts: equal results, with the work spread over their copies."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def top(model, tokens, how):
 
 
 def placement(nodes, gpus):
-    """From loads as uneven as a router makes them: the first expert is four times as busy."""
+    """Placement for uneven loads: the first expert has four times the load of the others."""
     load = np.random.default_rng(1).uniform(1, 2, (CONFIG.moe_layers, CONFIG.experts))
     load[:, 0] *= 4
     return place(load, slots=SLOTS, groups=CONFIG.groups, nodes=nodes, gpus=gpus)
@@ -48,7 +48,7 @@ def test_the_slots_hold_their_experts_weights():
         for name in ("gate_up", "down"):
             want = getattr(model.moe_layers.feed.experts, name)[...][layer, experts]
             np.testing.assert_array_equal(getattr(held, name)[...][layer], want)
-    assert model.moe_layers.feed.experts.down[...].shape[1] == CONFIG.experts  # as it was
+    assert model.moe_layers.feed.experts.down[...].shape[1] == CONFIG.experts  # unchanged
 
 
 @pytest.mark.parametrize("sizes", [{}, {"node": 2, "gpu": 2}, {"gpu": 4}], ids=str)
@@ -76,7 +76,7 @@ def test_redundant_experts_give_the_same_numbers(sizes, buffer):
     with jax.set_mesh(mesh):
         got, rounds = jax.device_get(jax.jit(run)(*jax.device_put((state, tokens), places)))
     np.testing.assert_allclose(got, want.top, rtol=2e-5, atol=2e-5 * np.abs(want.top).max())
-    assert buffer > 1 or not sizes or rounds.max() > 1  # further rounds know the slots too
+    assert buffer > 1 or not sizes or rounds.max() > 1  # overflow rounds use the slots too
 
 
 def test_copies_share_the_work():

@@ -1,4 +1,4 @@
-"""Rotary embedding and YaRN against the equations, past the original length too."""
+"""Rotary embedding and YaRN against the equations, up to and past the original length."""
 
 import jax.numpy as jnp
 import numpy as np

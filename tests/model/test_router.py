@@ -1,4 +1,4 @@
-"""The gate: every rule against the equations, balance loss against finite differences, bounds."""
+"""Router: every rule against the equations, balance loss against finite differences, bounds."""
 
 import dataclasses
 

@@ -69,12 +69,12 @@ def test_splitting_the_vocabulary_of_the_table_changes_nothing(sizes):
     tokens = jnp.asarray(checkpoints.tokens(settings, batch=2, length=10))
     pull = jnp.asarray(np.random.default_rng(0).normal(size=(2, 10, 48)), jnp.float32)
 
-    def fn(table, position):  # integers have no gradient: they come in as numbers
+    def fn(table, position):  # integers have no gradient, so they are passed as floats
         return table(position.astype(jnp.int32), Execution())
 
     ids = tokens.astype(jnp.float32)
     want = jax.device_get(small.pulled(fn, model.embedding, ids, pull))
-    small.close(small.spread(fn, model.embedding, ids, pull, sizes)[:2], want[:2], 1e-6)
+    small.assert_close(small.spread(fn, model.embedding, ids, pull, sizes)[:2], want[:2], 1e-6)
 
 
 def test_golden_sizes_of_the_published_model():

@@ -1,4 +1,4 @@
-"""Where things live, and the two functions that make a split contraction whole."""
+"""Placement by logical axes, and the collectives `fan_out` and `fan_in` of a split contraction."""
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +92,10 @@ NORM = ("layer", "model"), (8, 32)
         ),
         (EXPERTS, {"node": 2, "gpu": 4}, (0, ()), P(None, ("node", "gpu"), None, None, None)),
         (EXPERTS, {"replica": 8}, (2, ("replica",)), P(None, None, ("replica",), None, None)),
-        (NORM, ALL, (1, DATA), P(None, DATA)),  # never the layers, even where they divide
+        (NORM, ALL, (1, DATA), P(None, DATA)),  # never the layer axis, even if it divides
         ((("model",), (32,)), ALL, (0, DATA), P(DATA)),
         ((("model", "kv_latent"), (32, 32)), ALL, (0, DATA), P(DATA, None)),  # the first of equals
-        # What all ranks do not divide, the inner ones may; what none divides stays whole.
+        # Fewer, inner ranks shard what all ranks cannot divide; else the weight stays whole.
         ((("model",), (36,)), ALL, (0, ("node", "gpu")), P(("node", "gpu"))),
         ((("layer", "model"), (8, 6)), ALL, (1, ("gpu",)), P(None, ("gpu",))),
         ((("model",), (35,)), ALL, (0, ()), P(None)),

@@ -1,4 +1,4 @@
-"""The mesh: one free axis, the devices there are, and what the model is told of it."""
+"""Mesh: one free axis, too few devices, and the layout that the model runs under."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Works that take turns: in order, each to its end, with a fence between turns."""
+"""Interleaved works: in order, each to its end, with an optimization barrier between turns."""
 
 import jax
 import jax.numpy as jnp

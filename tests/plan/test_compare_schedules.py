@@ -1,4 +1,4 @@
-"""The schedule command: drawing, table, picture, and errors."""
+"""`plan schedule`: drawing, table, plot and errors."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def plan(*arguments, cwd=ROOT):
 
 
 def test_the_command(tmp_path):
-    """Prints JSON, and draws where nothing says where."""
+    """Prints JSON, and draws to the default path."""
     arguments = ("--pipe=2", "--micro_batches=4", "--kind=dualpipev", "--json")
     done = plan("schedule", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

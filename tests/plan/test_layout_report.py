@@ -1,4 +1,4 @@
-"""The command: golden numbers, formulas, keys, and errors."""
+"""`plan`: golden numbers, formulas, keys and errors."""
 
 import dataclasses
 import json

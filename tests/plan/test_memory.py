@@ -1,4 +1,4 @@
-"""Predicted bytes are those that a real state and real gradients take on every device."""
+"""Estimated bytes equal those of a real state and real gradients on every device."""
 
 import dataclasses
 import math
@@ -127,7 +127,7 @@ def held(leaves):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_s_bytes_are_those_of_its_program(name, monkeypatch):
-    """State as allocated, the rest as the step's own functions return it, traced on the mesh."""
+    """State as allocated; weights and gradients as the step returns them, traced."""
     config = small(**PIPELINES[name])
     got, mesh, layout = memory(config), meshes.build(config.mesh), meshes.layout(config)
     seen = {}

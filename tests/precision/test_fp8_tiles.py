@@ -1,4 +1,4 @@
-"""FP8 tiles: the reference's bits, as near as E4M3 allows, safe at the edges."""
+"""FP8 tiles: bits of the reference, error within that of E4M3, and special values."""
 
 import functools
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 both = pytest.mark.parametrize("power_of_two", [False, True], ids=["float32", "power of two"])
 quantise = jax.jit(fp8_tiles.quantise_tiles, static_argnames="power_of_two")
 dequantise = jax.jit(fp8_tiles.dequantise_tiles, static_argnames="dtype")
-same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+assert_same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
 
 # Magnitudes over most of float32, a tile apart from the next by its own power of ten.
 SPREAD = [-30, -13, -12, -11, -6, 0, 5, 30, 37]
@@ -31,7 +31,7 @@ def spread_out(*shape, seed=0):
     return (x * 10.0 ** random.choice([0, 0, 0, -1, -3, -9], shape)).astype(np.float32)
 
 
-def same_bits(tiles, want):
+def assert_same_bits(tiles, want):
     values, scales = want
     assert tiles.values.dtype == jnp.float8_e4m3fn and tiles.scales.dtype == jnp.float32
     np.testing.assert_array_equal(
@@ -46,7 +46,7 @@ def same_bits(tiles, want):
 def test_bits_of_the_reference(shape, run, power_of_two):
     x = spread_out(*shape)
     tiles = run(jnp.asarray(x), power_of_two=power_of_two)
-    same_bits(tiles, equations.quantise(x, power_of_two))
+    assert_same_bits(tiles, equations.quantise(x, power_of_two))
     np.testing.assert_allclose(  # float64, then one rounding
         dequantise(tiles, dtype="float32"),
         equations.dequantise(*equations.quantise(x, power_of_two)),
@@ -67,14 +67,14 @@ def test_every_rounding_of_e4m3(power_of_two):
     x = np.concatenate([points, np.full_like(points[:, :1], 448)], axis=1)  # so the scale is 1
     tiles = quantise(jnp.asarray(x), power_of_two=power_of_two)
     np.testing.assert_array_equal(tiles.scales, 1)
-    same_bits(tiles, equations.quantise(x, power_of_two))
+    assert_same_bits(tiles, equations.quantise(x, power_of_two))
 
 
 @both
 def test_bfloat16_is_quantised_as_the_float32_that_it_is(power_of_two):
     x = jnp.asarray(spread_out(20, 200)).astype(jnp.bfloat16)
     tiles = quantise(x, power_of_two=power_of_two)
-    same(tiles, quantise(x.astype(jnp.float32), power_of_two=power_of_two))
+    assert_same(tiles, quantise(x.astype(jnp.float32), power_of_two=power_of_two))
 
 
 @both
@@ -99,9 +99,9 @@ def test_quantising_again_changes_nothing(width, seed, power_of_two):
     plain = dequantise(once, dtype="float32")
     twice = quantise(plain, power_of_two=power_of_two)
     if power_of_two:  # a largest value of 225 became 224, which half the scale holds as well
-        same(dequantise(twice, dtype="float32"), plain)
+        assert_same(dequantise(twice, dtype="float32"), plain)
     else:
-        same(twice.values, once.values)
+        assert_same(twice.values, once.values)
         np.testing.assert_allclose(twice.scales, once.scales, rtol=2**-22)  # two roundings
 
 
@@ -112,7 +112,7 @@ def test_powers_of_two_survive_other_tiles_and_bfloat16(seed):
     x = np.random.default_rng(seed).normal(size=(256, 200)).astype(np.float32)
     tiles = quantise(jnp.asarray(x), power_of_two=True)
     kept = dequantise(tiles, dtype="bfloat16")
-    same(kept.astype(jnp.float32), dequantise(tiles, dtype="float32"))
+    assert_same(kept.astype(jnp.float32), dequantise(tiles, dtype="float32"))
     other = quantise(kept.T, power_of_two=True)
     back = np.asarray(dequantise(other, dtype="float32").T)
     underflow = np.repeat(other.scales, 128, -1).T * 2.0**-6  # smallest with all its bits

@@ -1,6 +1,6 @@
 """Grouped matmul against one masked einsum: every count of rows per expert, forward and backward.
 
-All numbers are small integers, which float32 sums exactly in any order: so results are compared
+All numbers are small integers, whose float32 sums are exact in any order: results are compared
 exactly, and bfloat16 results are those of float32 after one rounding.
 """
 
@@ -31,7 +31,7 @@ X = integers(ROWS, WIDE, seed=0)
 WEIGHT = integers(EXPERTS, WIDE, NARROW, seed=1)
 PULL = integers(ROWS, NARROW, seed=2)
 
-# Cuts of the rows into experts; what is behind the last cut is nobody's.
+# Cuts of the rows into experts; rows behind the last cut belong to no expert.
 sizes_of_all = st.lists(st.integers(0, ROWS), min_size=EXPERTS, max_size=EXPERTS).map(
     lambda cuts: [int(n) for n in np.diff([0, *sorted(cuts)])]
 )
@@ -83,7 +83,7 @@ def blocks(share):
 def test_any_sizes_give_the_masked_einsum(likely, dtype, sizes):
     used, sizes = sum(sizes), np.array(sizes, np.int32)
     with_garbage = X.copy()
-    with_garbage[used:] = np.nan  # nobody's rows are never looked at
+    with_garbage[used:] = np.nan  # rows of no expert are never read
     got = compiled(likely, dtype)(with_garbage, sizes)
     for part, want in zip(got, truth()(X, WEIGHT, sizes, PULL), strict=True):
         assert part.dtype == dtype

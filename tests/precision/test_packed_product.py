@@ -1,4 +1,4 @@
-"""Products from strips against NumPy, for widths that strips divide and others."""
+"""Products of packed weights against NumPy, for widths that strips divide and others."""
 
 import jax
 import jax.numpy as jnp

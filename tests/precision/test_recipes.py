@@ -1,4 +1,4 @@
-"""Recipes: what they compute in, what they sum in, what they give back."""
+"""Recipes: dtypes of operands, sums and results."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def test_float32_is_float64_to_its_last_digits(product):
     x, weight = normal(16, 256, seed=0), normal(256, 24, seed=1)
     got = product(recipes.FLOAT32, jnp.asarray(x), jnp.asarray(weight))
     assert got.dtype == jnp.float32
-    small.close(got, x.astype(np.float64) @ weight.astype(np.float64), rtol=1e-6)
+    small.assert_close(got, x.astype(np.float64) @ weight.astype(np.float64), rtol=1e-6)
 
 
 @pytest.mark.parametrize("product", [einsum, grouped])
@@ -68,8 +68,8 @@ def test_masters_get_float32_gradients(product, name):
     d_x, d_weight = jax.grad(total, (0, 1))(jnp.asarray(x), jnp.asarray(weight))
     assert d_x.dtype == d_weight.dtype == jnp.float32
     rtol = 1e-6 if name == "float32" else 2**-7  # operands and gradients, each rounded to 8 bits
-    small.close(d_x, np.broadcast_to(weight.sum(1), x.shape), rtol)
-    small.close(d_weight, np.broadcast_to(x.sum(0)[:, None], weight.shape), rtol)
+    small.assert_close(d_x, np.broadcast_to(weight.sum(1), x.shape), rtol)
+    small.assert_close(d_weight, np.broadcast_to(x.sum(0)[:, None], weight.shape), rtol)
 
 
 SHAPES = {

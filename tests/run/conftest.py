@@ -1,4 +1,4 @@
-"""Text to train on, and one device out of the eight."""
+"""Fixtures: text to train on, and a run on one of the eight devices."""
 
 import jax
 import numpy as np
@@ -19,5 +19,5 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """The run sees one device; the other seven stay idle."""
+    """Limits a run to one device; the other seven stay idle."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)

@@ -1,4 +1,4 @@
-"""The command lines of convert, evaluate and generate: a mistake is one line that names a flag."""
+"""Command lines of convert, evaluate and generate: each error is one line that names a flag."""
 
 import collections
 import importlib
@@ -44,10 +44,10 @@ def typed(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         monkeypatch.setattr(command, "_tune_memory", lambda: None)
-        monkeypatch.setattr(command, "start_processes", lambda: None)  # pytest's devices stay
+        monkeypatch.setattr(command, "start_processes", lambda: None)  # pytest keeps its devices
         monkeypatch.setattr(app, "run", lambda run, flags_parser: run(flags_parser(sys.argv)))
         monkeypatch.setattr("signal.signal", lambda *_: None)
-        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back after
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back later
         swap({**fresh, "__flags": dict(fresh["__flags"])})
         code = 0
         try:

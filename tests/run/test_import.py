@@ -12,7 +12,7 @@ from deepseek_jax.train import loop
 
 
 def test_a_run_starts_from_published_weights(text, tmp_path, one_device):
-    """Its first loss is that of the checkpoint on the same sequences."""
+    """The first loss equals that of the checkpoint on the same sequences."""
     settings, weights = checkpoints.make("v3")
     settings |= {"vocab_size": 264, "num_hidden_layers": 2}
     shapes = dict(checkpoints.shapes(settings))

@@ -19,4 +19,4 @@ def test_a_run_that_blows_up_names_the_step_and_keeps_a_good_checkpoint(
     saves = {"every_steps": 3}
     with pytest.raises(loop.NotFinite, match=r"step 6 .*last good checkpoint is step 3"):
         loop.train(runs.tiny(text, checkpoint=saves), tmp_path / "run", screen=False)
-    assert runs.checkpoints(tmp_path / "run") == [3]  # step 6 was due, and not fit to be kept
+    assert runs.checkpoints(tmp_path / "run") == [3]  # step 6 is not finite and was not saved

@@ -1,4 +1,4 @@
-"""A workdir that was written before keys and modules had their names of today.
+"""A workdir written before keys and modules were renamed.
 
 `fixtures/workdir_before_renames` is a run of `tiny.py` on its `text.txt`, 6 steps, made by the last
 commit before the renames. The losses of the steps after it are those of that commit, too.

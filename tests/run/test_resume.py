@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or moved goes on as if nothing had happened."""
+"""Runs that are stopped, killed or moved to another mesh resume exactly."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def test_a_run_leaves_what_it_promises(whole):
     rows = runs.rows(workdir)
     assert all(row.keys() >= KEYS for row in rows)
     assert len(rows) == len(runs.losses(workdir)) and rows[-1]["tokens"] >= 20 * 512
-    # Everything that a resumed run has to get right moves inside this one.
+    # Everything that a resumed run has to restore changes inside this run.
     for key in ("sequences", "learning_rate", "mtp_weight", "bias_speed"):
         assert len({row[key] for row in rows}) > 1, key
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert rows[0]["compile_seconds"] > rows[1]["step_seconds"] > rows[1]["data_seconds"] > 0
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary.keys() >= SYSTEM | {"compile_seconds", "step", "tokens", "stopped"}
-    # No row has the compiler in it, which takes far longer than a thousand tokens.
+    # No row includes the time of compiling, which is far longer than that of a thousand tokens.
     assert min(row["tokens_per_second"] for row in rows) > 256
     assert "compiling" in out and "held-out" in out and "gzip -9" in out
     assert len(out.splitlines()) < 12
@@ -119,7 +119,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, text, tmp_path):
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(whole, text, tmp_path):
-    """One of a single device, from the middle of its run."""
+    """A checkpoint of one device, from the middle of its run, resumes on another mesh."""
     run = shutil.copytree(whole[0], tmp_path / "run")
     kept, *later = runs.checkpoints(run)
     for step in later:

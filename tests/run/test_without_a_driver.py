@@ -1,4 +1,4 @@
-"""JAX's CUDA plugin without a GPU: there to compile for clusters, and silent otherwise."""
+"""JAX's CUDA plugin without a GPU: usable to compile for clusters, and silent otherwise."""
 
 import importlib.machinery
 import os

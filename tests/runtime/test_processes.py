@@ -30,7 +30,7 @@ def text(tmp_path_factory):
 
 
 def test_two_processes_are_one(text, tmp_path):
-    """Stopped by SIGTERM as two processes, ended by one; and all of it by one alone."""
+    """A run of two processes, stopped by SIGTERM and ended by one, equals a run of one process."""
     config = runs.tiny(text, mesh=MESH)
     one, two = tmp_path / "one", tmp_path / "two"
     whole = runs.start_main([*runs.arguments(config, one), "--emulate_devices=8"])
@@ -49,7 +49,7 @@ def test_two_processes_are_one(text, tmp_path):
     assert launched.returncode == 0 and "Gloo" not in out
     reached = len(runs.losses(two))
     assert reached >= 2 and runs.checkpoints(two)[-1] == reached
-    assert out.count("compiling") == 1  # the other process does not speak
+    assert out.count("compiling") == 1  # only process 0 prints
 
     rest = runs.start_main([*runs.arguments(config, two), "--emulate_devices=8"])
     out, err = rest.communicate(timeout=200)
@@ -81,7 +81,7 @@ def pair(command, *flags):
 
 
 def test_generation_and_scoring_by_two_processes(tmp_path):
-    """Each makes the calls, one prints; numbers are those of the fixture."""
+    """Both processes call the programs and one prints; values are those of the fixture."""
     common = [f"--checkpoint={TINY}", "--mesh=node:2,gpu:4", "--json"]
     with np.load(TINY / "expected.npz") as expected:
         prompts, tokens = expected["gen_prompt"], expected["gen_tokens"]
@@ -100,7 +100,7 @@ def test_generation_and_scoring_by_two_processes(tmp_path):
 
 
 def test_what_one_process_cannot_read_ends_both(tmp_path):
-    """Only the second one holds the experts of the second node."""
+    """Only the second process reads the experts of the second node."""
     name = "model.layers.3.mlp.experts.15.up_proj.weight"
     weights = {n: np.array(w) for n, w in load_file(TINY / "model.safetensors").items()}
     weights[name][0, 0] = np.nan

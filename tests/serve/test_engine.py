@@ -1,4 +1,4 @@
-"""Requests that share a batch: each gets what it would get alone, however the batch is spread."""
+"""Requests that share a batch: each gets the tokens that it gets alone, on any layout."""
 
 import functools
 from pathlib import Path
@@ -83,7 +83,7 @@ def one_device():
 
 @functools.cache
 def alone():
-    """Each request in a batch with nobody else."""
+    """Tokens of each request in a batch of its own."""
     server = one_device()
     return [server.run([request])[0] for request in REQUESTS]
 
@@ -122,7 +122,7 @@ def test_a_layout_changes_nothing(layout):
 
 
 def test_slots_are_extended_up_to_limit_and_stop():
-    """Nothing runs in the first; the others end by limit, by stop token, and not yet."""
+    """The first slot does not run; the others end by limit, by stop token, and not yet."""
     nothing = Settings(*jnp.zeros((2, 4)), jnp.zeros(4, jnp.uint32))
     slots = Slots(
         text=jnp.zeros((4, 8), jnp.int32),

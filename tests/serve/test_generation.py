@@ -1,4 +1,4 @@
-"""From the command line to text: folders with and without a tokenizer, what is told, bad input."""
+"""Generation from the command line: folders with and without a tokenizer, output, bad input."""
 
 import dataclasses
 import json

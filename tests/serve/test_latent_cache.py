@@ -1,4 +1,4 @@
-"""What decoding keeps of a token, in bytes, and what comes back of it."""
+"""Latent cache: bytes per token, and values read back."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,7 @@ def test_bytes_of_a_token_of_v3(form, mtp, want):
 @pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
 @pytest.mark.parametrize("form, error", [("float32", 0), ("bfloat16", 2**-8), ("fp8", 2**-4)])
 def test_what_is_written_is_read(form, error, apart):
-    """At each request's own positions; elsewhere, and where there is no room, nothing changes."""
+    """Writes change each request's own positions, and nothing where there is no room."""
     config = small.config(model_kv_latent=160).model  # a whole tile and a part of one
     rng = np.random.default_rng(0)
     kept = tuple(

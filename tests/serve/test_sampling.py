@@ -1,4 +1,4 @@
-"""Temperature and top-p against NumPy, and draws that depend on seed and position alone."""
+"""Temperature and top-p against NumPy, and samples that depend on seed and position alone."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Drafts are the training form's, verification changes no token and no distribution."""
+"""Drafts equal those of the training form; verification changes no token and no distribution."""
 
 import functools
 
@@ -15,7 +15,7 @@ from deepseek_jax.serve.requests import Request
 from deepseek_jax.serve.sampling import Settings, draw
 
 HEAT = 3.0
-VOCAB = 6  # so small that random modules guess right now and then
+VOCAB = 6  # small, so that random modules draft some tokens right
 REQUESTS = [
     Request((1, 2, 3), 9),
     Request((5,), 14),
@@ -26,7 +26,7 @@ REQUESTS = [
 
 @functools.cache
 def plain():
-    """Main models are the same at every depth."""
+    """Plain decoding; main models are equal at every depth."""
     return serving.server(serving.model(0, VOCAB), slots=4, steps=4).run(REQUESTS)
 
 
@@ -36,7 +36,7 @@ def server(depth, drafts):
 
 
 def spread():
-    """Over nodes and tensor parts, layers apart."""
+    """Layout over nodes and tensor ranks, with unstacked layers."""
     layout = dict(sizes={"node": 2, "gpu": 2, "tensor": 2}, unroll=2, rules=small.NARROW)
     return serving.server(serving.model(1, VOCAB), slots=4, drafts=1, **layout)
 
@@ -52,7 +52,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(make):
     assert own.run(REQUESTS) == plain()
     counts = own.counts
     made = sum(request.max_tokens - 1 for request in REQUESTS)
-    assert counts.tokens == made and counts.steps < made  # some drafts were taken
+    assert counts.tokens == made and counts.steps < made  # some drafts were accepted
     assert 0 < counts.accepted[0] < counts.steps
     assert (np.diff(counts.accepted) <= 0).all()
 
@@ -108,7 +108,7 @@ def test_verified_tokens_follow_the_main_model():
     trials, count = 10_000, 2
     rng = np.random.default_rng(0)
     p, q = (rng.dirichlet(np.ones(4), size).astype(np.float32) for size in ((3,), (2,)))
-    p[1, 0] = 0  # a draft that can never stand
+    p[1, 0] = 0  # a draft that is never accepted
     p[1] /= p[1].sum()
     settings = Settings(jnp.ones(trials), jnp.ones(trials), jnp.arange(trials, dtype=jnp.uint32))
     many_p, many_q = (jnp.tile(x[None], (trials, 1, 1)) for x in (p, q))

@@ -1,6 +1,6 @@
 """Gradients are summed in float32, whatever the recipe: over tokens, heads, blocks, rounds, ranks.
 
-In bfloat16 256 + 1 is 256, so a long sum kept in it stands still.
+In bfloat16, 256 + 1 is 256, so that a long sum stays at 256.
 """
 
 import jax
@@ -58,7 +58,7 @@ def test_keys_that_many_blocks_of_queries_meet():
 
 
 def test_experts_over_many_rounds():
-    """A buffer for one row at a time: 600 rounds, each of which adds 1 to the weight."""
+    """A buffer of one row: 600 rounds, each of which adds 1 to the weight's gradient."""
     rows, mesh = 600, small.mesh_of({})
     how = dispatch.AllToAllDispatch(True, 1 / rows, 1, dispatch.AS_IS)
     tokens = jnp.ones((rows, 4), jnp.bfloat16)
@@ -113,7 +113,7 @@ def test_no_sum_of_a_step_is_in_bfloat16(layout):
 
 
 def in_bfloat16(eqn):
-    """Also whether it is of more than one term: JAX takes axes of size 1 away by sums."""
+    """True for a sum of more than one term: JAX removes axes of size 1 by sums."""
     given, made = eqn.invars[0].aval, eqn.outvars[0].aval
     one = eqn.primitive.name == "reduce_sum" and given.size == made.size
     return not one and any(v.aval.dtype == jnp.bfloat16 for v in eqn.outvars)

@@ -1,4 +1,4 @@
-"""A head's loss in steps is its loss at once. With MTP beside it: `test_pipelined.py`."""
+"""Loss of a head in steps equals its loss at once; `test_pipeline_step.py` has MTP beside it."""
 
 import jax
 import jax.numpy as jnp
@@ -30,4 +30,4 @@ def test_a_head_in_steps(rows, chunk):
         head.rest()
         (d_hidden, d_table), entropies = gradients(hidden, table, targets, weights, rows)
     got = head.gradient()[0], head.d_table, head.entropies()[0]
-    small.close(got, (d_hidden, d_table, entropies))
+    small.assert_close(got, (d_hidden, d_table, entropies))

@@ -1,4 +1,4 @@
-"""What the compiled gradient of the loss holds at once: never the vocabulary times all tokens."""
+"""Memory of the compiled gradient of the loss: never the logits of all tokens."""
 
 import functools
 
@@ -13,7 +13,7 @@ from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.train import objective
 
 LENGTH, SEQUENCES, VOCAB, CHUNK = 128, 4, 8192, 64
-FAST = {"xla_backend_optimization_level": "0"}  # of the machine code: buffers stay the same
+FAST = {"xla_backend_optimization_level": "0"}  # for machine code only: buffers stay
 
 
 @functools.cache

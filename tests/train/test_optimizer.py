@@ -1,4 +1,4 @@
-"""AdamW against the equations: clipping, what decays, moments in bfloat16."""
+"""AdamW against the equations: clipping, decayed weights, moments in bfloat16."""
 
 import dataclasses
 
@@ -68,9 +68,9 @@ def test_five_steps_follow_the_equations(size, decayed, moments):
     assert all((recipe.global_norm(drawn(s, size)) > config.clip) == (size == 1) for s in range(6))
     parameters, adam = walked(config, size)
     want, m, v = expected(config, size)
-    small.close(parameters, want, rtol=1e-6)
-    small.close(adam.mu, m, rtol=1e-6)
-    small.close(adam.nu, v, rtol=1e-6)
+    small.assert_close(parameters, want, rtol=1e-6)
+    small.assert_close(adam.mu, m, rtol=1e-6)
+    small.assert_close(adam.nu, v, rtol=1e-6)
     for moment in jax.tree.leaves((adam.mu, adam.nu)):
         assert moment.dtype == moments
     assert int(adam.count) == 5

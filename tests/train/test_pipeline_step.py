@@ -1,4 +1,4 @@
-"""A pipeline gives the loss and the gradients that one device gives.
+"""Loss and gradients of a pipeline equal those of one device.
 
 With two hops, and over steps of the optimiser, it is among the layouts of `test_layouts.py`.
 """
@@ -19,7 +19,7 @@ from deepseek_jax.model.transformer import build_model
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
-COUNT = 11  # of the micro-batches that there is room for: odd, and below what pipe 8 needs
+COUNT = 11  # micro-batches that count: odd, and below what pipe 8 needs
 
 
 def gradients(config, sizes, tokens):
@@ -44,7 +44,7 @@ CASES = {
             "model_layers": 4,
             "model_mtp_depth": 2,
             "layout_zero": 0,
-            "layout_capacity_factor": 0.6,  # tokens need further rounds
+            "layout_capacity_factor": 0.6,  # tokens need overflow rounds
             "layout_recompute": "full",
         },
     ),
@@ -63,7 +63,7 @@ CASES = {
     "1F1B, 3 ranks, 2 GPUs, uneven": (
         {"pipe": 3, "gpu": 2},
         {"model_layers": 4, "layout_pipeline": "1f1b", "layout_stage_layers": (1, 2, 1)},
-    ),  # what it is compared with is that of the case above
+    ),  # compared with the case above
     "uneven, tensor": (
         {"pipe": 4, "tensor": 2},
         {
@@ -82,11 +82,11 @@ GIVEN = {
     "layout_zero": 1,
     "layout_dispatch": "two_hop",
 }
-OF_PIPELINES = ("layout_pipeline", "layout_ramps", "layout_stage_layers")  # no matter without one
+OF_PIPELINES = ("layout_pipeline", "layout_ramps", "layout_stage_layers")  # pipelines only
 
 
 def drawn(config):
-    shape = 18, 8, 17  # the micro-batches that there is room for
+    shape = 18, 8, 17  # room for 18 micro-batches
     return np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
 
 
@@ -104,5 +104,5 @@ def test_gradients(sizes, changes):
     others = {name: size for name, size in sizes.items() if name != "pipe"}
     rest = {key: value for key, value in changes.items() if key not in OF_PIPELINES}
     want, want_sums = unpiped(**others, **rest)
-    small.close(sums, want_sums)
-    small.close(grads, want)
+    small.assert_close(sums, want_sums)
+    small.assert_close(grads, want)

@@ -37,7 +37,7 @@ def test_accumulation_is_one_large_batch(split_and_whole):
         np.testing.assert_allclose(split[name], whole[name], rtol=2e-6)
     np.testing.assert_array_equal(split["expert_load"], whole["expert_load"])
     # Adam's first moment is the clipped gradient times 1 - b1.
-    small.close(first_moment(two), first_moment(one), rtol=1e-5)
+    small.assert_close(first_moment(two), first_moment(one), rtol=1e-5)
 
 
 def first_moment(trainer):
@@ -100,7 +100,7 @@ def test_ema_follows_in_host_memory(sizes):
             average = move(average, grown)
             new = [np.float64(leaf) + number for leaf in jax.tree.leaves(trainer.params())]
             want = recipe.ema(dict(enumerate(want)), dict(enumerate(new)), 0.9).values()
-    # A checkpoint may still be reading it.
+    # A checkpoint may still read the donated state.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(first))
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(average)}
     assert kinds == {states.host_memory()}

@@ -1,4 +1,4 @@
-"""The recipe over consumed tokens against the equations, at every boundary of two configs."""
+"""Schedules over consumed tokens against the equations, at every boundary of two configs."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Our exports, opened by `transformers`: the same logits and the same greedy tokens.
+"""Exports, opened by `transformers`: the same logits and the same greedy tokens.
 
     pip install -e ".[transformers]" && PYTHONPATH=tests:. python tests/transformers/round_trip.py
 
@@ -24,7 +24,7 @@ from deepseek_jax.checkpoint import conversion
 from deepseek_jax.checkpoint.hf import export
 from deepseek_jax.checkpoint.load import open_checkpoint
 
-TOLERANCE = 2e-4  # what holds between independent float32 implementations of this model
+TOLERANCE = 2e-4  # error between independent float32 implementations of this model
 GREEDY = 8  # tokens
 SHARD_BYTES = 300_000
 
@@ -69,7 +69,7 @@ def compare(folder: Path, tokens: np.ndarray) -> tuple[float, bool]:
 
 
 def greedy(ours, theirs, prompt: np.ndarray) -> bool:
-    theirs.generation_config.eos_token_id = None  # no text ends early
+    theirs.generation_config.eos_token_id = None  # no text stops early
     asked = torch.tensor(prompt, dtype=torch.int64)
     with torch.no_grad():
         want = theirs.generate(

@@ -26,6 +26,7 @@ def with_zeros_for_deferred(weights: Any, gradients: Any) -> Any:
 
 
 def is_deferred(x: Any) -> bool:
+    """Whether x is a gradient that is deferred, for use as `is_leaf`."""
     return isinstance(x, Later)
 
 
@@ -45,6 +46,7 @@ class Residuals:
 
 
 def without_weights(weights: Any, tree: Any) -> Residuals:
+    """Residuals of a tree, without the arrays that are leaves of `weights`."""
     leaves, structure = jax.tree.flatten(tree)
     number = {id(weight): i for i, weight in enumerate(jax.tree.leaves(weights))}
     rest = {id(leaf): leaf for leaf in leaves if id(leaf) not in number}
@@ -59,6 +61,7 @@ def without_weights(weights: Any, tree: Any) -> Residuals:
 
 
 def with_weights(weights: Any, kept: Residuals) -> Any:
+    """Tree that `without_weights` took apart, with the same weights."""
     structure, which = kept.structure
     known = jax.tree.leaves(weights)
     return jax.tree.unflatten(

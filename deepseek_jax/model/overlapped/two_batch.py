@@ -27,6 +27,7 @@ def forward_turns(hops: int, shared: str) -> list[str]:
 
 
 def backward_turns(hops: int, shared: str) -> list[str]:
+    """Steps of each turn of backward, as in `forward_turns`."""
     a, b = "a" * hops, "b" * hops
     return [
         *side_by_side(shared[::-1], b),

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is one line, on a mesh and by convert; nothing is left."""
+"""Bad checkpoints: one line of error, on a mesh and from convert, and no file left behind."""
 
 import json
 import pickle
@@ -37,7 +37,7 @@ def index_of(folder):
 
 
 def put(folder, name, value, *, file=None, indexed=True):
-    """A tensor in the file where it is, or in another; None takes it out."""
+    """Puts a tensor into the file that has it, or into another one; None removes it."""
     where = index_of(folder)
     path = folder / (file or where.get(name) or min(where.values()))
     tensors = {n: v for n, v in load_file(path).items() if n != name}

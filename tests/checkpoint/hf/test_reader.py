@@ -1,4 +1,4 @@
-"""Reading published checkpoints: every name, FP8 blocks, runs of our own, and what is refused."""
+"""Reading published checkpoints: every name, FP8 blocks, converted runs, and refused files."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def made():
     return checkpoints.make("mtp", seed=1)
 
 
-def refused(folder, *words):
-    """The one line that loading raises, which holds all these words."""
+def assert_refused(folder, *words):
+    """Checks that loading raises one short line with all these words, and returns it."""
     with pytest.raises(ConfigError) as error:
         deepseek_jax.load(folder)
     for word in words:
@@ -48,7 +48,7 @@ def test_names_go_both_ways(variant, tmp_path):
     for name, want in weights.items():
         if not (name.startswith("model.layers.") and name.endswith(copies)):
             np.testing.assert_array_equal(back.pop(name), want)
-    # What is left are the biases that V2 does not have.
+    # The rest are the router biases, which V2 does not have.
     assert all(name.endswith("e_score_correction_bias") and not x.any() for name, x in back.items())
 
 
@@ -75,7 +75,9 @@ def test_lower_precision_and_ragged_fp8_blocks(tmp_path):
 
     del stored["model.layers.0.mlp.up_proj.weight_scale_inv"]
     checkpoints.write(tmp_path / "lost", settings, stored)
-    refused(tmp_path / "lost", "layers.0.mlp.up_proj.weight_scale_inv (found nothing", "[2, 2]")
+    assert_refused(
+        tmp_path / "lost", "layers.0.mlp.up_proj.weight_scale_inv (found nothing", "[2, 2]"
+    )
 
 
 def test_a_file_without_the_mtp_layer_has_no_mtp(tmp_path):
@@ -95,7 +97,7 @@ def test_a_training_run_is_loaded(tmp_path):
     for weight, leaf in named:
         state["params" if weight.trained else "bias"][weight.path] = leaf
     (tmp_path / "config.json").write_text(config.to_json())
-    refused(tmp_path, "holds no checkpoint")
+    assert_refused(tmp_path, "holds no checkpoint")
     store = Store(tmp_path / "checkpoints", keep=1)
     store.save(7, state, {})
     store.close()
@@ -139,7 +141,7 @@ def test_settings_that_are_refused(change, words, made, tmp_path):
     checkpoints.write(tmp_path, {**settings, **change}, weights)
     if words[0].startswith("found"):
         words = ("does not hold the model of its config.json", "found float32", "and ")
-    refused(tmp_path, *words)
+    assert_refused(tmp_path, *words)
 
 
 def rename(weights):
@@ -171,13 +173,13 @@ def test_tensors_that_are_refused(change, words, made, tmp_path):
     settings, weights = made
     change(weights)
     checkpoints.write(tmp_path, settings, weights)
-    refused(tmp_path, *words)
+    assert_refused(tmp_path, *words)
 
 
 def test_other_dtypes_are_refused(made, tmp_path):
     settings, weights = made
     checkpoints.write(tmp_path, settings, weights | {HEAD: weights[HEAD].astype(np.int32)})
-    refused(tmp_path, HEAD, "I32", "BF16")
+    assert_refused(tmp_path, HEAD, "I32", "BF16")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_files_that_are_refused(damage, words, made, tmp_path):
     checkpoints.write(tmp_path, *made)
     file = tmp_path / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    refused(tmp_path, "model.safetensors", *words)
+    assert_refused(tmp_path, "model.safetensors", *words)
 
 
 def test_indices_that_are_refused(made, tmp_path):
@@ -211,17 +213,17 @@ def test_indices_that_are_refused(made, tmp_path):
 
     for outside in ("../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""):
         with_file(outside)
-        refused(tmp_path, HEAD, "expected the name of a file beside it")
+        assert_refused(tmp_path, HEAD, "expected the name of a file beside it")
     with_file("model-9.safetensors")
-    refused(tmp_path, "model-9.safetensors does not exist", HEAD)
+    assert_refused(tmp_path, "model-9.safetensors does not exist", HEAD)
     with_file(next(file for file in files if file != whole["weight_map"][HEAD]))
-    refused(tmp_path, HEAD)
+    assert_refused(tmp_path, HEAD)
     path.write_text(json.dumps({"weight_map": whole["weight_map"] | {"x": files[0]}}))
-    refused(tmp_path, "does not hold x")
+    assert_refused(tmp_path, "does not hold x")
     path.write_text("{}")
-    refused(tmp_path, "no weight_map")
+    assert_refused(tmp_path, "no weight_map")
     path.write_text("not json")
-    refused(tmp_path, "not readable JSON")
+    assert_refused(tmp_path, "not readable JSON")
 
 
 def test_a_tensor_is_found_once(made, tmp_path):
@@ -231,17 +233,17 @@ def test_a_tensor_is_found_once(made, tmp_path):
     other = next(file for file in sorted(set(index.values())) if file != index[HEAD])
     here = {name: weights[name] for name in weights if index[name] == other}
     save_file(here | {HEAD: weights[HEAD]}, tmp_path / other)
-    refused(tmp_path, HEAD, other)
+    assert_refused(tmp_path, HEAD, other)
     save_file(weights, tmp_path / "model.safetensors")
-    refused(tmp_path, "holds both")
+    assert_refused(tmp_path, "holds both")
 
 
 def test_folders_that_are_refused(made, tmp_path):
-    refused(tmp_path / "nothing", "config.json cannot be read")
+    assert_refused(tmp_path / "nothing", "config.json cannot be read")
     settings, _ = made
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    refused(tmp_path, "neither model.safetensors nor", "pickled ones are never read")
+    assert_refused(tmp_path, "neither model.safetensors nor", "pickled ones are never read")
     with pytest.raises(ConfigError, match="float8"):
         deepseek_jax.load(tmp_path, dtype="float8_e4m3fn")
     with pytest.raises(ConfigError, match="expected float32 or bfloat16"):
@@ -249,7 +251,7 @@ def test_folders_that_are_refused(made, tmp_path):
 
 
 def test_links_to_files_elsewhere_are_followed(made, tmp_path):
-    """As the hub's cache keeps them."""
+    """Links as in the hub's cache."""
     checkpoints.write(tmp_path / "blobs", *made)
     os.symlink(tmp_path / "blobs", tmp_path / "snapshot")
     assert load.load(tmp_path / "snapshot").config.mtp_depth == 1

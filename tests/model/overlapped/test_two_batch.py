@@ -1,4 +1,4 @@
-"""Two micro-batches in flight compute what each computes alone, and ask the network no more."""
+"""Two micro-batches in flight: the results of each alone, and no additional messages."""
 
 import dataclasses
 import math
@@ -56,7 +56,7 @@ def pulled(how, sizes, sequences=8, length=6):
 def test_two_in_flight_are_each_alone(sizes, way, recompute):
     one = Execution(dispatch=way, recompute=recompute)
     two = dataclasses.replace(one, in_flight=2)
-    small.close(pulled(two, sizes), pulled(one, sizes), 3e-6)
+    small.assert_close(pulled(two, sizes), pulled(one, sizes), 3e-6)
 
 
 def test_without_shared_experts():
@@ -69,7 +69,7 @@ def test_without_shared_experts():
             block, x
         )
 
-    small.close(gradients(Execution(in_flight=2)), gradients(Execution()), 3e-6)
+    small.assert_close(gradients(Execution(in_flight=2)), gradients(Execution()), 3e-6)
 
 
 def test_every_hop_has_work_beside_it():
@@ -82,7 +82,7 @@ def test_buffers_are_sized_for_all_choices_of_a_token():
     """Three tokens for four devices: not a slot for each, were it one choice a token."""
     one = Execution(dispatch=dataclasses.replace(FLAT, capacity_factor=1.25))
     two = dataclasses.replace(one, in_flight=2)
-    small.close(pulled(two, {"gpu": 4}, length=3), pulled(one, {"gpu": 4}, length=3), 3e-6)
+    small.assert_close(pulled(two, {"gpu": 4}, length=3), pulled(one, {"gpu": 4}, length=3), 3e-6)
 
 
 def test_redundant_experts_are_refused():

@@ -1,4 +1,4 @@
-"""Redundant experts: the published case, what every placement keeps, and how even it gets."""
+"""Expert balancer: the published case, invariants of every placement, and evenness."""
 
 import itertools
 

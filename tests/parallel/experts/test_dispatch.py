@@ -1,4 +1,4 @@
-"""Every token's copies reach their experts and come home: exactly, for any routing and layout."""
+"""Dispatch and combine: every copy of a token reaches its expert, for any routing and layout."""
 
 import functools
 import math
@@ -58,7 +58,7 @@ def routings(top_k):
 
 
 def through(way, work, weights, tokens, gates, chosen):
-    """All three steps and what further rounds it takes."""
+    """Dispatch, experts and combine, with the overflow rounds."""
     everything = jnp.ones_like(chosen, dtype=jnp.bool_)
     arrived = way.send(tokens, gates, chosen, everything, EXPERTS)
     first = way.combine(work(weights, arrived), arrived.route)
@@ -76,7 +76,7 @@ def stamped(_, arrived):
     expert = axes.index("experts") * sizes.shape[0] + local
     stamp = jax.nn.one_hot(expert, EXPERTS, dtype=rows.dtype)
     out = jnp.concatenate([rows[:, :WIDTH], stamp], axis=1) * arrived.weights[:, None]
-    return jnp.where((number < sizes.sum())[:, None], out, 1e9)  # nobody's rows stay here
+    return jnp.where((number < sizes.sum())[:, None], out, 1e9)  # no row of another expert
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def ways(sizes, two, buffer):
     return mapped(send, layout, (batch,) * 3, (batch, batch))
 
 
-def every_copy_arrives_once(sizes, experts, two, buffer):
+def assert_every_copy_arrives_once(sizes, experts, two, buffer):
     tokens = integers(TOKENS, WIDTH, seed=1)
     weights = np.abs(integers(*experts.shape, seed=2)) + 1
     way = ways(tuple(sizes.items()), two, buffer)
@@ -110,7 +110,7 @@ def every_copy_arrives_once(sizes, experts, two, buffer):
 @pytest.mark.parametrize("buffer", [0.4, 1.25, math.inf])
 def test_nothing_is_dropped_or_mixed_up(two, buffer):
     for name, experts in routings(TOP_K).items():
-        number = every_copy_arrives_once({"node": 2, "gpu": 4}, experts, two, buffer)
+        number = assert_every_copy_arrives_once({"node": 2, "gpu": 4}, experts, two, buffer)
         assert (number == number[0]).all()  # the same on the whole expert group
         most = {0.4: 100, 1.25: 8, math.inf: 1}[buffer]
         assert 1 <= number[0] <= most, (name, number)
@@ -121,13 +121,13 @@ def test_nothing_is_dropped_or_mixed_up(two, buffer):
 @pytest.mark.parametrize("top_k", [1, 4])
 def test_fewer_and_more_choices_than_a_device_has_experts(top_k):
     for experts in routings(top_k).values():
-        every_copy_arrives_once({"node": 2, "gpu": 4}, experts, True, 1.25)
+        assert_every_copy_arrives_once({"node": 2, "gpu": 4}, experts, True, 1.25)
 
 
 def test_expert_groups_take_as_many_rounds_as_each_needs():
     experts = routings(TOP_K)["first half to the last device"]
     sizes = {"replica": 2, "node": 2, "gpu": 2}
-    number = every_copy_arrives_once(sizes, experts, True, 1.5)
+    number = assert_every_copy_arrives_once(sizes, experts, True, 1.5)
     assert set(number[:4]) == {number[0]} and set(number[4:]) == {number[4]}
     assert number[0] > number[4] == 1
 
@@ -163,7 +163,7 @@ def truth(payload):
     return jax.jit(with_gradients(ReferenceDispatch(payload)))
 
 
-def is_the_reference(way, sizes, payload=UNCHANGED_PAYLOAD, cases=None):
+def assert_reference(way, sizes, payload=UNCHANGED_PAYLOAD, cases=None):
     up, down = normal(EXPERTS, WIDTH, HIDDEN, seed=0), normal(EXPERTS, HIDDEN, WIDTH, seed=1)
     tokens, pull = normal(TOKENS, WIDTH, seed=2), normal(TOKENS, WIDTH, seed=3)
     weights = np.abs(normal(TOKENS, TOP_K, seed=4))
@@ -173,17 +173,17 @@ def is_the_reference(way, sizes, payload=UNCHANGED_PAYLOAD, cases=None):
     run = mapped(with_gradients(way), layout, in_specs, (own, batch))
     for experts in routings(TOP_K).values():
         arguments = up, down, experts.astype(np.int32), tokens, weights, pull
-        small.close(run(*arguments), truth(payload)(*arguments))
+        small.assert_close(run(*arguments), truth(payload)(*arguments))
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 def test_two_hops_are_the_reference(sizes):
-    is_the_reference(hops(True, 0.75), sizes)
+    assert_reference(hops(True, 0.75), sizes)
 
 
 @pytest.mark.parametrize("sizes", [LAYOUTS[1], LAYOUTS[3], LAYOUTS[5]], ids=str)
 def test_flat_is_the_reference(sizes):
-    is_the_reference(hops(False, 1.25), sizes)
+    assert_reference(hops(False, 1.25), sizes)
 
 
 def test_buffers_for_anything_need_no_loop():
@@ -196,7 +196,7 @@ def test_buffers_for_anything_need_no_loop():
 
 
 def test_fp8_payload_is_quantised_alike_wherever_experts_live():
-    is_the_reference(hops(True, 1.0, FP8_PAYLOAD), {"node": 2, "gpu": 2}, FP8_PAYLOAD)
+    assert_reference(hops(True, 1.0, FP8_PAYLOAD), {"node": 2, "gpu": 2}, FP8_PAYLOAD)
 
 
 def test_fp8_payload_rounds_tokens_out_and_gradients_in():

@@ -1,4 +1,4 @@
-"""Arrays in one message come out as they went in, to the bit."""
+"""Arrays packed into one message and unpacked again are equal to the bit."""
 
 import jax.numpy as jnp
 import ml_dtypes

@@ -1,4 +1,4 @@
-"""Rows to slots and home again, against plain loops, for any choice and too few slots too."""
+"""Permute and unpermute against plain loops, for any choice, also with too few slots."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +33,7 @@ def by_hand(places, slot_of, slots):
     return row_of, slots_of
 
 
-def moves_like(made, row_of, slots_of, slots):
+def assert_moves_like(made, row_of, slots_of, slots):
     x, y = integers(ROWS, 2, seed=0), integers(slots, 2, seed=1)
     want = np.zeros((slots, 2), np.float32)
     for slot, row in row_of.items():
@@ -43,7 +43,7 @@ def moves_like(made, row_of, slots_of, slots):
     np.testing.assert_array_equal(made.unpermute(jnp.asarray(y)), want)
 
 
-def choices_like(made, places, slot_of, slots):
+def assert_choices_like(made, places, slot_of, slots):
     """A number of each choice goes to the slot that serves it and back, when no copy is shared."""
     numbers = np.arange(1, ROWS * 3 + 1, dtype=np.float32).reshape(ROWS, 3)
     there = np.asarray(made.permute_choices(jnp.asarray(numbers)))
@@ -70,8 +70,8 @@ def test_lanes(places, slots):
         return place * slots + rank if rank < slots else None
 
     made = permutation.lanes(jnp.asarray(places, jnp.int32), PLACES, slots)
-    moves_like(made, *by_hand(places, slot_of, PLACES * slots), PLACES * slots)
-    choices_like(made, places, slot_of, PLACES * slots)
+    assert_moves_like(made, *by_hand(places, slot_of, PLACES * slots), PLACES * slots)
+    assert_choices_like(made, places, slot_of, PLACES * slots)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -83,8 +83,8 @@ def test_sorted_by_place(places, slots):
         return order[row, place]
 
     made, sizes = permutation.sorted_by_expert(jnp.asarray(places, jnp.int32), PLACES, slots)
-    moves_like(made, *by_hand(places, slot_of, slots), slots)
-    choices_like(made, places, slot_of, slots)
+    assert_moves_like(made, *by_hand(places, slot_of, slots), slots)
+    assert_choices_like(made, places, slot_of, slots)
     got = [sum(p == place for _, p in copies(places)[:slots]) for place in range(PLACES)]
     np.testing.assert_array_equal(sizes, got)
 

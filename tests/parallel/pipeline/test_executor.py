@@ -1,4 +1,4 @@
-"""The executor of a pipeline on a stand-in for a model: a matmul for every stage."""
+"""Pipeline executor on a model of one matmul per stage."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The tables of DualPipe, replayed with names in place of arrays, as `executor.py` reads them."""
+"""Lockstep tables of DualPipe, replayed with names for arrays, as `executor.py` reads them."""
 
 import itertools
 
@@ -50,7 +50,7 @@ class Pool:
 
 
 def sent(values, swaps):
-    """`ppermute`: ranks that nobody sends to get nothing."""
+    """`ppermute`: a rank without a sender receives nothing."""
     if not swaps:
         return values
     out = [NOTHING] * len(values)
@@ -185,7 +185,7 @@ def test_makespan(kind, ranks):
         bubble = makespan(ticks, forward=1, backward=2) - work
         assert bubble == max(7 * pairs - 1, 0)
         assert bubble_formula(kind, stages) == 2 * pairs <= bubble
-        # Chunks that hide each other's messages shorten the busy ticks alone.
+        # Chunks that hide each other's messages shorten only the busy ticks.
         hidden = makespan(ticks, forward=1, backward=2, pair=2.5)
         steady = ticks.steady[1] - ticks.steady[0]
         assert makespan(ticks, 1, 2) - hidden >= steady / 2
@@ -209,7 +209,7 @@ def test_deferred_gradients_shorten_the_bubble(ranks, count, bubble):
 
 @kinds
 def test_every_deferred_gradient_is_made_once(kind, ranks):
-    """After its backward, of the chunk that it was left by, from a slot that nobody has taken."""
+    """Each deferred gradient comes after its backward, from a slot that is still valid."""
     for count in counts(kind, ranks):
         ticks = lockstep(BY_NAME[kind](ranks, count), defer=True)
         table = ticks.tables

@@ -1,4 +1,4 @@
-"""1F1B on stages of one matmul each: gradients beside a plain loop's, and what it holds."""
+"""1F1B on stages of one matmul each: gradients against a plain loop, and memory."""
 
 import dataclasses
 from typing import Any
@@ -73,7 +73,7 @@ def sizes(ranks):
 
 
 def straight(weights, inputs, count):
-    """The same without a pipeline."""
+    """Gradients without a pipeline."""
 
     def losses(weights, inputs):
         x = inputs
@@ -93,7 +93,7 @@ def test_gradients_of_any_number_of_micro_batches(ranks, skip):
     run = jax.jit(run_of(ranks, skip))
     for count in (1, 2, ranks, 2 * ranks - 1, ROOM):
         gradients, ran, total = jax.device_get(run(weights, inputs, jnp.int32(count)))
-        small.close((gradients, total), jax.device_get(straight(weights, inputs, count)))
+        small.assert_close((gradients, total), jax.device_get(straight(weights, inputs, count)))
         assert ran.tolist() == [count] * ranks, "sums have what idle chunks recorded"
 
 
@@ -110,7 +110,7 @@ def test_what_is_held_does_not_grow_with_the_micro_batches(ranks):
 @pytest.mark.parametrize("ranks", range(1, 9))
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_slots_are_what_the_first_rank_needs(ranks, count):
-    """By the formulas of the module: all that is made is read, and no slot is written before."""
+    """Slots by the module's formulas: every value is read before its slot is written again."""
     executor, most = OneFOneB(ranks, False), 0
     for rank in range(ranks):
         held: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Schedules: the published figure, every legal size, and what the checks refuse."""
+"""Schedules: the published figure, every valid size, and refused schedules."""
 
 import dataclasses
 import pathlib
@@ -53,7 +53,7 @@ def test_two_digits_keep_the_columns():
 
 
 def test_the_order_of_rank_0():
-    """Of the figure: fill, meet, zero bubble, the main part; and the pairs of every rank."""
+    """Order in the figure: fill, meet, zero bubble, main part; and the pairs of every rank."""
     steps = dualpipe(8, 20).programs[0]
     counted = [sum(len(s) > 1 for s in p) for p in dualpipe(8, 20).programs]
     assert counted == [9, 10, 11, 11, 11, 11, 10, 9]

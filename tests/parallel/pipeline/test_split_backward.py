@@ -1,4 +1,4 @@
-"""A backward pass in two halves: the same numbers, and no work twice."""
+"""Split backward pass: equal results, and no additional work."""
 
 import jax
 import jax.numpy as jnp

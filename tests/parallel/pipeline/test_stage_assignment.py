@@ -1,4 +1,4 @@
-"""Which layer is where: by hand, and every layer on as many ranks as hold its stage."""
+"""Stage assignment: cases by hand, and every layer on all ranks that hold its stage."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Times of schedules: bubbles and live activations against the published formulas."""
+"""Timelines of schedules: bubbles and live activations against the published formulas."""
 
 import random
 
@@ -99,7 +99,7 @@ def test_bubbles_never_exceed_the_formula_at_likely_costs():
 
 
 def test_costs_outside_of_that_exceed_the_formula():
-    """Why the bound has its conditions: released steps are for W <= F <= I."""
+    """Costs outside the conditions of the bound, W <= F <= I, exceed it."""
     for costs in (Costs(3, 2, 2, 6), Costs(1, 1, 1.5), Costs(1, 2, 1, 2.5)):
         assert max(simulate(dualpipe(8, 20), costs).bubbles) > bubble_formula("dualpipe", 8, costs)
     assert max(simulate(zb1p(8, 4)).bubbles) > bubble_formula("zb1p", 8)  # fewer than PP
