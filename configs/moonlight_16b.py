@@ -1,14 +1,17 @@
 """Moonlight 16B, 15.960B parameters: V2-Lite's shape, V3's router with one group.
 
-Sizes are those of the released config.json, tokens, length, batch and peak learning rate those of
-the Moonlight report. It was trained with Muon and its own three stages; AdamW and the proportions
-of V3's schedule stand in for them here.
+Sizes are those of the released config.json; tokens, length, batch and peak learning rate those of
+the Moonlight report. Moonlight was trained with Muon in three stages of its own; this config has
+AdamW and the proportions of V3's schedule instead.
 """
+
+from ml_collections import ConfigDict
 
 from configs import v3_671b
 
 
-def get_config():
+def get_config() -> ConfigDict:
+    """Config of Moonlight 16B."""
     config = v3_671b.get_config()
     config.model.update(
         vocab=163_840, layers=27, dense_layers=1, d_model=2048, d_dense=11_264, heads=16,

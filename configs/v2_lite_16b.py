@@ -1,17 +1,21 @@
 """DeepSeek-V2-Lite, 15.706B parameters: V2's router (softmax, no groups) and a plain query projection.
 
 Sizes, schedule and balance factors are those of the DeepSeek-V2 report (arXiv 2405.04434) and its
-released config.json. YaRN is off, as in pre-training at 4K; set model.yarn_factor=40 for the released
-model, which reaches 32K and more. Two things differ: V2 lowers the learning rate in steps, here it stays at its
-peak; V2's expert-level balance loss becomes the sequence-wise one, at the same factor.
+released config.json. YaRN is off, as in pre-training at 4K; set model.yarn_factor=40 for the
+released model, whose context is 32K and more. Two things differ: V2 lowers the learning rate in
+steps, and here it stays at its peak; V2's expert-level balance loss is the sequence-wise one here,
+with the same factor.
 """
+
+from ml_collections import ConfigDict
 
 from configs import v3_671b
 
 TOKENS = 5_700 * v3_671b.BILLION
 
 
-def get_config():
+def get_config() -> ConfigDict:
+    """Config of DeepSeek-V2-Lite."""
     config = v3_671b.get_config()
     config.model.update(
         vocab=102_400, layers=27, dense_layers=1, d_model=2048, d_dense=10_944, heads=16,

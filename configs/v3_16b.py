@@ -1,14 +1,17 @@
-"""A 16B DeepSeek-V3 for one node of eight GPUs: V2-Lite's shape with the V3 router and one MTP module.
+"""DeepSeek-V3 16B for one node of eight GPUs: V2-Lite's shape, V3's router and one MTP module.
 
-The report's small ablation model (section 4.5: 15.7B parameters, 2.4B activated, sigmoid gate,
+The small ablation model of the report (section 4.5: 15.7B parameters, 2.4B activated, sigmoid gate,
 normalised top-k) has this form; its exact sizes are not published. Experts are split over the eight
-GPUs, everything else by ZeRO-3. Tokens, 1.33T, are the ablation's (table 4).
+GPUs, all other weights by ZeRO-3. The 1.33T tokens are those of the ablation (table 4).
 """
+
+from ml_collections import ConfigDict
 
 from configs import v2_lite_16b, v3_671b
 
 
-def get_config():
+def get_config() -> ConfigDict:
+    """Config of a 16B DeepSeek-V3."""
     config, published = v2_lite_16b.get_config(), v3_671b.get_config()
     for key in ("score", "normalise_weights", "mtp_depth", "yarn_mscale", "yarn_mscale_all_dim"):
         config.model[key] = published.model[key]

@@ -1,22 +1,24 @@
 """First phase of the context extension: 1000 steps of 1920 sequences of 32K tokens (section 4.3).
 
-It continues from the weights of pre-training, with YaRN switched on, at the last learning rate of
-pre-training; the report gives no warm-up. The MTP weight is the last one of pre-training too, and
-the router bias stays where it is.
+The phase continues from the weights of pre-training with YaRN on, at the last learning rate and MTP
+weight of pre-training and with a fixed router bias; the report gives no warm-up.
 """
+
+from ml_collections import ConfigDict
 
 from configs import v3_671b
 
 
-def get_config():
+def get_config() -> ConfigDict:
+    """Config of the first phase of the context extension."""
     config = v3_671b.get_config()
     config.model.yarn_factor = 40.0
     phase(config, length=32_768, sequences=1920, steps=1000)
     return config
 
 
-def phase(config, length, sequences, steps):
-    """`steps` steps of `sequences` sequences at one learning rate, in place."""
+def phase(config: ConfigDict, length: int, sequences: int, steps: int) -> None:
+    """Sets a phase of `steps` steps at a constant learning rate, in place."""
     config.batch.update(
         length=length, sequences=sequences, ramp_sequences=sequences, ramp_tokens=0,
         micro_sequences=config.mesh.replica * config.mesh.node * config.mesh.gpu,

@@ -1,14 +1,17 @@
-"""0.70B parameters, 0.20B activated, and 0.04B of MTP, for one 80 GB GPU: every feature of the report.
+"""DeepSeek-V3 at 0.70B parameters, 0.20B activated, and 0.04B of MTP, for one 80 GB GPU.
 
-Per parameter, training keeps 4 bytes of master, 4 of moments in bfloat16, 2 of bfloat16 weights, 2
-of their gradient and 4 of its float32 sum: 16 bytes, 12 GB here. The rest of the GPU is for
-activations: 8 sequences of 2048 tokens at a time, with the report's recomputation.
+Per parameter, training holds 4 bytes of masters, 4 of moments in bfloat16, 2 of bfloat16 weights, 2
+of their gradient and 4 of its float32 sum: 16 bytes, 12 GB here (estimated). The rest of the GPU is
+for activations: 8 sequences of 2048 tokens at a time, with the report's recomputation.
 """
+
+from ml_collections import ConfigDict
 
 from configs import v3_671b
 
 
-def get_config():
+def get_config() -> ConfigDict:
+    """Config of a DeepSeek-V3 for one GPU."""
     config = v3_671b.get_config()
     config.model.update(
         vocab=32_768, layers=16, dense_layers=1, d_model=1024, d_dense=4096, heads=8,

@@ -1,9 +1,16 @@
-"""The whole recipe at laptop size: minutes on two cores, every feature of the report switched on."""
+"""DeepSeek-V3 at laptop size: minutes on two CPU cores.
+
+MLA, DeepSeekMoE with bias balancing, MTP, fill-in-the-middle, EMA and the schedules are on. BF16 and
+FP8 payloads, recomputation, the pipeline and YaRN are off; one device exchanges no tokens.
+"""
+
+from ml_collections import ConfigDict
 
 from configs import v3_671b
 
 
-def get_config():
+def get_config() -> ConfigDict:
+    """Config of a DeepSeek-V3 for a laptop."""
     config = v3_671b.get_config()
     config.model.update(
         vocab=4096, layers=4, dense_layers=1, d_model=128, d_dense=384, heads=4,

@@ -22,9 +22,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _use_the_cpu_without_a_driver() -> None:
-    """JAX's CUDA plugin may be here only to compile for a cluster (`aot/cluster.py`).
+    """Selects the CPU where JAX's CUDA plugin is installed but no NVIDIA driver is.
 
-    Then JAX starts on the CPU as it would anyway, but without the plugin's long complaint.
+    The plugin may be there only to compile for a virtual cluster (`aot/cluster.py`). JAX would
+    start on the CPU anyway, after a long complaint of the plugin.
     """
     folder = importlib.util.find_spec("jax_plugins")
     if _platforms() or importlib.util.find_spec("libtpu") or folder is None:
@@ -35,7 +36,7 @@ def _use_the_cpu_without_a_driver() -> None:
 
 
 def _platforms() -> str | None:
-    """What JAX_PLATFORMS or the caller chose."""
+    """The platforms that JAX_PLATFORMS or the caller chose; None where neither did."""
     return jax.config.values["jax_platforms"]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint import load as checkpoints
 from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.loss import head_loss
 from deepseek_jax.model.router import Routing
@@ -23,16 +24,16 @@ LOSS_CHUNK = 512  # tokens whose logits `Model.loss` holds at once
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What the model makes of tokens BT.
+    """Outputs of the model for tokens BT.
 
     Attributes:
       logits: BTV float32; position i predicts token i + 1.
-      mtp_logits: one BTV float32 per MTP module, k = 0, 1, ...: position i reads token i + k + 1
-        and predicts token i + k + 2. The last k + 1 positions would read past the end: they mean
-        nothing, and neither does the module's routing there.
-      routing: by layer number, mixtures of experts only; module k's is under `layers` + k.
-        `.experts` BTK int32, best first, and `.weights` BTK float32, final.
-      hidden: BTD, what the head reads: after the final norm, in the dtype of the matmuls.
+      mtp_logits: BTV float32 for each MTP module k = 0, 1, ...: position i reads token i + k + 1
+        and predicts token i + k + 2. The last k + 1 positions would read past the end: their logits
+        mean nothing, and neither does the module's routing there.
+      routing: by layer number, of MoE layers only; module k's is under `layers` + k. `.experts` is
+        BTK int32, best first, and `.weights` BTK float32, the final gate values.
+      hidden: BTD, the head's input: after the final norm, in the dtype of the matmuls.
     """
 
     logits: jax.Array
@@ -43,11 +44,11 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model on one device. Compiles once per shape of tokens.
+    """A model on one device; each shape of tokens is compiled once.
 
     Attributes:
-      config: sizes and rules.
-      weights: the Flax module.
+      config: sizes and rules of the model.
+      weights: the Flax module that holds the parameters.
       how: precision and other choices of the forward pass.
     """
 
@@ -56,11 +57,11 @@ class Model:
     how: Execution
 
     def __call__(self, tokens: Any) -> Output:
-        """tokens BT, any integer array, each below `config.vocab`; ValueError otherwise."""
+        """Outputs for tokens BT, integers from 0 to `config.vocab` - 1; ValueError for others."""
         return _forward(self.weights, self._checked(tokens, least=1), self.how)
 
     def loss(self, tokens: Any) -> jax.Array:
-        """() float32: mean cross entropy, in nats, of the B(T - 1) next tokens; no other term."""
+        """Mean cross entropy, in nats, of the B(T - 1) next tokens, () float32; no other term."""
         return _loss(self.weights, self._checked(tokens, least=2), self.how)
 
     def _checked(self, tokens: Any, *, least: int) -> jax.Array:
@@ -80,22 +81,27 @@ class Model:
 
 
 def load(directory: str | Path, dtype: Any = "float32") -> Model:
-    """A model for use from Python, on the default device.
+    """Loads a model for use from Python onto the default device.
 
     Args:
       directory: a Hugging Face checkpoint (config.json and safetensors files), or the workdir of a
         training run, whose newest readable checkpoint is taken.
-      dtype: of weights and matmuls: float32 or bfloat16, as a name or a dtype. Norms, router and
-        softmax are float32 in both.
+      dtype: dtype of weights and matmuls, float32 or bfloat16, as a name or a dtype. The default is
+        float32 whatever the checkpoint is stored in: it holds every stored value. None is the dtype
+        that the commands take: the one that config.json states, or that the run trained in. Norms,
+        router and softmax are float32 always.
 
     Raises:
-      ConfigError: what is there cannot be loaded; the message says what was found and expected.
+      ConfigError: a directory that cannot be loaded; the message says what was found and expected.
     """
     try:
-        recipe = recipes.recipe(jnp.dtype(dtype).name)
+        name = None if dtype is None else jnp.dtype(dtype).name
     except TypeError as error:
         raise ConfigError(f"dtype is {dtype!r}; expected float32 or bfloat16") from error
-    model = checkpoints.load(Path(directory), recipe.compute)
+    known = None if name is None else recipes.recipe(name)  # refused before a file is opened
+    checkpoint = checkpoints.open_checkpoint(Path(directory))
+    recipe = known or recipes.recipe(checkpoint.config().precision.recipe)
+    model = params.prepare(checkpoint.load(recipe), recipe)
     return Model(model.config, model, Execution(recipe=recipe))
 
 

@@ -1,4 +1,4 @@
-"""What the command modules share: flags, start-up, and one clear message for bad input."""
+"""Shared parts of the command modules: flags, start-up, and one clear message for bad input."""
 
 import contextlib
 import dataclasses
@@ -11,27 +11,31 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.config import MESH_AXES, RENAMED, Config, ConfigError, parse, renamed
 
+if TYPE_CHECKING:  # imported where it is used: JAX must not meet its devices before start-up
+    from deepseek_jax.checkpoint.load import Checkpoint
+
 
 def define_config_flag() -> Any:
-    """--config=FILE.py with --config.any.key=value overrides; returns what `read_config` takes."""
+    """Defines --config=FILE.py with overrides --config.any.key=value, to pass to `read_config`."""
     return config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
 
 
 def read_config(holder: Any) -> Config:
+    """The checked config of a flag of `define_config_flag`; ConfigError where it was not given."""
     if holder.value is None:
         raise ConfigError("no config; pass --config=configs/v3_tiny.py or another file of configs/")
     return parse(holder.value)
 
 
 def default_config() -> Config:
-    """configs/v3_tiny.py of the working directory, else of the folder that holds this package."""
+    """Config of configs/v3_tiny.py in the working directory, else in the folder of this package."""
     for folder in (Path.cwd(), Path(__file__).resolve().parents[1]):
         if (folder / "configs" / "v3_tiny.py").is_file():
             sys.path.insert(0, str(folder))
@@ -39,25 +43,21 @@ def default_config() -> Config:
     raise ConfigError("no configs/v3_tiny.py here; pass --config=FILE")
 
 
-def config_of(directory: Path, given: Config | None, dtype: str | None) -> Config:
-    """How a checkpoint is run: as `given`, else as its run was, else as configs/v3_tiny.py says.
+def config_of(checkpoint: "Checkpoint", given: Config | None, dtype: str | None) -> Config:
+    """The config of a forward pass: `given` by --config, else the checkpoint's own.
 
     Args:
-      dtype: of weights and matmuls instead of the config's; None leaves that.
+      dtype: dtype of weights and matmuls instead of the config's; None keeps that.
     """
-    # JAX must not have met its devices before.
     from deepseek_jax.checkpoint import load
-    from deepseek_jax.runtime import agreement
 
-    base = given or agreement.raise_together(lambda: load.trained(directory)) or default_config()
-    if dtype is None:
-        return base
-    precision = dataclasses.replace(base.precision, recipe=dtype)
-    return dataclasses.replace(base, precision=precision)
+    if given is None:
+        return checkpoint.config(dtype)
+    return given if dtype is None else load.with_recipe(given, dtype)
 
 
 def parse_mesh(parts: list[str]) -> dict[str, int]:
-    """["node:2", "gpu:4"] -> sizes by axis."""
+    """Sizes by mesh axis from ["node:2", "gpu:4"]."""
     sizes = {}
     for part in parts:
         name, _, size = part.partition(":")
@@ -71,7 +71,7 @@ def parse_mesh(parts: list[str]) -> dict[str, int]:
 
 
 def folder(flag: Any) -> Path:
-    """The folder that a flag names; ConfigError where there is none."""
+    """The existing folder that a flag names; ConfigError if it is none."""
     if not Path(flag.value).is_dir():
         raise ConfigError(f"--{flag.name}={flag.value} is not a folder")
     return Path(flag.value)
@@ -79,12 +79,12 @@ def folder(flag: Any) -> Path:
 
 @contextlib.contextmanager
 def naming(flag_of: Mapping[str, str]) -> Iterator[None]:
-    """What goes wrong inside is told in terms of this command's flags.
+    """Rewrites the keys in a ConfigError to the flags of a command.
 
-    The rest of the package names keys of a config, which a command sets in its own way.
+    The rest of the package names config keys and parameters; a command sets them by its own flags.
 
     Args:
-      flag_of: key -> flag, as "data.path": "--data".
+      flag_of: flag by config key or parameter, as {"data.path": "--data"}.
     """
     try:
         yield
@@ -96,20 +96,21 @@ def naming(flag_of: Mapping[str, str]) -> Iterator[None]:
 
 
 def config_name() -> str:
-    """The file name of --config without its ending."""
+    """Name of the run: the file name of --config without its ending, else "run"."""
     path = _config_path(sys.argv)
     return path.stem if path else "run"
 
 
 def define_process_flags() -> None:
+    """Defines the flags that `start_processes` reads."""
     flags.DEFINE_integer("emulate_devices", None, "Pretend to have this many CPU devices.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.")
     flags.DEFINE_integer("processes", None, "How many processes there are.")
-    flags.DEFINE_integer("process", None, "Which of them this one is.")
+    flags.DEFINE_integer("process", None, "The number of this process, from 0.")
 
 
 def start_processes() -> None:
-    """Before anything asks JAX for a device."""
+    """Connects the processes; call it before anything asks JAX for a device."""
     from deepseek_jax.runtime import processes
 
     values = flags.FLAGS
@@ -117,9 +118,11 @@ def start_processes() -> None:
 
 
 def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
-    """Runs a command: bad input is one message and exit code 2, never a traceback.
+    """Runs a command; bad input ends it with one message and exit code 2, without a traceback.
 
-    With `names` the command line has to name one of them, which `main` is given.
+    Args:
+      names: values of the one positional argument, which `main` is given; empty for a `main`
+        without arguments.
     """
 
     def guarded(arguments: list[str]) -> None:
@@ -144,17 +147,17 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
         sys.exit(2)
 
 
-# glibc's heap in huge pages, and what is freed kept for the next step: blocks up to 32 MiB (the
-# most it allows), 1 GiB in all.
+# glibc's heap uses huge pages and keeps freed memory for the next step: blocks up to 32 MiB (the
+# most that it allows), 1 GiB in all.
 _MALLOC = {"hugetlb": 1, "mmap_threshold": 32 << 20, "trim_threshold": 1 << 30}
 
 
 def _tune_memory() -> None:
     """Starts this program again, once, with glibc's heap set up for a step's temporaries.
 
-    XLA's CPU client and its matmuls allocate them anew each time; in fresh pages of 4 KiB a quarter
-    of a small model's step goes into page faults (`bench train` with GLIBC_TUNABLES set to nothing
-    shows it). glibc reads the settings at start-up only.
+    XLA's CPU client and its matmuls allocate temporaries anew each time. In fresh pages of 4 KiB a
+    quarter of a small model's step goes into page faults (measured: `bench train` with and without
+    an empty GLIBC_TUNABLES). glibc reads these settings at start-up only.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items())
@@ -179,7 +182,7 @@ def _config_path(arguments: list[str]) -> Path | None:
 
 
 def _check_overrides(arguments: list[str]) -> None:
-    """The config file exists and has every overridden key: the library's errors name neither."""
+    """Checks that the config file has every overridden key; absl's errors name neither."""
     path = _config_path(arguments)
     if path is None:
         return
@@ -201,7 +204,7 @@ def _check_overrides(arguments: list[str]) -> None:
 
 
 def _no_such_key(error: Exception) -> str:
-    """A ConfigDict's message about an unknown key, with the key that may have been meant."""
+    """Message for a ConfigDict's error about an unknown key, with the nearest key that exists."""
     found = re.search(r"""Key \W?["'](\w+)""", str(error))
     if not found:
         return str(error)

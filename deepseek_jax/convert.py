@@ -1,8 +1,8 @@
 """Weights in and out: python -m deepseek_jax.convert --source=DIR --target=DIR.
 
-A Hugging Face directory becomes a workdir that `main` trains on, with the recipe of --config
-(configs/v3_tiny.py's by default); a workdir becomes a Hugging Face directory. With --format, a
-Hugging Face directory becomes another one.
+A Hugging Face directory becomes a workdir on which `main` trains on, with the training recipe of
+--config (by default that of configs/v3_tiny.py). A workdir becomes a Hugging Face directory. With
+--format, a Hugging Face directory becomes another one.
 """
 
 import signal
@@ -15,15 +15,16 @@ from deepseek_jax import command
 from deepseek_jax.config import ConfigError
 
 SOURCE = flags.DEFINE_string("source", None, "A Hugging Face directory, or a run's workdir.")
-TARGET = flags.DEFINE_string("target", None, "The folder to make.")
+TARGET = flags.DEFINE_string("target", None, "The folder to make; absent or empty.")
 CONFIG = command.define_config_flag()
 FORMAT = flags.DEFINE_enum(
-    "format", None, ("bfloat16", "float32", "fp8"), "Of a Hugging Face directory to make."
+    "format", None, ("bfloat16", "float32", "fp8"), "Format of the Hugging Face directory to make."
 )
-SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest file of it, in 10^9 bytes.")
+SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Size of its largest file, in 10^9 bytes.")
 
 
 def main() -> None:
+    """Converts a checkpoint as the flags say."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing half made
     if not SOURCE.value or not TARGET.value:
         raise ConfigError("convert needs --source=DIR and --target=DIR")
@@ -32,18 +33,19 @@ def main() -> None:
     from deepseek_jax.checkpoint import conversion
 
     source, target = command.folder(SOURCE), Path(TARGET.value)
-    conversion.check_target(target)
-    with command.naming({"--workdir": "--source", "data.tokenizer": "--source"}):
+    with command.naming({"target": "--target", "data.tokenizer": "--source"}):
+        conversion.check_target(target)
         _convert(source, target)
 
 
 def _convert(source: Path, target: Path) -> None:
-    from deepseek_jax.checkpoint import conversion, load
+    from deepseek_jax.checkpoint import conversion
+    from deepseek_jax.checkpoint.load import open_checkpoint
 
-    run = load.trained(source)
-    if run is None and FORMAT.value is None:
+    checkpoint = open_checkpoint(source)
+    if checkpoint.run is None and FORMAT.value is None:
         base = command.read_config(CONFIG) if CONFIG.value is not None else command.default_config()
-        conversion.to_run(source, target, base)
+        conversion.to_run(checkpoint, target, base)
         print(
             f"{target} is a workdir; python -m deepseek_jax.main --config={target}/config.py "
             f"--workdir={target} trains on"
@@ -51,7 +53,8 @@ def _convert(source: Path, target: Path) -> None:
         return
     if CONFIG.value is not None:
         raise ConfigError("--config is the recipe of a workdir to make; leave it out here")
-    conversion.to_published(source, target, FORMAT.value or "bfloat16", int(SHARD_GB.value * 1e9))
+    shard_bytes = int(SHARD_GB.value * 1e9)
+    conversion.to_published(checkpoint, target, FORMAT.value or "bfloat16", shard_bytes)
     print(f"{target} is a Hugging Face directory")
 
 

@@ -1,6 +1,7 @@
 """Loss of a text: python -m deepseek_jax.evaluate --checkpoint=DIR --data=PATH [--json].
 
-Layout and precision are those of --config, else the run's own, else configs/v3_tiny.py's.
+Layout and precision are chosen as in `generate`: those of --config, else those of the run that made
+the checkpoint, else the dtype that a Hugging Face directory states; --dtype takes its place.
 """
 
 import json
@@ -13,36 +14,39 @@ from deepseek_jax.table import text
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face directory or a run's workdir.")
 DATA = flags.DEFINE_string("data", None, "Text, JSONL, Parquet, token files, or a folder of them.")
-TEXT_KEY = flags.DEFINE_string("text_key", "text", "Which field or column of rows is the text.")
+TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field or column that holds the text of a row.")
 CONFIG = command.define_config_flag()
 MESH = flags.DEFINE_list("mesh", [], "Devices by mesh axis, as node:2,gpu:4; else one device.")
-LENGTH = flags.DEFINE_integer("length", 1024, "Tokens that a sequence predicts.", lower_bound=2)
+LENGTH = flags.DEFINE_integer("length", 1024, "Tokens that each sequence predicts.", lower_bound=2)
 TOKENS = flags.DEFINE_integer("tokens", 2**62, "Score at most this many.", lower_bound=2)
-DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of weights and matmuls.")
+DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Dtype of weights and matmuls.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 command.define_process_flags()
 
 FLAG_OF = {
     "data.path": "--data", "data.text_key": "--text_key", "data.tokenizer": "--checkpoint",
-    "batch.length": "--length", "--workdir": "--checkpoint",
+    "batch.length": "--length",
 }  # fmt: skip
 
 
 def main() -> None:
+    """Scores a checkpoint on a text as the flags say."""
     if not CHECKPOINT.value or not DATA.value:
         raise ConfigError("evaluate needs --checkpoint=DIR and --data=PATH")
     directory = command.folder(CHECKPOINT)
     mesh = command.parse_mesh(MESH.value)
     given = command.read_config(CONFIG) if CONFIG.value is not None else None
     command.start_processes()
+    from deepseek_jax.checkpoint.load import open_checkpoint
     from deepseek_jax.runtime import processes
     from deepseek_jax.train import evaluation
 
     with command.naming(FLAG_OF):
+        checkpoint = open_checkpoint(directory)
         found = evaluation.score_checkpoint(
-            directory,
+            checkpoint,
             DATA.value,
-            command.config_of(directory, given, DTYPE.value),
+            command.config_of(checkpoint, given, DTYPE.value),
             mesh=mesh,
             length=LENGTH.value,
             tokens=TOKENS.value,

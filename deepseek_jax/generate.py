@@ -1,6 +1,9 @@
 """Text from a checkpoint: python -m deepseek_jax.generate --checkpoint=DIR --prompt=TEXT [--json].
 
-Layout and precision are those of --config, else the run's own, else configs/v3_tiny.py's.
+Layout and precision are those of --config. Without it they are those of the training run that made
+the checkpoint; a Hugging Face directory runs in the dtype of its config.json (`torch_dtype`; FP8
+blocks in bfloat16; float32 where that is missing or float16) with dropless dispatch in that dtype.
+--dtype takes the place of either's dtype.
 """
 
 import json
@@ -12,27 +15,34 @@ from deepseek_jax import command
 from deepseek_jax.config import Config, ConfigError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face directory or a run's workdir.")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to go on from; may be given several times.")
-PROMPT_TOKENS = flags.DEFINE_multi_string("prompt_tokens", [], "The same as token ids: 1,2,3.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+PROMPT_TOKENS = flags.DEFINE_multi_string(
+    "prompt_tokens", [], "A prompt as token ids, 1,2,3; may be given several times."
+)
 MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", 128, "Tokens to generate for each at most.", lower_bound=1
+    "max_tokens", 128, "Most tokens to generate for a prompt.", lower_bound=1
 )
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "0 takes the most likely token.", lower_bound=0
+    "temperature", 0.0, "Sampling temperature; 0 takes the likeliest token.", lower_bound=0
 )
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Share of the probability that is drawn from.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Probability mass of the tokens to sample from.")
 SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the first request; each one after has the next.", lower_bound=0
+    "seed", 0, "Seed of the first prompt; the next has SEED + 1.", lower_bound=0
 )
 SPECULATE = flags.DEFINE_integer(
     "speculate", 0, "Tokens that the MTP modules draft in a step.", lower_bound=0
 )
-CACHE = flags.DEFINE_enum("cache", None, ("float32", "bfloat16", "fp8"), "Of the latents.")
-SLOTS = flags.DEFINE_integer("slots", 8, "Requests that run at once at most.", lower_bound=1)
-CACHE_LENGTH = flags.DEFINE_integer(
-    "cache_length", None, "Tokens of room for each request.", lower_bound=1
+CACHE = flags.DEFINE_enum(
+    "cache",
+    None,
+    ("float32", "bfloat16", "fp8"),
+    "Format of the latent cache; default: the dtype of the matmuls.",
 )
-DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Of weights and matmuls.")
+SLOTS = flags.DEFINE_integer("slots", 8, "Most requests that decode at once.", lower_bound=1)
+CACHE_LENGTH = flags.DEFINE_integer(
+    "cache_length", None, "Tokens that a slot holds, prompt included.", lower_bound=1
+)
+DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Dtype of weights and matmuls.")
 CONFIG = command.define_config_flag()
 MESH = flags.DEFINE_list("mesh", [], "Devices by mesh axis, as node:2,gpu:4; else one device.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
@@ -40,11 +50,16 @@ command.define_process_flags()
 
 FLAG_OF = {
     "batch.length": "--cache_length", "data.tokenizer": "--checkpoint",
-    "--workdir": "--checkpoint",
+    "prompt_tokens": "--prompt_tokens", "--workdir": "--checkpoint",
+    "request.max_tokens": "--max_tokens",
+    "request.temperature": "--temperature", "request.top_p": "--top_p", "request.seed": "--seed",
+    "engine.slots": "--slots", "engine.length": "--cache_length", "engine.cache": "--cache",
+    "engine.drafts": "--speculate",
 }  # fmt: skip
 
 
 def main() -> None:
+    """Generates text as the flags say."""
     if not CHECKPOINT.value or not (PROMPT.value or PROMPT_TOKENS.value):
         raise ConfigError("generate needs --checkpoint=DIR and --prompt=TEXT")
     directory = command.folder(CHECKPOINT)
@@ -62,16 +77,18 @@ def _generate(
     mesh: dict[str, int],
     given: Config | None,
 ) -> None:
+    from deepseek_jax.checkpoint.load import open_checkpoint
     from deepseek_jax.runtime import processes
     from deepseek_jax.runtime.agreement import raise_together
     from deepseek_jax.serve import generation
     from deepseek_jax.serve.requests import Request
 
-    def encoded() -> tuple[generation.TextCodec, list[tuple[int, ...]]]:
-        words = generation.TextCodec.of(directory)
-        return words, [words.encode(text, directory) for text in PROMPT.value]
+    checkpoint = open_checkpoint(directory)
 
-    base = command.config_of(directory, given, DTYPE.value)
+    def encoded() -> tuple[generation.TextCodec, list[tuple[int, ...]]]:
+        words = generation.TextCodec.of(checkpoint)
+        return words, [words.encode(text) for text in PROMPT.value]
+
     words, prompts = raise_together(encoded)
     prompts += prompt_tokens
     requests = [
@@ -79,12 +96,12 @@ def _generate(
         for number, prompt in enumerate(prompts)
     ]
     server = generation.open_engine(
-        directory,
-        base,
+        checkpoint,
+        command.config_of(checkpoint, given, DTYPE.value),
         mesh=mesh,
         slots=min(SLOTS.value, len(requests)),
         length=CACHE_LENGTH.value or max(map(len, prompts)) + MAX_TOKENS.value,
-        cache=CACHE.value or base.precision.recipe,
+        cache=CACHE.value,
         stop=words.stop,
         drafts=SPECULATE.value,
     )

@@ -1,10 +1,10 @@
-"""What a measurement found, as text."""
+"""Text form of results: aligned figures and tables."""
 
 from typing import Any
 
 
 def text(found: dict[str, Any]) -> str:
-    """Aligned lines of numbers, and a table for each list of rows."""
+    """Formats single values as aligned lines, and each list of rows as a table."""
     lines = [f"{key:32}{_shown(v):>18}" for key, v in found.items() if not isinstance(v, list)]
     for key, rows in found.items():
         if isinstance(rows, list) and rows:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Starts N processes of the training command on this machine, as one run.
-set -um # -m: without it, processes started in the background would ignore SIGINT
+set -um # -m: without it, background processes would ignore SIGINT
 
 if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   cat >&2 <<'USAGE'
 usage: launch/local.sh N [arguments of deepseek_jax.main ...]
-  Starts N processes under jax.distributed. Process 0 prints here; the others print to files, shown
-  if the run fails. SIGTERM and SIGINT reach all; if one process fails, all stop, with its code.
+  Starts N processes under jax.distributed. Process 0 prints here; the output of the others goes to
+  files, which are shown if the run fails. SIGTERM and SIGINT are sent to all. If one process fails,
+  all stop, and its exit code is returned.
 example: launch/local.sh 2 --config=configs/v3_tiny.py --emulate_devices=4
 USAGE
   exit 2
@@ -18,18 +19,18 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 1
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 logs=$(mktemp -d "${TMPDIR:-/tmp}/deepseek_jax.XXXXXX") || exit 1
 
-# A port nobody listens on, below those that the system hands out by itself.
+# A free port below the range of ephemeral ports.
 port=$((20000 + RANDOM % 12000))
 while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do
   port=$((20000 + RANDOM % 12000))
 done
 
 alive=()
-tell() { # SIGNAL: to every process that still runs
+send() { # SIGNAL: to every process that still runs
   ((${#alive[@]})) && kill -s "$1" "${alive[@]}" 2>/dev/null
 }
-trap 'tell TERM' TERM
-trap 'tell INT' INT
+trap 'send TERM' TERM
+trap 'send INT' INT
 
 for ((process = 0; process < count; process++)); do
   command=(python -m deepseek_jax.main "$@"
@@ -56,9 +57,9 @@ while ((${#alive[@]})); do
   done
   alive=(${still[@]+"${still[@]}"})
   if ((code && ${#alive[@]})); then
-    # What waits for a dead peer inside a collective does not hear SIGTERM.
-    [[ -n $deadline ]] || { deadline=$((SECONDS + 10)) && tell TERM; }
-    ((SECONDS < deadline)) || tell KILL
+    # A process that waits for a dead peer in a collective does not react to SIGTERM.
+    [[ -n $deadline ]] || { deadline=$((SECONDS + 10)) && send TERM; }
+    ((SECONDS < deadline)) || send KILL
   fi
   ((${#alive[@]})) && sleep 0.2
 done

@@ -14,6 +14,7 @@ import small
 
 from deepseek_jax import command
 from deepseek_jax.checkpoint import load
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.data import tokenizer
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
@@ -70,4 +71,4 @@ def opened(folder: Path) -> Engine:
     base = command.default_config()
     base = dataclasses.replace(base, layout=dataclasses.replace(base.layout, unroll=1))
     room = dict(slots=2, length=32, cache="float32", stop=(), drafts=0)
-    return generation.open_engine(folder, base, mesh={}, **room)
+    return generation.open_engine(open_checkpoint(folder), base, mesh={}, **room)

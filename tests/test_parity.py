@@ -21,7 +21,6 @@ from deepseek_jax.checkpoint.hf import names
 from deepseek_jax.model import execution, rotary
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.params import split
-from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.precision.recipes import FLOAT32
 from deepseek_jax.train import optimizer as optimizers
@@ -154,9 +153,9 @@ def training(tiny, expected):
         length=length - 1, sequences=count, ramp_sequences=count, micro_sequences=count
     )
     config = dataclasses.replace(configs.parse(config), model=tiny.config)
-    shape = (1,) * len(axes.MESH_AXES)
+    shape = (1,) * len(configs.MESH_AXES)
     devices = np.array(jax.devices()[:1]).reshape(shape)
-    mesh = Mesh(devices, axes.MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
+    mesh = Mesh(devices, configs.MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
     layout = meshes.layout(config)
     _, params, bias = split(tiny.weights)
     with jax.set_mesh(mesh):

@@ -1,10 +1,10 @@
-"""A cluster of H100s or H800s that is not there: programs compile for it, and never run.
+"""Virtual cluster of H100s or H800s: programs are compiled for it, and never run.
 
-XLA's CUDA plugin compiles on any machine for devices that are described to it. What comes out holds
-the schedule, the traffic and the memory of each device; `compiled.py` reads them. It holds no time.
+XLA's CUDA plugin compiles on any machine for devices that it gets a description of. The compiled
+program holds schedule, traffic and memory of each device, which `compiled.py` reads, but no times.
 
 The H800 is compiled as an H100: compute and memory are the same (`hardware/chips.py`), and the
-compiler is told no link speed but by a cost profile (`cost_model.py`).
+compiler learns link speeds from a cost profile only (`cost_model.py`).
 """
 
 import importlib.metadata
@@ -25,19 +25,19 @@ from deepseek_jax.hardware import network, xla_options, xla_target
 
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 INSTALL = 'pip install -e ".[cluster]"'
-_PTXAS = Path("/usr/local/cuda/bin/ptxas")  # the toolkit's usual place, also searched by XLA
+_PTXAS = Path("/usr/local/cuda/bin/ptxas")  # default path of the toolkit, which XLA searches too
 
-# Triton GEMMs are picked by timing, which no absent device allows: cuBLAS calls stay readable.
+# XLA selects Triton GEMMs by timing them on the device. Without one, GEMMs stay cuBLAS calls.
 OPTIONS: Mapping[str, Any] = {**xla_options.OPTIONS, "xla_gpu_enable_triton_gemm": False}
 
 
 def installed() -> dict[str, str]:
-    """The CUDA plugins of JAX that are here, with their versions."""
+    """Installed CUDA plugins of JAX -> versions."""
     return {name: version for name in PLUGINS if (version := _version(name))}
 
 
 def missing() -> str | None:
-    """Why this process cannot compile for a cluster, and what would help; None when it can."""
+    """Reason why this process cannot compile for a cluster, with the remedy; None if it can."""
     versions = installed()
     if not versions:
         return f"compiling for a GPU cluster needs the CUDA plugin of JAX: {INSTALL}"
@@ -59,21 +59,21 @@ def missing() -> str | None:
 
 
 def mesh(sizes: MeshConfig) -> Mesh:
-    """The mesh of a run, over virtual H100s.
+    """Mesh of virtual H100s.
 
-    Under `jax.set_mesh` of it only trace and lower: what runs eagerly there, such as
-    `jax.random.key(0)`, looks for devices that are not there.
+    Only trace and lower under `jax.set_mesh` of this mesh: eager operations, such as
+    `jax.random.key(0)`, fail for lack of devices.
 
     Args:
-      sizes: devices along each axis, none of them -1. `gpu` x `tensor` are the GPUs of one host.
+      sizes: Devices along each axis, none of them -1. `gpu` x `tensor` are the GPUs of one host.
 
     Raises:
-      ConfigError: the plugin is missing or does not fit, or a node is larger than a real one.
+      ConfigError: The plugin is missing or does not fit, or a node has more GPUs than a real one.
     """
     shape = tuple(getattr(sizes, axis) for axis in MESH_AXES)
     host, most = sizes.gpu * sizes.tensor, network.H100.gpus_per_node
     if min(shape) < 1:
-        raise ConfigError(f"a virtual cluster needs every mesh axis given; found mesh.*={shape}")
+        raise ConfigError(f"a virtual cluster needs the size of every axis; found mesh.*={shape}")
     if host > most:
         raise ConfigError(
             f"mesh.gpu={sizes.gpu} x mesh.tensor={sizes.tensor} is {host} GPUs in one node, and "
@@ -94,17 +94,17 @@ def mesh(sizes: MeshConfig) -> Mesh:
 def compile_for(
     lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None, profile: str = ""
 ) -> jax.stages.Compiled:
-    """Compiles what was lowered on arguments that live on `mesh(...)`.
+    """Compiles a program that was lowered for `mesh(...)`.
 
     Args:
       lowered: `jax.jit(f).lower(*arguments)`, each a `jax.ShapeDtypeStruct` with a `NamedSharding`.
-      options: XLA's, beside or instead of `OPTIONS`; an unknown name is an error of XLA.
-      profile: costs that the scheduler is to believe, as `profile.text` writes them.
+      options: Compiler options that extend or replace `OPTIONS`; XLA refuses unknown names.
+      profile: Instruction costs for XLA's scheduler, as `cost_model.text` writes them.
     """
     chosen = {**OPTIONS, **(options or {})}
     if not profile:
         return lowered.compile(compiler_options=chosen)
-    # A new path each time: JAX caches by options and would not see that a file has changed.
+    # A new path each time: JAX caches by options and does not see that a file has changed.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"costs{xla_options.ENDING}"
         file.write_text(profile)

@@ -1,7 +1,7 @@
-"""What a compiled program moves between devices, and what it computes meanwhile.
+"""Collectives, GEMMs and copies of a compiled program, read from its text.
 
-Nothing here is measured. "Overlapped" means that the schedule starts a GEMM between a collective's
-start and its done.
+Nothing here is measured. "Overlapped" means that the schedule starts a GEMM between the start and
+the done instruction of a collective.
 """
 
 import dataclasses
@@ -21,24 +21,25 @@ KINDS = (
     "all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
-HOST_AXES = ("gpu", "tensor")  # innermost; along any other axis a device is on another host
+HOST_AXES = ("gpu", "tensor")  # innermost axes, inside a host; the other axes cross hosts
 _ONLY_COPIES = hlo.FREE | {"copy"}
 
-# Name of a Pallas kernel -> FLOPs from its arguments, which the compiled text does not hold.
+# Name of a Pallas kernel -> FLOPs as a function of its arguments; the compiled text has no FLOPs.
 Kernels = Mapping[str, Callable[[tuple[Array, ...]], float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """Something that keeps the matrix units busy.
+    """A matrix multiplication or an attention of a compiled program.
 
     Attributes:
-      name, op_name: as of a `Collective`.
-      op: what it is in the compiled program: a library call, "dot", or a Pallas kernel's name.
-      flops: of one run, a multiply-add counting two.
-      bytes: arguments and result of one run.
-      dtype: of the first argument, in XLA's words.
-      times: runs for each run of the place it was found from; a loop of unknown length counts one.
+      name: Name of the instruction.
+      op_name: Operation of the Python program that it comes from.
+      op: Name of the library call, "dot", or name of the Pallas kernel.
+      flops: Operations of one run; a multiply-add counts two.
+      bytes: Bytes of arguments and result.
+      dtype: Type of the first argument, as XLA spells it.
+      times: Runs per run of the calling instruction; a loop of unknown length counts one.
     """
 
     name: str
@@ -52,21 +53,24 @@ class Gemm:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices; bytes are those of one device and one run.
+    """One collective of a compiled program; bytes are those of one device and one run.
 
     Attributes:
-      name, op_name: what the scheduler calls it, and where it comes from in the Python program.
-      kind: one of KINDS.
-      computation: where it is.
-      inside: what runs that computation: "entry", "while", "conditional", "call".
-      times: runs in one run of the program; None in a loop whose length the compiler does not know.
-      start, done: positions in the computation's schedule; equal when one instruction does all.
-      is_sync: the device waits for it right away.
-      bytes: what goes in.
-      axes: the mesh axes along which partners differ.
-      group: how many devices exchange, itself counted.
-      slow_bytes, fast_bytes: what has to be sent to other hosts, and inside the host.
-      gemms: what is started between start and done.
+      name: Name of the instruction in the scheduler.
+      op_name: Operation of the Python program that it comes from.
+      kind: One of KINDS.
+      computation: Computation that contains it.
+      inside: Caller of that computation: "entry", "while", "conditional" or "call".
+      times: Runs in one run of the program; None in a loop whose length the compiler does not know.
+      start: Position of the start in the computation's schedule.
+      done: Position of the done; equal to `start` for a single instruction.
+      is_sync: True if the device waits for it at once.
+      bytes: Bytes of the input.
+      axes: Mesh axes along which the partners differ.
+      group: Devices that exchange, this one included.
+      slow_bytes: Bytes sent to other hosts.
+      fast_bytes: Bytes sent inside the host.
+      gemms: GEMMs that start between `start` and `done`.
     """
 
     name: str
@@ -87,13 +91,21 @@ class Collective:
 
     @property
     def overlapped(self) -> bool:
-        """Whether a GEMM can run while it travels."""
+        """True if a GEMM can run during the exchange."""
         return not self.is_sync and bool(self.gemms)
 
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """An array that is copied on its device: `times` as in `Collective`."""
+    """An array that is copied on its device.
+
+    Attributes:
+      name: Name of the instruction.
+      op_name: Operation of the Python program that it comes from.
+      computation: Computation that contains it.
+      times: Runs, as in `Collective`.
+      bytes: Bytes of the array.
+    """
 
     name: str
     op_name: str
@@ -107,12 +119,12 @@ class Program:
     """A compiled program.
 
     Attributes:
-      module: its text, parsed.
-      collectives: every exchange, computation by computation in schedule order.
-      copies: largest first.
-      kernels: as given to `read`.
-      peak_bytes: memory of one device at the worst moment. XLA does not count cuDNN's workspace,
-        NCCL's buffers and the CUDA context, and compiles what exceeds the device without an error.
+      module: Parsed text.
+      collectives: All collectives, by computation, in schedule order.
+      copies: Copies, largest first.
+      kernels: Pallas kernels that count as GEMMs.
+      peak_bytes: Compiled peak memory of one device. XLA does not count cuDNN's workspace, NCCL's
+        buffers and the CUDA context, and compiles a program that exceeds the device without error.
     """
 
     module: Module
@@ -123,19 +135,20 @@ class Program:
 
     @property
     def gemms(self) -> tuple[Gemm, ...]:
-        """Every GEMM, with its runs in one run of the program."""
+        """All GEMMs, with `times` counting runs in one run of the program."""
         entry = self.module.entry
         lines = self.module.computations[entry].values()
         return tuple(g for line in lines for g in gemms(self.module, entry, line, self.kernels))
 
 
 def read(compiled: jax.stages.Compiled, mesh: Mesh, kernels: Kernels | None = None) -> Program:
-    """Reads what `cluster.compile_for` returned.
+    """Reads a program that `cluster.compile_for` returned.
 
     Args:
-      mesh: the one it was compiled for.
-      kernels: the Pallas kernels that count as GEMMs, by the `name` given to `pallas_call`; others
-        count as memory traffic.
+      compiled: Compiled program.
+      mesh: Mesh that it was compiled for.
+      kernels: Pallas kernels that count as GEMMs, by the `name` given to `pallas_call`; other
+        kernels count as memory traffic.
     """
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text and memory, "XLA's GPU compiler has both"
@@ -147,15 +160,17 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, kernels: Kernels | None = No
 def collectives(
     module: Module, mesh: Mapping[str, int], kernels: Kernels | None = None
 ) -> tuple[Collective, ...]:
-    """Every exchange of a module.
+    """Collectives of a module.
 
     Args:
-      mesh: axis -> devices along it, outermost first.
+      module: Parsed text of a program.
+      mesh: Axis -> devices along it, outermost first.
+      kernels: Pallas kernels that count as GEMMs.
     """
     found = []
     for computation, (inside, times) in scheduled(module).items():
         lines = list(module.computations[computation].values())
-        begun: dict[str, int] = {}  # an instruction of an async exchange -> position of its start
+        begun: dict[str, int] = {}  # instruction of an async collective -> position of its start
         for position, line in enumerate(lines):
             kind, stage = kind_of(module, computation, line), line.opcode.rpartition("-")[2]
             if not kind:
@@ -196,9 +211,9 @@ def collectives(
 
 
 def scheduled(module: Module) -> dict[str, tuple[str, int | None]]:
-    """Each computation that devices step through: what runs it, and how often; callers first."""
+    """Computations with a schedule, callers first -> (kind of caller, number of runs)."""
     runs: dict[str, tuple[str, int | None]] = {module.entry: ("entry", 1)}
-    for computation in list(module.computations)[::-1]:  # the text has what is called first
+    for computation in list(module.computations)[::-1]:  # the text has callees before callers
         if computation not in runs:
             continue
         times = runs[computation][1]
@@ -215,10 +230,11 @@ def scheduled(module: Module) -> dict[str, tuple[str, int | None]]:
 
 
 def traffic(kind: str, bytes_in: int, group: int, hosts: int) -> tuple[float, float]:
-    """What one of `group` devices, spread evenly over `hosts`, sends to other hosts and in its own.
+    """Bytes that a device sends (to other hosts, inside its host).
 
-    An all-to-all sends each partner its part. Of gathers and reductions every part crosses to each
-    host once, and is passed on there; a permute takes the slower of its links.
+    The `group` devices of the collective are spread evenly over `hosts`. An all-to-all sends each
+    partner its part. In gathers and reductions, every part crosses to each host once and is
+    forwarded there. A permute uses the slower link.
     """
     near = group // hosts
     if kind.endswith("all-to-all"):
@@ -231,7 +247,7 @@ def traffic(kind: str, bytes_in: int, group: int, hosts: int) -> tuple[float, fl
 
 
 def kind_of(module: Module, computation: str, line: Instruction) -> str:
-    """Which of KINDS an instruction starts, ends or does; empty for all others."""
+    """Kind of collective that an instruction starts, ends or performs; empty for all others."""
     if line.opcode in ("async-update", "async-done"):
         line = module.computations[computation][line.operands[0]]
         return kind_of(module, computation, line)
@@ -244,7 +260,7 @@ def kind_of(module: Module, computation: str, line: Instruction) -> str:
 def gemms(
     module: Module, computation: str, line: Instruction, kernels: Kernels | None = None
 ) -> Iterator[Gemm]:
-    """The GEMMs that an instruction runs: itself, or those of the computations that it calls."""
+    """Yields the GEMMs of an instruction: itself, or those of the computations that it calls."""
     own = _gemm(line, module.inputs(computation, line), kernels or {})
     if own:
         yield own
@@ -256,7 +272,7 @@ def gemms(
 
 
 def copies(module: Module) -> tuple[Copy, ...]:
-    """Plain copies and the fusions that only copy, largest first."""
+    """Copies and fusions that only copy, largest first."""
     found = []
     for computation, (_, times) in scheduled(module).items():
         for line in module.computations[computation].values():
@@ -268,20 +284,20 @@ def copies(module: Module) -> tuple[Copy, ...]:
 
 
 def _inner(module: Module, line: Instruction) -> Instruction:
-    """What an `async-start` wraps; any other instruction itself."""
+    """Instruction that an `async-start` wraps; any other instruction itself."""
     if line.opcode != "async-start":
         return line
     return next(i for i in module.computations[line.calls[0]].values() if i.root)
 
 
 def _payload(module: Module, computation: str, line: Instruction, kind: str) -> tuple[Array, ...]:
-    """What is sent: a ragged all-to-all is also given its result's buffer and the sizes."""
+    """Arrays that are sent, without the output buffer and the sizes of a ragged all-to-all."""
     arrays = module.inputs(computation, line)
     return arrays[:1] if kind == "ragged-all-to-all" else arrays
 
 
 def _partners(devices: np.ndarray, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int, int]:
-    """The axes that differ inside the groups, the devices of one, and the hosts that it is on."""
+    """(mesh axes that differ inside a group, devices of a group, hosts of a group)."""
     places = np.unravel_index(devices, tuple(mesh.values()))
     axes = tuple(n for n, p in zip(mesh, places, strict=True) if (p != p[:, :1]).any())
     host = np.sort(devices // math.prod(mesh.get(axis, 1) for axis in HOST_AXES), axis=1)
@@ -307,7 +323,7 @@ def _gemm(line: Instruction, inputs: tuple[Array, ...], kernels: Kernels) -> Gem
 
 
 def _bytes(line: Instruction, inputs: tuple[Array, ...]) -> int:
-    """Arguments and results, without the library's workspace."""
+    """Bytes of arguments and results, without the library's workspace."""
     results = [a for a in line.arrays if not (line.target and a.dtype in ("s8", "u8"))]
     return sum(array.bytes for array in (*inputs, *results))
 
@@ -317,7 +333,7 @@ def _dot_flops(left: Array, result: Array, summed: tuple[int, ...]) -> float:
 
 
 def _attention_flops(line: Instruction, inputs: tuple[Array, ...]) -> float:
-    """cuDNN's attention: two products forward; five backward, the scores being computed again."""
+    """FLOPs of cuDNN's attention: two products forward, five backward with recomputed scores."""
     batch, heads, queries, keys = line.dimensions("dimensions")
     width, value_width = inputs[0].shape[-1], inputs[2].shape[-1]
     backward = line.target.endswith("Backward")

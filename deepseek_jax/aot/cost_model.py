@@ -1,10 +1,10 @@
-"""What a compiled program would cost at assumed rates: for the scheduler to believe, and to replay.
+"""Cost model of a compiled program at assumed rates, for XLA's scheduler and for a replay.
 
-No time here is measured: a GEMM takes its FLOPs at a sustained rate, a collective its bytes over
-the link of its hop, anything else its memory traffic. XLA's scheduler is told so in its own profile
-format and then starts collectives early enough; its own estimate makes the windows too short. Where
-there is a GPU, hand it a measured profile instead. On an H100 `bench layer` measured 0.93 of the
-time that this file gives attention at V3's sizes, and 0.96 of that of a whole layer.
+All times are estimated: a GEMM takes its FLOPs at a sustained rate, a collective its bytes over the
+link of its hop, any other instruction its memory traffic. XLA's scheduler reads these costs in its
+own profile format and then starts collectives early enough; its built-in estimate starts them too
+late. On a GPU, a measured profile is better. On an H100, `bench layer` measured 0.93 of the
+estimated time of attention at V3's sizes, and 0.96 of that of a whole layer.
 """
 
 import dataclasses
@@ -25,10 +25,17 @@ _LINKS = network.H800
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What one device is assumed to sustain, in 1/s: an H800.
+    """Sustained rates of one H800, assumed, per second.
 
-    Of its peaks of 989 TFLOP/s (FP8: twice that) and 3.35 TB/s about 60 and 75 %; links as the
-    report counts them (section 3.2.2).
+    They are about 60 % of the peak of 989 TFLOP/s (FP8: twice that) and 75 % of 3.35 TB/s; links as
+    the report counts them (section 3.2.2).
+
+    Attributes:
+      flops: FLOP/s of GEMMs in 16-bit formats.
+      flops_fp8: FLOP/s of GEMMs in FP8.
+      memory_bytes: Bytes/s of device memory.
+      slow_bytes: Bytes/s between nodes, InfiniBand.
+      fast_bytes: Bytes/s inside a node, NVLink.
     """
 
     flops: float = 600e12
@@ -40,11 +47,12 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Wait:
-    """One collective in the replay, all its runs together.
+    """Time of one collective in a replay, summed over its runs.
 
     Attributes:
-      seconds: it travels.
-      exposed: of these, the device has nothing to do but wait for it.
+      collective: The collective.
+      seconds: Time it takes.
+      exposed: Part of `seconds` in which the device only waits for it.
     """
 
     collective: Collective
@@ -53,12 +61,19 @@ class Wait:
 
     @property
     def hidden(self) -> float:
+        """Part of `seconds` in which the device computes."""
         return self.seconds - self.exposed
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplayedTimeline:
-    """A replayed program: `total` seconds, `compute` of them at work and the rest waiting."""
+    """Replay of a program on one device.
+
+    Attributes:
+      total: Seconds of the program.
+      compute: Seconds of computation; the device waits for the rest of `total`.
+      waits: Time of each collective.
+    """
 
     total: float
     compute: float
@@ -66,11 +81,12 @@ class ReplayedTimeline:
 
     @property
     def exposed(self) -> float:
+        """Seconds in which the device only waits for collectives."""
         return sum(wait.exposed for wait in self.waits)
 
     @property
     def hidden_share(self) -> float:
-        """How much of the time that collectives travel is hidden behind compute, 0 to 1."""
+        """Share of the collectives' time that is hidden behind computation, 0 to 1."""
         seconds = sum(wait.seconds for wait in self.waits)
         return 1 - self.exposed / seconds if seconds else 1.0
 
@@ -82,23 +98,28 @@ def compile_profiled(
     kernels: Kernels | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
-    """Compiles, counts what each instruction costs, and compiles again with these costs.
+    """Compiles, estimates the cost of each instruction, and compiles again with these costs.
 
     Args:
-      lowered, options: as in `cluster.compile_for`.
-      mesh, kernels: as in `compiled.read`.
+      lowered: As in `cluster.compile_for`.
+      mesh: As in `compiled.read`.
+      rates: Rates of a device; None for an H800.
+      kernels: As in `compiled.read`.
+      options: As in `cluster.compile_for`.
     """
     first = compiled.read(cluster.compile_for(lowered, options), mesh, kernels)
     return cluster.compile_for(lowered, options, text(costs(first, rates or Rates())))
 
 
 def costs(program: Program, rates: Rates, unknown_trips: int = 1) -> dict[str, float]:
-    """Seconds of one run of each instruction, by the scheduler's name; what takes none is left out.
+    """Seconds of one run of each instruction, by scheduler name; instructions of 0 s are left out.
 
-    A loop counts its body's replay times its trips; a conditional the longest of its branches.
+    A loop costs the replay of its body times its trips; a conditional costs its longest branch.
 
     Args:
-      unknown_trips: of a loop whose length the compiler does not know.
+      program: Compiled program.
+      rates: Rates of a device.
+      unknown_trips: Trips of a loop whose number of trips the compiler does not know.
     """
     module = program.module
     found = {c.name: _collective_seconds(c, rates) for c in program.collectives}
@@ -118,12 +139,12 @@ def costs(program: Program, rates: Rates, unknown_trips: int = 1) -> dict[str, f
 
 
 def text(seconds: Mapping[str, float]) -> str:
-    """In the form that `cluster.compile_for` hands to XLA."""
+    """Costs in the profile format that `cluster.compile_for` hands to XLA."""
     return "".join(f'costs {{ name: "{n}" cost_us: {s * 1e6!r} }}\n' for n, s in seconds.items())
 
 
 def parse(profile: str) -> dict[str, float]:
-    """The seconds that `text` wrote."""
+    """Seconds by instruction, from a profile that `text` wrote."""
     found = re.findall(r'costs \{ name: "([^"]*)" cost_us: (\S+) \}', profile)
     return {name: float(cost_us) / 1e6 for name, cost_us in found}
 
@@ -131,14 +152,15 @@ def parse(profile: str) -> dict[str, float]:
 def replay(
     program: Program, seconds: Mapping[str, float], computation: str = "", unknown_trips: int = 1
 ) -> ReplayedTimeline:
-    """Runs the schedule on paper: compute in order, and one collective at a time beside it.
+    """Simulates the schedule: computation in order, beside one collective at a time.
 
     Not modelled: the SMs that a collective takes from a GEMM, launches, and NCCL's start-up.
 
     Args:
-      seconds: of one run of each instruction, as `costs` gives them, or measured.
-      computation: one run of this one, such as a loop's body, instead of the whole program.
-      unknown_trips: as in `costs`.
+      program: Compiled program.
+      seconds: Seconds of one run of each instruction, estimated by `costs` or measured.
+      computation: Computation to replay once, such as a loop's body; "" for the whole program.
+      unknown_trips: As in `costs`.
     """
     run = _Replay(program, seconds, unknown_trips)
     total = run.through(computation or program.module.entry, 0.0, 1)
@@ -147,17 +169,17 @@ def replay(
 
 
 class _Replay:
-    """Walks through computations and adds up, each `times` its single run."""
+    """Walk through computations that sums their times; `times` is the number of runs of each."""
 
     def __init__(self, program: Program, seconds: Mapping[str, float], unknown_trips: int) -> None:
         self.module, self.seconds, self.compute = program.module, seconds, 0.0
         self.unknown_trips = unknown_trips
-        self.waits: dict[str, tuple[float, float]] = {}  # travelling, exposed
+        self.waits: dict[str, tuple[float, float]] = {}  # seconds, exposed seconds
         self.starts = {(c.computation, c.start): c for c in program.collectives}
         self.dones = {(c.computation, c.done): c for c in program.collectives}
 
     def through(self, computation: str, busy: float, times: int) -> float:
-        """Seconds of one run, begun when collectives under way still take `busy` seconds."""
+        """Seconds of one run that starts while earlier collectives still take `busy` seconds."""
         now, link_free = 0.0, busy
         arrives: dict[str, float] = {}
         for position, line in enumerate(self.module.computations[computation].values()):
@@ -199,12 +221,13 @@ def _steps_into(line: Instruction) -> bool:
 
 
 def _collective_seconds(collective: Collective, rates: Rates) -> float:
-    """The two links work side by side."""
+    """Seconds of a collective, whose traffic over both links runs in parallel."""
     slow, fast = collective.slow_bytes / rates.slow_bytes, collective.fast_bytes / rates.fast_bytes
     return max(slow, fast)
 
 
 def _seconds(program: Program, computation: str, line: Instruction, rates: Rates) -> float:
+    """Seconds of an instruction that is no collective and calls no computation."""
     gemms = list(compiled.gemms(program.module, computation, line, program.kernels))
     if gemms:
         return sum(gemm.times * _gemm_seconds(gemm, rates) for gemm in gemms)
@@ -217,7 +240,7 @@ def _gemm_seconds(gemm: Gemm, rates: Rates) -> float:
 
 
 def _traffic(module: Module, computation: str, line: Instruction) -> int:
-    """Bytes that an instruction reads and writes; of an array that it only slices, the slice."""
+    """Bytes that an instruction reads and writes; a sliced array counts the slice only."""
     if line.opcode in hlo.FREE or line.opcode.endswith("-done"):
         return 0
     if line.opcode == "fusion":
@@ -230,12 +253,13 @@ def _traffic(module: Module, computation: str, line: Instruction) -> int:
 
 
 def _read(inside: Computation, parameter: Instruction) -> int:
+    """Bytes that a fusion reads of one of its parameters."""
     users = list(_users(inside, parameter))
     return min(parameter.bytes, sum(_taken(source, user) for source, user in users))
 
 
 def _users(inside: Computation, line: Instruction) -> Iterable[tuple[Instruction, Instruction]]:
-    """(what is used, by what), seen through changes of shape alone."""
+    """Yields (value, user) of each use of `line`, through bitcasts."""
     for user in inside.values():
         if line.name in user.operands:
             if user.opcode == "bitcast":
@@ -250,11 +274,12 @@ def _taken(source: Instruction, user: Instruction) -> int:
     if first and user.opcode in ("dynamic-slice", "slice", "gather"):
         return user.bytes
     if first and user.opcode in ("dynamic-update-slice", "scatter"):
-        return 0  # what is not replaced stays where it is
+        return 0  # updated in place
     return source.bytes
 
 
 def _written(inside: Computation) -> int:
+    """Bytes that a fusion writes."""
     root = next(line for line in inside.values() if line.root)
     results = [inside[n] for n in root.operands] if root.opcode == "tuple" else [root]
     return sum(_put(inside, result) for result in results)

@@ -1,7 +1,7 @@
-"""Reads XLA's text of a scheduled module: only what schedule, traffic and memory need.
+"""Parser of XLA's text of a scheduled module, as far as schedule, traffic and memory need it.
 
-In a scheduled module (`compiled.as_text()`) the order of a computation's lines is the order in
-which a device starts them.
+In a scheduled module (`compiled.as_text()`) a device starts the instructions of a computation in
+the order of its lines.
 """
 
 import dataclasses
@@ -19,29 +19,39 @@ FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One leaf of a result: XLA's name of the dtype ("bf16", "f8e4m3fn") and sizes."""
+    """Type and shape of one leaf of a result.
+
+    Attributes:
+      dtype: XLA's name of the type, such as "bf16" or "f8e4m3fn".
+      shape: Sizes.
+    """
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def elements(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)  # pred has none and takes a byte
+        """Size in memory."""
+        bits = re.search(r"\d+", self.dtype)  # pred has no number and takes a byte
         return -(-self.elements * (int(bits.group()) if bits else 8) // 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line.
+    """One instruction, a line of the text.
 
     Attributes:
-      arrays: leaves of the result, those of a tuple in order.
-      operands: names, in the same computation.
-      attributes: the rest of the line, as it stands.
+      name: Name in its computation.
+      opcode: Operation, such as "fusion".
+      arrays: Leaves of the result, those of a tuple in order.
+      operands: Names of instructions in the same computation.
+      attributes: Rest of the line, unparsed.
+      root: True if its result is that of the computation.
     """
 
     name: str
@@ -53,27 +63,27 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the result."""
+        """Size of the result."""
         return sum(array.bytes for array in self.arrays)
 
     @property
     def target(self) -> str:
-        """What a custom call calls; empty for others."""
+        """Target of a custom call; empty for other instructions."""
         return self._find(r'custom_call_target="([^"]*)"') if self.opcode == "custom-call" else ""
 
     @property
     def op_name(self) -> str:
-        """Where it comes from in the Python program."""
+        """Operation of the Python program that the instruction comes from."""
         return self._find(r'op_name="([^"]*)"')
 
     @property
     def scheduling_name(self) -> str:
-        """What the scheduler called it, and what a cost profile has to call it."""
+        """Name in the scheduler and in a cost profile."""
         return self._find(r'scheduling_name="([^"]*)"') or self.name
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """Computations that run when it runs, but for those of one element (`to_apply`)."""
+        """Computations that the instruction runs, without those of one element (`to_apply`)."""
         if self.opcode == "custom-call":
             return ()
         keys = r"(?:calls|body|condition|(?:true|false)_computation)"
@@ -85,22 +95,22 @@ class Instruction:
 
     @property
     def index(self) -> int:
-        """Which element of a tuple a get-tuple-element takes; which argument a parameter is."""
+        """Index of the element that a get-tuple-element takes, or of a parameter's argument."""
         return int(self._find(r"^(\d+)\)" if self.opcode == "parameter" else r"index=(\d+)"))
 
     @property
     def body(self) -> str:
-        """The computation that a loop repeats."""
+        """Computation that a loop repeats."""
         return self._find(r"body=%([\w.\-]+)")
 
     @property
     def trips(self) -> int | None:
-        """How often a loop runs; None where the compiler does not know."""
+        """Number of trips of a loop; None if the compiler does not know it."""
         found = self._find(r'"known_trip_count":\{"n":"(\d+)"')
         return int(found) if found else None
 
     def dimensions(self, key: str) -> tuple[int, ...]:
-        """A list of numbers, in either spelling: `key={1,2}` or `"key":["1","2"]`."""
+        """Numbers of a list attribute, spelt `key={1,2}` or `"key":["1","2"]`."""
         found = self._find(rf'\b{key}"?(?:=|:\s*)[{{\[]([^}}\]]*)[}}\]]')
         return tuple(int(number) for number in re.findall(r"\d+", found))
 
@@ -114,20 +124,27 @@ Computation = Mapping[str, Instruction]  # by name, in schedule order
 
 @dataclasses.dataclass(frozen=True)
 class Module:
+    """Parsed module.
+
+    Attributes:
+      computations: Name -> computation; callees before callers.
+      entry: Name of the computation that a run starts with.
+    """
+
     computations: Mapping[str, Computation]
     entry: str
 
     def inputs(self, computation: str, instruction: Instruction) -> tuple[Array, ...]:
-        """The arrays that an instruction of this computation is given."""
+        """Arrays of the operands of an instruction of this computation."""
         known = self.computations[computation]
         return tuple(array for name in instruction.operands for array in known[name].arrays)
 
 
 def parse(text: str) -> Module:
-    """A module from its text.
+    """Parses the text of a module.
 
     Raises:
-      ValueError: the text is not that of a scheduled module.
+      ValueError: The text is not that of a scheduled module.
     """
     if "is_scheduled=true" not in text.partition("\n")[0]:
         raise ValueError("the text is not of a scheduled HLO module; pass compiled.as_text()")
@@ -164,7 +181,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """Splits after the parenthesis that closes the first one."""
+    """Splits text after the parenthesis that closes the first one."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -182,16 +199,16 @@ _LISTS = re.compile(r"(replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)
 
 
 def groups(instruction: Instruction, devices: int) -> np.ndarray:
-    """Which devices exchange with each other: a row for each group, of positions in the mesh.
+    """Groups of devices that exchange with each other: a row per group, of positions in the mesh.
 
-    Three spellings are read: lists; `mesh['a'=2,'b'=4] {'b'}`, the groups along b; and
+    Three spellings are known: lists; `mesh['a'=2,'b'=4] {'b'}`, the groups along b; and
     `[g,n]<=[dims]T(permutation)`, which is
-    `arange(prod(dims)).reshape(dims).transpose(permutation).reshape(g, n)`. A mesh may say in the
-    same way, `device_ids=([dims]T(permutation))`, how its devices are ordered. Of a permute every
-    pair (source, target) is a group.
+    `arange(prod(dims)).reshape(dims).transpose(permutation).reshape(g, n)`. A mesh may give the
+    order of its devices in the same way, `device_ids=([dims]T(permutation))`. Every pair (source,
+    target) of a permute is a group.
 
     Raises:
-      ValueError: another spelling.
+      ValueError: Another spelling.
     """
     text = instruction.attributes.partition(", metadata=")[0]
     if iota := _IOTA.search(text):
@@ -210,7 +227,7 @@ def groups(instruction: Instruction, devices: int) -> np.ndarray:
     if "replica_groups=" in text and not lists:
         raise ValueError(f"unknown replica groups of {instruction.name}: {text[:120]!r}")
     if lists and lists[1] == "source_target_pairs":
-        return np.zeros((1, 1), int)  # nobody sends
+        return np.zeros((1, 1), int)  # a permute without a pair sends nothing
     return _counted((1, devices))
 
 

@@ -1,7 +1,7 @@
-"""One MoE layer, forward and backward, compiled for the cluster it is meant for.
+"""One MoE layer, forward and backward, lowered for a real or virtual cluster.
 
-What a layout's messages are and what they can hide under is read from this program: a layer is
-seconds to compile, and the layers of a model are all alike.
+The compiled layer shows the messages of a layout and the GEMMs that can hide them. A layer compiles
+in seconds, and the MoE layers of a model are all alike.
 """
 
 import math
@@ -23,10 +23,11 @@ from deepseek_jax.parallel import mesh as meshes
 
 
 def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """The gradients of one layer's weights and input, for the micro-batches that are in flight.
+    """Lowers the gradient of one layer's weights and input, for the micro-batches in flight.
 
     Args:
-      mesh: real or virtual (`cluster.mesh`), of the sizes of `config.mesh`.
+      config: Config of the run.
+      mesh: Real or virtual mesh (`cluster.mesh`) of the sizes of `config.mesh`.
     """
     layout, how = meshes.layout(config), execution.of(config)
     graph, weights, rest = abstract(config, how)
@@ -37,7 +38,7 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
         def total(weights, x):
             block: Any = nnx.merge(graph, weights, rest)
             out, _ = how.layer(lambda block, x: block(x, how))(block, x)
-            # Backward has to wait for forward, as it does for the loss of a model.
+            # A nonlinear loss makes backward depend on forward, as the loss of a model does.
             return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
         with axes.active(layout):
@@ -48,23 +49,23 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     )
     sequences = config.batch.micro_sequences * how.in_flight
     shape = sequences, config.batch.length, config.model.d_model
-    x = jax.ShapeDtypeStruct(shape, how.recipe.compute)
+    x = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
     with jax.set_mesh(mesh):
         return jax.jit(mapped).lower(*placed(mesh, specs, (weights, rest, x)))
 
 
 def abstract(config: Config, how: execution.Execution) -> tuple[Any, nnx.State, nnx.State]:
-    """(structure, weights as matmuls read them, the rest) of a MoE layer, shapes only."""
+    """Shapes of an MoE layer: (structure, weights in the format of matmuls, other variables)."""
     whole = jax.eval_shape(
         lambda key: Block(config.model, dense=False, rngs=nnx.Rngs(params=key)), jax.random.key(0)
     )
     parts: Any = nnx.split(whole, nnx.Param, ...)
     graph, weights, rest = parts
-    return graph, jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights), rest
+    return graph, jax.eval_shape(lambda tree: params.prepare(tree, how.recipe), weights), rest
 
 
 def placed(mesh: Mesh, specs: Any, trees: Any) -> Any:
-    """Shapes of arguments that live as `specs` say, a prefix of the trees."""
+    """Shapes of arguments with shardings from `specs`, whose tree is a prefix of `trees`."""
 
     def each(spec: P, tree: Any) -> Any:
         place = NamedSharding(mesh, spec)
@@ -76,7 +77,7 @@ def placed(mesh: Mesh, specs: Any, trees: Any) -> Any:
 
 
 def _grouped_flops(arrays: tuple[Array, ...]) -> float:
-    """Of the grouped matmul's kernels: rows by weights (E, in, out), or rows by rows."""
+    """FLOPs of a grouped matmul kernel: rows by weights (E, in, out), or rows by rows."""
     rows, other = [array.shape for array in arrays if len(array.shape) > 1][:2]
     return 2.0 * math.prod(rows) * (math.prod(other[1:]) // rows[1] if other[2:] else other[1])
 

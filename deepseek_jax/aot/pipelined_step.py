@@ -1,8 +1,7 @@
-"""The ticks of a pipelined step, in a program compiled for the cluster it is meant for.
+"""Ticks of a pipelined training step, read from a program compiled for a virtual cluster.
 
-The body of the loop over ticks holds two of them, one of either parity, and of 1F1B just one; what
-its messages travel under, what it copies and how long a replay of it takes is read from there.
-Nothing runs here.
+The body of the loop over ticks has two ticks, one of each parity (1F1B: one tick). It shows the
+GEMMs that hide each message, the copies, and by a replay its estimated time. Nothing runs here.
 """
 
 import collections
@@ -35,24 +34,25 @@ from deepseek_jax.parallel.pipeline.lockstep import BidirectionalStages, lockste
 from deepseek_jax.parallel.pipeline.stage_assignment import stage_map
 
 KERNELS = layer.KERNELS
-LARGEST = 12  # arrays that are listed
+LARGEST = 12  # number of carried arrays in the report
 
 
 def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """The ticks of a pipeline with one MoE layer in a stage and nothing before or after them.
+    """Lowers the ticks of a DualPipe with one MoE layer per stage, without embedding and head.
 
-    Quick to compile, and what it shows of messages is so in a pipeline of any depth.
+    The program compiles quickly, and its messages overlap as in a pipeline of any depth.
 
     Args:
-      mesh: real or virtual (`cluster.mesh`), of the sizes of `config.mesh`.
+      config: Config of the run.
+      mesh: Real or virtual mesh (`cluster.mesh`) of the sizes of `config.mesh`.
 
     Raises:
-      ConfigError: a pipeline that is not DualPipe's.
+      ConfigError: A pipeline that is not DualPipe or DualPipeV.
     """
     held, layout = stage_map(config), meshes.layout(config)
     if not isinstance(held, BidirectionalStages):
         raise ConfigError(
-            f"layout.pipeline={config.layout.pipeline} has no ticks of two chunks; set "
+            f"layout.pipeline={config.layout.pipeline} has one chunk in a tick, not two; set "
             "layout.pipeline=dualpipe or layout.pipeline=dualpipev"
         )
     how = dataclasses.replace(execution.of(config), in_flight=1)
@@ -61,7 +61,7 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     made = schedule.BY_NAME[config.layout.pipeline](config.mesh.pipe, 2 * config.mesh.pipe)
     ticks = lockstep(made, config.layout.defer_weight_gradients)
     like: Any = jax.ShapeDtypeStruct(
-        (1, config.batch.length, config.model.d_model), how.recipe.compute
+        (1, config.batch.length, config.model.d_model), how.recipe.activation_dtype
     )
 
     def local(weights, rest, tables):
@@ -69,7 +69,7 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
             blocks = [nnx.merge(graph, each, rest) for each in weights]
             of_stages = how, config.model.experts, jnp.float32(0)
             defer = config.layout.defer_weight_gradients
-            run = _Alone(
+            run = _LayersOnly(
                 [Stage([single_layer(block)], *of_stages, defer) for block in blocks], like
             )
             edges: Any = tuple(jnp.int32(tick) for tick in (*ticks.steady, ticks.count))
@@ -84,8 +84,8 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Alone:
-    """Stages of a model that begins with zeros and whose loss is the sum of what comes out."""
+class _LayersOnly:
+    """Stages of MoE layers whose first input is zeros and whose loss is the sum of the outputs."""
 
     chunks: list[Stage]
     like: Any
@@ -111,15 +111,17 @@ class _Alone:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two ticks, or one of 1F1B, as a compiled program's loop body has them; or what ends a model.
+    """Pair of ticks in the loop body of a compiled program (1F1B: one tick), or the model's end.
 
     Attributes:
-      computation: its name in the program.
-      messages: the all-to-alls of MoE layers.
-      copies: arrays that are copied whole, largest first.
-      kept: what the loop carries from one pair to the next: type and shape -> how many arrays.
-      seconds, compute: of a replay, and at work in it.
-      travelling, exposed: seconds of the messages, and those that compute waits for them.
+      computation: Name in the program.
+      messages: All-to-alls of the MoE layers.
+      copies: Arrays that are copied, largest first.
+      kept: Arrays that the loop carries from one pair to the next: type and shape -> count.
+      seconds: Estimated seconds, from a replay.
+      compute: Part of `seconds` in which the device computes.
+      travelling: Estimated seconds of the messages.
+      exposed: Part of `travelling` in which the device only waits.
     """
 
     computation: str
@@ -133,19 +135,20 @@ class Pair:
 
     @property
     def hidden_share(self) -> float:
+        """Share of the messages' time that is hidden behind computation, 0 to 1."""
         return 1 - self.exposed / self.travelling
 
 
 def costs(program: Program, rates: Rates) -> dict[str, float]:
-    """As `profile.costs`, on a rank in the middle whose messages fit their first round.
+    """`cost_model.costs` of a middle rank without overflow rounds.
 
-    The loops of unknown length in a tick are further rounds, and the model's end.
+    The loops of unknown length in a tick are overflow rounds and the model's end: 0 trips here.
     """
     return cost_model.costs(program, rates, unknown_trips=0)
 
 
 def read(program: Program, rates: Rates) -> Pair:
-    """The steady pair of ticks: the loop body with the most all-to-alls."""
+    """Steady pair of ticks: the loop body with the most all-to-alls."""
     messages = [c for c in program.collectives if c.kind == "all-to-all"]
     bodies = [c.computation for c in messages if c.inside == "while"]
     body = max(bodies, key=bodies.count)
@@ -159,7 +162,7 @@ def read(program: Program, rates: Rates) -> Pair:
 
 
 def read_last(program: Program, rates: Rates) -> Pair | None:
-    """What follows the last layer; None where that has no messages to experts."""
+    """End of the model (MTP and head); None if it has no messages to experts."""
     for each in program.collectives:
         if each.kind == "all-to-all" and f"/{LAST}/" in each.op_name:
             return _replayed(program, rates, each.computation, {})
@@ -184,30 +187,31 @@ def _replayed(program: Program, rates: Rates, computation: str, kept: Mapping[Ar
 
 
 def under(message: Collective) -> list[Gemm]:
-    """The GEMMs that a message travels under; counting and sorting make tiny ones."""
+    """GEMMs that hide a message, without the tiny ones of counting and sorting."""
     return [gemm for gemm in message.gemms if gemm.flops > 1e9]
 
 
 def of_other_chunk(message: Collective, gemm: Gemm) -> bool:
-    """Whether a GEMM is the backward chunk's and the message the forward's, or the reverse."""
+    """True if one of message and GEMM is of the forward chunk and the other of the backward."""
     return {_chunk(message.op_name), _chunk(gemm.op_name)} == {FORWARD, BACKWARD}
 
 
 def under_the_other(pair: Pair) -> int:
-    """How many messages travel under a GEMM of the other chunk."""
+    """Number of messages that a GEMM of the other chunk hides."""
     return sum(any(of_other_chunk(m, g) for g in under(m)) for m in pair.messages)
 
 
 def _chunk(op_name: str) -> str:
-    """FORWARD or BACKWARD; empty for what is of neither."""
+    """Chunk of an operation: FORWARD, BACKWARD, or empty for neither."""
     return next((part for part in op_name.split("/") if part in (FORWARD, BACKWARD)), "")
 
 
 def dependences(program: Program, computation: str) -> list[tuple[str, str]]:
-    """What of a forward chunk needs something of the same tick's backward chunk, or the reverse.
+    """Dependences between the forward and the backward chunk of one tick, which forbid overlap.
 
     Returns:
-      (instruction, label) of each that is on a wrong path; the label is "even/forward" or so.
+      (instruction, label) of each instruction that needs a value of the other chunk; the label
+      names its tick and chunk, such as "even/forward".
     """
     labels = [f"{tick}/{chunk}" for tick in TICKS for chunk in (FORWARD, BACKWARD)]
     other = {f"{t}/{FORWARD}": f"{t}/{BACKWARD}" for t in TICKS}
@@ -219,7 +223,7 @@ def dependences(program: Program, computation: str) -> list[tuple[str, str]]:
         operands, op_name = _made_of(program, lines, line)
         above = set().union(*(needs[name] for name in operands))
         if line.opcode == "parameter" or not varying.isdisjoint(operands):
-            varying.add(line.name)  # others are made of constants, and shared by all who want them
+            varying.add(line.name)  # other values depend on constants only, and XLA shares them
         own = next((x for x in labels if f"/{x}/" in op_name and line.name in varying), None)
         if own and other[own] in above:
             found.append((line.name, own))
@@ -230,9 +234,10 @@ def dependences(program: Program, computation: str) -> list[tuple[str, str]]:
 def _made_of(
     program: Program, lines: Computation, line: Instruction
 ) -> tuple[tuple[str, ...], str]:
-    """What an instruction needs, and where it is from in the Python program.
+    """(operands of an instruction, operation of the Python program that it comes from).
 
-    One element of a fence, or of several that were fused for being alike, needs its own part alone.
+    An element of an optimization barrier, or of a fusion of several like operations, has only its
+    own operands.
     """
     if line.opcode != "get-tuple-element":
         several = line.opcode in ("tuple", "fusion") and len(line.arrays) > 1
@@ -259,24 +264,27 @@ def _made_of(
 def measure(
     config: Config, lower: Callable[[Config, Mesh], jax.stages.Lowered], file: Path | None = None
 ) -> dict[str, Any]:
-    """Compiles a step for the virtual cluster, with the compiler's own costs and with ours.
+    """Compiles a step for the virtual cluster, with the compiler's costs and with `cost_model`'s.
 
-    Nothing in it is a time that was measured: see `cost_model.py`.
+    Memory is compiled and times are estimated (`cost_model.py`); nothing is measured.
 
     Args:
-      lower: `train.lowered.lower`, of a floor above.
-      file: where our costs are written, for layout.cost_profile.
+      config: Config of the run.
+      lower: Function that lowers a training step, `train.step.lower`.
+      file: Path to write `cost_model`'s costs to, for `layout.cost_profile`; None for no file.
+
+    Returns:
+      Peak and carried memory, rows on the ticks and on the model's end, and the carried arrays.
 
     Raises:
-      ConfigError: no pipeline or no messages in it, a file that cannot be, or what this needs is
-        not installed.
+      ConfigError: No pipeline, no messages to experts, a bad path, or a missing compiler.
     """
     if config.mesh.pipe == 1:
-        raise ConfigError("plan step reads the ticks of a pipeline; set mesh.pipe above 1")
+        raise ConfigError("plan step needs a pipeline; set mesh.pipe above 1")
     if not meshes.layout(config).mesh_axes("experts"):
         raise ConfigError(
-            "plan step reads what messages to experts travel under, and on this layout all experts "
-            "are on every device; set mesh.node or mesh.gpu above 1"
+            "plan step needs messages to experts, and on this layout every device has all experts; "
+            "set mesh.node or mesh.gpu above 1"
         )
     if file and file.suffix != xla_options.ENDING:
         raise ConfigError(f"--costs={file} must end in {xla_options.ENDING}, or XLA ignores it")

@@ -1,7 +1,7 @@
-"""The project's own measurements: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
+"""Benchmarks: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
 NAME is train, moe, memory, layer, grouped, tiles, dispatch, pipeline, load, decode or speculate.
-The recipe comes from the config, the sizes from the measurement.
+The config gives the recipe, and the benchmark the sizes.
 """
 
 import importlib
@@ -29,6 +29,7 @@ NAMES = (
 
 
 def main(name: str) -> None:
+    """Runs a benchmark and prints its result."""
     config = command.read_config(CONFIG) if CONFIG.value is not None else command.default_config()
     before = _seconds_since_start()
     begin = time.perf_counter()
@@ -46,8 +47,8 @@ def main(name: str) -> None:
 
 
 def _emulate(name: str) -> None:
-    """CPU devices, before JAX has met any; a GPU stays the default unless the flag is given."""
-    import jax  # not before the time that importing it takes is measured
+    """Emulates CPU devices before JAX starts; without the flag a GPU stays the default."""
+    import jax  # here, so that the time of importing it is measured
 
     from deepseek_jax.runtime import processes
 
@@ -58,13 +59,13 @@ def _emulate(name: str) -> None:
 
 
 def _seconds_since_start() -> float | None:
-    """Since this process started, from the kernel's record; None where not on Linux."""
+    """Seconds since this process started, from /proc; None if the system is not Linux."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         uptime = float(Path("/proc/uptime").read_text().split()[0])
     except OSError:
         return None
-    return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22, counted after the name
+    return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22, starttime
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Decoding: tokens per second beside Hugging Face, and what a token costs as its cache grows.
+"""Decoding: tokens per second beside Hugging Face, and time per token as the cache grows.
 
-The model is the one of `bench train`, 10.8 million random parameters in float32, exported and read
-by `transformers` in the same run where torch and transformers are installed. Both read the same
-prompts and take the likeliest token each time, on the GPU if JAX has one; the seconds are those of
-the whole generation.
+The model is that of `bench train`, 10.8 million random parameters in float32. If torch and
+transformers are installed, it is exported and loaded by `transformers` in the same run. Both decode
+the same prompts greedily, on the GPU if JAX has one; times are those of the whole generation.
 
-The attention of one layer of it is then timed alone, over caches of growing length: absorbed, over
-the latents, and expanded, over keys and values of every head.
+Attention of one layer is timed alone, over caches of growing length: absorbed, over the latents,
+and expanded, over keys and values of every head.
 """
 
 import dataclasses
@@ -44,12 +43,13 @@ LENGTHS = (256, 1024, 4096, 16384)
 def measure(
     config: Config, *, tokens: int = TOKENS, rounds: int = 3, lengths: tuple[int, ...] = LENGTHS
 ) -> dict[str, Any]:
-    """Tables `decode`, `attention` and `cache`.
+    """Measures the tables `decode`, `attention` and `cache`.
 
     Args:
-      tokens: generated for each prompt.
-      rounds: ours and theirs take turns, and medians are told, for the machine may be shared.
-      lengths: of the caches.
+      config: Recipe; its own model is used in `cache` only.
+      tokens: Tokens generated for each prompt.
+      rounds: Runs of each, in turns; medians are reported, as the machine may be shared.
+      lengths: Lengths of the caches.
     """
     small = sized(config)
     model = jax.jit(build_model, static_argnums=0)(small.model, jax.random.key(0))
@@ -65,6 +65,7 @@ def measure(
 def _row(
     config: Config, model: Transformer, theirs: Any, batch: int, tokens: int, rounds: int
 ) -> dict[str, Any]:
+    """Row of table `decode` for one batch size."""
     prompts = np.random.default_rng(0).integers(0, config.model.vocab, (batch, PROMPT))
     mesh, layout = meshes.build(config.mesh, jax.devices()[:1]), meshes.layout(config)
     server = Engine(
@@ -81,7 +82,7 @@ def _row(
     both = {"ours": lambda: server.run(requests)}
     if theirs is not None:
         both["hugging_face"] = lambda: theirs(prompts, tokens)
-    made = {name: run() for name, run in both.items()}  # compiles
+    made = {name: run() for name, run in both.items()}  # compile
     seconds: dict[str, list[float]] = {name: [] for name in both}
     for _ in range(rounds):
         for name, run in both.items():
@@ -104,7 +105,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def _hugging_face(model: Transformer) -> Callable[[np.ndarray, int], Any] | None:
-    """generate(prompts, tokens) of `transformers` with these weights; None where it is not here."""
+    """Greedy decoding of `transformers` with these weights; None if it is not installed."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return None
     import torch
@@ -142,7 +143,7 @@ def _export(model: Transformer, folder: Path) -> None:
 
 
 def _attention_row(config: ModelConfig, length: int, rounds: int, batch: int = 8) -> dict[str, Any]:
-    """One token of each request, each with a cache that is all but full."""
+    """Row of table `attention`: one token of each request, whose cache is otherwise full."""
     attention = LatentAttention(config, rngs=nnx.Rngs(params=0))
     x = jax.random.normal(jax.random.key(1), (batch, 1, config.d_model))
     positions = jnp.full((batch, 1), length - 1)
@@ -168,7 +169,7 @@ def _attention_row(config: ModelConfig, length: int, rounds: int, batch: int = 8
 
 
 class _Timed:
-    """Calls that hand their cache on, so that it is changed in place."""
+    """Jitted function that updates its cache in place, call by call."""
 
     def __init__(self, fn: Any, attention: LatentAttention, past: Any, x: jax.Array):
         self._step = functools.partial(jax.jit(fn, donate_argnums=1), attention)
@@ -176,7 +177,7 @@ class _Timed:
         self.run(1)
 
     def run(self, calls: int = 20) -> float:
-        """Seconds of one call."""
+        """Mean seconds of a call."""
         begin = time.perf_counter()
         for _ in range(calls):
             out, self._past = self._step(self._past, self._x)
@@ -187,7 +188,7 @@ class _Timed:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Expanded:
-    """The cache that MLA does without: BTHX keys and BTHW values, X = N + R."""
+    """Cache of expanded attention: BTHX keys and BTHW values of every head, X = N + R."""
 
     key: jax.Array
     value: jax.Array
@@ -222,7 +223,7 @@ class _Expanded:
 
 
 def _cache_rows(config: ModelConfig) -> list[dict[str, Any]]:
-    """Bytes of one token of the config's own model."""
+    """Cache bytes of one token of the config's own model, by format."""
     plain = cache_bytes_per_token(config)
     rows = {
         f"latent, {form}": latent_cache.bytes_per_token(config, form)

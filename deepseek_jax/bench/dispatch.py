@@ -1,14 +1,14 @@
-"""The expert-parallel dispatch: what it sends, how often, and what that costs.
+"""Expert-parallel dispatch: messages, bytes and time.
 
-On emulated CPU devices: forward and backward of an exchange with a small expert network between its
-steps, on every mesh node x gpu that the devices make. Messages and bytes are the compiled program's
-own, copies those of the routes. The devices share this machine's cores and have no network between
-them, so time here is sorting, packing and copying.
+On emulated CPU devices: forward and backward of dispatch, a small expert network and combine, on
+every mesh node x gpu of the devices. Messages and bytes are read from the compiled program, copies
+from the routes. The devices share this machine's cores and have no network, so that the time is
+that of sorting, packing and copying.
 
 On a GPU: the pieces of `dispatch_pieces.py`, at V3's sizes, without a network.
 
-128 tokens a device of width 128; 8 experts of width 64 a device, in a group for each node, of which
-a token may use half; top-8.
+Sizes: 128 tokens per device of width 128; 8 experts per device of width 64; one expert group per
+node, of which a token may use half; top-8.
 """
 
 import dataclasses
@@ -42,33 +42,34 @@ EXPERTS_PER_DEVICE, TOP_K = 8, 8
 WAYS = ("flat", "two_hop")
 ROUTERS = ("balanced", "skewed", "one")
 RULES = {"batch": ("node", "gpu"), "experts": ("node", "gpu")}
-NOTE = "emulated devices on shared cores: seconds here are no network's"
+NOTE = "emulated devices on shared cores: no network, so times are of sorting, packing and copying"
 
 
 def measure(
     config: Config, *, tokens: int = TOKENS, repeats: int = 7, meshes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Tables `messages` and `time`; on a GPU, `dispatch_pieces.measure`.
+    """Measures the tables `messages` and `time`; on a GPU, those of `dispatch_pieces.measure`.
+
+    Table `messages` has a row for each hop: the all-to-alls over it in forward and backward of the
+    first round, the bytes on one device by `ExchangePlan.message_bytes` of each of its four kinds,
+    and `as_compiled`, True if the compiled program moves exactly these.
+
+    Table `time` has, per token, `nodes` and `gpus`, those that hold one of its experts; `slow` and
+    `fast`, its copies that the first round sends to other nodes and to other GPUs of its node; and
+    `served`, the share of its experts that the first round reaches. `busiest` is the largest load
+    of a GPU over the mean. `of_flat` is the median of the time divided by that of `flat` in the
+    same turn. A mesh of one hop has the same program for both, so that there it shows the noise.
 
     Args:
-      tokens: of each device.
-      repeats: how often every way takes its turn; times are medians.
-      meshes: such as ("2x4",); all that this many devices make if empty.
-
-    In `messages`, a row for each hop: the compiled program's all-to-alls over it in forward and
-    backward of the first round, the bytes that `Plan.message_bytes` gives each of its four kinds on
-    one device, and whether the compiled program moves just these.
-
-    In `time`: `nodes` and `gpus` are the places where a token has an expert, and `busiest` the load
-    of the GPU with the highest, over the mean. `slow` and `fast` are the copies of a token that the
-    first round sends to another node, and to another GPU of the same node, and `served` the share
-    of choices that it serves. `of_flat` is the median of the time over that of `flat` just before;
-    on a mesh of one hop both are the same program, so it says how far the clock can be trusted.
+      config: Recipe.
+      tokens: Tokens of each device.
+      repeats: Turns of all runs; times are medians.
+      meshes: Meshes, such as ("2x4",); empty for all that the devices allow.
     """
     if jax.default_backend() == "gpu":
         return dispatch_pieces.measure(config)
     names = meshes or _meshes(jax.device_count())
-    with ThreadPoolExecutor() as pool:  # compiling is most of the wait
+    with ThreadPoolExecutor() as pool:  # compiling takes most of the time
         each = list(pool.map(lambda name: MeasuredDispatch.each_way(config, name, tokens), names))
     runs = [
         (cell, router, cell.arguments(router))
@@ -78,7 +79,7 @@ def measure(
     ]
     first = [cell.run(given) for cell, _, given in runs]
     seconds = np.array([[cell.seconds(given) for cell, _, given in runs] for _ in range(repeats)])
-    of_flat = seconds / seconds[:, :: len(WAYS)].repeat(len(WAYS), axis=1)  # `flat` goes first
+    of_flat = seconds / seconds[:, :: len(WAYS)].repeat(len(WAYS), axis=1)  # `flat` is the first
     table = [
         {
             "mesh": cell.mesh,
@@ -101,7 +102,7 @@ def measure(
 
 
 def sized(config: Config, mesh: str, way: str) -> Config:
-    """The recipe of `config` with the sizes and the mesh of this measurement."""
+    """Config of the benchmark: the recipe of `config` with the sizes above and a mesh."""
     node, gpu = map(int, mesh.split("x"))
     model = dataclasses.replace(
         config.model,
@@ -121,11 +122,11 @@ def sized(config: Config, mesh: str, way: str) -> Config:
 
 
 def choose(router: str, tokens: int, model: ModelConfig, seed: int = 0) -> np.ndarray:
-    """Experts that the model's own gate chooses from random affinities, (tokens)K int32.
+    """Experts that the model's router chooses from random affinities, (tokens)K int32.
 
-    Gumbel noise over a bias is a draw without replacement, with probabilities exp(bias): the same
-    for all (balanced), 1/rank of experts in random order (skewed, Zipf's law), or certain for
-    expert 0 and the same for the rest (one).
+    Gumbel noise plus a bias samples without replacement with probabilities exp(bias): equal for all
+    experts ("balanced"), 1/rank of the experts in random order ("skewed", Zipf's law), or 1 for
+    expert 0 and equal for the others ("one").
     """
     rng = np.random.default_rng(seed)
     scores = jnp.asarray(rng.gumbel(size=(1, tokens, model.experts)), jnp.float32)
@@ -139,7 +140,17 @@ def choose(router: str, tokens: int, model: ModelConfig, seed: int = 0) -> np.nd
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredDispatch:
-    """One compiled exchange, forward and backward."""
+    """One compiled dispatch and combine, forward and backward.
+
+    Attributes:
+      mesh: Nodes x GPUs, such as "2x4".
+      way: Dispatch, one of WAYS.
+      config: Config of the benchmark.
+      tokens: Tokens of each device.
+      plan: Hops with their slots.
+      program: Compiled program.
+      places: Shardings of its arguments.
+    """
 
     mesh: str
     way: str
@@ -151,7 +162,7 @@ class MeasuredDispatch:
 
     @classmethod
     def each_way(cls, config: Config, mesh: str, tokens: int) -> list["MeasuredDispatch"]:
-        """Where nodes are one, or have one GPU, two hops are one and the program is the same."""
+        """Compiles all ways; with one node, or one GPU per node, they share a program."""
         exchanges: list[MeasuredDispatch] = []
         for way in WAYS:
             mine = sized(config, mesh, way)
@@ -162,6 +173,7 @@ class MeasuredDispatch:
         return exchanges
 
     def arguments(self, router: str) -> tuple[jax.Array, ...]:
+        """Random arguments of the program, whose experts are chosen by a kind of router."""
         rng = np.random.default_rng(1)
         operands = [
             rng.normal(size=shape).astype(dtype)
@@ -173,15 +185,17 @@ class MeasuredDispatch:
         return jax.device_put(tuple(operands), self.places)
 
     def run(self, given: tuple[jax.Array, ...]) -> Any:
+        """Runs the program and waits for it."""
         return jax.block_until_ready(self.program(*given))
 
     def seconds(self, given: tuple[jax.Array, ...]) -> float:
+        """Seconds of one run."""
         begin = time.perf_counter()
         self.run(given)
         return time.perf_counter() - begin
 
     def figures(self, given: tuple[jax.Array, ...], found: Any) -> dict[str, float]:
-        """What the router asked for, and what the first round did of it."""
+        """Figures of a row of `time`: the router's choices, and the copies of the first round."""
         chosen, (number, sent, served) = given[4], jax.device_get(found[1])
         total, places = self.config.model.experts, self.config.mesh
         wanted = [
@@ -201,9 +215,9 @@ class MeasuredDispatch:
         }
 
     def messages(self) -> list[dict[str, Any]]:
-        """A row for each hop."""
+        """Rows of `messages`, one for each hop."""
         model, payload = self.config.model, _hops(self.config).payload
-        dtype = execution.of(self.config).recipe.compute
+        dtype = execution.of(self.config).recipe.activation_dtype
         planned = self.plan.message_bytes(payload, model.d_model, dtype, model.top_k)
         rows = []
         for number, hop in enumerate(self.plan.hops):
@@ -222,7 +236,7 @@ class MeasuredDispatch:
         return rows
 
     def collectives(self) -> list[compiled.Collective]:
-        """All-to-alls of the compiled program, but for those in the loops of further rounds."""
+        """All-to-alls of the compiled program, without those of overflow rounds."""
         found = compiled.collectives(
             hlo.parse(self.program.as_text()), dataclasses.asdict(self.config.mesh)
         )
@@ -231,7 +245,7 @@ class MeasuredDispatch:
 
 def _hops(config: Config) -> AllToAllDispatch:
     way = dispatch.of(config)
-    assert isinstance(way, AllToAllDispatch)  # as all WAYS are
+    assert isinstance(way, AllToAllDispatch)  # true of all WAYS
     return way
 
 
@@ -241,7 +255,7 @@ def _plan(config: Config, tokens: int) -> ExchangePlan:
 
 
 def _compiled(config: Config, tokens: int) -> tuple[Any, tuple[NamedSharding, ...]]:
-    """The program, and where it wants its arguments."""
+    """Compiled program, and the shardings of its arguments."""
     layout, mesh = cluster.layout(config), cluster.build(config.mesh)
     batch, own = (P(layout.mesh_axes(axis) or None) for axis in ("batch", "experts"))
     specs = (own, own, batch, batch, batch, batch)
@@ -262,8 +276,8 @@ def _compiled(config: Config, tokens: int) -> tuple[Any, tuple[NamedSharding, ..
 
 
 def _operands(config: Config, tokens: int) -> list[tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of gate_up, down, tokens, weights, experts and the gradient that comes in."""
-    model, dtype = config.model, execution.of(config).recipe.compute
+    """Shapes and dtypes of gate_up, down, tokens, weights, experts and the output's cotangent."""
+    model, dtype = config.model, execution.of(config).recipe.activation_dtype
     batch = tokens * config.mesh.node * config.mesh.gpu
     return [
         ((model.experts, model.d_model, 2, model.d_expert), dtype),
@@ -276,7 +290,7 @@ def _operands(config: Config, tokens: int) -> list[tuple[tuple[int, ...], Any]]:
 
 
 def _step(config: Config, layout: Layout, gate_up, down, tokens, weights, experts, pull):
-    """One device's part: gradients, then rounds (1,), copies (1, 2) and which choices went MK."""
+    """Part of one device -> gradients, and (rounds (1,), copies (1, 2), served choices MK)."""
     how, total = execution.of(config), config.model.experts
     work: Callable[..., jax.Array] = functools.partial(through_experts, how)
 
@@ -297,7 +311,7 @@ def _step(config: Config, layout: Layout, gate_up, down, tokens, weights, expert
 
 
 def crossings(route: Route) -> jax.Array:
-    """Copies that this device sends to other nodes, and to other GPUs of its own node: int32."""
+    """Copies that this device sends to other nodes and to other GPUs of its node, (2,) int32."""
     sent = [
         _crossings(hop, hop_permutation.used)
         for hop, hop_permutation in zip(route.plan.hops, route.hops, strict=True)
@@ -315,5 +329,5 @@ def _crossings(hop: Hop, used: jax.Array) -> jax.Array:
 
 
 def _meshes(devices: int) -> list[str]:
-    """Every node x gpu."""
+    """Meshes node x gpu of a number of devices."""
     return [f"{n}x{devices // n}" for n in range(1, devices + 1) if devices % n == 0]

@@ -1,8 +1,9 @@
-"""What one GPU of an expert group does for a dispatch, each piece alone and beside its floor.
+"""Pieces of dispatch and combine on one GPU, each timed alone beside its least possible time.
 
-At V3's sizes: 4096 tokens a GPU of width 7168 in bfloat16, sent as FP8 and summed on their way home
-in bfloat16; 256 experts on 8 nodes of 8 GPUs, top-8 on 4 nodes. The buffers are those that this GPU
-fills and gets, with the routes of all 64; the all-to-alls between them are left out.
+Sizes of V3: 4096 tokens per GPU of width 7168 in bfloat16, dispatched in FP8 and combined in
+bfloat16; 256 experts on 8 nodes of 8 GPUs, top-8 on 4 nodes. The buffers of this GPU follow the
+routes of all 64 GPUs; the all-to-alls are left out. "Floor" is the least time by the chip's
+datasheet.
 """
 
 import dataclasses
@@ -37,7 +38,20 @@ from deepseek_jax.precision.payload import FP8_PAYLOAD
 
 @dataclasses.dataclass(frozen=True)
 class DispatchCase:
-    """Sizes of one GPU's part; `steps` runs of a piece are timed together."""
+    """Sizes of one GPU's part.
+
+    Attributes:
+      tokens: Tokens of a GPU.
+      width: Width of a token.
+      nodes: Nodes of the expert-parallel group, one expert group each.
+      gpus: GPUs of a node.
+      experts: Routed experts.
+      top_k: Experts of a token.
+      top_groups: Nodes of a token.
+      dtype: Type of tokens and matmuls.
+      matmuls: Shapes of the grouped matmuls.
+      steps: Runs of a piece that are timed together.
+    """
 
     tokens: int
     width: int
@@ -56,11 +70,15 @@ V3 = DispatchCase(4096, 7168, 8, 8, 256, 8, 4, "bfloat16", grouped.GPU.shapes, s
 
 @dataclasses.dataclass(frozen=True)
 class DispatchPiece:
-    """Something to time.
+    """A computation to time.
 
     Attributes:
-      run: (what changes from run to run, what does not) -> arrays. `bytes` have to cross the memory
-        bus at least, and `flops` have to be done.
+      name: Name of the row.
+      run: Function (changes, fixed) -> arrays.
+      changes: Arguments that differ from run to run.
+      fixed: Other arguments.
+      bytes: Least memory traffic.
+      flops: Operations.
     """
 
     name: str
@@ -71,13 +89,14 @@ class DispatchPiece:
     flops: int = 0
 
     def floor_seconds(self, chip: Chip, dtype: str) -> float:
+        """Least seconds by the chip's memory bandwidth and compute."""
         return max(self.bytes / chip.hbm_bytes_per_s, self.flops / chip.peak_flops_per_s[dtype])
 
 
 def measure(config: Config, *, case: DispatchCase = V3, repeats: int = 5) -> dict[str, Any]:
-    """Tables of the moves and of the grouped matmul; `times_floor` below 1 is a measuring error.
+    """Measures the tables `moves` and `matmuls`; a `times_floor` below 1 is a measuring error.
 
-    A byte counts once however often it is read. `layout.capacity_factor` is the config's.
+    Each byte counts once, however often it is read. `layout.capacity_factor` is the config's.
     """
     device = jax.devices()[0]
     chip = grouped.known_chip(device.device_kind)
@@ -116,7 +135,7 @@ def _row(
 
 
 def seconds(piece: DispatchPiece, steps: int, repeats: int) -> float:
-    """Of one run, the median over `repeats` loops of `steps` runs, each waiting for the last."""
+    """Seconds of one run: the median over `repeats` loops of `steps` dependent runs."""
     out = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece.run, piece.changes, piece.fixed)
     )
@@ -132,7 +151,7 @@ def seconds(piece: DispatchPiece, steps: int, repeats: int) -> float:
 
 
 def repeated(piece: DispatchPiece, steps: int) -> Any:
-    """(what changes, its result), what does not -> the first two, `steps` runs later; in place."""
+    """Jitted loop ((changes, result), fixed) -> (changes, result) after `steps` runs, in place."""
 
     def loop(state, fixed):
         def step(_, state):
@@ -145,7 +164,7 @@ def repeated(piece: DispatchPiece, steps: int) -> Any:
 
 
 def _after(changes: Any, out: Any) -> Any:
-    """The same values, which no compiler can know before `out`: a number of it decides on one."""
+    """Equal values that depend on `out`, so that the compiler cannot reorder or skip runs."""
     (first, *others), tree = jax.tree.flatten(changes)
     decides = jax.tree.leaves(out)[0]
     bits = {2: jnp.uint16, 4: jnp.uint32}[decides.dtype.itemsize]
@@ -155,9 +174,9 @@ def _after(changes: Any, out: Any) -> Any:
 
 
 def routes(config: Config, case: DispatchCase, key: jax.Array) -> tuple[Route, jax.Array]:
-    """The first GPU's route in the exchange of all, and its tokens' experts MK.
+    """Route of the first GPU in the dispatch of all GPUs, and the experts of its tokens MK.
 
-    All devices are two axes of one array here, over which the dispatch's own code is mapped.
+    Nodes and GPUs are two axes of one array, over which `vmap` maps the code of the dispatch.
     """
     model = _model(config, case)
     sizes = dict(pipe=1, replica=1, node=case.nodes, gpu=case.gpus, tensor=1)
@@ -182,13 +201,14 @@ def routes(config: Config, case: DispatchCase, key: jax.Array) -> tuple[Route, j
 
 
 def hops(config: Config, case: DispatchCase) -> AllToAllDispatch:
+    """Two-hop dispatch with an FP8 payload."""
     return AllToAllDispatch(
         True, config.layout.capacity_factor, min(case.top_groups, case.top_k), FP8_PAYLOAD
     )
 
 
 def _model(config: Config, case: DispatchCase) -> ModelConfig:
-    """With a group of experts for each node."""
+    """Model with an expert group per node."""
     return dataclasses.replace(
         config.model,
         experts=case.experts,
@@ -199,7 +219,7 @@ def _model(config: Config, case: DispatchCase) -> ModelConfig:
 
 
 def moves(config: Config, case: DispatchCase) -> list[DispatchPiece]:
-    """Out and home, in order; each is given what the one before it made."""
+    """Pieces of dispatch and combine, in order; each has the result of the one before as input."""
     keys = jax.random.split(jax.random.key(0), 3)
     route, chosen = routes(config, case, keys[0])
     (slow, fast), local = route.hops, route.local
@@ -238,7 +258,7 @@ def moves(config: Config, case: DispatchCase) -> list[DispatchPiece]:
     def served_of(words):
         return message.unpack(words[:, home[0].words :], home[1:])[0]
 
-    # (name, the piece, bytes that it has to read); it has to write its result.
+    # (name, function, bytes to read); the bytes to write are those of the result.
     chain = [
         ("pack slow hop", out_slow, tokens.nbytes),
         ("pack fast hop", out_fast, _rows(fast.sent) * row_out),
@@ -269,7 +289,7 @@ def _count(mask: jax.Array) -> int:
 
 
 def matmuls(case: DispatchCase, platform: str) -> list[DispatchPiece]:
-    """Forward, balanced: a dense matmul, then the grouped matmul by each of its backends."""
+    """Forward of a dense matmul and of the grouped matmul's backends, with balanced experts."""
     pieces = []
     for shape in case.matmuls:
         keys = jax.random.split(jax.random.key(1), 2)

@@ -1,7 +1,7 @@
 """Speed of the grouped matmul's backends, beside a dense matmul of the same FLOPs in the same run.
 
-On a GPU: both matmuls of four experts of V3 (4096 tokens per device, 64 devices), in bfloat16,
-beside the floor that the chip's datasheet sets. Elsewhere: small ones, in float32.
+On a GPU: both matmuls of four experts of V3 (4096 tokens per device, 64 devices) in bfloat16, and
+the least time by the chip's datasheet ("floor"). On a CPU: small matmuls in float32.
 """
 
 import dataclasses
@@ -22,7 +22,14 @@ from deepseek_jax.precision.grouped import grouped_matmul
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """rows x width in, by experts' matrices width in x width out."""
+    """Sizes of a grouped matmul.
+
+    Attributes:
+      rows: Rows over all experts.
+      experts: Number of matrices.
+      width: Width of a row, and rows of a matrix.
+      out: Columns of a matrix.
+    """
 
     rows: int
     experts: int
@@ -30,15 +37,16 @@ class Shape:
     out: int
 
     def flops(self) -> int:
+        """FLOPs of one product."""
         return 2 * self.rows * self.width * self.out
 
     def bytes(self, itemsize: int) -> int:
-        """Each operand and the result of one product crossing the memory bus once."""
+        """Least memory traffic of one product: each operand and the result once."""
         matrices = self.experts * self.width * self.out
         return itemsize * (matrices + self.rows * (self.width + self.out))
 
     def sizes(self) -> dict[str, np.ndarray]:
-        """Rows of each expert: all the same; halved from one to the next; all rows for one."""
+        """Rows of each expert: "balanced", equal; "skewed", half of the one before; "one", all."""
         even = np.full(self.experts, self.rows // self.experts, np.int32)
         halved = self.rows >> np.arange(1, self.experts + 1)
         halved[0] += self.rows - halved.sum()
@@ -48,7 +56,13 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class MatmulCase:
-    """What is measured on a platform; `calls` are timed together, so that no kernel is awaited."""
+    """Sizes for a platform.
+
+    Attributes:
+      dtype: Type of the operands.
+      shapes: Shapes to measure.
+      calls: Calls that are timed together, to exclude the latency of a launch.
+    """
 
     dtype: str
     shapes: tuple[Shape, ...]
@@ -58,16 +72,16 @@ class MatmulCase:
 CPU = MatmulCase("float32", (Shape(2048, 8, 256, 256), Shape(2048, 32, 256, 256)), calls=1)
 GPU = MatmulCase("bfloat16", (Shape(32_768, 4, 7168, 4096), Shape(32_768, 4, 2048, 7168)), calls=10)
 
-PRODUCTS = {"forward": 1, "both": 3}  # both: forward and backward
+PRODUCTS = {"forward": 1, "both": 3}  # pass -> number of products; "both": forward and backward
 
 
 def measure(config: Config, *, case: MatmulCase | None = None, rounds: int = 5) -> dict[str, Any]:
-    """A table for each shape, of medians over rounds in which every backend takes its turn.
+    """Measures a table per shape, of medians over rounds in which the backends take turns.
 
-    `of_dense` is the dense matmul's time over the backend's: 1 is as good as dense. `of_floor` is
-    the least time that the chip's compute and memory allow over the backend's.
+    `of_dense` is the time of the dense matmul divided by the backend's: 1 is as fast as dense.
+    `of_floor` is the least time by the chip's compute and memory, divided by the backend's.
     """
-    del config  # sizes and dtype are the measurement's own
+    del config  # the benchmark has its own sizes and dtype
     device = jax.devices()[0]
     case = case or (GPU if device.platform == "gpu" else CPU)
     found: dict[str, Any] = {"device": device.device_kind, "dtype": case.dtype}
@@ -78,7 +92,7 @@ def measure(config: Config, *, case: MatmulCase | None = None, rounds: int = 5) 
 
 
 def backends(platform: str) -> dict[str, Callable[..., jax.Array]]:
-    """Name -> function of rows, weight and sizes, for each way this platform has."""
+    """Backends of a platform: name -> function of rows, weight and sizes."""
     found: dict[str, Callable[..., jax.Array]] = {
         "dense": _dense,
         "shares": _grouped(lambda portable, kernel: portable),
@@ -103,7 +117,7 @@ def _ragged_dot(rows, weight, sizes):
 
 
 def _dense(rows, weight, sizes):
-    """Every row by the first expert's matrix."""
+    """Dense matmul of all rows with the first expert's matrix."""
     product = jnp.matmul(
         rows, weight[0], precision=_exact(rows), preferred_element_type=jnp.float32
     )
@@ -111,10 +125,11 @@ def _dense(rows, weight, sizes):
 
 
 def _exact(x):
-    return "highest" if x.dtype == jnp.float32 else None  # as the recipes have it
+    return "highest" if x.dtype == jnp.float32 else None  # as in the recipes
 
 
 def _rows(shape: Shape, case: MatmulCase, known: Chip | None, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one shape: a row for each backend, pass and distribution of rows over experts."""
     keys = jax.random.split(jax.random.key(0), 3)
     rows = jax.random.normal(keys[0], (shape.rows, shape.width), case.dtype)
     weight = jax.random.normal(keys[1], (shape.experts, shape.width, shape.out), case.dtype)
@@ -131,7 +146,7 @@ def _rows(shape: Shape, case: MatmulCase, known: Chip | None, rounds: int) -> li
         for form in PRODUCTS:
             compiled = jax.jit(functools.partial(run, fn, form))
             all_sizes = shape.sizes()
-            if name == "dense":  # looks at none
+            if name == "dense":  # which does not depend on the sizes
                 all_sizes = {"any": all_sizes["balanced"]}
             for kind, sizes in all_sizes.items():
                 steps[name, form, kind] = functools.partial(
@@ -161,7 +176,7 @@ def _rows(shape: Shape, case: MatmulCase, known: Chip | None, rounds: int) -> li
 
 
 def seconds_of(step: Callable[[], Any], calls: int) -> float:
-    """Of one call, of so many that are waited for together."""
+    """Mean seconds of `calls` calls that are timed together."""
     begin = time.perf_counter()
     for _ in range(calls):
         out = step()
@@ -170,13 +185,13 @@ def seconds_of(step: Callable[[], Any], calls: int) -> float:
 
 
 def _floor_seconds(shape: Shape, dtype: str, known: Chip) -> float:
-    """Of one product; the backward pass has two more, with the same operands in other roles."""
+    """Least seconds of one product; each of the two products of backward has the same."""
     compute = shape.flops() / known.peak_flops_per_s[dtype]
     return max(compute, shape.bytes(jnp.dtype(dtype).itemsize) / known.hbm_bytes_per_s)
 
 
 def known_chip(kind: str) -> Chip | None:
-    """The chip of JAX's `device_kind`; None for a host, and for one whose datasheet is not here."""
+    """Chip of JAX's `device_kind`; None for a CPU and for a chip without a known datasheet."""
     try:
         return chip(kind)
     except ValueError:

@@ -1,8 +1,8 @@
-"""What one device computes in a layer, measured beside what `plan` assumes that it costs.
+"""Time of one MoE layer on one device, measured beside the estimate of `aot.cost_model`.
 
-On a GPU: a MoE layer of V3 with 4096 tokens in bfloat16 and eight experts, to which every token
-goes: as many rows as a balanced router gives a GPU of an expert group. Elsewhere the widths are
-those of the config. Forward and backward, with no other device to exchange with.
+On a GPU: a layer of V3 with 4096 tokens in bfloat16 and eight experts that every token uses, which
+have as many rows as a GPU of an expert-parallel group under a balanced router. On a CPU: the widths
+of the config. Forward and backward, without communication.
 """
 
 import dataclasses
@@ -33,16 +33,17 @@ POLICIES = ("full", "report")
 def measure(
     config: Config, *, calls: int = 3, repeats: int = 5, wide: bool | None = None
 ) -> dict[str, Any]:
-    """Table `layer`: attention alone, then the layer under each policy of recomputation.
+    """Measures the table `layer`: attention alone, then the layer under each recompute policy.
 
-    `predicted` is the time that `plan.profile` gives the compiled program at its assumed rates,
-    `of_predicted` what was measured over it. `tflops_per_s` counts the program's own GEMMs, those
-    of recomputation too.
+    `predicted` is the estimate of `aot.cost_model` for the compiled program, and `of_predicted` the
+    measured time divided by it. `tflops_per_s` counts all GEMMs of the program, recomputed ones
+    included.
 
     Args:
-      calls: runs that are timed together, so that no launch is awaited.
-      repeats: of which the median is taken.
-      wide: V3's widths; None for these on a GPU only.
+      config: Recipe.
+      calls: Runs that are timed together, to exclude the latency of a launch.
+      repeats: Number of timings, whose median is reported.
+      wide: True for V3's widths; None for these on a GPU only.
     """
     device = jax.devices()[0]
     small = sized(config, wide=device.platform == "gpu" if wide is None else wide)
@@ -63,7 +64,7 @@ def measure(
 
 
 def sized(config: Config, *, wide: bool) -> Config:
-    """One device's part of the recipe of `config`: every token goes to all experts."""
+    """Config with the recipe of `config` for one device, where every token uses all experts."""
     model = dataclasses.replace(
         config.model,
         **(WIDTHS if wide else {}),
@@ -86,7 +87,7 @@ def sized(config: Config, *, wide: bool) -> Config:
 
 
 def _attention(config: Config) -> jax.stages.Lowered:
-    """The norm before it, attention and the residual."""
+    """Lowers the gradient of attention with its norm and residual."""
     model, how = config.model, execution.of(config)
 
     def both(key: jax.Array) -> Any:
@@ -94,14 +95,14 @@ def _attention(config: Config) -> jax.stages.Lowered:
         return RMSNorm(model.d_model, eps=model.norm_eps), LatentAttention(model, rngs=rngs)
 
     graph, weights, rest = params.split(jax.eval_shape(both, jax.random.key(0)))
-    weights = jax.eval_shape(lambda tree: params.cast(tree, how.recipe.compute), weights)
+    weights = jax.eval_shape(lambda tree: params.prepare(tree, how.recipe), weights)
 
     def total(weights, rest, x):
         norm, attention = nnx.merge(graph, weights, rest)
         return (attend(norm, attention, x, how).astype("float32") ** 2).sum()
 
     shape = config.batch.micro_sequences, config.batch.length, model.d_model
-    x = jax.ShapeDtypeStruct(shape, how.recipe.compute)
+    x = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
     return jax.jit(jax.grad(total, (0, 2))).lower(weights, rest, x)
 
 
@@ -126,7 +127,7 @@ def _row(name: str, lowered: jax.stages.Lowered, config: Config, calls: int, rep
 
 
 def _drawn(lowered: jax.stages.Lowered) -> Any:
-    """Arguments of a lowered program, small and random."""
+    """Small random arguments of a lowered program."""
     leaves, tree = jax.tree.flatten(lowered.args_info[0])
     keys = jax.random.split(jax.random.key(0), len(leaves))
     drawn = [

@@ -1,13 +1,12 @@
-"""Seconds and memory of loading and converting a checkpoint, beside reading it with `cat`.
+"""Time and memory of loading and converting a checkpoint, beside reading it with `cat`.
 
-Beside it also stands what a process takes to write as many bytes into memory that it has just
-asked for: no loading onto a CPU is faster than both together, and on virtual machines the second
-can be most of it.
+"touch" is the time of writing as many bytes into newly allocated memory. Loading onto a CPU cannot
+be faster than `cat` and "touch" together; on virtual machines "touch" can be most of it.
 
-A checkpoint of random BF16 weights is generated in a temporary folder, in files of half a gigabyte;
-all readings find it in the page cache. Each load is a process of its own, so that its peak is that
-of loading alone. On a mesh of emulated devices the process holds all of their parts. Then it is
-made a workdir, and that a checkpoint again, which hold neither of them in memory.
+A checkpoint of random BF16 weights is written to a temporary folder, in files of half a gigabyte,
+and read from the page cache. Each load runs in a process of its own, whose peak memory is that of
+loading alone; on a mesh of emulated devices it includes the parts of all devices. The checkpoint is
+then converted to a workdir and back, for which neither is held in memory.
 """
 
 import dataclasses
@@ -41,17 +40,18 @@ import jax
 devices, folder, rules, sizes = json.loads(sys.argv[1])
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", devices)
-from deepseek_jax.checkpoint import weights
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import Layout
+from deepseek_jax.precision.recipes import BFLOAT16
 from pathlib import Path
 where = ()
 if devices > 1:
     where = Layout(rules, sizes, 0), meshes.build(MeshConfig(**sizes))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begin = time.perf_counter()
-model = jax.block_until_ready(weights.load(Path(folder), "bfloat16", *where))
+model = jax.block_until_ready(open_checkpoint(Path(folder)).load(BFLOAT16, *where))
 seconds = time.perf_counter() - begin
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([seconds, before, after]))
@@ -63,14 +63,16 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.devices()
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import convert
+from deepseek_jax.checkpoint import conversion
+from deepseek_jax.checkpoint.load import open_checkpoint
 source, target, base, most = json.loads(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begin = time.perf_counter()
+opened = open_checkpoint(Path(source))
 if base:
-    convert.to_run(Path(source), Path(target), configs.parse(json.loads(base)))
+    conversion.to_run(opened, Path(target), configs.parse(json.loads(base)))
 else:
-    convert.to_published(Path(source), Path(target), "bfloat16", most)
+    conversion.to_published(opened, Path(target), "bfloat16", most)
 seconds = time.perf_counter() - begin
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([seconds, before, after]))
@@ -79,9 +81,10 @@ _FILE_BYTES = 1 << 29
 
 
 def measure(config: Config, *, gigabytes: float = 4.0, rounds: int = 3) -> dict[str, Any]:
-    """Medians of some rounds; GiB above what the process had before, and above the weights.
+    """Measures loads, as medians over `rounds`, and conversions, once.
 
-    Converting is done once.
+    Memory is the peak less the memory of the process before; `beside_weights_GiB` is also less the
+    weights.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,7 +131,7 @@ def measure(config: Config, *, gigabytes: float = 4.0, rounds: int = 3) -> dict[
 
 
 def sized(model: ModelConfig, gigabytes: float) -> ModelConfig:
-    """A model whose BF16 checkpoint is nearly that large: as many experts as fit."""
+    """Model with as many experts as a BF16 checkpoint of `gigabytes` has room for."""
     wide = dataclasses.replace(
         model, vocab=1024, layers=5, dense_layers=1, d_model=1024, d_dense=2048, heads=4,
         q_latent=512, kv_latent=256, d_nope=128, d_rope=64, d_value=128, d_expert=1024, groups=1,
@@ -144,7 +147,7 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def generate(model: ModelConfig, folder: Path) -> None:
-    """Writes a checkpoint of this model whose matrices are random."""
+    """Writes a checkpoint of random weights."""
     random = np.random.default_rng(0)
     noise = random.standard_normal(1 << 24, np.float32).astype(export.BF16)
 
@@ -172,20 +175,21 @@ def _touch(count: int) -> float:
 
 
 def _load(folder: Path, config: Config, sizes: dict[str, int]) -> tuple[float, float, float]:
-    """Seconds, and KiB at the peak before and after."""
+    """(seconds, peak KiB before, peak KiB after) of loading in a new process."""
     whole = dict.fromkeys(dataclasses.asdict(config.mesh), 1) | sizes
     devices = int(np.prod(list(whole.values())))
-    return _told(_LOAD, [devices, str(folder), dict(config.layout.rules), whole])
+    return _run_script(_LOAD, [devices, str(folder), dict(config.layout.rules), whole])
 
 
 def _convert(source: Path, target: Path, base: str, largest: int) -> dict[str, float]:
-    """`base` is the recipe of a workdir to make, "" for a checkpoint."""
-    spent, before, after = _told(_CONVERT, [str(source), str(target), base, _FILE_BYTES])
+    """Figures of a conversion: to a workdir with config `base`, or to a checkpoint if it is ""."""
+    spent, before, after = _run_script(_CONVERT, [str(source), str(target), base, _FILE_BYTES])
     peak = (after - before) * 2**10
     return {"seconds": spent, "peak_GiB": peak / 2**30, "of_largest_file": peak / largest}
 
 
-def _told(script: str, given: list[Any]) -> tuple[float, float, float]:
+def _run_script(script: str, given: list[Any]) -> tuple[float, float, float]:
+    """Runs a script in a new process -> the three numbers that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(given)],
         capture_output=True,

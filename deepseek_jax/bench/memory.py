@@ -1,7 +1,7 @@
-"""Temporary bytes of the compiled gradient program, as the compiler reports them; nothing is run.
+"""Temporary bytes of the compiled gradient program, as the compiler reports them; nothing runs.
 
-The claim: logits exist for one chunk of one head. So whatever the MTP depth, temporaries grow with
-the vocabulary by the head's own gradient and a chunk, and never by a set of logits.
+The claim: logits exist for one chunk of one head at a time. At any MTP depth, temporaries therefore
+grow with the vocabulary by the head's gradient and one chunk of logits, not by logits of a batch.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ RECOMPUTE = ("none", "report", "full")
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Rows of bytes, each table changing one thing from MTP depth 1, vocabulary 8192, chunk 512.
+    """Tables of bytes; each changes one size from MTP depth 1, vocabulary 8192 and chunk 512.
 
-    In `depth`, `per_module` is the increment over the row before for each module that was added,
-    its saved activations above all. `growth` is what the larger vocabulary adds at that depth, and
-    `logits_growth` what it adds to one head's float32 logits: the claim is growth < logits_growth.
-    The compiler reports a peak, so increments of one program over another are not exact sums.
+    In `depth`, `per_module` is the increment over the row before, per added module: its saved
+    activations above all. `growth` is the increment by the larger vocabulary at that depth, and
+    `logits_growth` that of one head's float32 logits: the claim is growth < logits_growth.
+    The compiler reports peaks, so that increments are not exact sums.
     """
     return {
         "depth": _depths(config),
@@ -60,13 +60,13 @@ def _depths(config: Config) -> list[dict[str, Any]]:
 
 
 def with_sizes(config: Config, *, mtp_depth: int = 1, vocab: int = 8192, **layout: Any) -> Config:
-    """The measured config with a depth, a vocabulary and keys of `layout`."""
+    """Config of the benchmark with an MTP depth, a vocabulary and keys of `layout`."""
     small = sized(config, mtp_depth=mtp_depth, vocab=vocab)
     return dataclasses.replace(small, layout=dataclasses.replace(small.layout, unroll=1, **layout))
 
 
 def temp_bytes(config: Config) -> int:
-    """Temporaries of the gradient program of one micro-batch on one device."""
+    """Temporary bytes of the gradient program of one micro-batch on one device."""
     mesh, layout = meshes.build(config.mesh), meshes.layout(config)
     _, weights, bias = params.split(abstract_model(config.model))
     shape = (1, config.batch.micro_sequences, config.batch.length + 1)

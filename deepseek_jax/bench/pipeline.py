@@ -1,10 +1,10 @@
-"""The pipeline as it runs: what its ticks do beside what the schedule says, and how it grows.
+"""Pipeline on emulated devices: computed chunks beside the schedule, growth, and split backward.
 
-`chunks` runs the executor on a stand-in for a model, a matmul a stage, and counts on the host every
-chunk that a device really computes. `growth` compiles and runs the gradients of the config's own
-model, one MoE layer a stage, over more and more micro-batches. Devices are emulated: they share
-this machine's cores, so seconds are the work of all ranks together, idle ticks included where
-`layout.ramps` is "mask". `halves` splits the backward pass of such a layer in two.
+`chunks` runs the executor on a matmul per stage and counts on the host the chunks that each device
+computes. `growth` compiles and runs the gradients of a model with one MoE layer per stage for
+growing numbers of micro-batches. `halves` splits the backward pass of such a layer into the
+gradients of inputs and of weights. The devices share this machine's cores, so that seconds are the
+work of all ranks together, with idle ticks included if `layout.ramps` is "mask".
 """
 
 import collections
@@ -41,28 +41,31 @@ from deepseek_jax.train.step import make_gradients, tokens_spec
 RANKS = (4, 8)
 KINDS = ("dualpipe", "dualpipev", "1f1b")
 BACKWARD_WORKS = (Work.BACKWARD, Work.INPUT_GRAD)
-TIMES = (1, 2, 4)  # 2 * ranks micro-batches, and more
+TIMES = (1, 2, 4)  # micro-batches, as multiples of 2 * ranks
 NOTE = "emulated devices on shared cores: seconds are the work of all ranks together"
 
 
 def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5) -> dict[str, Any]:
-    """Tables `chunks`, `growth` and `halves`.
+    """Measures the tables `chunks`, `growth` and `halves`.
 
-    In `chunks`, forward and backward chunks of the busiest rank. `planned` are the schedule's own,
-    `ran` those that devices computed: with masked ramps that is one of each in every tick, idle or
-    not; with skipped ones just the planned. `useful` are the chunks that counted, over the planned.
-    In a tick 1F1B has them one after the other, the others both at once.
+    Table `chunks` counts forward and backward chunks of the busiest rank: `planned` by the schedule
+    and `ran` on devices. Masked ramps run one of each in every tick, skipped ones only the planned.
+    `useful` are the chunks whose result is used, over the planned.
 
-    In `growth`, `temp_MiB` are the temporaries of one device as the compiler reports them, `work`
-    is the number of chunks that the program computes and `seconds` the median of a step, both over
-    the row with the fewest micro-batches.
+    Table `growth` has `temp_MiB`, the compiled temporaries of one device; `work`, the computed
+    chunks; and `seconds`, the median of a step; the last two relative to the first row.
 
-    In `halves`, for each policy of recomputation, FLOPs as the compiler counts them: of a layer's
-    whole backward pass, of what is left of it when the weights' gradients are deferred, and of
-    these; and the two parts over the whole.
+    Table `halves` has compiled FLOPs per recompute policy: `whole` backward pass of a layer,
+    `inputs` without weight gradients, `weights` for these, and `halves_of_whole`, the sum of both
+    parts over the whole.
+
+    Args:
+      config: Recipe; `layout.pipeline` and `layout.ramps` apply to `growth`.
+      ranks: Numbers of pipeline ranks.
+      repeats: Timings of a step.
 
     Raises:
-      ConfigError: more ranks than devices.
+      ConfigError: More ranks than devices.
     """
     if max(ranks) > jax.device_count():
         raise ConfigError(
@@ -83,7 +86,7 @@ def measure(config: Config, *, ranks: tuple[int, ...] = RANKS, repeats: int = 5)
 
 
 def _executor(made: Schedule, skip: bool) -> tuple[int, Callable[..., Any]]:
-    """The ticks of a schedule, and (stages, like, total) -> what its executor's `run` returns."""
+    """(ticks of a schedule, its executor's `run` as a function of stages, like and total)."""
     if made.kind == "1f1b":
         plain, count = OneFOneB(made.ranks, skip), made.micro_batches
         return plain.ticks(count), functools.partial(plain.run, count=jnp.int32(count))
@@ -99,6 +102,7 @@ def _executor(made: Schedule, skip: bool) -> tuple[int, Callable[..., Any]]:
 
 
 def _counted(kind: str, ranks: int, micro_batches: int, skip: bool) -> dict[str, Any]:
+    """Row of table `chunks`."""
     made = schedule.BY_NAME[kind](ranks, micro_batches)
     ticks, run_all = _executor(made, skip)
     planned = collections.Counter(
@@ -137,7 +141,7 @@ def _mesh(ranks: int) -> jax.sharding.Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class _Counted:
-    """A matmul for every stage, and a call to the host for every chunk that a device computes."""
+    """Stages of one matmul each, with a host callback for every computed chunk."""
 
     weight: jax.Array
     count: Any
@@ -156,7 +160,7 @@ class _Counted:
         return d_x, kept[0].T @ d_y, []
 
     def rest_of_backward(self, chunk: int, later: Any) -> Any:
-        raise AssertionError("nothing was left")
+        raise AssertionError("no weight gradient is deferred")
 
     def last(self, micro: jax.Array, y: jax.Array, total: jax.Array) -> tuple[Any, jax.Array]:
         return total + y.sum(), jnp.ones_like(y)
@@ -166,7 +170,7 @@ class _Counted:
 
 
 def _growth(config: Config, ranks: int, repeats: int) -> list[dict[str, Any]]:
-    """Rows for one number of ranks; runs take turns, so that a busy machine slows all of them."""
+    """Rows of table `growth` for a number of ranks; runs take turns on a shared machine."""
     counts = [2 * ranks * times for times in TIMES]
     made = [_Gradients.compile(_sized(config, ranks, count)) for count in counts]
     seconds = np.median([[one.seconds() for one in made] for _ in range(repeats)], axis=0)
@@ -214,16 +218,18 @@ def _sized(config: Config, ranks: int, micro_batches: int) -> Config:
 
 
 def _halves(config: Config, recompute: str) -> dict[str, Any]:
-    """Of a MoE layer on one device, whose buffers need no further rounds."""
+    """Row of table `halves`: an MoE layer on one device, without overflow rounds."""
     sized = _sized(config, 1, 1)
     options = dataclasses.replace(sized.layout, recompute=recompute, capacity_factor=100.0)
     sized = dataclasses.replace(sized, layout=options)
     how, on = execution.of(sized), jnp.bool_(True)
     graph, weights, rest = layer.abstract(sized, how)
-    x = jax.ShapeDtypeStruct((2, sized.batch.length, sized.model.d_model), how.recipe.compute)
+    x = jax.ShapeDtypeStruct(
+        (2, sized.batch.length, sized.model.d_model), how.recipe.activation_dtype
+    )
 
     def traced(defer: bool, weights: Any, rest: Any, x: Any) -> tuple[Stage, Any]:
-        """The stage, and what forward keeps."""
+        """Stage, and the residuals of its forward."""
         slot = stages.single_layer(nnx.merge(graph, weights, rest))
         stage = stages.Stage([slot], how, sized.model.experts, jnp.float32(0), defer)
         return stage, run_to_end(stage.forward(x, on))[1]
@@ -264,7 +270,7 @@ def _halves(config: Config, recompute: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Gradients:
-    """A compiled gradient program and what it is given."""
+    """Compiled gradient program with its arguments."""
 
     run: Any
     given: Any

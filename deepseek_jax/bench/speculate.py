@@ -1,11 +1,11 @@
-"""Self-speculation on held-out text: drafts that are taken, tokens per step, and the time it saves.
+"""Self-speculation on held-out text: acceptance, tokens per step and speed-up.
 
-Trains the config's model with MTP depth 1 and 4 on its corpus, once: the runs are kept under
-`runs/speculate_DEPTH` and read again. Then beginnings of held-out documents are continued, by plain
-decoding and with drafts, one request at a time; ours take turns, and medians are told.
+Trains the config's model with MTP depth 1 and 4 on its corpus, once: the runs stay in
+`runs/speculate_DEPTH` and are read again. Prefixes of held-out documents are then continued one
+request at a time, in turns by plain decoding and with drafts; medians are reported.
 
-Tokens that are the likeliest each time soon repeat themselves with a small model, and what repeats
-is easily guessed: the rows at temperature 1 are those to go by.
+Greedy decoding of a small model soon repeats itself, and repetition is easy to draft: the rows at
+temperature 1 are the significant ones.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_jax.checkpoint import load
 from deepseek_jax.checkpoint.hf.safetensors import read_json
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import Config
 from deepseek_jax.data import corpus, scoring
 from deepseek_jax.serve import generation
@@ -35,28 +35,30 @@ def measure(
     tokens: int = TOKENS,
     rounds: int = 3,
 ) -> dict[str, Any]:
-    """Table `speculate`: a row for each depth, number of drafts and temperature.
+    """Measures the table `speculate`: a row for each depth, number of drafts and temperature.
 
     Args:
-      prompts: how many beginnings.
-      tokens: that follow each.
-      rounds: each of which continues all of them.
+      config: Config of the runs.
+      folder: Folder of the workdirs.
+      prompts: Number of prompts.
+      tokens: Tokens generated for each prompt.
+      rounds: Runs over all prompts.
     """
     rows = []
     for depth in GOALS:
         workdir = folder / f"speculate_{depth}"
         own = _trained(config, depth, workdir)
-        begin = _beginnings(own, prompts)
+        begin = _prefixes(own, prompts)
         for drafts in sorted({depth, 2}) if depth == 1 else (depth,):
             rows += _rows(own, workdir, depth, drafts, begin, tokens, rounds)
     return {"prompts": prompts, "prompt_tokens": PROMPT, "tokens": tokens, "speculate": rows}
 
 
 def _trained(config: Config, depth: int, workdir: Path) -> Config:
-    """The run of this depth, trained to its end if it is not yet."""
+    """Config of the run of this depth, which is trained to its end first if needed."""
     summary = workdir / "summary.json"
     if summary.is_file() and not read_json(summary)["stopped"]:
-        run = load.trained(workdir)
+        run = open_checkpoint(workdir).run
         if run is not None and run.model.mtp_depth == depth:
             return run
     config = dataclasses.replace(
@@ -68,8 +70,8 @@ def _trained(config: Config, depth: int, workdir: Path) -> Config:
     return config
 
 
-def _beginnings(config: Config, count: int) -> list[tuple[int, ...]]:
-    """Pieces of held-out text, as long as prompts are."""
+def _prefixes(config: Config, count: int) -> list[tuple[int, ...]]:
+    """Prompts of PROMPT tokens from held-out text."""
     documents = corpus.prepare(config.data, vocab=config.model.vocab, say=lambda text: None)
     held = scoring.held_out(documents, length=PROMPT + TOKENS, tokens=config.evaluation.tokens)
     chosen = np.linspace(0, len(held.sequences) - 1, count).astype(int)
@@ -85,9 +87,10 @@ def _rows(
     tokens: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
+    checkpoint = open_checkpoint(workdir)
     servers = {
         number: generation.open_engine(
-            workdir,
+            checkpoint,
             config,
             mesh={},
             slots=1,
@@ -106,7 +109,7 @@ def _rows(
         ]
         seconds: dict[int, list[float]] = {0: [], drafts: []}
         for server in servers.values():
-            server.run(requests[:1])  # compiles
+            server.run(requests[:1])  # compile
             server.count_anew()
         for _ in range(rounds):
             for number, server in servers.items():

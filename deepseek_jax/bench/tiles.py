@@ -1,7 +1,7 @@
-"""Which tiles of the grouped matmul's kernels are fastest on this GPU.
+"""Speed of the grouped matmul's kernels by tile, on this GPU.
 
-At the sizes of `grouped.GPU`: both matmuls of four of V3's experts, with a balanced router. The
-three products are those of forward, of the rows' gradient and of the weights'.
+Sizes are those of `grouped.GPU`: both matmuls of four experts of V3 under a balanced router. The
+three products are forward, the gradient of the rows and the gradient of the weights.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ PRODUCTS = ("forward", "rows", "weights")
 
 
 def candidates() -> tuple[Tile, ...]:
-    """The tile in use first."""
+    """Tiles to measure, the one in use first."""
     sizes = ((128, 256), (256, 128), (128, 128), (64, 256))
     found = [
         Tile(*size, depth=depth, warps=warps, stages=stages)
@@ -45,15 +45,15 @@ def measure(
     rounds: int = 3,
     interpret: bool = False,
 ) -> dict[str, Any]:
-    """TFLOP/s of each product for each tile, the median over rounds; 0 where one does not compile.
+    """Measures TFLOP/s of each product and tile, medians over rounds; 0 if it does not compile.
 
     Raises:
-      ConfigError: there is no GPU to tune for, and the kernels are not to be interpreted.
+      ConfigError: No GPU, and `interpret` is False.
     """
-    del config  # sizes and dtype are the measurement's own
+    del config  # the benchmark has its own sizes and dtype
     device = jax.devices()[0]
     if device.platform != "gpu" and not interpret:
-        raise ConfigError("bench tiles times a GPU's kernels, and this machine has no GPU")
+        raise ConfigError("bench tiles measures kernels of a GPU, and this machine has none")
     found: dict[str, Any] = {"device": device.device_kind, "dtype": case.dtype}
     for shape in case.shapes:
         key = f"{shape.rows} rows, {shape.experts} experts, {shape.width} x {shape.out}"
@@ -85,7 +85,7 @@ def _rows(shape, case, tiles, rounds, interpret) -> list[dict[str, Any]]:
 
 
 def _compiled(tile: Tile, product: str, given: Any, interpret: bool) -> Callable[[], Any] | None:
-    """A run of one product; None for a tile that needs more of the chip than there is."""
+    """Compiled product, ready to run; None for a tile that exceeds the chip's resources."""
     options: Any = {"tile": tile, "interpret": interpret}
 
     def run(rows, weight, sizes, pull):

@@ -1,4 +1,4 @@
-"""Training speed: tokens per second, as a share of this machine's own matmul speed in the same run.
+"""Training speed: tokens per second, and the share of the machine's matmul speed in the same run.
 
 The model has 10.8 million parameters: 4 layers of which 1 dense, width 256, 16 experts of width
 128, top-4 in 4 groups, vocabulary 8192, batch 8 x 256, float32.
@@ -22,7 +22,7 @@ from deepseek_jax.train.step import make_step, tokens_spec
 
 
 def sized(config: Config, **model: Any) -> Config:
-    """The config that is measured: `config` supplies the recipe, the sizes are the ones above."""
+    """Config of the benchmark: the recipe of `config` with the sizes above."""
     sizes = dict(
         vocab=8192, layers=4, dense_layers=1, d_model=256, d_dense=1024, heads=4,
         q_latent=128, kv_latent=64, d_nope=64, d_rope=32, d_value=64,
@@ -50,10 +50,13 @@ def sized(config: Config, **model: Any) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Stepper:
-    """A compiled step with its state and data; `seconds` runs one and waits for it.
+    """Compiled training step with its state and data.
 
     Attributes:
-      build_seconds, compile_seconds: making the state; tracing and compiling the step.
+      config: Config of the benchmark.
+      run: Function that runs one step and returns its seconds.
+      build_seconds: Time of initialising the state.
+      compile_seconds: Time of tracing and compiling the step.
     """
 
     config: Config
@@ -63,6 +66,7 @@ class Stepper:
 
     @classmethod
     def of(cls, config: Config) -> "Stepper":
+        """Initialises the state and compiles the step."""
         start = time.perf_counter()
         mesh, layout = meshes.build(config.mesh), meshes.layout(config)
         adam = optimizer.build(config.optimizer)
@@ -92,11 +96,12 @@ class Stepper:
 
     @property
     def tokens(self) -> int:
+        """Tokens of a step."""
         return token_schedule.tokens_per_micro_batch(self.config.batch)
 
 
 def matmul_flops_per_second(size: int = 2048, repeats: int = 5) -> float:
-    """The best of a few square float32 products: what this machine can do right now."""
+    """FLOP/s of square float32 matmuls, the best of a few."""
     a = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
@@ -109,7 +114,7 @@ def matmul_flops_per_second(size: int = 2048, repeats: int = 5) -> float:
 
 
 def measure(config: Config, *, rounds: int = 6, steps: int = 4) -> dict[str, float]:
-    """Rounds of matmuls, then steps, so that both meet the same neighbours on a shared machine."""
+    """Measures rounds of matmuls and steps in turns, as the machine may be shared."""
     config = sized(config)
     stepper = Stepper.of(config)
     first = stepper.run()

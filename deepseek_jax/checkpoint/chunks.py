@@ -1,7 +1,7 @@
-"""Parts of a saved step's leaves: how leaves are cut up on disk, and read or made part by part.
+"""Chunks of a saved step's leaves on disk, read and written one at a time.
 
-Orbax saves and restores whole leaves, one of which may be larger than host memory. A step's files
-hold one zarr array for each leaf, whose chunks tensorstore reads and writes on their own.
+Orbax saves and restores whole leaves, one of which may be larger than host memory. The files of a
+step hold one zarr array for each leaf, whose chunks tensorstore reads and writes separately.
 """
 
 import collections
@@ -15,22 +15,23 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-# A chunk is no larger than the first of these; the layers and experts of a stack are each cut off
-# on the way there if one has at least the second.
-CHUNK_BYTES, _ROW_BYTES = 1 << 25, 1 << 20
-# Chunks that are decoded at once, and kept because the next part may lie in the same ones.
-_AT_ONCE = 4
-_KEPT_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 25  # of a chunk at most
+_ROW_BYTES = 1 << 20  # layers or experts of at least this size get chunks of their own
+_AT_ONCE = 4  # chunks that are decoded or written at once
+_KEPT_BYTES = 1 << 26  # of decoded chunks that are kept: the next part may lie in the same ones
 _CODEC = {"driver": "zarr3", "codecs": [{"name": "zstd", "configuration": {"level": 3}}]}
 
 Index = tuple[slice, ...]
 
 
 def axes_to_cut(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...] | None:
-    """Axes of what a device holds of a leaf along which every row is a chunk of its own, or less.
+    """Axes of a device's part of a leaf along which chunks have length 1.
+
+    Args:
+      shape: shape of the device's part.
 
     Returns:
-      None where all of it makes one chunk.
+      None where the whole part makes one chunk.
     """
     rows = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
     if math.prod(shape) * dtype.itemsize <= CHUNK_BYTES:
@@ -39,18 +40,18 @@ def axes_to_cut(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...] | No
 
 
 def write(state: Path, name: str, like: Any, part_of: Callable[[Index], np.ndarray]) -> int:
-    """Writes a leaf chunk by chunk, in place of what is there under its name.
+    """Writes a leaf chunk by chunk, replacing the array that its name had before.
 
     Args:
-      state: the folder of that name in a step's directory.
-      like: what has the leaf's shape and dtype.
-      part_of: the values of a part, of which a few are in memory at once.
+      state: the folder `state` of a step's directory.
+      like: an object with the leaf's shape and dtype.
+      part_of: gives the values of a part; a few parts are in memory at once.
 
     Returns:
-      The sum of its elements' bits, as `bits` gives for all of it.
+      The sum of bits of the whole leaf, as `bits` defines it.
     """
     steps = _chunk_shape(like.shape, like.dtype)
-    # Zeros are written too: orbax takes a chunk that is not there for one that was lost.
+    # Zeros are written too, because orbax takes a chunk that is absent for a lost one.
     array = tensorstore.open(
         {
             "driver": "zarr3",
@@ -78,25 +79,25 @@ def write(state: Path, name: str, like: Any, part_of: Callable[[Index], np.ndarr
 
 
 def bits(part: np.ndarray) -> int:
-    """Sum of the elements' bits modulo 2**32."""
+    """Sum of the elements' bits, read as unsigned integers, modulo 2**32."""
     return int(part.view(f"u{part.itemsize}").sum(dtype=np.uint32))
 
 
 class Leaves:
-    """The leaves of one step by name; any error of a read is what tensorstore raises."""
+    """Leaves of a step by name; a read that fails raises tensorstore's own error."""
 
     def __init__(self, state: Path):
-        """`state` is the folder of that name in a step's directory."""
+        """Opens no file yet; `state` is the folder of that name in a step's directory."""
         self._state = state
         self._shared = _context(_KEPT_BYTES)
         self._open = functools.cache(self._opened)
 
     def read(self, name: str, index: tuple[Any, ...] = ()) -> np.ndarray:
-        """The part of a leaf that `index`, as NumPy takes it, is."""
+        """The part `index` of a leaf, an index as NumPy takes it."""
         return self._open(name)[(*index, ...)].read().result()
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
-        """All of a leaf, each chunk of its file once; the next is on its way meanwhile."""
+        """Values of a whole leaf, chunk by chunk; the next chunk is read in the background."""
         array = self._open(name)
         coming = None
         for index in _grid(array.shape, _chunk(array)):
@@ -112,7 +113,7 @@ class Leaves:
         chunk = math.prod(_chunk(array)) * array.dtype.numpy_dtype.itemsize
         if 2 * chunk <= _KEPT_BYTES:
             return array
-        # Without a place to be kept it would be decoded again for each of its parts.
+        # The shared cache cannot keep a chunk of this size: each part would decode it again.
         return tensorstore.open(spec, read=True, context=_context(2 * chunk)).result()
 
 
@@ -121,7 +122,7 @@ def _kvstore(state: Path, name: str) -> dict[str, str]:
 
 
 def _grid(shape: tuple[int, ...], steps: tuple[int, ...]) -> Iterator[Index]:
-    """The parts that chunks of a shape make of an array."""
+    """Indices of the chunks of an array; `steps` is the shape of a chunk."""
     starts = (range(0, size, step) for size, step in zip(shape, steps, strict=True))
     for corner in itertools.product(*starts):
         yield tuple(
@@ -131,7 +132,7 @@ def _grid(shape: tuple[int, ...], steps: tuple[int, ...]) -> Iterator[Index]:
 
 
 def _chunk_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
-    """Chunks as orbax is asked for them: rows of the axes to cut, and halves until they fit."""
+    """Shape of a chunk: length 1 along `axes_to_cut`, the longest axis halved until it fits."""
     cut = axes_to_cut(shape, dtype) or ()
     steps = [1 if axis in cut else size for axis, size in enumerate(shape)]
     while math.prod(steps) * dtype.itemsize > CHUNK_BYTES:

@@ -1,7 +1,7 @@
-"""From a Hugging Face directory to a run's workdir, back, or to another format of the first.
+"""Conversion of a Hugging Face directory to a workdir, back, or to another published format.
 
-A workdir made here has the weights and router biases alone, as step 0; training makes its moments
-and averages fresh. What lies beside weights (tokenizer, generation settings) is carried along.
+A converted workdir holds weights and router biases alone, as step 0; training starts with fresh
+moments and averages. Files beside the weights (tokenizer, generation settings) are copied.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,19 @@ import numpy as np
 
 from deepseek_jax.checkpoint import load
 from deepseek_jax.checkpoint.hf import config_json, export, names, reader
-from deepseek_jax.checkpoint.hf.safetensors import E4M3, read_json
+from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
-from deepseek_jax.data import tokenizer
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
+from deepseek_jax.precision.fp8_tiles import E4M3
 
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "chat_template.jinja",
 )  # fmt: skip
-WEIGHTS_ONLY = {
-    "weights_only": True,
-    "tokens": 0,
-}  # `meta` of the checkpoint that training starts at
+_MARKS = ("bos_token_id", "eos_token_id")
+WEIGHTS_ONLY = {"weights_only": True, "tokens": 0}  # `meta` of the step that training starts at
 _LAUNCHER = '''"""The config of this folder: edit it, or set any of its keys on the command line."""
 
 import json
@@ -46,21 +44,26 @@ def get_config():
 '''
 
 
-def to_run(source: Path, target: Path, base: Config) -> Config:
-    """A workdir with the weights of a Hugging Face directory, which `main` trains on.
+def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
+    """Makes a workdir with the weights of a Hugging Face directory, on which `main` trains on.
 
     Args:
+      source: a published checkpoint.
       target: a folder that does not exist, or is empty.
-      base: the recipe; its model is replaced by the checkpoint's, and its tokenizer too if the
-        checkpoint has one.
+      base: the training recipe; its model is replaced by the checkpoint's, and its tokenizer too
+        if the checkpoint has one.
 
     Raises:
-      ConfigError: what `hf.load` refuses, or a target that cannot be written.
+      ConfigError: values that loading refuses, or a target that cannot be written.
     """
+    found = source.published
+    if found is None:
+        raise ConfigError(
+            f"{source.directory} is a workdir already; expected a Hugging Face directory"
+        )
     with _appears(target) as folder:
-        found = reader.open_folder(source)
         data = base.data
-        if (source / "tokenizer.json").exists():
+        if (source.directory / "tokenizer.json").exists():
             data = dataclasses.replace(data, tokenizer=str(target.absolute() / "tokenizer.json"))
         config = dataclasses.replace(base, model=found.config, data=data)
         read, like = reader.parts_of(found), load.leaves_of(found.config)
@@ -71,14 +74,13 @@ def to_run(source: Path, target: Path, base: Config) -> Config:
             store.close()
         (folder / "config.json").write_text(config.to_json() + "\n")
         (folder / "config.py").write_text(_LAUNCHER)
-        _carry(source, folder)
-        marks = {key: found.settings.get(key) for key in ("bos_token_id", "eos_token_id")}
-        _write_marks(folder, marks)
+        _carry(source.directory, folder)
+        _write_marks(folder, {key: source.settings.get(key) for key in _MARKS})
     return config
 
 
-def to_published(source: Path, target: Path, form: str, shard_bytes: int) -> None:
-    """A Hugging Face directory with the weights of a workdir, or of another such directory.
+def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) -> None:
+    """Makes a Hugging Face directory with the weights of a workdir, or of another such directory.
 
     Args:
       target: a folder that does not exist, or is empty.
@@ -86,18 +88,16 @@ def to_published(source: Path, target: Path, form: str, shard_bytes: int) -> Non
       shard_bytes: the largest size of a file.
 
     Raises:
-      ConfigError: what loading refuses, a model without a published form, or a target that cannot
-        be written.
+      ConfigError: values that loading refuses, a model without a published form, or a target that
+        cannot be written.
     """
     with _appears(target) as folder:
-        run = load.trained(source)
-        if run is None:
-            found = reader.open_folder(source)
-            described, values = dict(found.settings), _of_folder(found)
+        if source.published is not None:
+            described, values = dict(source.settings), _of_folder(source.published)
         else:
-            described = config_json.published(run.model)
-            values = _of_run(source, run.model, described)
-        _carry(source, folder)
+            described = config_json.published(source.model)
+            values = _of_run(source.directory, source.model, described)
+        _carry(source.directory, folder)
         marks = _marks(source, described)
         _write_marks(folder, marks)
         described = config_json.in_format({**described, **marks}, form)
@@ -109,7 +109,7 @@ def _of_folder(found: reader.Published) -> export.WeightSource:
         tensor = found.tensors.get(name)
         if tensor is None or tensor.dtype != E4M3:
             return None
-        found.read(name)  # for its checks
+        found.read(name)  # refuses values that are not finite
         pair = tensor.array.copy(), found.tensors[name + names.SCALE].array.astype(np.float32)
         found.release(name)
         return pair
@@ -151,40 +151,36 @@ def _carry(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _marks(source: Path, described: dict[str, Any]) -> dict[str, Any]:
-    """Ids of the marks around a text: as the settings beside the weights say, or the tokenizer."""
-    for known in (described, _json_if_there(source / "generation_config.json")):
-        if any(known.get(key) is not None for key in ("bos_token_id", "eos_token_id")):
-            return {key: known.get(key) for key in ("bos_token_id", "eos_token_id")}
-    if (source / "tokenizer.json").is_file():
-        found = tokenizer.read(source / "tokenizer.json").marks
+def _marks(source: Checkpoint, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids of the marks around a text: from the settings beside the weights, or the tokenizer."""
+    for known in (described, source.generation):
+        if any(known.get(key) is not None for key in _MARKS):
+            return {key: known.get(key) for key in _MARKS}
+    if source.tokenizer is not None:
+        found = source.tokenizer.marks
         return {"bos_token_id": found.bos, "eos_token_id": found.eos}
-    return {key: described.get(key) for key in ("bos_token_id", "eos_token_id")}
-
-
-def _json_if_there(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return {key: described.get(key) for key in _MARKS}
 
 
 def _write_marks(folder: Path, marks: dict[str, Any]) -> None:
-    """generation_config.json, where the marks are known and none was carried along."""
+    """Writes generation_config.json if the marks are known and no such file was copied."""
     file = folder / "generation_config.json"
     if any(mark is not None for mark in marks.values()) and not file.exists():
         file.write_text(json.dumps({"_from_model_config": True, **marks}, indent=2) + "\n")
 
 
 def check_target(target: Path) -> None:
-    """Raises ConfigError where something is there already."""
+    """Raises ConfigError unless the target is absent or an empty folder."""
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--target={target} exists and is not an empty folder; give another one")
+        raise ConfigError(f"target={target} exists and is not an empty folder; give another one")
 
 
 @contextlib.contextmanager
 def _appears(target: Path) -> Iterator[Path]:
-    """A folder beside the target to be filled, which takes its name if nothing goes wrong.
+    """Gives a folder beside the target to fill, and renames it to the target at the end.
 
-    Its own name follows from the target's, and it is locked: what a killed process left is found
-    and used again, what a live one writes is left alone.
+    The folder's name follows from the target's, so that a later process finds and uses again what a
+    killed one left. A lock keeps it from the folder of a process that still runs.
     """
     check_target(target)
     folder = target.parent / f".{target.name}.converting"
@@ -193,28 +189,28 @@ def _appears(target: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise ConfigError(f"--target={target} cannot be written ({error.strerror})") from error
+        raise ConfigError(f"target={target} cannot be written ({error.strerror})") from error
     try:
         _lock(lock, folder, target)
         try:
             _clear(folder)
             yield folder
             os.replace(folder, target)
-        except BaseException as error:  # not later: by then its name may be another process's
+        except BaseException as error:  # while the lock is held: later the name may be another's
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another's file in one of them
+            with contextlib.suppress(OSError):  # one of them holds another process's file
                 for path in made[1:]:
                     path.rmdir()
             if isinstance(error, OSError):
-                raise ConfigError(f"--target={target} cannot be written ({error})") from error
+                raise ConfigError(f"target={target} cannot be written ({error})") from error
             raise
     finally:
-        os.close(lock)  # and with it the lock
+        os.close(lock)  # releases the lock
 
 
 def _lock(lock: int, folder: Path, target: Path) -> None:
-    """Raises ConfigError where the folder is, or may be, another process's."""
-    wait = f"another process is making --target={target}; wait for it or give another one"
+    """Locks the folder; ConfigError if another process has it, or may have it."""
+    wait = f"another process is making target={target}; wait for it or give another one"
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -1,93 +1,170 @@
-"""A model's weights from either kind of folder: published ones, or a run's newest checkpoint."""
+"""A checkpoint directory, opened once: settings, tokenizer and weights of its model.
 
-from collections.abc import Callable
+The directory is a published one (Hugging Face layout) or the workdir of a training run.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint.hf import reader
+from deepseek_jax.checkpoint.hf import inference, reader
 from deepseek_jax.checkpoint.hf.safetensors import read_json
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
+from deepseek_jax.data import tokenizer as tokenizers
+from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import params
 from deepseek_jax.model.params import Weight
 from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.parallel.axes import Layout
+from deepseek_jax.precision.recipes import FLOAT32, Recipe
 from deepseek_jax.runtime.agreement import raise_together
 
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened directory: its config.json and the headers of its tensors are read and checked.
+
+    Values are read by `load`, `conversion` and `open_run`, from the files that are open already.
+
+    Attributes:
+      directory: path of the opened directory.
+      settings: content of config.json.
+      run: config of the training run; None for a published checkpoint.
+      published: tensors of a published checkpoint by name; None for a workdir.
+    """
+
+    directory: Path
+    settings: Mapping[str, Any]
+    run: Config | None
+    published: reader.Published | None
+
+    @property
+    def model(self) -> ModelConfig:
+        """Sizes and rules of the model."""
+        if self.run is not None:
+            return self.run.model
+        assert self.published is not None
+        return self.published.config
+
+    def config(self, recipe: str | None = None) -> Config:
+        """Config of a forward pass: the run's own, or what a published config.json states.
+
+        Args:
+          recipe: `precision.recipe` in place of the stated one.
+        """
+        if self.run is None:
+            stated = self.directory / "config.json"
+            chosen = recipe or inference.stated_recipe(self.settings, stated)
+            return inference.inference_config(self.model, chosen)
+        return self.run if recipe is None else with_recipe(self.run, recipe)
+
+    @functools.cached_property
+    def generation(self) -> Mapping[str, Any]:
+        """Content of generation_config.json; empty where there is none."""
+        file = self.directory / "generation_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of tokenizer.json; None where there is none."""
+        file = self.directory / "tokenizer.json"
+        return tokenizers.read(file) if file.is_file() else None
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a text, from the generation settings, config.json or the tokenizer."""
+        for settings in (self.generation, self.settings):
+            stop = settings.get("eos_token_id")
+            if stop is not None:
+                return tuple(stop) if isinstance(stop, list) else (stop,)
+        return () if self.tokenizer is None else (self.tokenizer.marks.eos,)
+
+    def load(
+        self, recipe: Recipe = FLOAT32, layout: Layout | None = None, mesh: Mesh | None = None
+    ) -> Transformer:
+        """The model with its weights; every process of the mesh has to call this.
+
+        Args:
+          recipe: its `stored_dtype` is that of the weights, for `params.prepare`; norms, router
+            and biases stay float32.
+          layout, mesh: placement of each parameter, `layout.storage`: the places that compute
+            wants, and under ZeRO the parts that it gathers. Without them, the default device.
+
+        Raises:
+          ConfigError: values that are damaged or not finite; in all processes if in one.
+        """
+
+        def loaded() -> Transformer:
+            def where(weight: Weight) -> Sharding:
+                return place(weight, layout, mesh)
+
+            if self.published is not None:
+                return reader.load(self.published, recipe, where)
+            return _restored(self.directory, self.model, recipe, where)
+
+        return raise_together(loaded)
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Opens a Hugging Face directory or a run's workdir; every process has to call this.
+
+    Raises:
+      ConfigError: no checkpoint, or one that cannot be loaded as far as this shows without reading
+        a value; the message says what was found and expected. It is raised in all processes if it
+        is in one.
+    """
+
+    def opened() -> Checkpoint:
+        settings = read_json(directory / "config.json")
+        if isinstance(settings.get("model"), dict):
+            return Checkpoint(directory, settings, configs.parse_saved(settings), None)
+        return Checkpoint(directory, settings, None, reader.open_folder(directory, settings))
+
+    return raise_together(opened)
+
+
 def load(
     directory: Path,
-    dtype: Any = jnp.float32,
+    recipe: Recipe = FLOAT32,
     layout: Layout | None = None,
     mesh: Mesh | None = None,
 ) -> Transformer:
-    """The model in a Hugging Face directory or a run's workdir; its sizes are `.config`.
-
-    Args:
-      dtype: of the weights; norms, router and biases stay float32 (`params.cast`).
-      layout, mesh: where each parameter goes, `layout.storage`: the places that compute wants, and
-        under ZeRO the parts that it gathers. Without them, the default device.
-
-    Raises:
-      ConfigError: what is there cannot be loaded; the message says what was found and expected.
-        It is raised in all processes if it is in one.
-    """
-    return raise_together(
-        lambda: _loaded(directory, dtype, lambda weight: place(weight, layout, mesh))
-    )
+    """`Checkpoint.load` for a directory of which nothing but the model is wanted."""
+    return open_checkpoint(directory).load(recipe, layout, mesh)
 
 
-def model_of(directory: Path) -> ModelConfig:
-    """The sizes of the model that `load` would return, from files that hold no values.
-
-    Raises:
-      ConfigError: as `load`, for what can be wrong without reading a value.
-    """
-
-    def found() -> ModelConfig:
-        run = trained(directory)
-        return run.model if run else reader.open_folder(directory).config
-
-    return raise_together(found)
-
-
-def _loaded(directory: Path, dtype: Any, where: reader.Place) -> Transformer:
-    run = trained(directory)
-    if run is None:
-        return reader.load(directory, dtype, where)
-    return _restored(directory, run.model, dtype, where)
-
-
-def trained(directory: Path) -> Config | None:
-    """The config of a run, if the folder is a run's; None where its config.json is another's."""
-    settings = read_json(directory / "config.json")
-    return configs.parse_saved(settings) if isinstance(settings.get("model"), dict) else None
+def with_recipe(config: Config, recipe: str) -> Config:
+    """The same config with another `precision.recipe`."""
+    precision = dataclasses.replace(config.precision, recipe=recipe)
+    return dataclasses.replace(config, precision=precision)
 
 
 def place(weight: Weight, layout: Layout | None, mesh: Mesh | None) -> Sharding:
-    """Where training keeps this parameter as a master; a router bias is whole everywhere."""
+    """Sharding of a parameter's master in training; a router bias is whole on every device."""
     if layout is None or mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(mesh, layout.storage(weight.axes, weight.shape) if weight.trained else P())
 
 
 def open_run(workdir: Path, config: ModelConfig) -> Callable[[str, tuple[Any, ...]], np.ndarray]:
-    """Reads parts of the float32 masters and router biases of a run's newest checkpoint.
+    """Opens the newest saved step of a run, to read float32 masters and router biases in parts.
 
     Returns:
-      read(path, index): of a parameter, as `params.describe` names it, the part that `index` is.
+      read(path, index): the part `index` of a parameter; `path` is its name in `params.describe`.
 
     Raises:
-      ConfigError: no checkpoint that can be read; each is read once, a part at a time, to see.
+      ConfigError: no saved step can be read. To find out, each is read once, a part at a time.
     """
     wanted = _wanted(abstract_model(config), None)
     store = Store(workdir / "checkpoints", keep=1)
@@ -100,13 +177,15 @@ def open_run(workdir: Path, config: ModelConfig) -> Callable[[str, tuple[Any, ..
 
 
 def leaves_of(config: ModelConfig) -> dict[str, Weight]:
-    """The parameters by the names that a run's checkpoint has for them."""
+    """Parameters by their names in a run's saved steps."""
     weights = params.describe(abstract_model(config))
     return {f"{_part(weight)}.{weight.path}": weight for weight in weights}
 
 
-def _restored(workdir: Path, config: ModelConfig, dtype: Any, where: reader.Place) -> Transformer:
-    """Masters and router biases of a run's newest checkpoint; each process reads its own parts."""
+def _restored(
+    workdir: Path, config: ModelConfig, recipe: Recipe, where: reader.Place
+) -> Transformer:
+    """The model of a run's newest saved step; each process reads the parts of its own devices."""
     abstract = abstract_model(config)
     wanted = _wanted(abstract, where)
     store = Store(workdir / "checkpoints", keep=1)
@@ -123,11 +202,11 @@ def _restored(workdir: Path, config: ModelConfig, dtype: Any, where: reader.Plac
                 f"{workdir}: {weight.path} holds {bad} values that are not finite, expected none"
             )
         leaves.append(leaf)
-    return params.cast(jax.tree.unflatten(jax.tree.structure(abstract), leaves), dtype)
+    return params.stored(jax.tree.unflatten(jax.tree.structure(abstract), leaves), recipe)
 
 
 def _wanted(abstract: Transformer, where: reader.Place | None) -> dict[str, dict[str, Any]]:
-    """The leaves of a run's checkpoint that are the model's parameters."""
+    """Shapes and shardings of the leaves of a saved step that are the model's parameters."""
     wanted: dict[str, dict[str, Any]] = {"params": {}, "bias": {}}
     for weight in params.describe(abstract):
         place = where(weight) if where else None

@@ -1,4 +1,4 @@
-"""What a step says of its leaves: kind and bits of each, under a checksum of its own."""
+"""Record of a saved step: dtype, shape and bit sum of each leaf, under a checksum of its own."""
 
 import json
 import zlib
@@ -25,14 +25,14 @@ def named(tree: PyTree) -> dict[str, Any]:
 
 
 def describe(leaf: Any) -> str:
-    """A leaf's kind, as float32[4, 8]."""
+    """Dtype and shape of a leaf, as float32[4, 8]."""
     return f"{leaf.dtype.name}{list(leaf.shape)}"
 
 
 def bit_sums(leaves: dict[str, jax.Array]) -> list[int]:
-    """Per leaf, the sum of its elements' bits modulo 2**32: the same for every sharding.
+    """Bit sum of each leaf (`chunks.bits`), which is the same for every sharding.
 
-    On the host, because compiling this for the devices takes a laptop longer than a save.
+    Computed on the host: to compile this for the devices takes a laptop longer than a save.
     """
     sums = np.array([_local_bits(leaf) for leaf in leaves.values()], np.uint32)
     if jax.process_count() > 1:
@@ -41,20 +41,20 @@ def bit_sums(leaves: dict[str, jax.Array]) -> list[int]:
 
 
 def _local_bits(leaf: jax.Array) -> int:
-    """This process's part of the sum; of equal copies, one counts."""
+    """Bit sum of this process's shards; one of several replicas counts."""
     parts = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
     return sum(map(files.bits, parts)) % 2**32
 
 
 def sums_on_disk(leaves: Leaves, names: Iterable[str]) -> Iterator[int]:
-    """The same sums of leaves that stay on disk, each read once, a chunk at a time."""
+    """Bit sums of leaves on disk, each read once, a chunk at a time."""
     return (sum(map(files.bits, leaves.chunks(name))) % 2**32 for name in names)
 
 
 def verify(
     names: Collection[str], sums: Callable[[Any], Iterable[int]], record: dict[str, Any]
 ) -> bool:
-    """True; ValueError where `sums` of these leaves are not those of the record."""
+    """Compares the bit sums of leaves with the record: True, or ValueError if one differs."""
     for name, bits in zip(names, sums(names), strict=True):
         if bits != record["leaves"][name][1]:
             raise ValueError(f"{name} is not what was saved: its bits do not add up")
@@ -62,6 +62,6 @@ def verify(
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as JSON keeps it, with a checksum of itself."""
+    """The record as JSON keeps it, with its checksum under `crc`."""
     text = json.dumps({key: record[key] for key in record if key != "crc"}, sort_keys=True)
     return {**json.loads(text), "crc": zlib.crc32(text.encode())}

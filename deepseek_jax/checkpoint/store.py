@@ -1,9 +1,9 @@
-"""A run's checkpoints: one directory per step, written by orbax in the background.
+"""Saved steps of a run: one directory per step, written by orbax in the background.
 
-A step appears under its number by one rename after its last byte, and loses that number by one
-rename before its first file is deleted: whatever kills the process, a numbered directory was once
-whole. What breaks it later (a lost file, a flipped bit) is found on reading, by orbax or by a sum
-of every leaf's bits, and the step before it is taken. Nothing else in the package knows orbax.
+A step gets its number by one rename after its last byte is written, and loses it by one rename
+before its first file is deleted. So a directory with a number was complete once, whenever the
+process is killed. Later damage (a lost file, a flipped bit) is found on reading, by orbax or by the
+bit sum of each leaf, and the step before is taken. No other module imports orbax.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class Store:
-    """The checkpoints of one run. All processes call every method with the same arguments."""
+    """Saved steps of one run. All processes call every method with the same arguments."""
 
     def __init__(self, directory: Path, *, keep: int):
         """Reads and writes `directory/STEP`; nothing is written before the first `save`.
@@ -51,17 +51,17 @@ class Store:
             raise ConfigError(f"checkpoint.keep is {keep}; expected at least 1")
         self._directory = Path(directory).absolute()
         self._keep = keep
-        self._broken: set[int] = set()  # found unreadable, set aside by the next save
-        self._held: set[int] = set()  # saved or restored here
+        self._broken: set[int] = set()  # unreadable steps, renamed by the next save
+        self._held: set[int] = set()  # steps that this store has saved or restored
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
-        """Writes a step in the background, after the step before it is done.
+        """Writes a step in the background, once the write of the step before has ended.
 
-        What is in device memory is copied before this returns, so the caller may donate it; what is
-        in host memory is read until the write is done, and must stay. A step that this store
-        has saved or restored is not written again: its number names one state.
+        Arrays in device memory are copied before this returns, so the caller may donate them.
+        Arrays in host memory are read until the write ends, and must not change. A step that this
+        store has saved or restored is not written again: a number names one state.
 
         Args:
           step: larger than every step in the directory.
@@ -70,7 +70,7 @@ class Store:
 
         Raises:
           ConfigError: the directory holds this step or a later one, which was not restored.
-          Exception: what stopped the step before from being written, a full disk for example.
+          Exception: the write of the step before failed, on a full disk for example.
         """
         self.wait()
         if step in self._held:
@@ -79,7 +79,7 @@ class Store:
         if newest >= step:
             raise ConfigError(
                 f"{self._directory} already holds step {newest}, so step {step} cannot be saved; "
-                "resume from it or choose another --workdir"
+                "resume from it or choose another workdir"
             )
         leaves = manifest.named(state)
         described = zip(
@@ -106,19 +106,19 @@ class Store:
         part_of: Callable[[str, tuple[slice, ...]], np.ndarray],
         meta: dict[str, Any],
     ) -> None:
-        """As `save` and `wait`, of leaves that are made a part at a time, by one process.
+        """Writes a step from leaves that are made a part at a time, by one process, and waits.
 
         Args:
-          like: what has shape and dtype, by the dotted path of the leaf.
-          part_of: the values of a part of the leaf with this path.
+          like: objects with the shape and dtype of each leaf, by its dotted path.
+          part_of: gives the values of a part of the leaf with this path.
         """
         assert jax.process_count() == 1 and not self.steps()
         directory = self._directory / str(step)
         self._directory.mkdir(parents=True, exist_ok=True)
         with _quiet():
             ocp.save(directory, {name: np.zeros((), leaf.dtype) for name, leaf in like.items()})
-        # Orbax's record has neither shapes nor values: another array may take a leaf's place. Until
-        # it has our own record, the step counts as damaged.
+        # Orbax records neither shapes nor values, so another array may replace that of a leaf. The
+        # step counts as damaged until our own record is beside it.
         written = {}
         for name, leaf in like.items():
             part = functools.partial(part_of, name)
@@ -132,12 +132,12 @@ class Store:
     def restore(
         self, abstract: PyTree | Callable[[dict[str, Any]], PyTree], *, partial: bool = False
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """The newest step that can be read, laid out as `abstract` says.
+        """Reads the newest step that is not damaged, in the shardings of `abstract`.
 
         Args:
           abstract: jax.ShapeDtypeStruct leaves with shardings, on any mesh; or a function that
             gives them for the `meta` of a step.
-          partial: read only these leaves; the checkpoint may hold others.
+          partial: whether to read only these leaves, where the step may hold others.
 
         Returns:
           (step, state, meta), or None where nothing was ever saved.
@@ -162,15 +162,15 @@ class Store:
         return None
 
     def open(self, wanted: PyTree) -> Leaves | None:
-        """The newest step that can be read, its leaves left on disk: one process's way to read it.
+        """Opens the newest step that is not damaged and leaves its values on disk; for one process.
 
-        Each leaf is read once, a chunk at a time, to compare its bits with those that were saved.
+        Each leaf is read once, a chunk at a time, to compare its bit sum with the saved one.
 
         Args:
-          wanted: leaves with shape and dtype; the checkpoint may hold others.
+          wanted: leaves with shape and dtype; the step may hold others.
 
         Returns:
-          What reads these by dotted path, or None where nothing was ever saved.
+          A reader of these leaves by dotted path, or None where nothing was ever saved.
 
         Raises:
           ConfigError: as `restore`.
@@ -185,7 +185,7 @@ class Store:
         return None
 
     def newest_meta(self) -> dict[str, Any] | None:
-        """The `meta` of the newest step, without its arrays, which may yet prove unreadable.
+        """The `meta` of the newest step; its arrays are not read and may still be damaged.
 
         Raises:
           ConfigError: none of the steps can be read.
@@ -193,24 +193,24 @@ class Store:
         return next((record["meta"] for _, record in self._readable()), None)
 
     def steps(self) -> list[int]:
-        """The steps on disk, oldest first, without those found unreadable."""
+        """Numbers of the steps on disk, oldest first, without those found damaged."""
         paths = self._directory.glob("*")
         found = {int(path.name) for path in paths if path.name.isdigit() and path.is_dir()}
         return sorted(found - self._broken)
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises what went wrong while it was."""
+        """Waits for the write in the background, and raises the exception that ended it, if any."""
         pending, self._pending = self._pending, None
         if pending:
             pending.result()
 
     def close(self) -> None:
-        """Finishes what is being written; the store cannot save any more."""
+        """Waits for the write in the background; the store cannot save any more."""
         self.wait()
         self._worker.shutdown()
 
     def _readable(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Steps whose record can be read, newest first; never nothing where there are steps."""
+        """Steps with a readable record, newest first; ConfigError if all steps are damaged."""
         tried: set[int] = set()
         while (step := from_primary(max(set(self.steps()) - tried, default=-1))) >= 0:
             tried.add(step)
@@ -220,11 +220,11 @@ class Store:
         if self._broken:
             raise ConfigError(
                 f"{self._directory} holds {len(self._broken)} checkpoints and none can be read; "
-                "repair or remove it, or choose another --workdir"
+                "repair or remove them, or choose another workdir"
             )
 
     def _attempt(self, step: int, read: Callable[[], T]) -> T | None:
-        """What `read` returns; None, and one warning, if it fails in any process."""
+        """The result of `read`; None, after one warning, if it fails in any process."""
         value, reason = None, "another process cannot read it"
         try:
             with _quiet():
@@ -240,7 +240,7 @@ class Store:
         return None
 
     def _record(self, step: int) -> dict[str, Any]:
-        """What `save` wrote beside the arrays; orbax gives {} for a record that was cut short."""
+        """The record that `save` wrote beside the arrays; for a truncated one orbax gives {}."""
         record = ocp.metadata(self._directory / str(step)).custom_metadata
         whole = isinstance(record, dict) and manifest.sealed(record) == record
         if not whole or record["step"] != step:
@@ -250,7 +250,7 @@ class Store:
     def _compare(
         self, step: int, record: dict[str, Any], wanted: dict[str, Any], partial: bool
     ) -> None:
-        """Refuses a checkpoint of another model in words, where orbax has pages."""
+        """Raises ConfigError, in one line where orbax has pages, for a step of another model."""
         found = {name: kind for name, (kind, _) in record["leaves"].items()}
         expected = {name: manifest.describe(leaf) for name, leaf in wanted.items()}
         names = expected if partial else {**expected, **found}
@@ -264,13 +264,13 @@ class Store:
             path = self._directory / str(step)
             raise ConfigError(
                 f"{path} holds another model: {', '.join(differ[:3])}{more}; "
-                "choose another --workdir, or the config that wrote this one"
+                "choose another workdir, or the config that wrote this one"
             )
 
     def _load(self, step: int, wanted: dict[str, Any], partial: bool) -> dict[str, jax.Array]:
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
-        # Orbax would wait for the other processes after reading: for ever, if one of them failed.
+        # Orbax would wait for the other processes after reading, for ever if one of them failed.
         context.multiprocessing.active_processes = {jax.process_index()}
         context.multiprocessing.primary_host = jax.process_index()
         with context:
@@ -278,7 +278,7 @@ class Store:
         return {name: leaves[name] for name in wanted}
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> None:
-        """In the background: waits for the commit, then removes what is too old."""
+        """Waits in the background for the commit, then removes the steps that are too old."""
         response.result()
         self._held.add(step)
         if jax.process_index() == 0:
@@ -288,7 +288,7 @@ class Store:
                 shutil.rmtree(gone, ignore_errors=True)
 
     def _tidy(self) -> None:
-        """Makes room for a save: broken steps go aside, what killed processes left goes away."""
+        """Renames damaged steps and removes the leftovers of killed processes, before a save."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for pattern in ("*.deleted", "*.orbax-checkpoint-tmp*"):
             for path in self._directory.glob(pattern):
@@ -302,7 +302,7 @@ class Store:
 
 @contextlib.contextmanager
 def _in_chunks() -> Iterator[None]:
-    """Saves leaves in chunks; orbax would make one of all that a device holds of a leaf."""
+    """Has orbax save leaves in chunks instead of one chunk for each device's part of a leaf."""
 
     def options(path: Any, leaf: jax.Array) -> Any:
         cut = files.axes_to_cut(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
@@ -319,7 +319,7 @@ def _in_chunks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what orbax logs on its way to an exception, which is reported in one line instead."""
+    """Silences orbax's log on the way to an exception, which is reported in one line instead."""
     _forget_abandoned_reads()
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
@@ -331,7 +331,7 @@ def _quiet() -> Iterator[None]:
 
 @functools.cache
 def _forget_abandoned_reads() -> None:
-    """When one leaf fails, orbax abandons the others, and Python reports each: pages, later."""
+    """Silences Python's reports of reads that orbax abandons when the read of one leaf fails."""
     logging.getLogger("asyncio").addFilter(
         lambda record: "exception was never retrieved" not in record.getMessage()
     )

@@ -1,4 +1,4 @@
-"""Slots of the expert dispatch's buffers, from the capacity factor."""
+"""Buffer slots of the expert dispatch, from the capacity factor."""
 
 import math
 
@@ -7,7 +7,7 @@ from deepseek_jax.config.schema import ModelConfig
 
 
 def most_nodes(model: ModelConfig) -> int:
-    """Nodes that one token may visit (section 2.1.2), each group of experts being on one node."""
+    """Most nodes that one token is sent to (section 2.1.2), with each expert group on one node."""
     return min(model.top_groups, model.top_k) if model.groups > 1 else model.top_k
 
 
@@ -19,20 +19,22 @@ def buffer_slots(
     parts: tuple[int, ...],
     nodes: int,
 ) -> tuple[int, ...]:
-    """Copies that fit into the buffers of an exchange: `capacity_factor` times a balanced load.
+    """Buffer slots of one dispatch round: `capacity_factor` times a balanced load.
 
     Args:
       capacity_factor: `layout.capacity_factor`.
-      tokens: of one device.
-      parts: devices along each hop, outermost first.
-      nodes: the most destinations of one token on the first hop, if a second one follows.
+      tokens: Tokens of one device.
+      top_k: Experts of a token.
+      experts: Routed experts over all devices.
+      parts: Devices along each hop, outermost first.
+      nodes: Most destinations of one token on the first hop, if a second hop follows.
 
     Returns:
-      Slots for each destination of each hop, then those of a device's experts. None is larger than
-      the worst router could fill.
+      Slots per destination of each hop, then slots of a device's experts; none more than the most
+      unbalanced router can fill.
 
     Raises:
-      ConfigError: a buffer has no slot at all, so that no round would move a token.
+      ConfigError: A buffer without a slot, so that no round would move a token.
     """
     slots, rows, crossed, least = [], tokens, 1, 1.25
     for number, count in enumerate(parts):

@@ -1,4 +1,4 @@
-"""From a ConfigDict or a `config.json` to a checked `Config`."""
+"""Parser: a ConfigDict or a `config.json` to a checked `Config`."""
 
 import dataclasses
 import difflib
@@ -24,10 +24,10 @@ from deepseek_jax.config.values import check_values
 
 
 def parse(config: ConfigDict | Mapping[str, Any]) -> Config:
-    """Turns a ConfigDict (or the dictionary in a `config.json`) into a checked `Config`.
+    """Builds a checked `Config` from a ConfigDict or a dictionary of the same keys.
 
     Raises:
-      ConfigError: an unknown or missing key, a value of the wrong type, or values that cannot work
+      ConfigError: An unknown or missing key, a value of the wrong type, or values that cannot work
         together; every message names the key.
     """
     values = config.to_dict() if isinstance(config, ConfigDict) else config
@@ -37,22 +37,23 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def from_json(text: str) -> Config:
+    """`parse_saved` for the text of a `config.json`."""
     return parse_saved(json.loads(text))
 
 
 def parse_saved(values: Mapping[str, Any]) -> Config:
-    """`parse` for the dictionary of a `config.json`, which may be older than a key's name."""
+    """`parse` for the dictionary of a `config.json`, which may have keys under earlier names."""
     return parse(with_new_names(values))
 
 
 def check(config: Config) -> None:
-    """Every rule between the values of one config.
+    """Checks every value and every rule between values.
 
-    How many devices there are is not known here: a mesh axis of -1 leaves out the rules that need
-    its size, so check again once `parallel/mesh.py` has resolved it.
+    The number of devices is not known here: rules that need the size of a mesh axis of -1 are
+    skipped, and `parallel/mesh.py` checks again once that size is known.
 
     Raises:
-      ConfigError: the first rule that fails. Where a message ends in "set key=value", that is the
+      ConfigError: The first rule that fails. A message that ends in "set key=value" gives the
         nearest value that this rule accepts.
     """
     check_values(config)
@@ -67,7 +68,7 @@ def check(config: Config) -> None:
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
-    """A frozen dataclass from a dictionary with exactly its keys."""
+    """Frozen dataclass `cls` from a dictionary with exactly its keys; `path` is its dotted key."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path or 'config'} is {values!r}; expected a section with keys")
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -85,7 +86,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 
 def _value(kind: Any, value: Any, key: str) -> Any:
-    """`value` as the type a field asks for, without a silent change of meaning."""
+    """`value` as the type of a field, refused where conversion would change it."""
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, key)  # type: ignore[arg-type]
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -101,9 +102,9 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         if numbers is None or not all(type(number) is int for number in numbers):
             raise ConfigError(f"{key} is {value!r}; expected integers, such as (4, 4, 3)")
         return numbers
-    # The one field that is a table: layout.rules.
+    # layout.rules is the only field that is a table.
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key} is {value!r}; expected logical axis -> mesh axes")
+        raise ConfigError(f"{key} is {value!r}; expected a table of logical axis -> mesh axes")
     return {axis: _mesh_axes(over, f"{key}.{axis}") for axis, over in value.items()}
 
 

@@ -1,4 +1,4 @@
-"""Keys that have other names than they once had."""
+"""Renamed config keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +8,12 @@ RENAMED = {"layout.buffer": "layout.capacity_factor"}
 
 
 def renamed(key: str) -> str:
-    """A message that gives the new name of an old key; empty where there is none."""
+    """Message with the new name of a renamed key; empty for any other key."""
     return f"{key} is now called {RENAMED[key]}" if key in RENAMED else ""
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of an older `config.json` under today's names."""
+    """Values of a `config.json`, with renamed keys under their new names."""
     out = {name: dict(part) if isinstance(part, Mapping) else part for name, part in values.items()}
     for old, new in RENAMED.items():
         (section, name), (new_section, new_name) = old.split("."), new.split(".")

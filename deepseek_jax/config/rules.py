@@ -16,6 +16,7 @@ from deepseek_jax.config.schema import (
 
 
 def check_model(config: Config) -> None:
+    """Checks sizes, routing and YaRN of the model against each other."""
     model = config.model
     need(
         model.dense_layers <= model.layers,
@@ -24,7 +25,7 @@ def check_model(config: Config) -> None:
     )
     need(
         model.d_rope % 2 == 0,
-        f"model.d_rope={model.d_rope} is odd, and rotary embeddings turn pairs; set "
+        f"model.d_rope={model.d_rope} is odd, and rotary embedding rotates pairs; set "
         f"model.d_rope={model.d_rope + 1}",
     )
     need(
@@ -59,16 +60,17 @@ def check_model(config: Config) -> None:
 
 
 def check_optimizer(config: Config) -> None:
+    """Checks that moments in bfloat16 can follow the gradients."""
     need(
         config.optimizer.moments == "float32" or config.optimizer.b2 <= 0.99,
         f"optimizer.b2={config.optimizer.b2} with optimizer.moments='bfloat16': each change of the "
-        "second moment is below bfloat16's resolution, so it would never move; use "
+        "second moment is below the resolution of bfloat16, so it would never change; use "
         "optimizer.moments='float32', or set optimizer.b2=0.99",
     )
 
 
 def check_schedule(config: Config) -> None:
-    """The phases follow each other. A run may end before it reaches the later ones."""
+    """Checks the order of the phases; a run may end before the later ones begin."""
     schedule, batch = config.schedule, config.batch
     for early, late in (("decay_start", "decay_end"), ("decay_end", "final_start")):
         start, end = getattr(schedule, early), getattr(schedule, late)
@@ -77,22 +79,22 @@ def check_schedule(config: Config) -> None:
             f"schedule.{early}={start} comes after schedule.{late}={end} (both count consumed "
             f"tokens); set schedule.{late}={start}",
         )
-    # The ramp only adds sequences, so this is the least that the warm-up can consume.
+    # Steps only grow along the ramp, so this is the least that a step of the warm-up consumes.
     per_step = min(batch.sequences, batch.ramp_sequences) * batch.length
     steps = schedule.decay_start // per_step
     need(
         schedule.warmup_steps <= steps,
-        f"schedule.warmup_steps={schedule.warmup_steps} of at least {per_step} tokens each end "
+        f"schedule.warmup_steps={schedule.warmup_steps} steps of at least {per_step} tokens end "
         f"after schedule.decay_start={schedule.decay_start}; set schedule.warmup_steps={steps}",
     )
 
 
 def check_layout(config: Config) -> None:
-    """The mesh, and layout.rules: names that exist, splits that the model's collectives undo."""
+    """Checks the mesh and `layout.rules`: known names, and splits that the model supports."""
     free = [f"mesh.{axis}" for axis in MESH_AXES if getattr(config.mesh, axis) == -1]
     need(
         len(free) <= 1,
-        f"{' and '.join(free)} are both -1; only one axis can take all devices that are left",
+        f"{' and '.join(free)} are both -1; only one axis can take all remaining devices",
     )
     for axis, over in config.layout.rules.items():
         key, shown = f"layout.rules.{axis}", f"({', '.join(over)})"
@@ -112,17 +114,17 @@ def check_layout(config: Config) -> None:
                 name in allowed,
                 f"{key}={shown}: {axis} can only be split over "
                 f"({', '.join(allowed)}), not over {name}; "
-                "take it out (layout.zero=3 spreads any weight over the data axes)"
+                "remove it (layout.zero=3 shards any weight over the data axes)"
                 if allowed
-                else f"{key}={shown}: {axis} cannot be split; take the rule out (layout.zero=3 "
-                "spreads any weight over the data axes)",
+                else f"{key}={shown}: {axis} cannot be split; remove the rule (layout.zero=3 "
+                "shards any weight over the data axes)",
             )
         ordered = tuple(name for name in MESH_AXES if name in over)
         need(
             tuple(over) == ordered,
             f"{key}={shown}: name each mesh axis once, outermost first: ({', '.join(ordered)})",
         )
-    # Gradients are summed over every data axis, so tokens along each of them have to differ.
+    # Gradients are summed over every data axis, so the batch has to be split over each of them.
     over = config.layout.rules.get("batch", ())
     for axis in DATA_AXES:
         size = getattr(config.mesh, axis)
@@ -134,16 +136,17 @@ def check_layout(config: Config) -> None:
 
 
 def check_batch(config: Config) -> None:
+    """Checks sequence length, and micro-batches against steps and devices."""
     model, batch = config.model, config.batch
     need(
         model.mtp_depth < batch.length,
-        f"model.mtp_depth={model.mtp_depth} looks past batch.length={batch.length} tokens; set "
+        f"model.mtp_depth={model.mtp_depth} predicts past batch.length={batch.length} tokens; set "
         f"model.mtp_depth={batch.length - 1}",
     )
     reach = model.yarn_original * model.yarn_factor
     if model.yarn_factor > 1 and batch.length > reach:
         raise ConfigError(
-            f"batch.length={batch.length} is past what YaRN reaches, model.yarn_original="
+            f"batch.length={batch.length} is beyond the context of YaRN, model.yarn_original="
             f"{model.yarn_original} x model.yarn_factor={model.yarn_factor}; raise "
             f"model.yarn_factor, or set batch.length={int(reach)}"
         )
@@ -158,7 +161,7 @@ def check_batch(config: Config) -> None:
         need(
             getattr(batch, key) % batch.micro_sequences == 0,
             f"batch.{key}={getattr(batch, key)} is no multiple of batch.micro_sequences="
-            f"{batch.micro_sequences}, so a step would have a broken micro-batch; set {fit}",
+            f"{batch.micro_sequences}, so a step would have an incomplete micro-batch; set {fit}",
         )
     need(
         batch.ramp_sequences <= batch.sequences,
@@ -168,14 +171,14 @@ def check_batch(config: Config) -> None:
 
 
 def check_splits(config: Config) -> None:
-    """Sizes against the devices they are split over, as far as those are known."""
+    """Checks sizes against the devices that split them, where no mesh axis of a split is -1."""
     model, layout = config.model, config.layout
     for axis, key, step in (
         ("experts", "experts", model.groups),
         ("heads", "heads", 1),
         ("vocab", "vocab", 1),
         ("dense_width", "d_dense", 1),
-        ("expert_width", "d_expert", 1),  # the shared expert's width is a multiple of this one
+        ("expert_width", "d_expert", 1),  # d_shared is a multiple of d_expert
     ):
         parts, size = _parts(config, axis) or 1, getattr(model, key)
         need(
@@ -187,38 +190,40 @@ def check_splits(config: Config) -> None:
     need(
         layout.dispatch != "reference" or _parts(config, "experts") in (1, None),
         f"layout.dispatch='reference' computes every expert on every device, but "
-        f"layout.rules.experts splits them ({_shape(config, 'experts')}); set layout.dispatch=flat",
+        f"layout.rules.experts splits experts ({_shape(config, 'experts')}); "
+        "set layout.dispatch=flat",
     )
 
 
 def check_dispatch(config: Config) -> None:
-    """Groups against nodes, micro-batches against those in flight, buffers against no slot."""
+    """Checks expert groups against nodes, micro-batches in flight, and buffers for a slot each."""
     model, layout = config.model, config.layout
     over = layout.rules.get("experts", ())
     sizes = {name: getattr(config.mesh, name) for name in over}
-    slow = math.prod(size for name, size in sizes.items() if name != "gpu")
+    nodes = math.prod(size for name, size in sizes.items() if name != "gpu")
     known = -1 not in sizes.values()
     need(
-        layout.dispatch != "two_hop" or not known or slow < 2 or model.groups % slow == 0,
-        f"model.groups={model.groups} do not map to the {slow} nodes of layout.rules.experts "
+        layout.dispatch != "two_hop" or not known or nodes < 2 or model.groups % nodes == 0,
+        f"model.groups={model.groups} do not map to the {nodes} nodes of layout.rules.experts "
         f"({_shape(config, 'experts')}), and layout.dispatch='two_hop' sends a token to few nodes "
-        "because its experts are in few groups; give a model that is not trained yet "
-        f"model.groups={_round_up(model.groups, slow)}, or set layout.dispatch=flat",
+        "because its experts are in few groups; for a model that is not trained yet, use "
+        f"model.groups={_round_up(model.groups, nodes)}, or set layout.dispatch=flat",
     )
-    flights = layout.micro_batches_in_flight
+    in_flight = layout.micro_batches_in_flight
     need(
-        flights == 1 or layout.dispatch != "reference",
-        f"layout.micro_batches_in_flight={flights} puts one micro-batch's work under the messages "
-        "of another, and layout.dispatch=reference has none; set layout.dispatch=flat",
+        in_flight == 1 or layout.dispatch != "reference",
+        f"layout.micro_batches_in_flight={in_flight} overlaps the work of one micro-batch with the "
+        "messages of another, and layout.dispatch=reference has none; set layout.dispatch=flat",
     )
     need(
-        flights == 1 or config.batch.sequences >= flights * config.batch.micro_sequences,
-        f"layout.micro_batches_in_flight={flights}, but batch.sequences={config.batch.sequences} "
+        in_flight == 1 or config.batch.sequences >= in_flight * config.batch.micro_sequences,
+        f"layout.micro_batches_in_flight={in_flight}, but batch.sequences={config.batch.sequences} "
         f"make one micro-batch of batch.micro_sequences={config.batch.micro_sequences} a step; set "
-        f"batch.sequences={flights * config.batch.micro_sequences}",
+        f"batch.sequences={in_flight * config.batch.micro_sequences}",
     )
     parts = tuple(
-        math.prod(sizes[name] for name in over if (name == "gpu") == fast) for fast in (0, 1)
+        math.prod(sizes[name] for name in over if (name == "gpu") == inside_node)
+        for inside_node in (False, True)
     )
     if layout.dispatch != "two_hop":
         parts = (math.prod(parts),)
@@ -226,12 +231,12 @@ def check_dispatch(config: Config) -> None:
     if not known or layout.dispatch == "reference" or not model.moe_layers or not rows:
         return
     parts = tuple(count for count in parts if count > 1)
-    tokens, nodes = rows * config.batch.length, most_nodes(model)
-    buffer_slots(layout.capacity_factor, tokens, model.top_k, model.experts, parts, nodes)
+    tokens, visited = rows * config.batch.length, most_nodes(model)
+    buffer_slots(layout.capacity_factor, tokens, model.top_k, model.experts, parts, visited)
 
 
 def check_pipeline(config: Config) -> None:
-    """What a pipeline asks of the layout; `stage_assignment.py` checks how layers are split."""
+    """Checks the layout for a pipeline; `stage_assignment.py` checks `layout.stage_layers`."""
     pipe, layout, model = config.mesh.pipe, config.layout, config.model
     if pipe in (1, -1):
         return
@@ -247,42 +252,42 @@ def check_pipeline(config: Config) -> None:
     )
     need(
         layout.dispatch != "reference",
-        f"mesh.pipe={pipe} runs a layer in steps, which layout.dispatch=reference has not; set "
+        f"mesh.pipe={pipe} runs a layer in steps, and layout.dispatch=reference has none; set "
         "layout.dispatch=flat",
     )
     need(
         layout.micro_batches_in_flight == 1,
         f"layout.micro_batches_in_flight={layout.micro_batches_in_flight} with mesh.pipe={pipe}: "
-        "which micro-batches run side by side is for layout.pipeline to say; set "
+        "layout.pipeline decides which micro-batches overlap; set "
         "layout.micro_batches_in_flight=1",
     )
     need(
         not (layout.defer_weight_gradients and layout.pipeline == "1f1b"),
-        "layout.defer_weight_gradients fills the waits of DualPipe's schedule, and "
+        "layout.defer_weight_gradients fills the bubbles of DualPipe's schedule, and "
         "layout.pipeline=1f1b has none for it; set layout.defer_weight_gradients=False",
     )
     need(
         model.moe_layers > 0,
-        f"model.dense_layers={model.dense_layers} are all of model.layers, and stages of "
-        f"mesh.pipe={pipe} are made of MoE layers; set model.dense_layers={model.layers - 1}",
+        f"model.dense_layers={model.dense_layers} leaves no MoE layer, and the stages of "
+        f"mesh.pipe={pipe} consist of MoE layers; set model.dense_layers={model.layers - 1}",
     )
 
 
 def _parts(config: Config, axis: str) -> int | None:
-    """Devices that a logical axis is split over; None while a mesh axis of it is -1."""
+    """Devices that a logical axis is split over; None if one of its mesh axes is -1."""
     sizes = [getattr(config.mesh, name) for name in config.layout.rules.get(axis, ())]
     return None if -1 in sizes else math.prod(sizes)
 
 
 def _shape(config: Config, axis: str) -> str:
-    """The mesh axes behind `_parts`, as "mesh.node=2 x mesh.gpu=4"."""
+    """Mesh axes that a logical axis is split over, such as "mesh.node=2 x mesh.gpu=4"."""
     return " x ".join(
         f"mesh.{name}={getattr(config.mesh, name)}" for name in config.layout.rules.get(axis, ())
     )
 
 
 def _fitting_batch(batch: BatchConfig, parts: int) -> str:
-    """The batch keys to change, so that micro-batches divide among `parts` and steps into them."""
+    """Changes to batch keys that make `parts` divide micro-batches, and those divide steps."""
     micro = _round_up(batch.micro_sequences, parts)
     sequences = _round_up(batch.sequences, micro)
     ramp = min(_round_up(batch.ramp_sequences, micro), sequences)
@@ -295,5 +300,5 @@ def _round_up(value: int, step: int) -> int:
 
 
 def _divisor(value: int, near: int) -> int:
-    """The largest divisor of `value` that is not above `near`."""
+    """Largest divisor of `value` that is at most `near`."""
     return next(d for d in range(min(value, near), 0, -1) if value % d == 0)

@@ -1,8 +1,8 @@
-"""What a run is: one ConfigDict in, frozen dataclasses checked as a whole out.
+"""Config dataclasses: the keys of a run with meaning, unit and allowed values.
 
-`parse` is the only way in. It names the key to change in every message, and runs before anything
-is compiled or written. Numbers and their sources are in `configs/v3_671b.py`; nothing here has a
-default.
+`parse` builds a `Config` from a ConfigDict and checks it as a whole, before anything is compiled or
+written. No key has a default here: the published values and their sources are in
+`configs/v3_671b.py`. Integers are at least 1 and other numbers above 0 unless a line differs.
 """
 
 import dataclasses
@@ -11,12 +11,46 @@ from collections.abc import Mapping
 
 
 class ConfigError(ValueError):
-    """The config cannot work; the message names the key and what would."""
+    """A config that cannot work; the message names the key and, where known, a value that fits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and rules of the model, section 2 of the report; widths in numbers, not bytes."""
+    """Sizes and routing rules of the model (section 2). Widths count elements.
+
+    Attributes:
+      vocab: Rows of the embedding and of the output head.
+      layers: Transformer layers, without MTP modules.
+      dense_layers: First layers whose feed-forward network is dense; from 0 to `layers`.
+      d_model: Width of the residual stream.
+      d_dense: Hidden width of a dense feed-forward network.
+      heads: Attention heads.
+      q_latent: Width of the query latent (MLA, W^DQ); 0 for one uncompressed query projection.
+      kv_latent: Width of the key-value latent (MLA, W^DKV), which decoding caches.
+      d_nope: Query and key width per head without rotary embedding.
+      d_rope: Query and key width per head with rotary embedding; even.
+      d_value: Value width per head.
+      rope_theta: Base of the rotary frequencies.
+      yarn_factor: Context extension by YaRN, a multiple of `yarn_original`; at least 1, 1 is off.
+      yarn_original: Context length of pre-training, in tokens.
+      yarn_beta_fast: Turns in `yarn_original` above which a pair is kept; above `yarn_beta_slow`.
+      yarn_beta_slow: Turns in `yarn_original` below which a pair is slowed by `yarn_factor`.
+      yarn_mscale: Weight of YaRN's scale of queries and keys after rotation; at least 0.
+      yarn_mscale_all_dim: Weight of YaRN's scale of all attention logits; at least 0.
+      experts: Routed experts of an MoE layer.
+      shared_experts: Experts that every token uses, computed as one network; at least 0.
+      top_k: Routed experts of a token.
+      groups: Equal groups of experts for node-limited routing; divides `experts`.
+      top_groups: Groups that the experts of one token may lie in; at most `groups`.
+      d_expert: Hidden width of one expert, routed or shared.
+      score: Affinity function: "sigmoid" (equation 15) or "softmax" (V2).
+      group_score: Affinity of a group: "top2", the sum of its best two experts, or "max", its best.
+      normalise_weights: True divides the chosen affinities by their sum (equation 13).
+      routed_scale: Factor of the routed experts' weighted sum.
+      mtp_depth: MTP modules, each predicting one token further (section 2.2); from 0 to 4.
+      norm_eps: Epsilon of RMSNorm.
+      init_std: Standard deviation of the initial weights.
+    """
 
     vocab: int
     layers: int
@@ -52,17 +86,28 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> int:
+        """Layers whose feed-forward network is a mixture of experts, without MTP modules."""
         return self.layers - self.dense_layers
 
     @property
     def d_shared(self) -> int:
-        """Width of the shared experts, which are one feed-forward network."""
+        """Hidden width of the shared experts, which are computed as one network."""
         return self.shared_experts * self.d_expert
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis, outermost first; at most one may be -1: all that are left."""
+    """Devices along each mesh axis, outermost first.
+
+    Each is at least 1. At most one may be -1, which takes all devices that the others leave.
+
+    Attributes:
+      pipe: Pipeline-parallel ranks; even with `layout.pipeline="dualpipe"`.
+      replica: Data-parallel replicas of the expert-parallel group.
+      node: Data-parallel nodes of the expert-parallel group, joined by InfiniBand.
+      gpu: Data-parallel GPUs of a node, joined by NVLink.
+      tensor: Tensor-parallel ranks, which see the same tokens.
+    """
 
     pipe: int
     replica: int
@@ -73,10 +118,10 @@ class MeshConfig:
 
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))  # outermost first
 
-DATA_AXES = ("replica", "node", "gpu")  # along these, devices see different tokens
+DATA_AXES = ("replica", "node", "gpu")  # data parallelism: devices along them see different tokens
 
-# The logical axes that a parameter or an activation may carry, each with the mesh axes that a rule
-# may split it over: those for which the model has the collectives that give the same result.
+# Logical axes of parameters and activations -> mesh axes that a rule may split them over. The model
+# has the collectives that keep the result the same for these splits only.
 SPLITS: dict[str, tuple[str, ...]] = {
     "batch": DATA_AXES,
     "layer": (),
@@ -96,7 +141,24 @@ LOGICAL_AXES = tuple(SPLITS)
 
 @dataclasses.dataclass(frozen=True)
 class LayoutConfig:
-    """Where things live and what is kept: results never depend on it."""
+    """Parallelism and memory. No key of this section changes what is computed.
+
+    Attributes:
+      zero: ZeRO stage: 0 off; 1 shards masters and moments; 3 also the weights, gathered by layer.
+      dispatch: Path to experts: "two_hop" (node, then GPU), "flat", or "reference" (no all-to-all).
+      capacity_factor: Slots of one dispatch round, as a multiple of a balanced load (dropless).
+      micro_batches_in_flight: Micro-batches run together by a layer, 1 or 2; 1 with a pipeline.
+      pipeline: Schedule with `mesh.pipe` > 1: "dualpipe", "dualpipev" (half the weights) or "1f1b".
+      stage_layers: Layers of each stage, with sum `model.layers`; () for equally many, last fewer.
+      ramps: Ticks that fill and drain the pipeline: "mask" computes and discards, "skip" branches.
+      defer_weight_gradients: True delays weight gradients into DualPipe's bubbles, for more memory.
+      cost_profile: Path of a .pbtxt of instruction costs for XLA's GPU scheduler; "" for none.
+      recompute: Policy: "none", "report" (norms, MLA up-projections, SwiGLU) or "full" (all).
+      attention_block: Query rows of attention that are scored at once.
+      unroll: Layers compiled one after another; 1 is one loop body, the fastest to compile.
+      loss_chunk: Tokens per device whose logits exist at once.
+      rules: Table: logical axis -> mesh axes it is split over; an absent axis is not split.
+    """
 
     zero: int
     dispatch: str
@@ -116,12 +178,32 @@ class LayoutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
+    """Number formats of computation and communication.
+
+    Attributes:
+      recipe: Format of weights and matmuls in a step: "float32" or "bfloat16"; masters are float32.
+      dispatch: Format of tokens sent to experts: "compute", as they are, or "fp8" (section 3.3.2).
+    """
+
     recipe: str
     dispatch: str
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW and the average of the weights (section 4.2).
+
+    Attributes:
+      b1: Decay of the first moment; from 0, below 1.
+      b2: Decay of the second moment; from 0, below 1, at most 0.99 with bfloat16 moments.
+      eps: Epsilon added to the root of the second moment.
+      weight_decay: Decoupled weight decay, times the learning rate; at least 0.
+      decayed: Weights that decay: "matrices", all but vectors such as norms, or "all".
+      clip: Largest global norm of the gradient.
+      moments: Format in which both moments are kept: "float32" or "bfloat16" (section 3.3.3).
+      ema_decay: Decay per step of the exponential moving average of weights; from 0 (off), below 1.
+    """
+
     b1: float
     b2: float
     eps: float
@@ -134,7 +216,26 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """Every boundary is a number of consumed tokens, except `warmup_steps`."""
+    """Learning rate, balancing and MTP weight over the run (section 4.2).
+
+    Every boundary counts consumed tokens from the start of the run, except `warmup_steps`.
+
+    Attributes:
+      tokens: Tokens at which the run ends.
+      learning_rate: Peak learning rate, after the warm-up.
+      warmup_steps: Optimiser steps of the linear warm-up; at least 0, over by `decay_start`.
+      decay_start: Tokens at which the cosine decay starts; from 0 to `decay_end`.
+      decay_end: Tokens at which the cosine decay ends; from `decay_start` to `final_start`.
+      decayed_learning_rate: Learning rate at the end of the decay, held until `final_start`.
+      final_start: Tokens from which the final learning rate holds; at least `decay_end`.
+      final_learning_rate: Learning rate from `final_start` to the end.
+      bias_speed: Change of the router bias per step (gamma of section 2.1.2); 0 is off.
+      bias_stop: Tokens from which the router bias stays as it is; at least 0.
+      balance_alpha: Weight of the sequence-wise balance loss (equation 17); 0 is off.
+      mtp_weight: Weight of the mean MTP loss (lambda, equation 25) before `mtp_switch`; at least 0.
+      late_mtp_weight: Weight of the mean MTP loss from `mtp_switch` on; at least 0.
+      mtp_switch: Tokens at which the MTP weight changes; at least 0.
+    """
 
     tokens: int
     learning_rate: float
@@ -154,7 +255,15 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """Sequences of `length` tokens per optimiser step, in micro-batches, over all devices."""
+    """Batch of one optimiser step, counted over all devices.
+
+    Attributes:
+      length: Tokens of a sequence; at least 2.
+      sequences: Sequences of a step after the ramp; a multiple of `micro_sequences`.
+      ramp_sequences: Sequences of the first step; a multiple of `micro_sequences`, <= `sequences`.
+      ramp_tokens: Tokens over which the batch grows linearly to `sequences`; 0 for no ramp.
+      micro_sequences: Sequences of a micro-batch; a multiple of the devices that split the batch.
+    """
 
     length: int
     sequences: int
@@ -165,6 +274,17 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """Training text and its tokens (section 4.1).
+
+    Attributes:
+      path: Text, JSONL, Parquet or token file, or a folder; "" for the Python library's source.
+      tokenizer: "bpe" trained on the data, "byte", "deepseek", or the path of a tokenizer.json.
+      text_key: Field of JSONL and Parquet rows that holds the text.
+      cache: Folder of tokenizers and tokens; "" for the user's cache folder.
+      fim_rate: Share of documents in fill-in-the-middle form (prefix-suffix-middle); from 0 to 1.
+      held_out: Share of documents that are never trained on; above 0, below 1.
+    """
+
     path: str
     tokenizer: str
     text_key: str
@@ -175,22 +295,58 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+    """Checkpoints of the training state.
+
+    Attributes:
+      every_steps: Optimiser steps between checkpoints.
+      keep: Newest checkpoints that are kept.
+    """
+
     every_steps: int
     keep: int
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
+    """Metrics of the run.
+
+    Attributes:
+      every_steps: Optimiser steps between rows of metrics.
+    """
+
     every_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
+    """Evaluation at the end of the run.
+
+    Attributes:
+      tokens: Held-out tokens that are scored; 0 for no evaluation.
+    """
+
     tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """All settings of a run.
+
+    Attributes:
+      seed: Seed of initial weights and data order; from 0 to 2**32 - 1.
+      model: Sizes and routing rules of the model.
+      mesh: Devices along each mesh axis.
+      layout: Parallelism and memory.
+      precision: Number formats of computation and communication.
+      optimizer: AdamW and the average of the weights.
+      schedule: Learning rate, balancing and MTP weight over the run.
+      batch: Batch of one optimiser step.
+      data: Training text and its tokens.
+      checkpoint: Checkpoints of the training state.
+      log: Metrics of the run.
+      evaluation: Evaluation at the end of the run.
+    """
+
     seed: int
     model: ModelConfig
     mesh: MeshConfig
@@ -205,5 +361,5 @@ class Config:
     evaluation: EvaluationConfig
 
     def to_json(self) -> str:
-        """The resolved config, as `config.json` keeps it; `from_json` reads it back."""
+        """Resolved config in the form of `config.json`, which `from_json` reads back."""
         return json.dumps(dataclasses.asdict(self), indent=2)

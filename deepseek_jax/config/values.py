@@ -1,4 +1,4 @@
-"""The range, or the choices, of each value of a config alone."""
+"""Allowed range or choices of each config value by itself."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -57,7 +57,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def check_values(config: Config) -> None:
-    """Each value alone: its range, or the names it may have."""
+    """Checks each value by itself against its range or its choices.
+
+    Raises:
+      ConfigError: The first value outside; the message names the key and what is allowed.
+    """
     for key, value in leaves(config):
         if key in _CHOICES:
             choices = ", ".join(map(str, _CHOICES[key]))
@@ -65,12 +69,12 @@ def check_values(config: Config) -> None:
             need(value in _CHOICES[key], f"{key} is {value!r}; it must be one of {choices}{hint}")
         elif type(value) in (int, float):
             words, holds = _RANGES.get(key, _COUNT if type(value) is int else _POSITIVE)
-            finite = abs(value) < 2**63  # and no NaN, for which every comparison is false
+            finite = abs(value) < 2**63  # false for NaN as well
             need(finite and holds(value), f"{key} is {value}; it must be {words}")
 
 
 def leaves(section: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted key and value of every plain setting."""
+    """Yields dotted key and value of every setting that is not a section."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):

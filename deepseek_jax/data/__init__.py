@@ -1,1 +1,1 @@
-"""From documents to batches of tokens: source, tokenizer, corpus, packing, loader, scoring."""
+"""Data pipeline, documents to batches: source, tokenizer, corpus, packing, loader, scoring."""

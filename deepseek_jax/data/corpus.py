@@ -1,9 +1,9 @@
-"""A corpus: tokenised documents on disk, mapped into memory, with a share of them held out.
+"""Corpus: tokenised documents, memory-mapped, with a held-out share.
 
-Text is tokenised once into `data.cache`, in a folder named by what it was made from: the content of
-the documents, the tokenizer and the share held out. A folder appears whole or not at all, so any
-number of processes may start at once and the first to finish serves the others. Token files stay
-where they are; only the index of their documents is kept.
+Text is tokenised once into `data.cache`, in a folder whose name is a hash of the content of the
+documents, the tokenizer and the held-out share. A folder appears by an atomic rename, so that any
+number of processes may start at once and share the first complete one. Token files stay in place;
+the cache has only the index of their documents.
 """
 
 import contextlib
@@ -24,16 +24,22 @@ from deepseek_jax.data.source import Source, open_source
 from deepseek_jax.data.source import token_files as find_token_files
 from deepseek_jax.data.tokenizer import Marks, Tokenizer
 
-FORMAT = 1  # of the cache; part of every key
-_SPLIT_SEED = 20241226  # one split for every run: a held-out document stays held out
-_SAMPLE = 1 << 16  # tokens that a digest looks at
+FORMAT = 1  # version of the cache, part of every key
+_SPLIT_SEED = 20241226  # the same split in every run: a held-out document stays held out
+_SAMPLE = 1 << 16  # tokens that a digest covers
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a corpus holds, for people.
+    """Counts of a corpus, for messages.
 
-    `tokens` counts BOS and EOS. `bytes` are of the text; of token files, their own.
+    Attributes:
+      documents: All documents.
+      held_out_documents: Documents that are never trained on.
+      tokens: Tokens of all documents, BOS and EOS included.
+      bytes: Bytes of the text, or of the token files.
+      tokenizer: Description of the tokenizer.
+      eos: Id of the end-of-text mark.
     """
 
     documents: int
@@ -46,17 +52,18 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """Tokenised documents by number, D of them.
+    """D tokenised documents, by number.
 
     Attributes:
-      shards: ids, the same stream in one or more mapped arrays.
-      spans: [D, 2] int64, start and stop of each document's own tokens in that stream.
-      training, held_out: the two sets of document numbers.
-      marks: ids that stand around documents.
-      tokenizer: None for token files whose tokenizer is not known.
-      text: the bytes of a document: its UTF-8, or its ids as stored where there is no tokenizer.
-      digest: changes with anything that would change the training stream.
-      facts: counts.
+      shards: Ids of one stream, in one or more memory-mapped arrays.
+      spans: [D, 2] int64, start and stop of each document in the stream, without marks.
+      training: Numbers of the documents to train on.
+      held_out: Numbers of the held-out documents.
+      marks: Ids of the marks around documents.
+      tokenizer: Tokenizer; None for token files without a known tokenizer.
+      text: Document number -> UTF-8 bytes, or stored ids without a tokenizer.
+      digest: Hash that changes with the training stream.
+      facts: Counts.
     """
 
     shards: tuple[np.ndarray, ...]
@@ -70,7 +77,7 @@ class Corpus:
     facts: Facts
 
     def body(self, document: int) -> np.ndarray:
-        """A document's own tokens, [N], without marks; a view, not a copy."""
+        """Tokens of a document, [N], without marks; a view, not a copy."""
         start, stop = self.spans[document]
         for shard in self.shards:
             if start < len(shard):
@@ -80,27 +87,27 @@ class Corpus:
 
     @property
     def around(self) -> int:
-        """Marks around each document: EOS, and BOS if there is one."""
+        """Number of marks around each document: EOS, and BOS if there is one."""
         return 1 + (self.marks.bos is not None)
 
 
 def prepare(
     config: DataConfig, *, vocab: int, say: Callable[[str], None] = lambda text: None
 ) -> Corpus:
-    """Opens the corpus that a config names, and makes it first where there is none yet.
+    """Opens the corpus of a config, and builds it first if the cache does not have it.
 
     Args:
-      config: the data section.
-      vocab: `model.vocab`, which every id must fit.
-      say: called with a line about anything that takes time or was left out.
+      config: Data section of the config.
+      vocab: `model.vocab`, above all ids.
+      say: Receives a line on each slow operation and on skipped files.
 
     Raises:
-      ConfigError: whatever is wrong with the data, the tokenizer or the cache.
+      ConfigError: Bad data, a bad tokenizer or a bad cache.
     """
     if not 0 <= config.held_out < 1:
-        raise ConfigError(f"data.held_out={config.held_out}; it is a share, from 0 to below 1")
+        raise ConfigError(f"data.held_out={config.held_out}; expected at least 0 and below 1")
     if not 0 <= config.fim_rate <= 1:
-        raise ConfigError(f"data.fim_rate={config.fim_rate}; it is a probability, from 0 to 1")
+        raise ConfigError(f"data.fim_rate={config.fim_rate}; expected a probability, from 0 to 1")
     if files := find_token_files(config.path):
         corpus = _from_tokens(config, files, vocab, say)
     else:
@@ -147,7 +154,7 @@ def _from_text(config: DataConfig, vocab: int, say: Callable[[str], None]) -> Co
 def _tokenise(
     source: Source, config: DataConfig, vocab: int, folder: Path, say: Callable[[str], None]
 ) -> None:
-    """Writes a folder of the cache; the tokenizer sees no held-out document."""
+    """Writes a folder of the cache; a tokenizer is trained on the training documents only."""
     sizes = [len(source[row].encode()) for row in range(len(source))]
     rows = np.flatnonzero(sizes)
     training, _ = split(len(rows), config.held_out)
@@ -173,9 +180,10 @@ def _tokenise(
 def _from_tokens(
     config: DataConfig, files: list[Path], vocab: int, say: Callable[[str], None]
 ) -> Corpus:
-    """Token files under "bpe", which cannot be trained on ids, follow our own marks.
+    """Opens token files.
 
-    Those of fill-in-the-middle are then the first ids that the files do not use.
+    With data.tokenizer="bpe", which cannot be trained on ids, the ids of BOS and EOS are those of
+    `tokenizer.OWN_MARKS`, and fill-in-the-middle takes the first ids that the files do not use.
     """
     words, marks = None, Marks(eos=tokenizer.OWN_MARKS.index(tokenizer.EOS), bos=0, fim=None)
     if config.tokenizer != "bpe":
@@ -207,21 +215,21 @@ def _from_tokens(
     if words is not None and used > words.size:
         raise ConfigError(
             f"data.path={config.path!r} has ids up to {used - 1}, and data.tokenizer "
-            f"({words.description}) stops at {words.size - 1}; set data.tokenizer to the one "
+            f"({words.description}) ends at {words.size - 1}; set data.tokenizer to the one "
             "that wrote the files"
         )
     if words is None:
         first = max(used, len(tokenizer.OWN_MARKS))
         if config.fim_rate and first + 3 > vocab:
             raise ConfigError(
-                f"data.fim_rate={config.fim_rate} needs three ids of its own, and the ids of "
-                f"data.path={config.path!r} leave none below model.vocab={vocab}; set "
+                f"data.fim_rate={config.fim_rate} needs three unused ids, and the ids of "
+                f"data.path={config.path!r} leave too few below model.vocab={vocab}; set "
                 f"data.fim_rate=0, model.vocab to at least {first + 3}, or data.tokenizer to the "
                 "tokenizer.json that wrote them"
             )
         if config.fim_rate:
             marks = dataclasses.replace(marks, fim=(first, first + 1, first + 2))
-        say("data: no data.tokenizer for these token files; end of text is taken to be id 1")
+        say("data: these token files have no data.tokenizer; assuming id 1 as end of text")
     if not has_bos:
         marks = dataclasses.replace(marks, bos=None)
 
@@ -271,9 +279,13 @@ def _corpus(
 
 
 def split(documents: int, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the documents to train on, in order, and of those held out, shuffled.
+    """Splits document numbers -> (training, in order; held out, shuffled).
 
-    At least one is held out if any share is; the same ones in every run over the same documents.
+    A positive share holds out at least one document, and the same ones in every run over as many
+    documents.
+
+    Raises:
+      ConfigError: Too few documents to hold out some and train on others.
     """
     count = max(1, round(share * documents)) if share else 0
     if documents <= count:
@@ -287,18 +299,18 @@ def split(documents: int, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Raises ConfigError for whatever is wrong with this folder of the cache."""
+    """Turns errors of reading a folder of the cache into a ConfigError."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"data.cache: {folder} is damaged ({reason}); delete it, to have it made again"
+            f"data.cache: {folder} is damaged ({reason}); delete it to build it again"
         ) from error
 
 
 def _cached(cache: str, made_of: Sequence[str], build: Callable[[Path], None]) -> Path:
-    """The folder for what `made_of` lists, filled by `build` if it is not there yet."""
+    """Cache folder whose key is a hash of `made_of`; `build` fills it if it does not exist."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "deepseek_jax")
     root = Path(cache or root).expanduser()
     key = hashlib.blake2b("\n".join([str(FORMAT), *made_of]).encode(), digest_size=16).hexdigest()
@@ -311,15 +323,15 @@ def _cached(cache: str, made_of: Sequence[str], build: Callable[[Path], None]) -
     except OSError as error:
         raise ConfigError(
             f"the cache folder {root} cannot be written ({error.strerror}); set data.cache to a "
-            "folder that can"
+            "writable folder"
         ) from error
     try:
         build(scratch)
-        scratch.chmod(0o755)  # a cache may be shared
+        scratch.chmod(0o755)  # readable for other users of a shared cache
         try:
             scratch.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first: its folder is as good
+            if not folder.is_dir():  # else another process was first, with an equal folder
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

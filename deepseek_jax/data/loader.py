@@ -1,8 +1,8 @@
-"""Training batches: this process's rows of each micro-batch, read ahead by Grain.
+"""Training batches: this process's rows of each micro-batch, prefetched by Grain.
 
-Micro-batch m of a run holds sequences m * micro_sequences and on of the stream (`packing.py`), each
-process an equal run of them. Grain reads ahead in threads. Where a run stands is one number, the
-sequences consumed, so it resumes exactly, on as many processes as it likes.
+Micro-batch m has the sequences of the stream (`packing.py`) from m * micro_sequences on, an equal
+contiguous part for each process. Grain prefetches in threads. The position is one number, the
+sequences consumed, so that a run resumes exactly on any number of processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from deepseek_jax.config import ConfigError, DataConfig
 from deepseek_jax.data.corpus import Corpus, Facts, prepare
 from deepseek_jax.data.packing import Stream
 
-_ENDLESS = 1 << 48  # Grain wants a length; sequences that no run will reach
+_ENDLESS = 1 << 48  # Grain needs a length; more sequences than any run consumes
 _THREADS = 2
 _READ_AHEAD = 64  # sequences
 
-# What to change back when a state does not fit.
+# Field of a state -> config keys to change back if it differs.
 _KEYS = {
     "digest": "data.path, data.tokenizer or data.held_out",
     "seed": "seed",
@@ -28,20 +28,21 @@ _KEYS = {
 
 
 class TrainData:
-    """An endless iterator over micro-batches.
+    """Endless iterator over micro-batches.
 
     Args:
-      config: the data section.
+      config: Data section of the config.
       vocab: `model.vocab`.
       length: `batch.length`, tokens that a sequence predicts.
       micro_sequences: `batch.micro_sequences`, over all processes.
-      seed: of order and fill-in-the-middle; not negative.
-      process_index, process_count: this process's place among those that share each micro-batch.
-      say: called with a line about anything that takes time.
-      corpus: one that is open already; else the config's is prepared.
+      seed: Seed of order and fill-in-the-middle, at least 0.
+      process_index: Index of this process among those that share a micro-batch.
+      process_count: Number of processes that share a micro-batch.
+      say: Receives a line on each slow operation.
+      corpus: Open corpus; None prepares that of the config.
 
     Raises:
-      ConfigError: whatever is wrong with the data, or processes that do not divide the micro-batch.
+      ConfigError: Bad data, or processes that do not divide the micro-batch.
     """
 
     def __init__(
@@ -71,26 +72,27 @@ class TrainData:
 
     @property
     def facts(self) -> Facts:
+        """Counts of the corpus."""
         return self.corpus.facts
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
 
     def __next__(self) -> np.ndarray:
-        """This process's rows of the next micro-batch, [rows, length + 1] int32."""
+        """Rows of this process in the next micro-batch, [rows, length + 1] int32."""
         batch = next(self._batches)
         self._consumed += self._micro
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, and what it is of; plain JSON values."""
+        """Position and identity of the stream, as JSON values."""
         return {"consumed": self._consumed, **self._identity()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken, by any number of processes.
+        """Continues at the position of `state`, taken with any number of processes.
 
         Raises:
-          ConfigError: the state is of another stream: other documents, tokenizer, seed, length or
+          ConfigError: A state of another stream: other documents, tokenizer, seed, length or
             fill-in-the-middle rate.
         """
         for key, now in self._identity().items():
@@ -104,7 +106,7 @@ class TrainData:
         self._batches = self._open()
 
     def close(self) -> None:
-        """Stops reading ahead."""
+        """Stops prefetching."""
         self._batches.close()
 
     def _identity(self) -> dict[str, Any]:
@@ -126,7 +128,7 @@ class TrainData:
 
 
 class _Rows:
-    """One process's rows, one after another: `rows` of every `stride` sequences from `first` on."""
+    """Rows of one process: the first `rows` of every `stride` sequences, from `first` on."""
 
     def __init__(self, stream: Stream, first: int, rows: int, stride: int):
         self._stream, self._first, self._rows, self._stride = stream, first, rows, stride

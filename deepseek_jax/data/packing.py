@@ -1,17 +1,17 @@
-"""Fill-in-the-middle and packing, section 4.1 of the report: the endless stream of tokens.
+"""Fill-in-the-middle and packing (section 4.1): the endless stream of training sequences.
 
-Every epoch puts the training documents in a new order. A document is BOS, its tokens and EOS, or,
-with probability `fim_rate`, in prefix-suffix-middle form:
+Every epoch has the training documents in a new order. A document is BOS, its tokens and EOS or,
+with probability `fim_rate`, has prefix-suffix-middle form:
 
     BOS  <fim begin> prefix <fim hole> suffix <fim end> middle  EOS
 
-The two split points are uniform over its tokens (not its characters: documents are kept tokenised).
-Documents follow each other with no mask between them, and the stream is cut into sequences of
-`length + 1` tokens that share one token with their neighbour, so each token is predicted once.
-Sequences are then shuffled within windows of the stream, so that a batch is not one long document.
+The two split points are uniform over tokens (not characters, as documents are stored tokenised).
+Documents are packed without attention mask between them. The stream is cut into sequences of
+`length + 1` tokens that share one token with the next, so that each token is predicted once.
+Sequences are then shuffled within windows of the stream, so that a batch has many documents.
 
 Order, choice and split points depend on seed, epoch and document alone, and any sequence can be
-made without those before it: no process count and no interruption can change the stream.
+built without those before it: neither the number of processes nor a restart changes the stream.
 """
 
 import bisect
@@ -23,18 +23,18 @@ import numpy as np
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.corpus import Corpus
 
-_ORDER, _CHOICE, _SPLIT, _SHUFFLE = range(4)  # keep the kinds of random numbers apart
-_WINDOW = 1 << 16  # sequences that are shuffled together, at most an epoch
+_ORDER, _CHOICE, _SPLIT, _SHUFFLE = range(4)  # purposes of random numbers
+_WINDOW = 1 << 16  # sequences that are shuffled together, at most those of an epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """One pass over the training documents, N of them.
+    """One pass over the N training documents.
 
     Attributes:
-      documents: [N] numbers of the documents in their order.
-      fim: [N] bool, whether each is in fill-in-the-middle form.
-      stops: [N] int64, tokens of the epoch up to and with each document.
+      documents: [N], document numbers in the order of the epoch.
+      fim: [N] bool, True for a document in fill-in-the-middle form.
+      stops: [N] int64, end of each document in the tokens of the epoch.
     """
 
     documents: np.ndarray
@@ -43,7 +43,17 @@ class Epoch:
 
 
 class Stream:
-    """The training sequences of a corpus by number, from 0 without end."""
+    """Endless training sequences of a corpus, by number from 0.
+
+    Args:
+      corpus: Tokenised documents.
+      length: Tokens that a sequence predicts.
+      seed: Seed of order and fill-in-the-middle, at least 0.
+      fim_rate: Probability of fill-in-the-middle form.
+
+    Raises:
+      ConfigError: A negative seed, or fewer training tokens than one sequence has.
+    """
 
     def __init__(self, corpus: Corpus, *, length: int, seed: int, fim_rate: float):
         if seed < 0:
@@ -61,11 +71,11 @@ class Stream:
         self.window = min(_WINDOW, self._plain // length)
         self._shuffles: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
-        self._starts = [0]  # of each epoch in the stream, as far as anybody asked
+        self._starts = [0]  # start of each epoch in the stream, computed on demand
         self._epochs: dict[int, Epoch] = {}
 
     def shuffled(self, number: int) -> np.ndarray:
-        """The sequence that training meets as number `number`, [length + 1] int32."""
+        """Sequence number `number` of the shuffled stream, [length + 1] int32."""
         window, place = divmod(number, self.window)
         with self._lock:
             if window not in self._shuffles:
@@ -92,7 +102,7 @@ class Stream:
         return out
 
     def epoch(self, number: int) -> Epoch:
-        """The order and the forms of one epoch; the last few are kept."""
+        """Order and forms of an epoch; the last few are cached."""
         with self._lock:
             if number not in self._epochs:
                 shuffle = np.random.default_rng([self.seed, number, _ORDER])
@@ -104,12 +114,12 @@ class Stream:
             return self._epochs[number]
 
     def _fim(self, epoch: int) -> np.ndarray:
-        """Which training documents are in fill-in-the-middle form, [N] bool."""
+        """True for each training document in fill-in-the-middle form, [N] bool."""
         choice = np.random.default_rng([self.seed, epoch, _CHOICE])
         return choice.random(len(self._lengths)) < self.fim_rate
 
     def _epoch_at(self, position: int) -> int:
-        """The epoch that a token of the stream is in."""
+        """Epoch of a position in the stream."""
         with self._lock:
             while self._starts[-1] <= position:
                 marks = 3 * int(self._fim(len(self._starts) - 1).sum())
@@ -117,11 +127,11 @@ class Stream:
             return bisect.bisect_right(self._starts, position) - 1
 
     def _pieces(self, epoch: int, document: int, fim: bool) -> list[np.ndarray]:
-        """A document with its marks, as arrays to be put together."""
+        """Document with its marks, as arrays to concatenate."""
         body, marks = self.corpus.body(document), self.corpus.marks
         pieces = [body]
         if fim:
-            assert marks.fim is not None  # `prepare` checked
+            assert marks.fim is not None  # `corpus.prepare` checks it
             begin, hole, end = (np.array([mark], np.int32) for mark in marks.fim)
             split = np.random.default_rng([self.seed, epoch, _SPLIT, document])
             a, b = np.sort(split.integers(0, len(body) + 1, 2))
@@ -131,7 +141,7 @@ class Stream:
 
 
 def _copy(pieces: list[np.ndarray], skip: int, out: np.ndarray) -> int:
-    """Fills `out` with the pieces one after another, less the first `skip` tokens; how many."""
+    """Copies the concatenated pieces from token `skip` on to `out` -> number of tokens copied."""
     filled = 0
     for piece in pieces:
         part = piece[skip : skip + len(out) - filled]

@@ -1,7 +1,7 @@
-"""Documents laid out to be scored: every token predicted once, and the bytes they stand for.
+"""Documents packed for scoring: every token is predicted once, and their bytes are counted.
 
-Bits per byte is the summed loss over `valid` in bits over `bytes`; `8 * gzip_bytes / bytes` is the
-same number for `gzip -9` on the same bytes.
+Bits per byte is the loss in bits, summed over `valid`, divided by `bytes`. `8 * gzip_bytes / bytes`
+is the same figure for `gzip -9`.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ class HeldOut:
     """Whole documents, packed as in training but without fill-in-the-middle.
 
     Attributes:
-      sequences: [N, length + 1] int32; neighbours share a token, the last is padded with EOS.
-      valid: [N, length] bool, which of the targets `sequences[:, 1:]` count: all but the padding.
-      bytes: length of the documents in UTF-8.
-      gzip_bytes: what `gzip -9` makes of them, one after another.
-      documents: how many they are.
+      sequences: [N, length + 1] int32; neighbours share a token, and the last is padded with EOS.
+      valid: [N, length] bool, False for padding among the targets `sequences[:, 1:]`.
+      bytes: UTF-8 bytes of the documents.
+      gzip_bytes: Bytes of the concatenated documents after `gzip -9`.
+      documents: Number of documents.
     """
 
     sequences: np.ndarray
@@ -38,10 +38,10 @@ class HeldOut:
 
 
 def held_out(corpus: Corpus, *, length: int, tokens: int) -> HeldOut:
-    """The corpus's held-out documents, as far as `tokens` targets go.
+    """Packs held-out documents of a corpus, up to `tokens` targets.
 
     Raises:
-      ConfigError: none were held out.
+      ConfigError: A corpus without held-out documents.
     """
     if not len(corpus.held_out):
         raise ConfigError("data.held_out=0 leaves nothing to evaluate on; set data.held_out=0.02")
@@ -49,7 +49,7 @@ def held_out(corpus: Corpus, *, length: int, tokens: int) -> HeldOut:
 
 
 def lay_out(corpus: Corpus, documents: np.ndarray, *, length: int, tokens: int) -> HeldOut:
-    """Packs those of some documents that fit into `tokens` targets; the shortest if none does."""
+    """Packs the documents that fit into `tokens` targets, or the shortest one if none fits."""
     spans = corpus.spans[documents]
     lengths = spans[:, 1] - spans[:, 0] + corpus.around
     taken, total = [], 0
@@ -64,7 +64,7 @@ def lay_out(corpus: Corpus, documents: np.ndarray, *, length: int, tokens: int) 
 
 
 def of_text(source: Source, words: Tokenizer, *, length: int, tokens: int) -> HeldOut:
-    """Documents in their order, whole but for the last, where `tokens` targets end."""
+    """Packs documents in their order, and cuts the last one at `tokens` targets."""
     bodies: list[np.ndarray] = []
     texts: list[bytes] = []
     left = tokens
@@ -83,9 +83,9 @@ def of_text(source: Source, words: Tokenizer, *, length: int, tokens: int) -> He
 
 
 def _packed(bodies: Sequence[np.ndarray], text: bytes, marks: Marks, length: int) -> HeldOut:
-    """Documents between their marks, one after another, and the bytes that they stand for."""
+    """Packs the tokens of documents with marks, and counts the bytes of `text`."""
     bos = [] if marks.bos is None else [marks.bos]
-    # The first token has nothing to be predicted from: BOS, or the EOS of a document before.
+    # The first token of the stream is no target: BOS, or the EOS of a preceding document.
     stream = [] if bos else [np.array([marks.eos])]
     for body in bodies:
         stream += [np.array(bos, np.int64), body, np.array([marks.eos])]
@@ -101,7 +101,7 @@ def _packed(bodies: Sequence[np.ndarray], text: bytes, marks: Marks, length: int
 
 
 def _rows(ids: np.ndarray, length: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
-    """A stream cut into rows [N, length + 1] that share one token, and which targets count."""
+    """Cuts a stream into (rows [N, length + 1] that share one token, valid targets)."""
     rows = -(-(len(ids) - 1) // length)
     padded = np.full(rows * length + 1, padding, np.int32)
     padded[: len(ids)] = ids
@@ -112,18 +112,20 @@ def _rows(ids: np.ndarray, length: int, padding: int) -> tuple[np.ndarray, np.nd
 def of_tokens(
     files: Sequence[Path], *, vocab: int, length: int, tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of token files as they are: no mark is added, and the first of a file is given.
+    """Packs the ids of token files without marks; the first token of a file is no target.
 
     Args:
-      files: a `.npy` file may hold a table [N, T] instead of a stream: then each row is a text of
-        its own, and `length` does not matter.
-      tokens: how many targets at most.
+      files: Token files. A single `.npy` file may have a table [N, T] instead of a stream; each
+        row is then a separate text, and `length` is not used.
+      vocab: `model.vocab`, above all ids.
+      length: Targets of a sequence.
+      tokens: Most targets that are valid.
 
     Returns:
-      sequences [N, length + 1] int32 and valid [N, length] bool, as in `HeldOut`.
+      Sequences [N, length + 1] int32 and valid [N, length] bool, as in `HeldOut`.
 
     Raises:
-      ConfigError: a file that holds no token ids, or ids that the model does not have.
+      ConfigError: A file without token ids, or ids that the model does not have.
     """
     if table := _table(files):
         parts = [table]
@@ -145,12 +147,13 @@ def of_tokens(
 
 
 def _table(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Sequences and valid of a single `.npy` file with a table of ids; None for other files."""
     if len(files) > 1 or files[0].suffix.lower() != ".npy":
         return None
     try:
         ids = np.load(files[0], mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
-        return None  # opening it as a stream says what is wrong
+        return None  # opening the file as a stream reports the error
     if ids.ndim != 2 or ids.dtype.kind not in "ui" or not ids.size or ids.shape[1] < 2:
         return None
     return ids.astype(np.int32), np.ones((len(ids), ids.shape[1] - 1), bool)

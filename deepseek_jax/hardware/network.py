@@ -1,7 +1,7 @@
-"""What joins the accelerators: NVLink inside a node, InfiniBand between nodes.
+"""Networks of GPU clusters: NVLink inside a node, InfiniBand between nodes.
 
-All bandwidths are bytes/s of one GPU in one direction, decimal. "Effective" is what all-to-all
-traffic was seen to reach, and what a plan should count with. Sources of the numbers:
+Bandwidths are bytes/s of one GPU in one direction, decimal. "Effective" bandwidth is the published
+measurement of all-to-all traffic, which a plan should use. Sources of the numbers:
 
 - [V3] DeepSeek-V3 report, sections 3.1 and 3.2.2: 8 GPUs per node, NVLink 160 GB/s and InfiniBand
   50 GB/s, a ratio of 3.2.
@@ -18,16 +18,19 @@ import difflib
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A cluster's links, per GPU and direction.
+    """Links of a cluster, per GPU and direction.
 
     Attributes:
+      name: Name of the chip.
       gpus_per_node: GPUs that NVLink joins.
-      nvlink_bytes_per_s, infiniband_bytes_per_s: rated.
-      nvlink_effective_bytes_per_s, infiniband_effective_bytes_per_s: seen with large messages; None
-        where nobody published it.
-      infiniband_small_bytes_per_s: seen with the few kilobytes per peer of decoding.
-      nvlink_latency_s, infiniband_latency_s: of 64 bytes; InfiniBand under one leaf switch.
-      infiniband_far_latency_s: of 64 bytes between leaf switches.
+      nvlink_bytes_per_s: Rated bandwidth of NVLink.
+      nvlink_effective_bytes_per_s: Measured with large messages; None if not published.
+      infiniband_bytes_per_s: Rated bandwidth of InfiniBand.
+      infiniband_effective_bytes_per_s: Measured with large messages.
+      infiniband_small_bytes_per_s: Measured with the few kilobytes per peer of decoding.
+      nvlink_latency_s: Latency of 64 bytes.
+      infiniband_latency_s: Latency of 64 bytes under one leaf switch.
+      infiniband_far_latency_s: Latency of 64 bytes between leaf switches.
     """
 
     name: str
@@ -65,10 +68,10 @@ NETWORKS = {network.name: network for network in (H100, H800, H200)}
 
 
 def network(name: str) -> Network:
-    """The links of a cluster of this chip.
+    """Looks up the links of a cluster by the name of its chip.
 
     Raises:
-      ValueError: no such cluster; the message has the closest name.
+      ValueError: An unknown name; the message has the closest one.
     """
     if name.lower() in NETWORKS:
         return NETWORKS[name.lower()]

@@ -1,4 +1,4 @@
-"""How XLA compiles for GPUs: alike where training runs and for a cluster that is not there."""
+"""Compiler options for GPUs, the same for training and for a virtual cluster."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,28 +6,28 @@ from typing import Any
 
 from deepseek_jax.config import ConfigError
 
-# Merged dots join two chunks' GEMMs into one that waits for both chunks' traffic. At its default of
-# 95 % the scheduler gives up overlap, silently, in programs whose real peak fits. Command buffers
-# would hide compute from the schedule.
+# The dot merger joins the GEMMs of two chunks into one that waits for the messages of both. At the
+# default memory limit of 95 % the scheduler silently gives up overlap in programs whose real peak
+# fits. Command buffers hide computation from the schedule.
 OPTIONS: Mapping[str, Any] = {
     "xla_gpu_dot_merger_threshold_mb": 0,
     "xla_gpu_memory_limit_slop_factor": 125,
     "xla_gpu_enable_command_buffer": "",
 }
 PROFILE = "xla_gpu_pgle_profile_file_or_directory_path"
-ENDING = ".pbtxt"  # XLA reads this one as text, and ignores a file of any other without a word
+ENDING = ".pbtxt"  # XLA silently ignores a profile in text form with any other ending
 
 
 def options(backend: str, profile: str = "") -> dict[str, Any]:
-    """Compiler options of a training step; none but for a GPU.
+    """Compiler options of a training step; empty unless the backend is a GPU.
 
     Args:
-      backend: as `jax.default_backend()` names it.
-      profile: layout.cost_profile, what each instruction costs (`plan step` writes one; XLA's
-        profiler writes one that is measured), or nothing.
+      backend: Name of the backend, as `jax.default_backend()` returns it.
+      profile: `layout.cost_profile`, a file of instruction costs: estimated by `plan step`, or
+        measured by XLA's profiler; "" for none.
 
     Raises:
-      ConfigError: there is no such profile, or XLA would not read it.
+      ConfigError: No such file, or one that XLA would ignore.
     """
     if profile and not (Path(profile).is_file() and profile.endswith(ENDING)):
         raise ConfigError(

@@ -1,15 +1,15 @@
-"""What XLA's GPU compiler has to know of a device that is not there.
+"""Description of an H100 for XLA's GPU compiler, to compile without one.
 
 The numbers are those of XLA's public `h100_sxm.txtpb`, a `stream_executor.GpuTargetConfigProto`, in
-the units of its fields: counts, bytes, bytes/s, GHz. The four version lines are ours: the CUDA
-and cuDNN that jax 0.10 to 0.12 are built for. Without them FP8 matmuls silently become bfloat16
-ones. `cub_version` is left out on purpose: with it, sorting asks for a real device.
+the units of its fields: counts, bytes, bytes/s, GHz. The four version lines are added here, for the
+CUDA and cuDNN of jax 0.10 to 0.12. Without them XLA silently replaces FP8 matmuls by bfloat16 ones.
+`cub_version` is left out on purpose: with it, compiling a sort needs a real device.
 """
 
 import json
 from typing import Any
 
-# A plain string is quoted in the text form; enum values are named in _ENUMS.
+# The text form quotes strings, except the values of the fields in _ENUMS.
 H100_SXM: dict[str, Any] = {
     "platform_name": "CUDA",
     "device_description_str": "NVIDIA H100 80GB HBM3",
@@ -51,7 +51,7 @@ _ENUMS = {"feature_extension"}
 
 
 def text(config: dict[str, Any] = H100_SXM) -> str:
-    """The protobuf text form that `topologies.get_topology_desc(target_config=...)` reads."""
+    """Protobuf text form, for `topologies.get_topology_desc(target_config=...)`."""
     return "\n".join(_field(name, value) for name, value in config.items())
 
 

@@ -1,16 +1,18 @@
 """Grouped matmul on a GPU: Pallas kernels (Triton) behind the contract of `precision/grouped.py`.
 
-M rows, D width in, F width out, E experts. The number of programs is fixed by M and E, so nothing
-is read back to the host: which expert a program works for, and on which rows, is in a list computed
-on the device. `tests/precision/test_grouped_kernel.py` runs the kernels in interpret mode and
-compiles them for an H100; the bfloat16 tile is the fastest of those that `bench tiles` tried on
-one. jax 0.12 still runs Pallas kernels by way of Triton and warns that it will stop: `product` and
-the two gradients are then what another backend has to supply.
+M rows, D width in, F width out, E experts.
+
+The number of programs depends on M and E alone, so nothing is read back to the host: a list made on
+the device gives each program its expert and its rows. `tests/kernels/test_grouped_triton.py` runs
+the kernels in interpret mode and compiles them for an H100. The bfloat16 tile is the fastest of
+those that `bench tiles` measured on an H100. jax 0.12 still lowers Pallas kernels through Triton
+and warns that it will stop; another backend then has to supply `product` and its two gradients.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +20,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-EXACT = lax.Precision.HIGHEST  # float32 is not TF32; bfloat16 operands are exact anyway
+EXACT = lax.Precision.HIGHEST  # no TF32 for float32; products of bfloat16 are exact anyway
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What one program computes, and how.
+    """Sizes of one program.
 
     Attributes:
-      height, width: of its part of the result.
-      depth: how much of the contraction it holds at once.
-      warps, stages: threads in 32s; loads in flight, each of (height + width) * depth numbers.
-      neighbours: programs above one another that run at the same time, to share what they read.
+      height, width: rows and columns of the program's part of the result.
+      depth: length of the contraction that it holds at once.
+      warps: threads in units of 32.
+      stages: loads in flight, each of (height + width) * depth numbers.
+      neighbours: programs above one another that run at the same time and read the same columns.
     """
 
     height: int = 128
@@ -53,14 +56,15 @@ def product(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """rows @ weight[expert of each], or with `transpose` rows @ weight[expert of each]^T.
+    """Product rows @ weight[expert of each row], or with the transposed weight.
 
     Args:
-      rows: MD (MF to transpose), sorted by expert.
+      rows: MD (MF with `transpose`), sorted by expert.
       weight: EDF, same dtype.
       sizes: E int32, rows of each expert; may be zero.
-      tile: None for the dtype's own.
-      interpret: run on any platform, slowly.
+      transpose: whether each expert's weight is transposed.
+      tile: None for the dtype's default.
+      interpret: whether to emulate the kernel, slowly and on any platform.
 
     Returns:
       MF (MD), `rows.dtype`, summed in float32; rows past sum(sizes) are zero.
@@ -77,14 +81,14 @@ def product(
     )(*blocks, rows, weight)
 
 
-# What a product was given: rows, weight, sizes.
+# Residuals of a product: its rows, weight and sizes.
 Saved = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def rows_gradient(
     saved: Saved, d_out: jax.Array, *, tile: Tile | None = None, interpret: bool = False
 ) -> jax.Array:
-    """Of `product`'s rows: MD from MF."""
+    """Gradient of the rows of `product`: MF -> MD."""
     _, weight, sizes = saved
     return product(d_out, weight, sizes, transpose=True, tile=tile, interpret=interpret)
 
@@ -92,7 +96,7 @@ def rows_gradient(
 def weight_gradient(
     saved: Saved, d_out: jax.Array, *, tile: Tile | None = None, interpret: bool = False
 ) -> jax.Array:
-    """Of `product`'s weight: EDF, in its dtype."""
+    """Gradient of the weight of `product`: EDF, in the weight's dtype."""
     rows, weight, sizes = saved
     tile = tile or _default_tile(rows.dtype)
     experts, deep, wide = weight.shape
@@ -115,10 +119,11 @@ def _default_tile(dtype: jnp.dtype) -> Tile:
 
 
 def _blocks(sizes: jax.Array, rows: int, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What each program multiplies: its expert, its first row, and where the expert's rows end.
+    """Work list of the programs: expert, first row, and end of that expert's rows.
 
-    The rows past the last expert's are those of an expert of their own, number E. As many programs
-    as any sizes can need, in whole sets of neighbours; one with nothing to do starts at its end.
+    Padding rows, those past the last expert's, count as rows of an expert number E. The list has as
+    many programs as any sizes can need, in whole sets of neighbours; the first row of an idle
+    program is at its end.
     """
     ends = jnp.cumsum(sizes)
     sizes = jnp.append(sizes, rows - ends[-1])
@@ -127,7 +132,7 @@ def _blocks(sizes: jax.Array, rows: int, tile: Tile) -> tuple[jax.Array, jax.Arr
     last = jnp.cumsum(blocks)
     most = rows // tile.height + sizes.size
     number = jnp.arange(-(-most // tile.neighbours) * tile.neighbours, dtype=sizes.dtype)
-    # One comparison with each expert: the other methods of searchsorted are a loop or a sort.
+    # "compare_all" because the other methods of searchsorted are a loop or a sort.
     expert = jnp.searchsorted(last, number, side="right", method="compare_all")
     expert = jnp.minimum(expert, sizes.size - 1).astype(sizes.dtype)
     first = (ends - sizes)[expert] + (number - (last - blocks)[expert]) * tile.height
@@ -136,9 +141,10 @@ def _blocks(sizes: jax.Array, rows: int, tile: Tile) -> tuple[jax.Array, jax.Arr
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """Indices start, ..., start + size - 1 of one dimension, of which those from `end` on are out.
+    """Indices start, ..., start + size - 1 of one dimension; those from `end` on are outside.
 
-    `whole` says that none is, known when the kernel is built.
+    Attributes:
+      whole: whether all are known to be inside when the kernel is built.
     """
 
     start: jax.Array
@@ -152,7 +158,7 @@ class _Run:
 
 
 def _inside(down: _Run, right: _Run) -> jax.Array | None:
-    """Mask of a matrix's tile, as far as it has to be spelt out; None if all of it is inside."""
+    """Mask of a matrix's tile, broadcast where a dimension is whole; None if both are."""
     masks = [
         jnp.expand_dims(run.start + jnp.arange(run.size, dtype=jnp.int32) < run.end, 1 - axis)
         for axis, run in enumerate((down, right))
@@ -161,20 +167,31 @@ def _inside(down: _Run, right: _Run) -> jax.Array | None:
     return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
-def _load(ref, down: _Run, right: _Run, *lead: jax.Array) -> jax.Array:
-    """The tile of a matrix, zero outside: what lies there may be anything, NaN too."""
+def _load(ref: Any, down: _Run, right: _Run, *lead: jax.Array) -> jax.Array:
+    """Tile of a matrix, zero outside, where memory may hold any value, even NaN."""
     mask = _inside(down, right)
     other = None if mask is None else jnp.zeros((), ref.dtype)
     at = ref.at[(*lead, pl.ds(down.start, down.size), pl.ds(right.start, right.size))]
     return triton.load(at, mask=mask, other=other)
 
 
-def _store(ref, value: jax.Array, down: _Run, right: _Run, *lead: jax.Array) -> None:
+def _store(ref: Any, value: jax.Array, down: _Run, right: _Run, *lead: jax.Array) -> None:
     at = ref.at[(*lead, pl.ds(down.start, down.size), pl.ds(right.start, right.size))]
     triton.store(at, value.astype(ref.dtype), mask=_inside(down, right))
 
 
-def _product_kernel(experts, firsts, ends, rows, weight, out, *, tile: Tile, transpose: bool):
+def _product_kernel(
+    experts: Any,
+    firsts: Any,
+    ends: Any,
+    rows: Any,
+    weight: Any,
+    out: Any,
+    *,
+    tile: Tile,
+    transpose: bool,
+) -> None:
+    """One program of `product`: a tile of `out`, if the program has rows."""
     block = pl.program_id(2) * tile.neighbours + pl.program_id(0)
     expert, first, end = experts[block], firsts[block], ends[block]
     mine = _Run(first, tile.height, end)
@@ -182,21 +199,24 @@ def _product_kernel(experts, firsts, ends, rows, weight, out, *, tile: Tile, tra
     steps = pl.cdiv(rows.shape[1], tile.depth)
 
     @pl.when(first < end)
-    def multiply():
-        def step(i, total):
+    def multiply() -> None:
+        def step(i: jax.Array, total: jax.Array) -> jax.Array:
             depth = _Run.tile(i, tile.depth, rows.shape[1])
             matrix = _load(weight, *((column, depth) if transpose else (depth, column)), expert)
             return total + triton.dot(
                 _load(rows, mine, depth), matrix, trans_b=transpose, precision=EXACT
             )
 
-        # Nobody's rows, those of expert E, take no step.
+        # Padding rows, those of expert E, take no step: their tile is zero.
         count = steps * (expert < weight.shape[0]).astype(jnp.int32)
         zero = jnp.zeros((tile.height, tile.width), jnp.float32)
         _store(out, lax.fori_loop(0, count, step, zero), mine, column)
 
 
-def _weight_gradient_kernel(starts, ends, rows, d_out, d_weight, *, tile: Tile):
+def _weight_gradient_kernel(
+    starts: Any, ends: Any, rows: Any, d_out: Any, d_weight: Any, *, tile: Tile
+) -> None:
+    """One program of `weight_gradient`: a tile of one expert's `d_weight`."""
     _, deep, wide = d_weight.shape
     sets = pl.cdiv(deep, tile.height * tile.neighbours)
     expert, first = lax.div(pl.program_id(2), sets), lax.rem(pl.program_id(2), sets)
@@ -205,8 +225,8 @@ def _weight_gradient_kernel(starts, ends, rows, d_out, d_weight, *, tile: Tile):
     start, end = starts[expert], ends[expert]
 
     @pl.when(down.start < deep)
-    def multiply():
-        def step(i, total):
+    def multiply() -> None:
+        def step(i: jax.Array, total: jax.Array) -> jax.Array:
             mine = _Run(start + i * tile.depth, tile.depth, end)
             return total + triton.dot(
                 _load(rows, mine, down), _load(d_out, mine, right), trans_a=True, precision=EXACT
@@ -224,7 +244,7 @@ def _call(
     tile: Tile,
     interpret: bool,
 ) -> Callable[..., jax.Array]:
-    """Programs that differ in the first number of `grid` alone run next to each other."""
+    """Kernel call; programs that differ in the first number of `grid` alone run side by side."""
     params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
     return pl.pallas_call(
         functools.partial(kernel, tile=tile),

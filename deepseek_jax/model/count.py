@@ -1,4 +1,4 @@
-"""Parameter counts, read from the abstract model without allocating anything."""
+"""Parameter counts of the abstract model; nothing is allocated."""
 
 import dataclasses
 import math
@@ -13,10 +13,10 @@ class Count:
     """Numbers of parameters, router biases included.
 
     Attributes:
-      total: the main model.
-      activated: parameters of the main model that one token uses: top-k of the routed experts.
-      input_table: parameters of the embedding, which is looked up and not multiplied.
-      mtp: parameters of the MTP modules, without the table and head of the main model.
+      total: Parameters of the main model.
+      activated: Part of `total` that one token uses, with top-k of the routed experts.
+      input_table: Part of `activated` in the embedding, which is looked up, not multiplied.
+      mtp: Parameters of the MTP modules, without the shared embedding and head.
     """
 
     total: int
@@ -26,7 +26,7 @@ class Count:
 
 
 def count(config: ModelConfig) -> Count:
-    """Parameters of a model of this config: 671,026,419,200 in all for DeepSeek-V3."""
+    """Counts the parameters of a model; DeepSeek-V3 has 671,026,419,200."""
     total = active = table = mtp = 0
     for weight in params.describe(abstract_model(config)):
         size = math.prod(weight.shape)

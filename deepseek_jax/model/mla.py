@@ -261,13 +261,8 @@ def _blocks(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, bl
 
 
 def _attend(query, key, value, scale, start):
-    exact = "highest" if query.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "BSHX,BTHX->BHST", query, key, precision=exact, preferred_element_type=jnp.float32
-    )
+    scores = exact_einsum("BSHX,BTHX->BHST", query, key)
     past = start + jnp.arange(query.shape[1])[:, None] >= jnp.arange(key.shape[1])[None]  # ST
     scores = jnp.where(past[None, None], scores * scale, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum(
-        "BHST,BTHW->BSHW", weights, value, precision=exact, preferred_element_type=jnp.float32
-    ).astype(query.dtype)
+    return exact_einsum("BHST,BTHW->BSHW", weights, value).astype(query.dtype)

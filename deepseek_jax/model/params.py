@@ -16,6 +16,7 @@ from flax import nnx
 from deepseek_jax.parallel import axes as mesh_axes
 from deepseek_jax.parallel.axes import Axes
 from deepseek_jax.parallel.pipeline import stage_assignment
+from deepseek_jax.precision.recipes import Recipe
 
 Dim = tuple[str | None, int]
 
@@ -67,13 +68,26 @@ def per_slot(variable: nnx.Param, expert_of_slot: jax.Array) -> nnx.Param:
     return slots
 
 
-def cast(tree: Any, dtype: Any) -> Any:
-    """Weights in the dtype that matmuls want; sensitive ones as they are."""
+def prepare(tree: Any, recipe: Recipe) -> Any:
+    """The weights as a step computes with them: `Recipe.prepare` of each master or stored weight.
 
-    def one(variable):
+    Made once per step, before `gather`.
+    """
+
+    def one(variable: Any) -> Any:
+        sensitive = variable.get_metadata("sensitive")
+        return variable.replace(recipe.prepare(variable[...], sensitive=sensitive))
+
+    return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def stored(tree: Any, recipe: Recipe) -> Any:
+    """The weights as loading leaves them for `prepare`: sensitive ones as they are, others cast."""
+
+    def one(variable: Any) -> Any:
         if variable.get_metadata("sensitive"):
             return variable
-        return variable.replace(variable[...].astype(dtype))
+        return variable.replace(variable[...].astype(recipe.stored_dtype))
 
     return jax.tree.map(one, tree, is_leaf=is_variable)
 
@@ -96,6 +110,7 @@ class Weight:
       axes: logical axes, "layer" in front for a stack.
       shape: whole sizes, as stacked.
       trained: moved by gradients (a router bias is not).
+      sensitive: float32 in every recipe.
     """
 
     path: str
@@ -103,6 +118,7 @@ class Weight:
     shape: tuple[int, ...]
     dtype: Any
     trained: bool
+    sensitive: bool
 
 
 def describe(tree: Any) -> Iterator[Weight]:
@@ -111,9 +127,13 @@ def describe(tree: Any) -> Iterator[Weight]:
         name = ".".join(str(getattr(key, "name", getattr(key, "key", key))) for key in path)
         axes, sizes = _meta(variable)
         layers = variable.shape[: len(variable.shape) - len(sizes)]
-        trained = isinstance(variable, nnx.Param)
         yield Weight(
-            name, ("layer",) * len(layers) + axes, (*layers, *sizes), variable.dtype, trained
+            name,
+            ("layer",) * len(layers) + axes,
+            (*layers, *sizes),
+            variable.dtype,
+            trained=isinstance(variable, nnx.Param),
+            sensitive=variable.get_metadata("sensitive"),
         )
 
 

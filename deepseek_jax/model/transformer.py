@@ -16,7 +16,7 @@ from deepseek_jax.model.mtp import MTPModule
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.router import Routing
 from deepseek_jax.parallel import axes
-from deepseek_jax.precision.einsum import table_rows
+from deepseek_jax.precision.einsum import exact_einsum, table_rows
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +67,7 @@ class Embedding(nnx.Module):
         rows = table_rows(table, jnp.where(mine, here, 0).reshape(-1))  # (BS)D
         rows = rows.reshape(*tokens.shape, -1)
         rows = jnp.where(mine[..., None], rows, jnp.zeros((), table.dtype))
-        return axes.fan_in(rows.astype(how.recipe.compute), "vocab")
+        return axes.fan_in(rows.astype(how.recipe.activation_dtype), "vocab")
 
 
 class Head(nnx.Module):
@@ -80,11 +80,7 @@ class Head(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x ...D -> this device's logits ...V, float32."""
         table = self.table[...]
-        exact = "highest" if table.dtype == jnp.float32 else None
-        x = x.astype(table.dtype)
-        return jnp.einsum(
-            "...D,DV->...V", x, table, precision=exact, preferred_element_type=jnp.float32
-        )
+        return exact_einsum("...D,DV->...V", x.astype(table.dtype), table)
 
 
 class Transformer(nnx.Module):

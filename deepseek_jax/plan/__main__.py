@@ -1,12 +1,12 @@
-"""What a layout costs before anyone pays for it.
+"""Planner: cost of a layout without running it.
 
 python -m deepseek_jax.plan --config=FILE [--devices=N] [--json]
-    parameters, operations and memory of a config.
+    Parameters, operations and memory of a config, estimated.
 python -m deepseek_jax.plan schedule --pipe=8 --micro_batches=20 [--kind=dualpipe] [--json]
-    who does what when in a pipeline, and its bubbles beside others'; draws it into --picture.
+    A pipeline schedule with its bubbles beside those of other kinds; draws it into --picture.
 python -m deepseek_jax.plan step --config=FILE [--costs=costs.pbtxt] [--json]
-    a pipelined training step, compiled for a virtual GPU cluster: what its messages travel under,
-    what it holds; --costs writes what layout.cost_profile takes. Minutes for a large model.
+    A pipelined training step, compiled for a virtual GPU cluster: overlap of its messages and
+    memory. --costs writes the file of layout.cost_profile. Takes minutes for a large model.
 """
 
 import json
@@ -24,25 +24,27 @@ from deepseek_jax.table import text as aligned
 from deepseek_jax.train import step as train_step
 
 CONFIG = command.define_config_flag()
-DEVICES = flags.DEFINE_integer("devices", None, "Devices to plan for, where a mesh axis is -1.")
+DEVICES = flags.DEFINE_integer("devices", None, "Number of devices, for a mesh axis of -1.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 PIPE = flags.DEFINE_integer("pipe", None, "schedule: ranks of the pipeline, as mesh.pipe.")
 MICRO = flags.DEFINE_integer("micro_batches", None, "schedule: micro-batches of a step.")
 KIND = flags.DEFINE_string("kind", "dualpipe", "schedule: 1f1b, zb1p, dualpipe or dualpipev.")
-PICTURE = flags.DEFINE_string("picture", "schedule.png", "schedule: where to draw; empty: nowhere.")
-COSTS = flags.DEFINE_string("costs", "", "step: where to write what each instruction costs.")
+PICTURE = flags.DEFINE_string("picture", "schedule.png", "schedule: path of the plot; '' for none.")
+COSTS = flags.DEFINE_string("costs", "", "step: path to write the instruction costs to.")
 
-# What `plan NAME` is given; the name is empty for the plan of a config.
-OF = {
+# Name on the command line, empty for the plan of a config -> its flags.
+FLAGS_OF = {
     "": ("config", "devices"),
     "schedule": ("pipe", "micro_batches", "kind", "picture"),
     "step": ("config", "costs"),
 }
-NAMES = tuple(name for name in OF if name)
+NAMES = tuple(name for name in FLAGS_OF if name)
 
 
 def main(name: str = "") -> None:
-    for flag in sorted({flag for others in OF.values() for flag in others} - set(OF[name])):
+    """Runs `plan NAME`."""
+    known = {flag for others in FLAGS_OF.values() for flag in others}
+    for flag in sorted(known - set(FLAGS_OF[name])):
         if flags.FLAGS[flag].present:
             raise ConfigError(f"--{flag} does not go with plan {name}".rstrip())
     if name:
@@ -54,6 +56,7 @@ def main(name: str = "") -> None:
 
 
 def schedule() -> None:
+    """Prints and draws a pipeline schedule."""
     if PIPE.value is None or MICRO.value is None:
         raise ConfigError(
             "schedule needs --pipe=RANKS and --micro_batches=NUMBER, such as 8 and 20"
@@ -71,6 +74,7 @@ def schedule() -> None:
 
 
 def step() -> None:
+    """Compiles a training step for a virtual cluster and prints what was found."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs: compiling for GPUs needs none
     file = Path(COSTS.value) if COSTS.value else None
     found = pipelined_step.measure(command.read_config(CONFIG), train_step.lower, file)

@@ -1,4 +1,4 @@
-"""A pipeline schedule beside its rivals: bubbles and live activations, as text and a picture."""
+"""Comparison of pipeline schedules: bubbles and live activations, as a dictionary and as text."""
 
 import io
 from typing import Any
@@ -11,10 +11,10 @@ TITLES = {"1f1b": "1F1B", "zb1p": "ZB1P", "dualpipe": "DualPipe", "dualpipev": "
 
 
 def build(kind: str, pipe: int, micro_batches: int) -> Schedule:
-    """The schedule of `pipe` ranks.
+    """Builds the schedule of a kind for `pipe` ranks.
 
     Raises:
-      ConfigError: there is no such kind, or it does not go with these numbers.
+      ConfigError: An unknown kind, or numbers that it does not support.
     """
     if kind not in BY_NAME:
         raise ConfigError(f"there is no schedule {kind!r}; name one of {', '.join(BY_NAME)}")
@@ -22,16 +22,16 @@ def build(kind: str, pipe: int, micro_batches: int) -> Schedule:
 
 
 def compare(schedule: Schedule) -> dict[str, Any]:
-    """A schedule and all kinds with as many stages, at F = I = W = 1 and F&B = 3.
+    """Compares a schedule with those of every kind, at times F = I = W = 1 and F&B = 3.
 
-    DualPipeV has two stages on a rank where the others have one. It is shown with half the ranks
-    and half the micro-batches, so that a rank has the same work in all rows; that is also so where
-    the schedule is a DualPipeV, seen from the other side.
+    DualPipeV has two stages on a rank and the other kinds have one. It is compared at half the
+    ranks and half the micro-batches, so that a rank has the same work in all rows.
 
     Returns:
-      "kind", "ranks", "stages" and "micro_batches" of the schedule, "drawing", its text, and
-      "schedules", a row for each kind: measured "makespan", "bubble" and "peak_live" (the most of
-      any rank) beside "bubble_formula" and "peak_live_formula", or "problem", why there is none.
+      "kind", "ranks", "stages" and "micro_batches" of the schedule; "drawing", its text; and
+      "schedules", a row for each kind: simulated "makespan", "bubble" and "peak_live" (the largest
+      of any rank) beside "bubble_formula" and "peak_live_formula", or "problem", the reason why the
+      kind has no schedule of these sizes.
     """
     double = 2 if schedule.kind == "dualpipev" else 1
     return {
@@ -44,7 +44,7 @@ def compare(schedule: Schedule) -> dict[str, Any]:
 
 
 def text(compared: dict[str, Any]) -> str:
-    """The same for people: the drawing, what its characters mean, and a table."""
+    """Text of a comparison: the drawing with its key, and a table."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -72,14 +72,14 @@ def text(compared: dict[str, Any]) -> str:
 
 
 _NOTES = (
-    "Time in forwards of one stage: F = I = W = 1, B = I + W = 2, F&B = 3, messages free. Bubble:",
-    "how long a rank idles. Peak live: most chunks (a stage for a micro-batch) from F to W or B.",
-    "Under F&B, DualPipe hides messages; these numbers do not show that.",
+    "Unit of time: a forward of one stage. F = I = W = 1, B = I + W = 2, F&B = 3, messages 0.",
+    "Bubble: idle time of a rank. Peak live: most chunks (stage of a micro-batch) from F to W, B.",
+    "DualPipe hides messages under F&B; these numbers do not include that.",
 )
 
 
 def _key(kind: str) -> list[str]:
-    """What the characters of `str(schedule)` are."""
+    """Key of the characters of `str(schedule)`."""
     if kind not in ("dualpipe", "dualpipev"):
         return ["a forward   A= full backward   A input gradient   x weight gradient   .. idle"]
     two = "enter at the two ends" if kind == "dualpipe" else "go down the ranks and back up"
@@ -90,11 +90,12 @@ def _key(kind: str) -> list[str]:
 
 
 def _row(kind: str, stages: int, micro_batches: int) -> dict[str, Any]:
+    """Row of one kind; DualPipeV has two stages on a rank."""
     halves = 2 if kind == "dualpipev" else 1
     try:
         if stages % halves or micro_batches % halves:
             raise ConfigError(
-                f"{TITLES[kind]} beside it needs an even number of stages and of micro-batches, "
+                f"{TITLES[kind]} needs an even number of stages and of micro-batches to compare, "
                 f"found {stages} and {micro_batches}"
             )
         schedule = BY_NAME[kind](stages // halves, micro_batches // halves)

@@ -1,7 +1,7 @@
-"""Cache bytes that decoding keeps per token, and what plain attention of the same heads would keep.
+"""Cache bytes per token of MLA, multi-head attention (MHA) and grouped-query attention (GQA).
 
-MLA keeps one latent and one rotary key per layer for all heads; multi-head attention a key and a
-value per head; grouped-query attention a key and a value per group of heads.
+Per token and layer, MLA caches one latent and one rotated key for all heads, MHA a key and a value
+per head, and GQA a key and a value per group of heads.
 """
 
 import dataclasses
@@ -13,12 +13,13 @@ GROUPS = 8  # key-value heads of the usual grouped-query models (Qwen2.5-72B, Ll
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Bytes per token over all layers of the main model.
+    """Cache bytes per token over all layers of the main model.
 
     Attributes:
-      mla: latents of this model.
-      mha: keys and values as wide as `d_value`, one pair per head.
-      gqa: the same with `gqa_heads` pairs.
+      mla: Bytes of MLA.
+      mha: Bytes of MHA, with keys and values of width `d_value`.
+      gqa: Bytes of GQA with `gqa_heads` pairs of the same width.
+      gqa_heads: Key-value heads of GQA.
     """
 
     mla: int
@@ -28,7 +29,7 @@ class Cache:
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_each: int = 2) -> Cache:
-    """70,272 with MLA and 3,997,696 without for DeepSeek-V3 in bfloat16."""
+    """Computes the cache bytes per token; DeepSeek-V3 in bfloat16: MLA 70,272, MHA 3,997,696."""
     pair = 2 * config.d_value * config.layers * bytes_each
     groups = min(GROUPS, config.heads)
     return Cache(

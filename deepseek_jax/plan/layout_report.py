@@ -1,4 +1,4 @@
-"""What a config costs, as one dictionary with stable keys, and as text."""
+"""Cost of a config: parameters, operations, cache and memory, as a dictionary and as text."""
 
 import dataclasses
 import io
@@ -33,14 +33,18 @@ _ROWS = (
 
 
 def plan(config: Config, devices: int | None = None) -> dict[str, Any]:
-    """Everything that is known of a config without running it.
+    """Computes the cost of a config without running it.
 
     Args:
-      devices: what a mesh axis of -1 is filled up to, 1 if not given; otherwise, where given, it
-        must be the product of the mesh.
+      config: Config of the run.
+      devices: Number of devices, which resolves a mesh axis of -1 (None: 1) and must equal the
+        product of a mesh without -1.
+
+    Returns:
+      Dictionary with stable keys; bytes and counts are integers.
 
     Raises:
-      ConfigError: the mesh does not fit `devices`, or the sizes do not fit the mesh.
+      ConfigError: A mesh that does not fit `devices`, or sizes that do not fit the mesh.
     """
     sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
     if -1 in sizes or devices is not None:
@@ -81,7 +85,7 @@ def plan(config: Config, devices: int | None = None) -> dict[str, Any]:
 
 
 def _pipeline(config: Config) -> dict[str, Any]:
-    """Which stage has how many layers; without a pipeline, all are one stage's."""
+    """Layers of each stage; a single stage without a pipeline."""
     layers, layout = config.model.layers, config.layout
     if config.mesh.pipe == 1:
         return {"pipeline": None, "stage_layers": [layers], "empty_slots": 0}
@@ -95,7 +99,7 @@ def _pipeline(config: Config) -> dict[str, Any]:
 
 
 def text(planned: dict[str, Any]) -> str:
-    """The same for people: one aligned table, and notes on what is counted."""
+    """Text of a plan: one table, and notes on what is counted."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -146,7 +150,7 @@ def _flops(planned: dict[str, Any]) -> Section:
 def _cache(planned: dict[str, Any]) -> Section:
     cache = planned["cache_bytes_per_token"]
     rows = [
-        (name, f"{cache[key]:,} B", f"{cache['mla'] / cache[key]:.1%} is what MLA needs of it")
+        (name, f"{cache[key]:,} B", f"MLA needs {cache['mla'] / cache[key]:.1%} of it")
         for name, key in (("plain MHA", "mha"), (f"GQA, {cache['gqa_heads']} key heads", "gqa"))
     ]
     return "cache per token, bfloat16", [("MLA, this model", f"{cache['mla']:,} B", ""), *rows]
@@ -162,9 +166,9 @@ def _notes(planned: dict[str, Any]) -> list[str]:
     layout = planned["layout"]
     axes = " x ".join(f"{axis} {size}" for axis, size in layout["mesh"].items() if size > 1)
     notes = [f"Mesh: {axes}."] if axes else []
-    notes += ["Operations leave out MTP, recomputation and the router's choice."]
-    notes += ["Gradient sums run over micro-batches, in the layout that computes; reduced ones are"]
-    notes += ["the optimiser's share. Temporaries and activations are not counted."]
+    notes += ["Operations do not include MTP, recomputation and routing."]
+    notes += ["Gradient sums: over micro-batches, in the layout of compute. Reduced gradients: in"]
+    notes += ["the layout of the masters. Temporaries and activations are not counted."]
     return [*notes, *_stages(layout)] if layout["pipeline"] else notes
 
 
@@ -177,6 +181,6 @@ def _stages(layout: dict[str, Any]) -> list[str]:
     holds = "one" if layout["pipeline"] == "1f1b" else "two"
     return [
         f"Stages: {', '.join(shown)}; {TITLES[layout['pipeline']]}: each rank holds {holds}.",
-        f"{empty} of {total} slots for layers are empty, and cost a MoE layer's weights and "
-        "gradients.",
+        f"{empty} of {total} layer slots are empty; each costs weights and gradients of an MoE "
+        "layer.",
     ]

@@ -1,14 +1,13 @@
-"""Bytes per device of all that a training run keeps, from the abstract model: no devices needed.
+"""Estimated bytes per device of a training run, from the abstract model; no devices needed.
 
-The places are those that training uses, `Layout.spec`, `Layout.storage` and the `LayerAssignment`
-of layers in a pipeline, so that what is predicted here is what gets allocated.
+Placements are those of training, `Layout.spec`, `Layout.storage` and the `LayerAssignment` of a
+pipeline, so that the estimate equals the allocation.
 """
 
 import collections
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -20,29 +19,27 @@ from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.parallel.pipeline import stage_assignment
 from deepseek_jax.precision.recipes import recipe
 
-COUNTERS = 2 * 4  # the step and Adam's count, int32
+COUNTERS = 2 * 4  # bytes of the step and of Adam's count, int32
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, unless said otherwise. Temporaries and activations are not in it.
+    """Bytes of a training run on one device, without temporaries and activations.
 
     Attributes:
-      masters: float32 parameters, in the storage layout.
-      router_bias: float32, whole on every device.
-      compute_weights: what matmuls read beside the masters: a copy in the recipe's dtype (sensitive
-        weights stay float32), whole for the step with layout.zero 0 and 1, split like the masters
-        with 3. A weight whose dtype and layout are its master's needs no copy. In a pipeline: the
-        layers in the slots of a rank's chunks, zeros where a slot is empty, and on every rank
-        what stands before the first layer and after the last.
-      gathered_layer: with layout.zero=3, the largest of one layer, table or MTP module, gathered.
-      gradients: float32 sums over micro-batches, in the layout of `compute_weights`.
-      reduced_gradients: float32, in the storage layout: what the optimiser receives, for weights
-        whose gradients are scattered, or go home from a pipeline's slots; the others are summed
-        where they are.
-      moments: both of Adam's, in optimizer.moments, in the storage layout.
-      counters: the step and Adam's count.
-      ema_host: float32 average of the masters, in host memory; 0 where it is off.
+      masters: Master weights, float32, in the storage layout.
+      router_bias: Router biases, float32, replicated.
+      compute_weights: Weights as the recipe prepares them (sensitive weights in float32): gathered
+        for the step with layout.zero 0 and 1, sharded like the masters with 3. A weight whose bytes
+        and layout equal its master's needs no copy. In a pipeline: the layer slots of the rank's
+        chunks, zeros in an empty slot, and embedding, MTP modules and head on all ranks.
+      gathered_layer: Largest gathered layer, embedding, head or MTP module with layout.zero=3.
+      gradients: Sums over micro-batches, float32, in the layout of `compute_weights`.
+      reduced_gradients: Gradients that the optimiser receives, float32, in the storage layout,
+        where they are not summed in place: reduce-scattered ones, and those of a pipeline's slots.
+      moments: Both moments of Adam, in optimizer.moments, in the storage layout.
+      counters: Step and Adam's count.
+      ema_host: Average of the masters, float32, in host memory; 0 with optimizer.ema_decay=0.
     """
 
     masters: int
@@ -57,51 +54,55 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """What lives in device memory between two steps."""
+        """Bytes of device memory between two steps."""
         return self.masters + self.router_bias + self.moments + self.counters
 
     @property
     def total(self) -> int:
-        """State, compute weights and gradients."""
+        """Bytes of state, compute weights and gradients."""
         weights = self.compute_weights + self.gathered_layer
         return self.state + weights + self.gradients + self.reduced_gradients
 
 
 def memory(config: Config) -> Memory:
-    """Of any device, for all run one program and hold as much; `config.mesh` must have no -1.
+    """Estimates the memory of a device; all devices run one program and need as much.
+
+    Args:
+      config: Config of the run, whose mesh has no -1.
 
     Raises:
-      ConfigError: ranks of a pipeline, or layers of its stages, that do not fit.
+      ConfigError: Ranks of a pipeline, or layers of its stages, that do not fit.
     """
     layout, float32 = mesh.layout(config), 4
-    per_layer, where = (
-        layout.zero == 3,
-        stage_assignment.assign_layers(config) if config.mesh.pipe > 1 else None,
-    )
-    dtype = recipe(config.precision.recipe).compute
-    model = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config.model))
+    per_layer = layout.zero == 3
+    assignment = stage_assignment.assign_layers(config) if config.mesh.pipe > 1 else None
+    prepared_bytes = recipe(config.precision.recipe).prepared_bytes
     moment = jnp.dtype(config.optimizer.moments).itemsize
     stored = bias = compute = gradients = reduced = 0
     gathered: dict[str, int] = collections.defaultdict(int)
-    for weight in params.describe(model):
-        each, layers = weight.dtype.itemsize, weight.shape[0] if "layer" in weight.axes else 1
-        mine = local_size(weight.shape, layout.storage(weight.axes, weight.shape), layout)
-        whole = local_size(weight.shape, layout.spec(weight.axes), layout)
+    for weight in params.describe(abstract_model(config.model)):
+        layers = weight.shape[0] if "layer" in weight.axes else 1
+        mine_shape = local_shape(weight.shape, layout.storage(weight.axes, weight.shape), layout)
+        whole_shape = local_shape(weight.shape, layout.spec(weight.axes), layout)
+        mine, whole = math.prod(mine_shape), math.prod(whole_shape)
+        prepared = prepared_bytes(whole_shape, sensitive=weight.sensitive)
         stored += mine if weight.trained else 0
         bias += 0 if weight.trained else float32 * whole
-        if where and (rows := _rows(config, where, weight.path)):
+        if assignment and (rows := _rows(config, assignment, weight.path)):
             fetched, summed = rows
-            compute += fetched * each * whole // layers
+            compute += fetched * prepared // layers
             gradients += summed * float32 * whole // layers
             reduced += float32 * mine if weight.trained else 0
         elif weight.trained:
-            kept = mine if per_layer else whole
-            compute += kept * each if (kept, each) != (mine, float32) else 0
+            kept_shape = mine_shape if per_layer else whole_shape
+            kept = math.prod(kept_shape)
+            copied = prepared_bytes(kept_shape, sensitive=weight.sensitive)
+            compute += copied if (kept, copied) != (mine, float32 * mine) else 0
             gradients += float32 * kept
             reduced += float32 * mine if kept != mine else 0
             if per_layer and whole != mine:
-                gathered[weight.path.split(".")[0]] += whole * each // layers
-        elif where:  # the executor's sums have a zero for each bias
+                gathered[weight.path.split(".")[0]] += prepared // layers
+        elif assignment:  # the executor's gradient sums include zeros for router biases
             gradients += float32 * whole
     return Memory(
         masters=float32 * stored,
@@ -117,27 +118,32 @@ def memory(config: Config) -> Memory:
 
 
 def _rows(
-    config: Config, where: stage_assignment.LayerAssignment, path: str
+    config: Config, assignment: stage_assignment.LayerAssignment, path: str
 ) -> tuple[int, int] | None:
-    """Layers of a weight that a rank of a pipeline fetches, and that it sums gradients of.
+    """(layers of a weight that a pipeline rank fetches, layers that it sums gradients of).
 
-    None for a weight of no layer. Every slot has all that a MoE layer has, and a dense layer puts
-    its norms and attention there; its network is summed in those slots of a chunk alone that have
-    one on some rank.
+    None for a weight outside the layers. Every layer slot has the weights of an MoE layer, whose
+    norms and attention a dense layer uses too. Gradients of dense networks are summed only in the
+    slots of a chunk that hold a dense layer on some rank.
     """
     top, part, *_ = path.split(".")
-    every = where.chunks * where.slots
+    every = assignment.chunks * assignment.slots
     if top == "moe_layers":
         return every, every
     if top != "dense_layers":
         return None
     if part != "feed":
-        return 0, 0  # counted with the MoE layers'
-    dense = (where.layers != stage_assignment.NOTHING) & (where.layers < config.model.dense_layers)
+        return 0, 0  # counted with the weights of the MoE layers
+    layers = assignment.layers
+    dense = (layers != stage_assignment.NOTHING) & (layers < config.model.dense_layers)
     return every, int(dense.any(axis=0).sum())
 
 
-def local_size(shape: tuple[int, ...], spec: P, layout: Layout) -> int:
-    """Numbers on one device of an array of `shape` that lives as `spec`."""
-    names = [name for part in spec if part for name in ((part,) if isinstance(part, str) else part)]
-    return math.prod(shape) // math.prod(layout.sizes[name] for name in names)
+def local_shape(shape: tuple[int, ...], spec: P, layout: Layout) -> tuple[int, ...]:
+    """Shape on one device of an array of `shape` that is placed by `spec`."""
+    parts = (*spec, *(None,) * (len(shape) - len(spec)))
+    names = [(part,) if isinstance(part, str) else part or () for part in parts]
+    return tuple(
+        size // math.prod(layout.sizes[name] for name in over)
+        for size, over in zip(shape, names, strict=True)
+    )

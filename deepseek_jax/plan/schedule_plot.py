@@ -1,4 +1,4 @@
-"""The picture of a pipeline schedule."""
+"""Plot of a pipeline schedule."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from deepseek_jax.plan.compare_schedules import (
     WIDEST,
 )
 
-# Each work's name, and its colour for stream 0 and stream 1: hues of the report's figure.
+# Name of each kind of work, and its colours for stream 0 and 1: hues of the report's figure 5.
 LOOKS = {
     Work.FORWARD: ("forward", "#c4730c", "#f4c987"),
     Work.BACKWARD: ("full backward", "#1f6f54", "#8cc7ae"),
@@ -35,15 +35,15 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(schedule: Schedule, path: Path) -> Path:
-    """Draws when each rank does what, at F = I = W = 1 and F&B = 3: a row for each rank.
+    """Draws a schedule at times F = I = W = 1 and F&B = 3, with a row for each rank.
 
     A forward and a backward that overlap share a frame, one above the other. Stream 1 is lighter.
 
     Returns:
-      Where it is: `path`, with ".png" if it had no ending.
+      Path of the file: `path`, with ".png" added if it has no ending.
 
     Raises:
-      ConfigError: there is no such folder, or no picture has such an ending.
+      ConfigError: No such folder, or an ending that is no image format.
     """
     if path.is_dir():
         raise ConfigError(f"--picture={path} is a folder; name a file, such as schedule.png")
@@ -123,7 +123,7 @@ def _label(axes: Any, schedule: Schedule, timeline: Timeline) -> None:
 
 
 def _add_legend(figure: Any, schedule: Schedule, columns: int) -> None:
-    """A swatch for each work there is, dark and light; the overlapping pair as it is drawn."""
+    """Adds a swatch per kind of work, dark and light, and one for the overlapping pair."""
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.patches import Patch
 
@@ -151,13 +151,13 @@ def _add_legend(figure: Any, schedule: Schedule, columns: int) -> None:
 
 
 _STREAMS = {
-    "dualpipe": "dark: entered at rank 0; light: entered at the last rank",
-    "dualpipev": "dark: on the way down the ranks; light: back up",
+    "dualpipe": "dark: enters at rank 0; light: enters at the last rank",
+    "dualpipev": "dark: down the ranks; light: back up",
 }
 
 
 def _pair_handler() -> Any:
-    """Draws the legend's overlapping pair: half forward, half backward, in one frame."""
+    """Legend handler of the overlapping pair: half forward, half backward, in one frame."""
     from matplotlib.legend_handler import HandlerPatch
     from matplotlib.patches import Rectangle
 

@@ -1,4 +1,4 @@
-"""Products of two arrays, summed in float32: what every recipe's matmuls are made of."""
+"""Products of two arrays with sums in float32, from which every recipe builds its matmuls."""
 
 import functools
 
@@ -8,29 +8,29 @@ from jax import lax
 
 
 def exact_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """a times b in float32, whatever the dtype of the two; float32 operands keep all their bits."""
-    exact = "highest" if a.dtype == jnp.float32 else None  # no TF32 behind our back
+    """Einsum of a and b, float32 out; float32 operands keep all their bits."""
+    exact = "highest" if a.dtype == jnp.float32 else None  # never TF32
     return jnp.einsum(subscripts, a, b, precision=exact, preferred_element_type=jnp.float32)
 
 
 def row_product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The same where the rows of both are summed over, as in "MD,MF->DF": a weight's gradient.
+    """`exact_einsum` that sums over the rows of both, as in "MD,MF->DF": a weight's gradient.
 
-    XLA's fast matmul for CPUs (YNNPACK) takes sums over the last axis of the left operand alone;
-    others fall to one that needs up to twice the time. So on a CPU the narrower operand is
-    transposed first, in memory, and stands on the left.
+    XLA's fast matmul for CPUs (YNNPACK) only sums over the last axis of its left operand; other
+    products take up to twice the time (measured). On a CPU the narrower operand is therefore
+    transposed in memory first, and made the left one.
     """
     of_a, of_b, of_out = subscripts.replace("->", ",").split(",")
     rows = "".join(letter for letter in of_a if letter not in of_out)
 
-    def narrow_first(a, b):
+    def narrow_first(a: jax.Array, b: jax.Array) -> jax.Array:
         (narrow, of_narrow), (wide, of_wide) = sorted(((a, of_a), (b, of_b)), key=_size)
         left, right = _common(of_narrow, of_out), _common(of_wide, of_out)
         turned = lax.optimization_barrier(jnp.einsum(f"{of_narrow}->{left}{rows}", narrow))
         product = exact_einsum(f"{left}{rows},{of_wide}->{left}{right}", turned, wide)
         if left + right == of_out:
             return product
-        # Or XLA would transpose the wide operand instead.
+        # Without the barrier XLA transposes the wide operand instead.
         return jnp.einsum(f"{left}{right}->{of_out}", lax.optimization_barrier(product))
 
     plain = functools.partial(exact_einsum, subscripts)
@@ -46,18 +46,21 @@ def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def table_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of a table, VD at integers M in [0, V) -> MD.
 
-    The gradient of a row is the sum over all places that read it: thousands for a frequent token.
-    It is summed in float32, whatever the dtype of the table, and rounded once; sorted first, so
-    that the places of one row follow one another in their order.
+    The gradient of a table row is a sum over all positions that read it, thousands for a frequent
+    token. It is summed in float32, whatever the dtype of the table, and rounded once. Positions
+    are sorted by row first, stably, so that the order of each sum is fixed.
     """
     return table.at[index].get(mode="promise_in_bounds")
 
 
-def _table_rows_forward(table, index):
+_SavedRows = tuple[jax.Array, int, jax.Array]  # index M, V, an empty array of the table's dtype
+
+
+def _table_rows_forward(table: jax.Array, index: jax.Array) -> tuple[jax.Array, _SavedRows]:
     return table_rows(table, index), (index, table.shape[0], jnp.zeros((0,), table.dtype))
 
 
-def _table_rows_backward(saved, d_rows):
+def _table_rows_backward(saved: _SavedRows, d_rows: jax.Array) -> tuple[jax.Array, None]:
     index, rows, like = saved
     order = jnp.argsort(index, stable=True)
     d_rows = d_rows[order].astype(jnp.float32)

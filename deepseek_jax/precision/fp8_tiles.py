@@ -1,7 +1,7 @@
-"""FP8 tiles: 1x128 values in E4M3 with one scale each (section 3.3.2 of the report).
+"""FP8 tiles: 1x128 values in E4M3 under one scale (section 3.3.2 of the report).
 
-The tile runs along the last axis, the one that a matmul contracts, so that the scale of a token's
-128 channels follows that token alone, and is made of the present values, not of a history.
+A tile runs along the last axis, which a matmul contracts: 128 channels of one token share a scale.
+The scale follows from the present values (online quantisation), not from a history of maxima.
 """
 
 import dataclasses
@@ -10,13 +10,15 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-BLOCK = 128  # values along an axis that share a scale; the last ones may be fewer
-E4M3 = jnp.float8_e4m3fn
-LARGEST = 448.0  # of E4M3; a cast makes NaN of what is far above
-FLOOR = 1e-12  # of a tile's largest magnitude, so that zeros have a scale
-# XLA makes products of divisions by a constant or by what is broadcast, but not everywhere. They
-# are written as products here, so that every backend and NumPy agree to the bit.
+BLOCK = 128  # values along an axis that share a scale; the last tile may be shorter
+E4M3 = np.dtype(jnp.float8_e4m3fn)  # the dtype; the package's one definition of it
+LARGEST = 448.0  # largest E4M3 value; a cast makes NaN of values far above it
+FLOOR = 1e-12  # least magnitude that a scale is made of, so that tiles of zeros have a scale
+# XLA rewrites a division by a constant or by a broadcast value as a product on some backends and
+# not on others, so divisions are written as products here. On a CPU the results agree with NumPy
+# to the bit; on a GPU `1 / scales` is approximate, and values may differ in their last bit.
 _PER_LARGEST = np.float32(1 / LARGEST)
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
@@ -25,7 +27,7 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Stands for values * scales, each scale over its tile.
+    """An array values * scales, each scale over its tile.
 
     Attributes:
       values: (..., D) float8_e4m3fn.
@@ -37,13 +39,14 @@ class Tiles:
 
 
 def quantise_tiles(x: jax.Array, *, power_of_two: bool) -> Tiles:
-    """The tiles nearest to x: at worst 2^-4 of a value or 2^-10 of its scale off.
+    """Tiles nearest to x; the error is at most 2^-4 of a value or 2^-10 of its scale.
 
     Args:
-      x: (..., D), any float dtype, below 2^127 in magnitude. A NaN or an infinity makes NaN of its
-        whole tile.
-      power_of_two: rounds scales up to the next power of two; then `dequantise` is exact in
-        bfloat16, and quantising that again, with other tiles too, loses only what underflows.
+      x: (..., D), any float dtype, below 2^127 in magnitude. A NaN or an infinity makes its whole
+        tile NaN.
+      power_of_two: whether to round scales up to the next power of two. `dequantise_tiles` is then
+        exact in bfloat16, and quantising its result again, along another axis too, loses only
+        values that underflow.
     """
     x = x.astype(jnp.float32)
     width = x.shape[-1]
@@ -56,14 +59,14 @@ def quantise_tiles(x: jax.Array, *, power_of_two: bool) -> Tiles:
     return Tiles(scaled.astype(E4M3), scales)
 
 
-def dequantise_tiles(tiles: Tiles, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """values * scales in float32, then rounded once to `dtype`."""
+def dequantise_tiles(tiles: Tiles, dtype: DTypeLike) -> jax.Array:
+    """Product values * scales in float32, rounded once to `dtype`."""
     values = tiles.values.astype(jnp.float32)
     return (values * spread(tiles.scales, values.shape)).astype(dtype)
 
 
 def spread(scales: Array, shape: tuple[int, ...]) -> Array:
-    """One scale per value: of tiles, (..., D/128), or of 128x128 blocks, for values of `shape`."""
+    """Scales of tiles, (..., D/128), or of 128x128 blocks, repeated to `shape`: one per value."""
     for axis, size in enumerate(shape):
         if scales.shape[axis] != size:
             scales = scales.repeat(BLOCK, axis)
@@ -71,7 +74,7 @@ def spread(scales: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _next_power_of_two(x: jax.Array) -> jax.Array:
-    """The least power of two that is not below x > 0, by its bits: exp2 and log2 are inexact."""
+    """Least power of two >= x > 0, from the bits of x, because exp2 and log2 are inexact."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     exponent = (bits + 0x007FFFFF) & 0x7F800000
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(exponent, jnp.float32), x)

@@ -1,14 +1,14 @@
-"""Grouped matmul: rows sorted by expert, each multiplied by its own expert's weight.
+"""Grouped matmul: rows sorted by expert, each multiplied by the weight of its expert.
 
-M rows, D width in, F width out, E experts, J rows of an expert's share: a little over the even one.
+M rows, D width in, F width out, E experts, J rows of a share.
 
-Each expert's share of the rows goes through one batched matmul. What an expert has beyond its
-share is walked in blocks, by a loop whose length is the number of blocks there really are. A
-balanced router leaves little for the loop, and the worst one (every row for one expert) costs twice
-the matmul of its rows, whatever E is.
+One batched matmul computes the first J rows of every expert, its share, where J is a little above
+M / E. A loop computes the remaining rows in blocks; its trip count is the number of blocks that the
+sizes really need. A balanced router leaves few rows for the loop. The most uneven router (all rows
+for one expert) costs twice the matmul of its rows, whatever E is.
 
-On a GPU each round of such a loop is a read-back to the host; there the kernels of
-`grouped_kernel.py` take over.
+On a GPU each iteration of such a loop is a read-back to the host, so programs for CUDA call the
+kernels of `kernels/grouped_triton.py` instead.
 """
 
 import functools
@@ -20,21 +20,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.kernels import grouped_triton
+from deepseek_jax.kernels.grouped_triton import Saved
 from deepseek_jax.precision.einsum import exact_einsum
 
-# Measured on CPU: rows of a block of the loop; a share over the even one, so that small unevenness
-# needs no loop; below how large a share rows are few, as when decoding, and go in fours, or, where
-# there are fewer than experts, each by itself.
-BLOCK_ROWS = 128
-SLACK = 1.125
+# Three numbers measured on a CPU.
+BLOCK_ROWS = 128  # rows of a block of the loop
+SLACK = 1.125  # a share over the even one, so that small unevenness needs no loop
+# Below this share, as when decoding, shares and blocks are multiples of 4 rows; where there are
+# fewer rows than experts, blocks are single rows and there is no share.
 FEW_ROWS = 16
 
-# (portable function, kernel with the same arguments and results) -> the function to call
+# Chooses from a portable function and a kernel with the same arguments and results.
 Backend = Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]
 
 
 def by_platform(portable: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel where the program is lowered for CUDA, wherever that is done."""
+    """The kernel in programs lowered for CUDA, on whatever machine that is done."""
     return lambda *arguments: lax.platform_dependent(*arguments, cuda=kernel, default=portable)
 
 
@@ -46,24 +47,24 @@ def grouped_matmul(
     likely: int,
     backend: Backend = by_platform,
 ) -> jax.Array:
-    """out[m] = rows[m] @ weight[expert of m]; float32 accumulation, `rows.dtype` out.
+    """Rows times the weight of their expert: out[m] = rows[m] @ weight[expert of m].
 
     Args:
-      rows: MD, sorted by expert; rows past sum(sizes) belong to nobody.
+      rows: MD, sorted by expert; rows past sum(sizes) are padding and never read.
       weight: EDF, same dtype.
       sizes: E int32, rows of each expert; may be zero.
-      likely: how many of the M rows there usually are. Steers cost, never results.
+      likely: usual number of rows that are no padding. Changes the cost, never the result.
       backend: chooses between the portable form and the kernel.
 
     Returns:
-      MF; rows past sum(sizes) are zero, in the gradient too.
+      MF, `rows.dtype`, summed in float32; padding is zero, in the gradient too.
     """
     share, block = _steer(min(likely, rows.shape[0]), weight.shape[0])
     return _grouped(rows, weight, sizes, share, min(block, rows.shape[0]), backend)
 
 
 def _steer(likely: int, experts: int) -> tuple[int, int]:
-    """J, and the rows of a block."""
+    """Rows of a share (J) and of a block of the loop."""
     share = round(SLACK * likely / experts)
     if share >= FEW_ROWS:
         return -(-share // 8) * 8, BLOCK_ROWS
@@ -74,7 +75,7 @@ def _steer(likely: int, experts: int) -> tuple[int, int]:
 
 
 def reference(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The same in one masked einsum over all experts: E times the work, nothing to get wrong."""
+    """`grouped_matmul` as one masked einsum over all experts: E times the work, for tests."""
     ends = jnp.cumsum(sizes)[:, None]
     row = jnp.arange(rows.shape[0])[None]
     mine = ((row >= ends - sizes[:, None]) & (row < ends)).astype(rows.dtype)  # EM
@@ -82,19 +83,24 @@ def reference(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array
 
 
 def _in_shares(sizes: jax.Array, share: int, rows: int) -> tuple[jax.Array, ...]:
-    """Row of each slot EJ and whether it holds one; slot of each row M and whether it has one."""
+    """Rows M and places (EJ) of the shares, matched both ways.
+
+    Returns:
+      EJ row of each place, EJ mask of places that hold a row, M place of each row in (EJ), M mask
+      of rows that have a place.
+    """
     ends = jnp.cumsum(sizes)
-    slot = jnp.arange(share, dtype=sizes.dtype)[None]
-    row = jnp.minimum((ends - sizes)[:, None] + slot, rows - 1)
+    place = jnp.arange(share, dtype=sizes.dtype)[None]
+    row = jnp.minimum((ends - sizes)[:, None] + place, rows - 1)
     number = jnp.arange(rows, dtype=sizes.dtype)
     expert = jnp.minimum(jnp.searchsorted(ends, number, side="right"), sizes.shape[0] - 1)
-    place = number - (ends - sizes)[expert]
-    has = (place < share) & (number < ends[-1])
-    return row, slot < sizes[:, None], expert * share + jnp.minimum(place, share - 1), has
+    nth = number - (ends - sizes)[expert]
+    has = (nth < share) & (number < ends[-1])
+    return row, place < sizes[:, None], expert * share + jnp.minimum(nth, share - 1), has
 
 
 def _beyond(sizes: jax.Array, share: int, block: int, rows: int) -> tuple[jax.Array, ...]:
-    """Blocks of what exceeds the shares: how many there are, expert and first row of each."""
+    """Blocks of the rows beyond the shares: their number, and expert and first row of each."""
     experts = sizes.shape[0]
     extra = jnp.maximum(sizes - share, 0)
     blocks = (extra + block - 1) // block
@@ -113,21 +119,23 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="promise_in_bounds")
 
 
-def _product(rows, weight, sizes, share, block, transpose):
-    """rows @ weight[expert], or rows @ weight[expert]^T."""
+def _product(
+    rows: jax.Array, weight: jax.Array, sizes: jax.Array, share: int, block: int, transpose: bool
+) -> jax.Array:
+    """Product rows @ weight[expert], or rows @ weight[expert]^T."""
     contract = "EJF,EDF->EJD" if transpose else "EJD,EDF->EJF"
     width = weight.shape[1 if transpose else 2]
     if share:
-        row, _, slot, has = _in_shares(sizes, share, rows.shape[0])
+        row, _, place, has = _in_shares(sizes, share, rows.shape[0])
         product = exact_einsum(contract, _take(rows, row), weight).astype(rows.dtype)
-        out = _masked(has, _take(product.reshape(-1, width), slot))
+        out = _masked(has, _take(product.reshape(-1, width), place))
     else:
         out = jnp.zeros((rows.shape[0], width), rows.dtype)
     count, experts, starts = _beyond(sizes, share, block, rows.shape[0])
     ends = jnp.cumsum(sizes)
 
-    def body(i, out):
-        # A block at the very end is moved back to fit; rows that are not its own stay as they are.
+    def body(i: jax.Array, out: jax.Array) -> jax.Array:
+        # A block at the end is moved back to fit; rows of other blocks in it keep their values.
         row = jnp.minimum(starts[i], rows.shape[0] - block)
         number = row + jnp.arange(block)
         own = (number >= starts[i]) & (number < ends[experts[i]])
@@ -143,21 +151,35 @@ def _product(rows, weight, sizes, share, block, transpose):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _grouped(rows, weight, sizes, share, block, backend):
+def _grouped(
+    rows: jax.Array,
+    weight: jax.Array,
+    sizes: jax.Array,
+    share: int,
+    block: int,
+    backend: Backend,
+) -> jax.Array:
     portable = functools.partial(_product, share=share, block=block, transpose=False)
     return backend(portable, grouped_triton.product)(rows, weight, sizes)
 
 
-def _forward(rows, weight, sizes, share, block, backend):
+def _forward(
+    rows: jax.Array,
+    weight: jax.Array,
+    sizes: jax.Array,
+    share: int,
+    block: int,
+    backend: Backend,
+) -> tuple[jax.Array, Saved]:
     return _grouped(rows, weight, sizes, share, block, backend), (rows, weight, sizes)
 
 
-def _rows_gradient(share, block, saved, d_out):
+def _rows_gradient(share: int, block: int, saved: Saved, d_out: jax.Array) -> jax.Array:
     _, weight, sizes = saved
     return _product(d_out, weight, sizes, share, block, transpose=True)
 
 
-def _weight_gradient(share, block, saved, d_out):
+def _weight_gradient(share: int, block: int, saved: Saved, d_out: jax.Array) -> jax.Array:
     rows, weight, sizes = saved
     if share:
         row, used, _, _ = _in_shares(sizes, share, rows.shape[0])
@@ -168,7 +190,7 @@ def _weight_gradient(share, block, saved, d_out):
     count, experts, starts = _beyond(sizes, share, block, rows.shape[0])
     ends = jnp.cumsum(sizes)
 
-    def body(i, total):
+    def body(i: jax.Array, total: jax.Array) -> jax.Array:
         row = jnp.minimum(starts[i], rows.shape[0] - block)
         number = row + jnp.arange(block)
         own = (number >= starts[i]) & (number < ends[experts[i]])
@@ -181,9 +203,11 @@ def _weight_gradient(share, block, saved, d_out):
     return lax.fori_loop(0, count, body, d_weight).astype(weight.dtype)
 
 
-def _gradients(share, block, backend, saved, d_out):
-    # The choice is made here and not around all of it, or both forms would save what they need; and
-    # for each gradient apart, for that of the weight may be made later.
+def _gradients(
+    share: int, block: int, backend: Backend, saved: Saved, d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    # The backend is chosen for forward and each gradient apart: one choice around the whole would
+    # keep the residuals of both forms, and the weight's gradient may be deferred.
     makers = (
         (_rows_gradient, grouped_triton.rows_gradient),
         (_weight_gradient, grouped_triton.weight_gradient),

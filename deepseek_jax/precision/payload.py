@@ -1,39 +1,42 @@
-"""What tokens travel as: BF16 or FP8 to their experts, BF16 home (sections 3.2.2 and 3.3.2).
+"""Encoding of rows in messages: tokens go to their experts in BF16 or FP8, outputs return in BF16.
 
-FP8 is E4M3 in tiles of 1x128 with power-of-two scales, sent beside their scales. Gradients travel
-the mirrored way: into the experts' outputs like tokens, home from their inputs like outputs.
+FP8 (sections 3.2.2 and 3.3.2) is E4M3 in tiles of 1x128, sent beside power-of-two scales. Backward
+mirrors this: gradients of the experts' outputs are dispatched in the payload of tokens, gradients
+of their inputs return in that of outputs.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepseek_jax.precision import fp8_tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Payload:
-    """Attributes:
-    fp8: whether rows travel to the experts as E4M3 tiles; otherwise as they are.
+    """Encoding of rows.
+
+    Attributes:
+      fp8: whether rows are encoded as E4M3 tiles; otherwise they stay as they are.
     """
 
     fp8: bool
 
     def encode(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Rows RD -> what is sent of them, arrays R..."""
+        """Rows RD -> the arrays R... that are sent."""
         if not self.fp8:
             return (x,)
         tiles = fp8_tiles.quantise_tiles(x.astype(jnp.float32), power_of_two=True)
         return tiles.values, tiles.scales
 
-    def decode(self, sent: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
-        """The rows again, RD in the dtype they had; the scales lose nothing even in bfloat16."""
+    def decode(self, sent: tuple[jax.Array, ...], dtype: DTypeLike) -> jax.Array:
+        """Encoded rows -> RD in `dtype`; power-of-two scales make this exact, even in bfloat16."""
         return fp8_tiles.dequantise_tiles(fp8_tiles.Tiles(*sent), dtype) if self.fp8 else sent[0]
 
-    def bytes_out(self, width: int, dtype: Any) -> tuple[int, ...]:
-        """Bytes of a row of `width` numbers on its way to an expert, in each array of `encode`."""
+    def bytes_out(self, width: int, dtype: DTypeLike) -> tuple[int, ...]:
+        """Bytes of an encoded row of `width` numbers, for each array of `encode`."""
         if not self.fp8:
             return (width * jnp.dtype(dtype).itemsize,)
         return width, 4 * -(-width // fp8_tiles.BLOCK)

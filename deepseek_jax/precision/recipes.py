@@ -1,4 +1,4 @@
-"""Matmul recipes: what precision the model's products run in, as a value with one signature.
+"""Matmul recipes: the precision of the model's products, as a value with one interface.
 
 Sensitive parts (router, norms, softmax, loss) do not ask a recipe: they are float32 always
 (section 3.3.1 of the report).
@@ -6,6 +6,8 @@ Sensitive parts (router, norms, softmax, loss) do not ask a recipe: they are flo
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +19,69 @@ from deepseek_jax.precision.grouped import grouped_matmul
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Operands in `compute`, products accumulated in float32, results in `compute`.
+    """Operands and results in `activation_dtype`, products accumulated in float32.
+
+    A weight has three forms. The *master* is float32 and moves with each step. The *stored* form
+    is an array in `stored_dtype`, as loading a checkpoint leaves it. The *prepared* form is made
+    by `prepare` from either of the two, once per step, before ZeRO's parts are gathered; it is
+    what gets gathered and what `einsum` and `grouped` take. Code outside `precision/` asks these
+    methods about all three, and never which recipe it has.
+
+    Here the prepared form is an array in `activation_dtype`. A recipe of FP8 may return a pytree
+    of arrays instead, as `fp8_tiles.Tiles` with values and scales: quantised once per step, and
+    gathered in that form. Each of its leaves then keeps the dimensions of the weight in their
+    order, so that the layers of a stack and the parts of ZeRO are cut from every leaf alike.
 
     Attributes:
-      name: what `precision.recipe` calls it.
-      compute: dtype of weights and activations in matmuls and between them.
+      name: the value of `precision.recipe`.
+      activation_dtype: dtype of activations, in matmuls and between them.
     """
 
     name: str
-    compute: jnp.dtype
+    activation_dtype: jnp.dtype
+
+    def prepare(self, weight: jax.Array, *, sensitive: bool) -> Any:
+        """The form of a weight that a step computes with.
+
+        Args:
+          weight: a master or a stored weight, of one layer or a stack of layers.
+          sensitive: whether it stays float32 in every recipe.
+
+        Returns:
+          An array here, a pytree of arrays in general.
+        """
+        return weight if sensitive else weight.astype(self.activation_dtype)
+
+    @property
+    def stored_dtype(self) -> jnp.dtype:
+        """The narrowest dtype of weights from which `prepare` makes the same as from masters.
+
+        Loading casts to it while it streams, before a weight reaches its device; sensitive weights
+        stay as they are.
+        """
+        return self.activation_dtype
+
+    def prepared_bytes(self, shape: tuple[int, ...], *, sensitive: bool) -> int:
+        """Bytes of the prepared form of a float32 weight; nothing is allocated."""
+        prepare = functools.partial(self.prepare, sensitive=sensitive)
+        leaves = jax.tree.leaves(jax.eval_shape(prepare, jax.ShapeDtypeStruct(shape, jnp.float32)))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+    @property
+    def matmul_dtype(self) -> str:
+        """Dtype whose peak bounds the products, as `hardware/chips.py` names it."""
+        return self.name  # these recipes are named after it
 
     def einsum(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """One linear layer: contraction of an activation with a weight."""
-        product = _linear(subscripts, x.astype(self.compute), weight.astype(self.compute))
-        return product.astype(self.compute)
+        """One linear layer: contraction of an activation with a prepared weight."""
+        dtype = self.activation_dtype
+        return _linear(subscripts, x.astype(dtype), weight.astype(dtype)).astype(dtype)
 
     def grouped(
         self, rows: jax.Array, weight: jax.Array, sizes: jax.Array, likely: int
     ) -> jax.Array:
-        """One linear layer of all experts at once: `precision/grouped.py`."""
-        rows, weight = rows.astype(self.compute), weight.astype(self.compute)
+        """One linear layer of all experts at once; arguments as in `grouped_matmul`."""
+        rows, weight = rows.astype(self.activation_dtype), weight.astype(self.activation_dtype)
         return grouped_matmul(rows, weight, sizes, likely=likely)
 
 
@@ -46,22 +91,30 @@ _RECIPES = {recipe.name: recipe for recipe in (FLOAT32, BFLOAT16)}
 
 
 def recipe(name: str) -> Recipe:
+    """The recipe that `precision.recipe` names.
+
+    Raises:
+      ConfigError: no such recipe.
+    """
     if name not in _RECIPES:
         raise ConfigError(f"precision.recipe is {name!r}; known recipes: {', '.join(_RECIPES)}")
     return _RECIPES[name]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(subscripts, x, weight):
+def _linear(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     return exact_einsum(subscripts, x, weight).astype(x.dtype)
 
 
-def _forward(subscripts, x, weight):
+_Operands = tuple[jax.Array, jax.Array]  # x and weight of `_linear`
+
+
+def _forward(subscripts: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, _Operands]:
     return _linear(subscripts, x, weight), (x, weight)
 
 
-def _backward(subscripts, saved, d_out):
-    """d_x = d_out weight^T and d_weight = x^T d_out, their operands in the dtype of forward's."""
+def _backward(subscripts: str, saved: _Operands, d_out: jax.Array) -> _Operands:
+    """d_x = d_out weight^T and d_weight = x^T d_out, each in the dtype of its operand."""
     x, weight = saved
     (of_x, of_weight), of_out = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
     d_x = exact_einsum(f"{of_out},{of_weight}->{of_x}", d_out, weight)

@@ -1,4 +1,4 @@
-"""What goes wrong in one process goes wrong in all: none waits for a peer that has given up."""
+"""Agreement between processes: an error in one is raised in all, so that none waits for a peer."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,14 +11,14 @@ from deepseek_jax.config import ConfigError
 
 T = TypeVar("T")
 
-_LONGEST = 2048  # bytes of a message that are passed on
+_LONGEST = 2048  # bytes of an error message that other processes receive
 
 
 def raise_together(attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, where it returns in every process; all of them have to call this.
+    """Calls `attempt` in every process and returns its value; all processes have to call this.
 
     Raises:
-      ConfigError: it failed somewhere; with the message of the first process in which it did.
+      ConfigError: `attempt` failed in some process; has the message of the first such process.
     """
     if jax.process_count() == 1:
         return attempt()
@@ -29,8 +29,8 @@ def raise_together(attempt: Callable[[], T]) -> T:
         failure = error
     text = np.zeros(_LONGEST, np.uint8)
     if failure is not None:
-        told = (str(failure) or type(failure).__name__).encode()[:_LONGEST]
-        text[: len(told)] = np.frombuffer(told, np.uint8)
+        message = (str(failure) or type(failure).__name__).encode()[:_LONGEST]
+        text[: len(message)] = np.frombuffer(message, np.uint8)
     for row in multihost_utils.process_allgather(text):
         if row.any():
             raise ConfigError(row.tobytes().rstrip(b"\0").decode(errors="ignore")) from failure
@@ -38,14 +38,14 @@ def raise_together(attempt: Callable[[], T]) -> T:
 
 
 def from_primary(value: int) -> int:
-    """Process 0's value, in every process: a shared file system may show them different lists."""
+    """Value of process 0, for all; file listings of a shared file system can differ by process."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def all_true(fine: bool) -> bool:
-    """Whether it is true in every process."""
+    """Whether `fine` is true in every process."""
     if jax.process_count() == 1:
         return fine
     return bool(multihost_utils.process_allgather(np.bool_(fine)).all())

@@ -1,7 +1,7 @@
-"""Start-up of one process of a run, and how all processes agree to stop.
+"""Start-up of the processes of a run, and their agreement to stop.
 
-A run is one process, or many under `jax.distributed`: told so by flags (local.sh, Kubernetes), or
-found in the environment of SLURM and Open MPI.
+A run is one process, or many under `jax.distributed`. Flags name the processes (local.sh,
+Kubernetes), or the environment of SLURM or Open MPI does.
 """
 
 import os
@@ -25,12 +25,12 @@ def start(
 
     Args:
       coordinator: HOST:PORT where process 0 listens, or None.
-      processes: how many there are.
-      process: which one this is, in [0, processes).
-      emulate_devices: virtual CPU devices in this process, or None for the real devices.
+      processes: number of processes.
+      process: index of this process, in [0, processes).
+      emulate_devices: number of virtual CPU devices in this process; None for the real devices.
 
     Raises:
-      ConfigError: flags that do not work together, a start that came too late, or peers that
+      ConfigError: the flags contradict one another, JAX has started already, or other processes
         were not found.
     """
     explicit = _explicit(coordinator, processes, process)
@@ -40,7 +40,7 @@ def start(
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if explicit:
-        # Without "deactivate" JAX would mix in what it finds of SLURM, and take one GPU only.
+        # Without "deactivate" JAX would also read the environment of SLURM, and take one GPU only.
         _join(
             coordinator_address=coordinator,
             num_processes=processes,
@@ -52,26 +52,26 @@ def start(
 
 
 def is_primary() -> bool:
-    """Whether this is process 0: the one that prints, and writes what is written once."""
+    """Whether this is process 0, which alone prints and writes files that exist once."""
     return jax.process_index() == 0
 
 
 class StopSignal:
-    """SIGTERM, heard by any process, stops all of them after the same step."""
+    """SIGTERM to any process, which stops all processes after the same step."""
 
     def __init__(self) -> None:
         self._heard = False
 
     def install(self) -> None:
-        """Listens for SIGTERM from now on; under `jax.distributed` JAX listens already."""
+        """Handles SIGTERM from now on; under `jax.distributed` JAX handles it already."""
         if not jax.distributed.is_initialized():
             signal.signal(signal.SIGTERM, self._hear)
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop after this step; to be asked after every step, in order.
+        """Whether to save and stop after this step; call it after every step, in order.
 
-        The answer is the same on all processes. With many it comes up to a second after the signal,
-        at a step that none of them has passed.
+        The answer is the same on all processes. With more than one, it becomes true up to a second
+        after the signal, at a step that no process has passed.
         """
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
@@ -82,7 +82,7 @@ class StopSignal:
 
 
 def _explicit(coordinator: str | None, processes: int | None, process: int | None) -> bool:
-    """Whether the flags describe a run of many processes; half a description is an error."""
+    """Whether the flags describe a run of many processes; some of them without the rest raise."""
     flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in flags.items() if value is None]
     if len(missing) == len(flags):
@@ -103,7 +103,7 @@ def _explicit(coordinator: str | None, processes: int | None, process: int | Non
 
 
 def _emulate(devices: int) -> None:
-    """Virtual CPU devices instead of the real ones."""
+    """Replaces the real devices by virtual CPU devices."""
     if devices < 1:
         raise ConfigError(f"--emulate_devices={devices}; expected at least one device")
     try:
@@ -118,12 +118,13 @@ def _emulate(devices: int) -> None:
 
 
 def _tasks() -> int:
-    """How many processes SLURM's srun or Open MPI's mpirun started, 1 without either."""
+    """Number of processes that srun or mpirun started; 1 without either."""
     names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     return max(int(os.environ.get(name, "1")) for name in names)
 
 
 def _join(**how: str | int | None) -> None:
+    """Connects to the other processes."""
     _mute_gloo()
     try:
         jax.distributed.initialize(**how)  # type: ignore[arg-type]
@@ -135,7 +136,7 @@ def _join(**how: str | int | None) -> None:
 
 
 def _mute_gloo() -> None:
-    """Gloo writes a line per peer to file descriptor 1, from C++; our own lines keep their way."""
+    """Hides the line per process that gloo writes to file descriptor 1; Python's output remains."""
     try:
         ours = os.dup(sys.stdout.fileno())
     except (AttributeError, OSError, ValueError):  # no standard output, or one that is no file

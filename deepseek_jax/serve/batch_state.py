@@ -1,6 +1,7 @@
-"""What lives on the devices while requests are served: their text, their caches, their settings.
+"""Device state of the engine: text, latent caches and sampling settings of its request slots.
 
-B slots of this device, each holding one request or none; T tokens of room in each.
+B request slots of this device, each with one request or none; T tokens of room in each; W window of
+the MTP modules, D model width; N new requests, S padded prompt length.
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ from deepseek_jax.serve.sampling import Settings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The requests of a batch.
+    """Request slots of a batch.
 
     Attributes:
-      text: BT int32, prompt and what was generated.
-      length: B int32, how much of it there is; all but its last token are in the cache.
-      limit: B int32, where it ends at the latest; no more than `length` once it has ended.
-      settings: how each chooses its tokens.
+      text: BT int32, tokens of prompt and generation.
+      length: B int32, number of tokens in `text`; all but the last are in the cache.
+      limit: B int32, largest length; at most `length` once the request has ended.
+      settings: Sampling settings of each request.
     """
 
     text: jax.Array
@@ -33,20 +34,21 @@ class Slots:
 
     @property
     def running(self) -> jax.Array:
+        """B bool, True for a slot whose request has not ended."""
         return self.length < self.limit
 
     @property
     def last(self) -> jax.Array:
-        """B, the position of the last token; 0 in an empty slot."""
+        """B int32, position of the last token; 0 in an empty slot."""
         return jnp.maximum(self.length - 1, 0)
 
     def at(self, positions: jax.Array) -> jax.Array:
-        """Tokens at positions BS; past either end, any."""
+        """Tokens BS at positions BS; arbitrary for positions outside [0, T)."""
         inside = jnp.clip(positions, 0, self.text.shape[1] - 1)
         return jnp.take_along_axis(self.text, inside, axis=1)
 
     def guessing(self, positions: jax.Array, tokens: jax.Array) -> "Slots":
-        """With tokens B written at positions B, and as long as before."""
+        """Slots with draft tokens B written at positions B and unchanged length."""
         request = jnp.arange(tokens.shape[0])
         text = self.text.at[request, positions].set(tokens, mode="drop")
         return dataclasses.replace(self, text=text)
@@ -54,10 +56,10 @@ class Slots:
     def extended(
         self, tokens: jax.Array, count: jax.Array, stop: tuple[int, ...]
     ) -> tuple["Slots", jax.Array]:
-        """With the first `count` B of tokens BS, cut after a stop token and at the limit.
+        """Appends the first `count` B of tokens BS, cut after a stop token and at the limit.
 
         Returns:
-          The slots, and how many tokens B they really got: none where nothing runs.
+          The slots, and the number of tokens B appended to each, 0 for a slot that does not run.
         """
         order = jnp.arange(tokens.shape[1])[None]
         count = jnp.clip(self.limit - self.length, 0, count)
@@ -78,6 +80,7 @@ class Slots:
 
 
 def _is_one_of(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
+    """True at every token that is a stop token."""
     found = jnp.zeros(tokens.shape, jnp.bool_)
     for token in stop:
         found |= tokens == token
@@ -87,11 +90,13 @@ def _is_one_of(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Attributes:
-    slots: the requests.
-    cache: `Latents`, or `LayerCaches`, of each stack of layers.
-    hidden_window: BWD, what the MTP modules read of the W positions before each request's last
-      token: the main model's output after its final norm. W is 0 where nothing is drafted.
+    """State of the engine on one device.
+
+    Attributes:
+      slots: Request slots.
+      cache: `Latents` or `LayerCaches` of each stack of layers.
+      hidden_window: BWD, output of the main model after its final norm at the W positions before
+        each request's last token, which the MTP modules read; W is 0 without speculation.
     """
 
     slots: Slots
@@ -102,12 +107,14 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """Requests N that are to start.
+    """New requests for free request slots.
 
     Attributes:
-      rows: N int32, the slot of each; those from B on are none.
+      rows: N int32, slot of each request; an entry of B or more is no request.
       prompts: NS int32, padded at the end.
-      lengths, limits, settings: as in `Slots`.
+      lengths: N int32, tokens of each prompt.
+      limits: N int32, as in `Slots`.
+      settings: Sampling settings, as in `Slots`.
     """
 
     rows: jax.Array
@@ -117,6 +124,8 @@ class Admission:
     settings: Settings
 
     def into(self, slots: Slots) -> Slots:
+        """Slots with these requests written into them."""
+
         def put(whole, new):
             return whole.at[self.rows].set(new, mode="drop")
 
@@ -138,13 +147,16 @@ def empty(
     window: int,
     apart: bool,
 ) -> State:
-    """No request in any slot.
+    """State without a request.
 
     Args:
-      form: of the cache.
-      dtype: of activations.
-      window: W; 0 where nothing is drafted.
-      apart: whether each layer's cache is an array of its own.
+      config: Sizes of the model.
+      requests: B, request slots.
+      length: T, tokens of room in each slot.
+      form: Format of the latent cache, one of `latent_cache.FORMATS`.
+      dtype: Type of activations.
+      window: W; 0 without speculation.
+      apart: True makes the cache of each layer an array of its own.
     """
     integers = jnp.zeros((requests,), jnp.int32)
     numbers = jnp.zeros((requests,), jnp.float32)

@@ -1,7 +1,9 @@
-"""The programs that serve: prompts into slots, and the next tokens of all slots.
+"""Programs of the engine: prefill of new requests, and decoding of all request slots.
 
-Each is one `shard_map` over the training mesh: slots over the data axes, experts, heads and
-vocabulary as in training. Written for one device's B slots.
+Each runs in one `shard_map` over the training mesh: request slots over the data axes; experts,
+heads and vocabulary as in training. The functions are written for one device's part.
+
+B request slots, N decoding steps, S tokens of a step, D model width, V vocabulary.
 """
 
 import dataclasses
@@ -18,20 +20,20 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.serve import sampling
 from deepseek_jax.serve.batch_state import Admission, State
 
-# A step: state -> state with tokens BS, of which the first `count` B are offered to the slots.
+# A decoding step: state -> state, tokens BS, and B the number of them offered to each request slot.
 Step = Callable[[Weights, Execution, State], tuple[State, jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What a call made, the same on all devices; B counts the slots of all of them.
+    """Tokens made by one call, the same on all devices; B counts the slots of all devices.
 
     Attributes:
-      tokens: NBS int32, of N steps.
-      count: NB int32, how many of the S each slot got.
-      offered: NB int32, how many it would have got without its limit and stop token.
-      running: B bool, after the last step.
+      tokens: NBS int32.
+      count: NB int32, tokens of S that were appended to each slot.
+      offered: NB int32, tokens that were made for each slot, before limit and stop token cut them.
+      running: B bool, True for a request that has not ended after the last step.
     """
 
     tokens: jax.Array
@@ -41,7 +43,7 @@ class StepOutput:
 
 
 def logits_of(model: Weights, rows: jax.Array) -> jax.Array:
-    """B...D -> B...V float32, the whole vocabulary."""
+    """Logits of hidden states: B...D -> B...V float32, over the whole vocabulary."""
     logits = params.whole(model.head)(axes.fan_out(rows, "vocab"))
     return axes.own(axes.join(logits, "vocab", rows.ndim - 1), "vocab")
 
@@ -49,7 +51,7 @@ def logits_of(model: Weights, rows: jax.Array) -> jax.Array:
 def admit(
     model: Weights, how: Execution, state: State, new: Admission, stop: tuple[int, ...]
 ) -> tuple[State, StepOutput]:
-    """Reads the prompts of new requests and chooses their first tokens."""
+    """Prefills the prompts of new requests and samples their first tokens."""
     window = state.hidden_window.shape[1]
     top, kept = decoding.prefill(model, new.prompts, how, mtp=window > 0)
     ends = jnp.maximum(new.lengths - 1, 0)
@@ -69,7 +71,7 @@ def admit(
 
 
 def plain_step(model: Weights, how: Execution, state: State) -> tuple[State, jax.Array, jax.Array]:
-    """A step of one token."""
+    """Decodes one token per request; a `Step`."""
     slots = state.slots
     position = slots.last[:, None]
     top, cache = decoding.decode(model, slots.at(position), how, state.cache, position)
@@ -87,7 +89,17 @@ def multi_step(
     state: State,
     stop: tuple[int, ...],
 ) -> tuple[State, StepOutput]:
-    """Up to `steps` steps that offer up to `width` tokens each; ends early when nothing runs."""
+    """Runs up to `steps` decoding steps, and stops early when no request of any device runs.
+
+    Args:
+      step: Decoding step.
+      steps: N.
+      width: S, most tokens of a step.
+      model: Weights.
+      how: Execution of the forward pass.
+      state: State of this device.
+      stop: Tokens that end a request.
+    """
     batch = state.slots.length.shape[0]
 
     def one(carry):
@@ -121,5 +133,6 @@ def multi_step(
 def _step_output(
     state: State, tokens: jax.Array, count: jax.Array, offered: jax.Array
 ) -> StepOutput:
+    """Output of all devices, gathered over the batch axis."""
     tokens, count, offered = (axes.join(x, "batch", 1) for x in (tokens, count, offered))
     return StepOutput(tokens, count, offered, axes.join(state.slots.running, "batch", 0))

@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave the slots of a batch that keeps running."""
+"""Engine with continuous batching: requests join and leave the slots of a running batch."""
 
 import collections
 import dataclasses
@@ -28,18 +28,23 @@ from deepseek_jax.serve.batch_state import Admission, State, empty
 from deepseek_jax.serve.requests import Counts, Delta, Request
 from deepseek_jax.serve.sampling import Settings
 
-SHORTEST = 16  # prompts are padded to this or a power of two above it, so that compiles are few
+SHORTEST = 16  # prompts are padded to this or a larger power of two, to compile few programs
 
 
 class CompiledProgram:
-    """A jitted function of `held` and more, compiled apart from its first call, once per shapes."""
+    """Jitted function with fixed first arguments, compiled ahead of its call, once per shapes.
+
+    Args:
+      function: Jitted function.
+      held: First arguments of every call.
+    """
 
     def __init__(self, function: Any, held: tuple[Any, ...]):
         self._function, self._held = function, held
         self._compiled: dict[Any, Any] = {}
 
     def prepare(self, *arguments: Any) -> float:
-        """Compiles for these shapes if need be -> seconds that it took."""
+        """Compiles for the shapes of `arguments` unless that is done -> seconds it took."""
         begin, key = time.perf_counter(), self._shapes(arguments)
         if key not in self._compiled:
             self._compiled[key] = self._function.lower(*self._held, *arguments).compile()
@@ -54,22 +59,27 @@ class CompiledProgram:
 
 
 class Engine:
-    """A fixed number of slots that requests share; `add` them, then `step` until nothing is left.
+    """A fixed number of request slots: `add` requests, then call `step` while `busy`.
 
     Args:
-      model: weights; on `mesh`, if there is one, placed by `layout.storage`.
-      how: precision; whether layers are a loop or, with `unroll` above 1, come one after another;
-        and how tokens reach their experts when prompts are read. Decoding has few tokens, for which
-        it takes buffers that any router fits into.
-      slots: requests that run at once, over all devices.
-      length: tokens of room for each, prompt and generated ones.
-      cache: format of the latent cache, one of `cache.FORMATS`.
-      stop: tokens that end a request.
-      drafts: tokens that the MTP modules guess in each step; 0 decodes one at a time.
-      steps: of decoding in one call; new requests join between calls.
+      model: Model whose weights are on `mesh`, placed by `layout.storage`.
+      how: Execution of the forward pass. With `unroll` above 1 the layers are compiled one after
+        another, else as a loop. Its dispatch serves prefill; decoding has few tokens, so that its
+        dispatch has buffers which no router overfills.
+      layout: Layout of the model over `mesh`.
+      mesh: Devices.
+      slots: Requests that run at once, over all devices.
+      length: Tokens of room in each slot, for prompt and generation.
+      cache: Format of the latent cache, one of `latent_cache.FORMATS`.
+      stop: Tokens that end a request.
+      drafts: Tokens that the MTP modules draft in each step; 0 decodes one token per step.
+      steps: Decoding steps of one call; new requests join between calls.
+
+    Attributes:
+      counts: Counters since the start or the last `count_anew`.
 
     Raises:
-      ConfigError: sizes that cannot work together, before anything is compiled.
+      ConfigError: Sizes that cannot work together, before anything is compiled.
     """
 
     def __init__(
@@ -87,13 +97,13 @@ class Engine:
         steps: int = 8,
     ):
         config = self.config = model.config
-        for name, value, least in (("slots", slots, 1), ("speculate", drafts, 0)):
+        for name, value, least in (("slots", slots, 1), ("drafts", drafts, 0)):
             if value < least:
-                raise ConfigError(f"--{name}={value}; expected at least {least}")
+                raise ConfigError(f"engine.{name}={value}; expected at least {least}")
         if drafts and not config.mtp_depth:
             raise ConfigError(
-                f"--speculate={drafts} drafts with MTP modules, and this model has none; set "
-                "--speculate=0"
+                f"engine.drafts={drafts} drafts with MTP modules, and this model has none; set "
+                "engine.drafts=0"
             )
         self.layout, self.mesh, self.slots, self.length = layout, mesh, slots, length
         self._drafts = drafts
@@ -107,7 +117,7 @@ class Engine:
         if slots % self._parts:
             raise ConfigError(
                 f"{slots} slots do not divide among the {self._parts} devices of the data axes; "
-                f"set --slots={-(-slots // self._parts) * self._parts}"
+                f"set engine.slots={-(-slots // self._parts) * self._parts}"
             )
 
         self._build(model, how, cache, stop, steps)
@@ -115,9 +125,9 @@ class Engine:
     def _build(
         self, model: Transformer, how: Execution, cache: str, stop: tuple[int, ...], steps: int
     ) -> None:
-        """The empty state, and the two programs that change it."""
+        """Builds the empty state, and the programs of prefill and decoding that update it."""
         config, layout, mesh, drafts = self.config, self.layout, self.mesh, self._drafts
-        apart = how.unroll > 1  # layers that are compiled one after another need no stack
+        apart = how.unroll > 1  # layers that are compiled one after another are not stacked
         with jax.set_mesh(mesh):
             on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
             graph, weights, bias = split(Unstacked.of(model, on_cpu=on_cpu) if apart else model)
@@ -129,7 +139,7 @@ class Engine:
         window = speculate.window(config, drafts) if drafts else 0
 
         def fresh() -> State:
-            compute = how.recipe.compute
+            compute = how.recipe.activation_dtype
             return empty(config, self.slots, self.length, cache, compute, window, apart)
 
         state = jax.eval_shape(fresh)
@@ -141,7 +151,7 @@ class Engine:
         self._place = NamedSharding(mesh, batch)
 
         def program(fn, how, *more):
-            """fn(model, how, state, ...) on every device's own part."""
+            """`fn(model, how, state, ...)`, compiled for each device's part of its arguments."""
 
             def local(weights, bias, *arguments):
                 with axes.active(layout):
@@ -169,7 +179,11 @@ class Engine:
             self._state = jax.jit(fresh, out_shardings=places)()
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns its number; ConfigError where it can never run here."""
+        """Queues a request and returns its number.
+
+        Raises:
+          ConfigError: A request that can never run here: unknown tokens, or more than a slot holds.
+        """
         prompt, total = request.prompt, len(request.prompt) + request.max_tokens
         if min(prompt) < 0 or max(prompt) >= self.config.vocab:
             raise ConfigError(
@@ -178,8 +192,8 @@ class Engine:
             )
         if total > self.length:
             raise ConfigError(
-                f"a prompt of {len(prompt)} tokens and --max_tokens={request.max_tokens} need room "
-                f"for {total}, and a slot has {self.length}; set --cache_length={total}"
+                f"a prompt of {len(prompt)} tokens and request.max_tokens={request.max_tokens} "
+                f"need room for {total}, and a slot has {self.length}; set engine.length={total}"
             )
         self._waiting.append((self._added, request))
         self._added += 1
@@ -187,28 +201,29 @@ class Engine:
 
     @property
     def busy(self) -> bool:
+        """True while a request waits or runs."""
         return bool(self._waiting) or any(number is not None for number in self._held)
 
     def step(self) -> list[Delta]:
-        """Lets waiting requests into free slots, then decodes a few steps of all that run."""
+        """Admits waiting requests to free slots, then decodes up to `steps` steps of all slots."""
         deltas = []
         for wave in self._waves():
-            news, seconds = self._call(self._admit, wave)
+            output, seconds = self._call(self._admit, wave)
             self.counts.prefill_seconds += seconds
-            deltas += self._deltas(news)
+            deltas += self._deltas(output)
         if any(number is not None for number in self._held):
-            news, seconds = self._call(self._decode)
+            output, seconds = self._call(self._decode)
             self.counts.decode_seconds += seconds
-            self._count(news)
-            deltas += self._deltas(news)
+            self._count(output)
+            deltas += self._deltas(output)
         return deltas
 
     def count_anew(self) -> None:
-        """From here on `counts` tells what comes."""
+        """Resets `counts`."""
         self.counts = Counts(np.zeros(self._drafts, np.int64))
 
     def run(self, requests: Iterable[Request]) -> list[list[int]]:
-        """All of them, and what else is waiting, to their end: the tokens generated for each."""
+        """Runs until all requests have ended -> generated tokens of each of `requests`."""
         numbers = [self.add(request) for request in requests]
         made: dict[int, list[int]] = {number: [] for number in numbers}
         while self.busy:
@@ -217,16 +232,16 @@ class Engine:
         return [made[number] for number in numbers]
 
     def _call(self, program: CompiledProgram, *arguments: Any) -> tuple[decode.StepOutput, float]:
-        """What came out, and the seconds that it took once compiled."""
+        """Runs a program on the state -> its output, and its seconds without compilation."""
         with jax.set_mesh(self.mesh):
             self.counts.compile_seconds += program.prepare(self._state, *arguments)
             begin = time.perf_counter()
-            self._state, news = program(self._state, *arguments)
-            news = jax.device_get(news)
-        return news, time.perf_counter() - begin
+            self._state, output = program(self._state, *arguments)
+            output = jax.device_get(output)
+        return output, time.perf_counter() - begin
 
     def _waves(self) -> Iterator[Admission]:
-        """Waiting requests for which there are slots, those of one padded length together."""
+        """Admits waiting requests to free slots, one `Admission` per padded prompt length."""
         free = [slot for slot, number in enumerate(self._held) if number is None]
         by_length: dict[int, list[tuple[int, int, Request]]] = {}
         for slot in free[: len(self._waiting)]:
@@ -243,12 +258,15 @@ class Engine:
         return min(max(SHORTEST, 1 << (length - 1).bit_length()), self.length)
 
     def _admission(self, length: int, requests: list[tuple[int, Request]]) -> Admission:
-        """On each device either one row for a new request, or as many as it has slots."""
+        """Admission of new requests with as many rows on every device.
+
+        A device has one row if none gets more than one request, else a row for each of its slots:
+        two programs per prompt length.
+        """
         here = self.slots // self._parts
         per_device = collections.Counter(slot // here for slot, _ in requests)
         rows = 1 if max(per_device.values()) == 1 else here
 
-        # NumPy until all is filled in.
         def full(value: float, dtype: Any, *more: int) -> Any:
             return np.full((self._parts * rows, *more), value, dtype)
 
@@ -276,23 +294,24 @@ class Engine:
             new.prompts[row, : len(prompt)] = prompt
         return jax.tree.map(lambda x: spread(x, self._place), new)
 
-    def _deltas(self, news: decode.StepOutput) -> list[Delta]:
+    def _deltas(self, output: decode.StepOutput) -> list[Delta]:
+        """New tokens by request; frees the slots of requests that have ended."""
         deltas = []
         for slot, number in enumerate(self._held):
             if number is None:
                 continue
-            steps = zip(news.tokens[:, slot], news.count[:, slot], strict=True)
+            steps = zip(output.tokens[:, slot], output.count[:, slot], strict=True)
             tokens = [int(t) for made, count in steps for t in made[:count]]
-            done = not news.running[slot]
+            done = not output.running[slot]
             if done:
                 self._held[slot] = None
             if tokens or done:
                 deltas.append(Delta(number, tokens, done))
         return deltas
 
-    def _count(self, news: decode.StepOutput) -> None:
-        offered, counts = news.offered, self.counts
-        counts.tokens += int(news.count.sum())
+    def _count(self, output: decode.StepOutput) -> None:
+        offered, counts = output.offered, self.counts
+        counts.tokens += int(output.count.sum())
         counts.steps += int((offered > 0).sum())
         for draft in range(len(counts.accepted)):
             counts.accepted[draft] += int((offered > draft + 1).sum())

@@ -1,4 +1,4 @@
-"""Text from a checkpoint: opened, tokenised, served, and told as it comes."""
+"""Text from a checkpoint: prompts are encoded, decoded by an engine and told as they grow."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -7,86 +7,85 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.checkpoint import load
-from deepseek_jax.checkpoint.hf.safetensors import read_json
+from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model import execution
+from deepseek_jax.model import execution, params
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.serve import latent_cache
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.requests import Counts, Request
 
 
 @dataclasses.dataclass(frozen=True)
 class TextCodec:
-    """What a folder says about text.
+    """Conversion between text and token ids, as a checkpoint has it.
 
     Attributes:
+      directory: the checkpoint's directory, for messages.
       tokenizer: None where there is no tokenizer.json.
-      stop: tokens that end a text.
+      stop: ids that end a text.
     """
 
+    directory: Path
     tokenizer: Tokenizer | None
     stop: tuple[int, ...]
 
     @classmethod
-    def of(cls, directory: Path) -> "TextCodec":
-        file = directory / "tokenizer.json"
-        made = tokenizers.read(file) if file.is_file() else None
-        for name in ("generation_config.json", "config.json"):
-            if (directory / name).is_file():
-                found = read_json(directory / name).get("eos_token_id")
-                if found is not None:
-                    return cls(made, tuple(found) if isinstance(found, list) else (found,))
-        return cls(made, () if made is None else (made.marks.eos,))
+    def of(cls, checkpoint: Checkpoint) -> "TextCodec":
+        """The tokenizer and the stop ids of an opened checkpoint."""
+        return cls(checkpoint.directory, checkpoint.tokenizer, checkpoint.stop_tokens)
 
-    def encode(self, text: str, directory: Path) -> tuple[int, ...]:
-        """BOS, where there is one, and the text: how documents begin in training."""
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of BOS, where there is one, and of the text: how documents begin in training."""
         if self.tokenizer is None:
             raise ConfigError(
-                f"{directory} has no tokenizer.json to read --prompt with; give --prompt_tokens=1,2"
+                f"{self.directory} has no tokenizer.json to encode a prompt with; give "
+                "prompt_tokens=1,2"
             )
         bos, (ids,) = self.tokenizer.marks.bos, self.tokenizer.encode([text])
         return (*(() if bos is None else (bos,)), *map(int, ids))
 
     def decode(self, tokens: Sequence[int]) -> str | None:
+        """Text of some ids; None without a tokenizer."""
         return None if self.tokenizer is None else self.tokenizer.decode(tokens)
 
 
 def open_engine(
-    directory: Path,
+    checkpoint: Checkpoint,
     base: Config,
     *,
     mesh: Mapping[str, int],
     slots: int,
     length: int,
-    cache: str,
+    cache: str | None,
     stop: tuple[int, ...],
     drafts: int,
     steps: int = 8,
 ) -> Engine:
-    """A server for a Hugging Face directory or a run's workdir.
+    """Loads the weights of a checkpoint into a decoding engine.
 
     Args:
       base: layout and precision; its model is replaced by the checkpoint's.
       mesh: devices along mesh axes; empty for one device.
-      slots: at least; rounded up to what the data axes divide.
-      length, cache, stop, drafts, steps: see `Engine`.
+      slots: request slots at least; rounded up to a multiple of the devices of the data axes.
+      cache: format of the latent cache; None for the dtype of activations.
+      length, stop, drafts, steps: as for `Engine`.
 
     Raises:
-      ConfigError: a checkpoint that cannot be read, or a layout that does not fit.
+      ConfigError: weights that cannot be read, or a layout that does not fit.
     """
-    model = load.model_of(directory)
+    model = checkpoint.model
     config = meshes.forward_config(dataclasses.replace(base, model=model), mesh, length)
     if config.mesh.pipe > 1:
-        raise ConfigError(f"--mesh has pipe:{config.mesh.pipe}; generation has no pipeline")
+        raise ConfigError(f"mesh.pipe={config.mesh.pipe}: generation has no pipeline")
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     parts = config.mesh.replica * config.mesh.node * config.mesh.gpu
     how = dataclasses.replace(execution.of(config), recompute="none")
     with jax.set_mesh(grid):
-        loaded = load.load(directory, how.recipe.compute, layout, grid)
+        stored = checkpoint.load(how.recipe, layout, grid)
+        loaded = params.prepare(stored, how.recipe)
     return Engine(
         loaded,
         how,
@@ -94,7 +93,7 @@ def open_engine(
         grid,
         slots=-(-slots // parts) * parts,
         length=length,
-        cache=cache,
+        cache=cache or latent_cache.default_format(how.recipe),
         stop=stop,
         drafts=drafts,
         steps=steps,
@@ -104,13 +103,15 @@ def open_engine(
 def generate(
     server: Engine, requests: Sequence[Request], words: TextCodec, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Serves some requests to their end.
+    """Decodes some requests to their end.
 
     Args:
-      tell: gets text as it comes where there is one request, else each whole text with its number.
+      tell: called with text as it is made if there is one request, else with each finished text
+        after its number.
 
     Returns:
-      `requests`: of each prompt_tokens, tokens and text (None without a tokenizer); and `timing`.
+      `requests`, a row of prompt_tokens, tokens and text (None without a tokenizer) for each; and
+      `timing`.
     """
     numbers = [server.add(request) for request in requests]
     made: dict[int, list[int]] = {number: [] for number in numbers}
@@ -136,7 +137,7 @@ def generate(
 
 
 def _so_far(words: TextCodec, tokens: Sequence[int], done: bool) -> str:
-    """The text of some tokens; a character whose bytes are not all there yet waits."""
+    """Text of the ids so far, less a last character of which bytes are still missing."""
     text = words.decode(tokens)
     if text is None:
         return " ".join(map(str, tokens))
@@ -144,7 +145,7 @@ def _so_far(words: TextCodec, tokens: Sequence[int], done: bool) -> str:
 
 
 def timing(counts: Counts) -> dict[str, Any]:
-    """Seconds and rates, of decoding without each prompt's first token, which prefill makes."""
+    """Seconds and tokens per second; a prompt's first token counts as prefill, which makes it."""
 
     def per_second(tokens: int, seconds: float) -> float | None:
         return tokens / seconds if seconds else None

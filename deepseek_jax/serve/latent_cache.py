@@ -1,10 +1,11 @@
-"""The latent cache: all that decoding keeps of a token is one latent and one rotated key per layer.
+"""Latent cache of MLA: one latent (c^KV) and one rotated key (k^R) per token and layer.
 
-576 numbers of V3 in a layer, 70,272 bytes of a token in bfloat16. In FP8 the latent travels as E4M3
-in tiles of 1x128 with float32 scales, and the key, which positions turn, stays bfloat16: 656 bytes
-in a layer, 40,016 in all.
+V3 caches 576 elements per token and layer: 70,272 bytes per token over all layers in the format
+"bfloat16". The format "fp8" keeps the latent as E4M3 in tiles of 1x128 with float32 scales, and the
+rotated key in bfloat16: 656 bytes per token and layer, 40,016 over all layers.
 
-L layers, B requests, T positions, C latent width, R rotary width, S positions written at once.
+L layers, B requests, T positions, C latent width, R rotary width, S positions written at once,
+N requests admitted at once.
 """
 
 import dataclasses
@@ -18,18 +19,44 @@ from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model.decoding import PerStack
 from deepseek_jax.model.mla import Kept
 from deepseek_jax.precision.payload import FP8_PAYLOAD, UNCHANGED_PAYLOAD, Payload
+from deepseek_jax.precision.recipes import Recipe
 
-FORMATS = ("float32", "bfloat16", "fp8")
+
+@dataclasses.dataclass(frozen=True)
+class CacheFormat:
+    """Numbers of a cache in memory.
+
+    Attributes:
+      dtype: of rotated keys, and of latents where `payload` leaves them as they are.
+      payload: encoding of the latents.
+    """
+
+    dtype: jnp.dtype
+    payload: Payload
+
+
+FORMATS = {
+    "float32": CacheFormat(jnp.dtype(jnp.float32), UNCHANGED_PAYLOAD),
+    "bfloat16": CacheFormat(jnp.dtype(jnp.bfloat16), UNCHANGED_PAYLOAD),
+    "fp8": CacheFormat(jnp.dtype(jnp.bfloat16), FP8_PAYLOAD),
+}
+
+
+def default_format(recipe: Recipe) -> str:
+    """Name of the format that keeps activations as they are, whatever the recipe is called."""
+    unchanged = CacheFormat(recipe.activation_dtype, UNCHANGED_PAYLOAD)
+    return next(name for name, found in FORMATS.items() if found == unchanged)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """What a stack of layers keeps.
+    """Cache of a stack of layers.
 
     Attributes:
       latent: LBT..., normalised latents as `payload` encodes them.
       key_rope: LBTR, rotated keys.
+      payload: Encoding of the latents.
     """
 
     latent: tuple[jax.Array, ...]
@@ -37,11 +64,11 @@ class Latents:
     payload: Payload = dataclasses.field(metadata=dict(static=True))
 
     def write(self, layer: Any, positions: jax.Array, kept: Kept) -> "Latents":
-        """BSC and BSR of one layer to positions BS; those from T on have no room and are left."""
+        """Writes one layer's BSC and BSR at positions BS; positions of T or more are dropped."""
         latent, key_rope = kept
         request = jnp.arange(positions.shape[0])[:, None]
 
-        def put(whole, new):
+        def put(whole: jax.Array, new: jax.Array) -> jax.Array:
             place = whole.at[layer, request, positions]
             return place.set(new.astype(whole.dtype), mode="drop", unique_indices=True)
 
@@ -53,20 +80,21 @@ class Latents:
         )
 
     def read(self, layer: Any, dtype: Any) -> Kept:
-        """BTC and BTR of one layer."""
+        """Latents BTC and rotated keys BTR of one layer, in `dtype`."""
         encoded = jax.tree.map(lambda whole: whole[layer], self.latent)
         latent = self.payload.decode(encoded, dtype).astype(dtype)
         return latent, self.key_rope[layer].astype(dtype)
 
     def admit(self, requests: jax.Array, kept: Kept) -> "Latents":
-        """The first positions of some requests: LNSC and LNSR to rows N, those from B on nowhere.
+        """Writes the first S positions of new requests: LNSC and LNSR to rows N.
 
-        What the rows held before stays behind these, where nothing looks until it is written over.
+        Rows of B or more are dropped. Later positions keep the entries of an earlier request; no
+        query reads them before they are overwritten.
         """
         latent, key_rope = kept
         length = key_rope.shape[2]
 
-        def put(whole, new):
+        def put(whole: jax.Array, new: jax.Array) -> jax.Array:
             return whole.at[:, requests, :length].set(new.astype(whole.dtype), mode="drop")
 
         return dataclasses.replace(
@@ -79,24 +107,27 @@ class Latents:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCaches:
-    """`Latents` of a stack whose layers are compiled one after another.
+    """Cache of a stack whose layers are compiled one after another.
 
-    To read a layer of `Latents` copies it out; one that is an array of its own is read in place.
+    Reading a layer of a stacked `Latents` copies it; an array per layer is read in place.
 
     Attributes:
-      layers: each a stack of one.
+      layers: Caches of the layers, each a stack of one.
     """
 
     layers: tuple[Latents, ...]
 
     def write(self, layer: int, positions: jax.Array, kept: Kept) -> "LayerCaches":
+        """`Latents.write` of one layer."""
         own = self.layers[layer].write(0, positions, kept)
         return LayerCaches((*self.layers[:layer], own, *self.layers[layer + 1 :]))
 
     def read(self, layer: int, dtype: Any) -> Kept:
+        """`Latents.read` of one layer."""
         return self.layers[layer].read(0, dtype)
 
     def admit(self, requests: jax.Array, kept: Kept) -> "LayerCaches":
+        """`Latents.admit` of all layers."""
         latent, key_rope = kept
         return LayerCaches(
             tuple(
@@ -109,17 +140,22 @@ class LayerCaches:
 def make(
     config: ModelConfig, requests: int, length: int, form: str, *, mtp: bool, apart: bool = False
 ) -> PerStack:
-    """An empty cache for some requests of up to `length` tokens.
+    """Builds an empty cache.
 
     Args:
-      form: one of FORMATS.
-      mtp: whether the MTP modules have one too.
-      apart: whether each layer's is an array of its own.
+      config: Sizes of the model.
+      requests: B.
+      length: T, tokens of room for each request.
+      form: Format, one of FORMATS.
+      mtp: True adds a cache for the MTP modules.
+      apart: True makes the cache of each layer an array of its own.
+
+    Raises:
+      ConfigError: An unknown format.
     """
     if form not in FORMATS:
-        raise ConfigError(f"--cache={form}; expected one of {', '.join(FORMATS)}")
-    payload = FP8_PAYLOAD if form == "fp8" else UNCHANGED_PAYLOAD
-    dtype = jnp.bfloat16 if form == "fp8" else jnp.dtype(form)
+        raise ConfigError(f"engine.cache={form}; expected one of {', '.join(FORMATS)}")
+    dtype, payload = FORMATS[form].dtype, FORMATS[form].payload
 
     def stack(layers: int) -> Latents | LayerCaches | None:
         if not layers:
@@ -138,6 +174,6 @@ def make(
 
 
 def bytes_per_token(config: ModelConfig, form: str, *, mtp: bool = False) -> int:
-    """Over all layers, from the arrays themselves: nothing is allocated."""
+    """Cache bytes of one token over all layers, from the shapes of the arrays."""
     whole = jax.eval_shape(lambda: make(config, 1, 1, form, mtp=mtp))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole))

@@ -1,4 +1,4 @@
-"""Requests to a running engine, and what it tells of them."""
+"""Requests to an engine, the tokens that it adds to them, and its counters."""
 
 import dataclasses
 
@@ -9,15 +9,17 @@ from deepseek_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Attributes:
-    prompt: token ids, at least one.
-    max_tokens: how many to generate at most.
-    temperature: 0 takes the most likely token.
-    top_p: in (0, 1], the share of probability that is drawn from.
-    seed: of this request's random numbers.
+    """A prompt to continue, with its sampling settings.
+
+    Attributes:
+      prompt: Token ids, at least one.
+      max_tokens: Most tokens to generate; at least 1.
+      temperature: Softmax temperature, at least 0; 0 takes the most likely token.
+      top_p: Share of the probability to sample from (nucleus sampling), in (0, 1].
+      seed: Seed of this request's random numbers, from 0 to 2**32 - 1.
 
     Raises:
-      ConfigError: what no server can run.
+      ConfigError: A request that no engine can run; the message names the field.
     """
 
     prompt: tuple[int, ...]
@@ -30,23 +32,23 @@ class Request:
         if not self.prompt:
             raise ConfigError("an empty prompt; give at least one token, such as BOS")
         if self.max_tokens < 1:
-            raise ConfigError(f"--max_tokens={self.max_tokens}; expected at least 1")
+            raise ConfigError(f"request.max_tokens={self.max_tokens}; expected at least 1")
         if not self.temperature >= 0:
-            raise ConfigError(f"--temperature={self.temperature}; expected 0 or more")
+            raise ConfigError(f"request.temperature={self.temperature}; expected 0 or more")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top_p={self.top_p}; expected above 0, up to 1")
+            raise ConfigError(f"request.top_p={self.top_p}; expected above 0, up to 1")
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"--seed={self.seed}; expected 0 to 2**32 - 1")
+            raise ConfigError(f"request.seed={self.seed}; expected 0 to 2**32 - 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What one call added to one request.
+    """Tokens that one call of `Engine.step` added to one request.
 
     Attributes:
-      request: its number, as `Engine.add` returned it.
-      tokens: ids, in order; a stop token is the last.
-      done: whether these are its last.
+      request: Number of the request, as `Engine.add` returned it.
+      tokens: Token ids in order; a stop token is the last.
+      done: True if the request has ended.
     """
 
     request: int
@@ -56,14 +58,16 @@ class Delta:
 
 @dataclasses.dataclass
 class Counts:
-    """What was measured, over all requests.
+    """Counters of an engine, over all requests.
 
     Attributes:
-      accepted: drafts that were taken: [i] counts the steps in which draft i was.
-      compile_seconds: spent on both programs before their first calls.
-      prefill_seconds, decode_seconds: in their calls.
-      prompt_tokens, tokens: read, and made by decoding (each prompt's first token is prefill's).
-      steps: of decoding, summed over the slots that ran.
+      accepted: D int64; [i] counts the steps in which draft i was accepted.
+      compile_seconds: Time of compiling both programs.
+      prefill_seconds: Time in calls that read prompts.
+      decode_seconds: Time in calls that decode.
+      prompt_tokens: Prompt tokens read.
+      tokens: Tokens made by decoding; prefill makes the first token of each request.
+      steps: Decoding steps, summed over the request slots that ran.
     """
 
     accepted: np.ndarray

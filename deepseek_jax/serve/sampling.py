@@ -1,4 +1,7 @@
-"""From logits to tokens, each request by its own settings and its own random numbers."""
+"""Sampling: logits to tokens, with settings and random numbers per request.
+
+B requests, V vocabulary.
+"""
 
 import dataclasses
 
@@ -10,13 +13,13 @@ from jax import lax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How requests B choose tokens.
+    """Sampling settings of B requests.
 
     Attributes:
-      temperature: float32; 0 takes the most likely token.
-      top_p: float32 in (0, 1]: the fewest most likely tokens that have at least this much.
-      seed: uint32; with the position it makes all random numbers of a request, so that a sample
-        does not depend on its neighbours.
+      temperature: B float32; 0 takes the most likely token.
+      top_p: B float32 in (0, 1]; samples from the fewest tokens whose probability reaches it.
+      seed: B uint32; seed and position determine every random number of a request, so that its
+        sample does not depend on other requests.
     """
 
     temperature: jax.Array
@@ -25,7 +28,7 @@ class Settings:
 
 
 def distribution(logits: jax.Array, settings: Settings) -> jax.Array:
-    """What tokens are drawn from: logits B...V float32 -> probabilities B...V that sum to one."""
+    """Probabilities B...V to sample from, which sum to one, of logits B...V float32."""
     best = jax.nn.one_hot(most_likely(logits), logits.shape[-1], dtype=jnp.float32)
     temperature = _beside(settings.temperature, logits)
 
@@ -39,7 +42,7 @@ def distribution(logits: jax.Array, settings: Settings) -> jax.Array:
 
 
 def _nucleus(probabilities: jax.Array, settings: Settings) -> jax.Array:
-    """Zero outside the fewest tokens that together reach `top_p`, equal ones with the last."""
+    """Renormalised probabilities of the fewest tokens that reach `top_p`, ties of the last kept."""
     falling = -jnp.sort(-probabilities, axis=-1)
     before = jnp.cumsum(falling, axis=-1) - falling
     inside = before < _beside(settings.top_p, probabilities)
@@ -49,31 +52,35 @@ def _nucleus(probabilities: jax.Array, settings: Settings) -> jax.Array:
 
 
 def _beside(setting: jax.Array, x: jax.Array) -> jax.Array:
+    """`setting` B with trailing dimensions of size one, to broadcast against x B...."""
     return setting.reshape(setting.shape + (1,) * (x.ndim - 1))
 
 
 def draw(
     chances: jax.Array, settings: Settings, positions: jax.Array, purpose: int = 0
 ) -> jax.Array:
-    """One token of each BV, for `positions` B of their requests -> B int32.
+    """Draws one token per request -> B int32.
 
     Args:
-      chances: at least 0, as they relate to one another; where it is 0 a token is never drawn.
-      purpose: of the random number, see `uniform`.
+      chances: BV, probabilities up to a factor; a token of probability 0 is never drawn.
+      settings: Sampling settings.
+      positions: B, position of the token in its request.
+      purpose: Purpose of the random number, see `uniform`.
     """
 
     def drawn() -> jax.Array:
         up_to = jnp.cumsum(chances, axis=-1)
         mark = uniform(settings, positions, purpose)[:, None] * up_to[:, -1:]
         beyond = (up_to > mark) & (chances > 0)
-        return jnp.where(beyond.any(-1), beyond.argmax(-1), most_likely(chances))  # or by rounding
+        # Rounding may leave no token beyond the mark.
+        return jnp.where(beyond.any(-1), beyond.argmax(-1), most_likely(chances))
 
     warm = (settings.temperature > 0).any()
     return lax.cond(warm, drawn, lambda: most_likely(chances)).astype(jnp.int32)
 
 
 def uniform(settings: Settings, positions: jax.Array, purpose: int) -> jax.Array:
-    """A number in [0, 1) for each of B requests; `purpose` tells apart those of one position."""
+    """Random numbers B in [0, 1), a different one for each seed, position and `purpose`."""
 
     def one(seed, position):
         key = jax.random.fold_in(jax.random.key(seed), position)
@@ -83,7 +90,7 @@ def uniform(settings: Settings, positions: jax.Array, purpose: int) -> jax.Array
 
 
 def choose(logits: jax.Array, settings: Settings, positions: jax.Array) -> jax.Array:
-    """The tokens of BV that come to stand at `positions` B."""
+    """Samples tokens B for `positions` B from logits BV."""
 
     def drawn() -> jax.Array:
         return draw(distribution(logits, settings), settings, positions)
@@ -92,9 +99,10 @@ def choose(logits: jax.Array, settings: Settings, positions: jax.Array) -> jax.A
 
 
 def most_likely(scores: jax.Array) -> jax.Array:
-    """The first of the largest: ...V -> ... int32.
+    """Index of the first largest score: ...V -> ... int32.
 
-    As `argmax`, which XLA does not vectorise on CPUs: two passes take a seventh of its time.
+    It equals `argmax`, which XLA does not vectorise on CPUs; these two passes take a seventh of its
+    time (measured).
     """
     number = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     largest = scores == scores.max(-1, keepdims=True)

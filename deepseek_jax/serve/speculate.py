@@ -1,19 +1,21 @@
-"""Self-speculation: the MTP modules draft, the main model verifies all drafts in one forward.
+"""Self-speculation: the MTP modules draft, and the main model verifies all drafts in one forward.
 
-A request's known tokens end at position n; the main model has read all before n. Module k reads,
-at position i, what depth k - 1 knew there and token i + k (section 2.2), so at n - 1 the chain of
-modules drafts the tokens n + 1, n + 2, ..., each module reading the draft of the one before. What
-a module keeps of position i is final once token i + k is known: so each time a window of W last
-positions goes through every module again, and drafts are what the training form would give.
+Draft. The known tokens of a request end at position n, and the main model has read all before n. At
+position i, module k reads the hidden state of depth k - 1 at i and token i + k (section 2.2). At
+n - 1 the chain of modules therefore drafts the tokens n + 1, n + 2, ..., each module reading the
+draft of the module before. The cache entry of module k at position i is final once token i + k is
+known. Each step runs the last W positions through every module again, so that the drafts equal
+those of the training form.
 
-More drafts than modules: the last module goes on alone, one position further each time, with its
-own state in the place of the main model's, and the draft before as its token.
+With more drafts than modules the last module goes on alone, one position further each time: its own
+output replaces the main model's hidden state, and its last draft is the token.
 
-Verification keeps the distribution (rejection sampling): a draft d, drawn with probability q(d),
-is taken with probability min(1, p(d) / q(d)); the first that is not is replaced by a draw from
-max(p - q, 0), renormalised. Without temperature p and q are certain, and this is plain greedy.
+Verify. Rejection sampling keeps the distribution of the main model: a draft d, sampled with
+probability q(d), is accepted with probability min(1, p(d) / q(d)); the first rejected draft is
+replaced by a sample from max(p - q, 0), renormalised. At temperature 0, p and q are one-hot and the
+result equals greedy decoding.
 
-B slots, D drafts, W window, V vocabulary.
+B request slots, D drafts, W window, V vocabulary.
 """
 
 import dataclasses
@@ -30,16 +32,16 @@ from deepseek_jax.serve.batch_state import State
 from deepseek_jax.serve.decode import Step, logits_of
 from deepseek_jax.serve.sampling import Settings, distribution, draw, uniform
 
-DRAFT, ACCEPT = 1, 2  # what random numbers are for, beside the token itself
+DRAFT, ACCEPT = 1, 2  # purposes of random numbers; 0 is the token itself
 
 
 def window(config: ModelConfig, drafts: int) -> int:
-    """W: a step may add drafts + 1 tokens, and module k's entries lag k positions behind."""
+    """Window W: a step adds up to drafts + 1 tokens, and module k is final k positions later."""
     return drafts + min(drafts, config.mtp_depth)
 
 
 def stepper(drafts: int) -> Step:
-    """A step of up to drafts + 1 tokens."""
+    """Decoding step of up to drafts + 1 tokens per request."""
 
     def step(model: Weights, how: Execution, state: State) -> tuple[State, jax.Array, jax.Array]:
         slots = state.slots
@@ -64,7 +66,7 @@ def stepper(drafts: int) -> Step:
 def draft(
     model: Weights, how: Execution, state: State, drafts: int
 ) -> tuple[State, jax.Array, jax.Array]:
-    """Drafts BD after each request's last token, and the distributions BDV they were drawn from."""
+    """Drafts BD that follow each request's last token, and their distributions BDV (q)."""
     modules, size, room = (
         model.config.mtp_depth,
         state.hidden_window.shape[1],
@@ -75,7 +77,7 @@ def draft(
     def one(carry, module, number, draft):
         slots, cache, hidden, recent = carry
         read = slots.at(recent + number + 1)
-        positions = jnp.where(recent < 0, room, recent)  # before the start: nowhere
+        positions = jnp.where(recent < 0, room, recent)  # positions before the start are dropped
         hidden, out, cache = decoding.predict(
             model, module, number, hidden, read, how, cache, positions
         )
@@ -90,7 +92,7 @@ def draft(
         slots, cache, hidden, recent = carry
         return one((slots, cache, hidden, recent + 1), final, modules - 1, draft)
 
-    recent = last[:, None] - size + jnp.arange(size)[None]  # BW, up to the one before the last
+    recent = last[:, None] - size + jnp.arange(size)[None]  # BW, positions before the last token
     carry = state.slots, state.cache, state.hidden_window, recent
     carry, made = decoding.run_layers(model.mtp, min(drafts, modules), chained, carry)
     if drafts > modules:
@@ -106,16 +108,18 @@ def draft(
 def verify(
     p: jax.Array, q: jax.Array, drafts: jax.Array, settings: Settings, first: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Which drafts are taken, and what follows them.
+    """Accepts a prefix of the drafts and samples the token that follows it.
 
     Args:
       p: B(D+1)V, the main model's distribution at each draft and after the last.
-      q: BDV, what the drafts BD were drawn from.
+      q: BDV, the distribution that each draft was sampled from.
+      drafts: BD, draft tokens.
+      settings: Sampling settings.
       first: B, position of the first draft.
 
     Returns:
-      Tokens B(D+1), and how many of the drafts stand at their beginning, B; one more token follows
-      these, and the rest means nothing.
+      Tokens B(D+1) and the number of accepted drafts B, which come first; the token after them is
+      valid too, and the rest is padding.
     """
     count = drafts.shape[1]
     p_of, q_of = (jnp.take_along_axis(x, drafts[..., None], axis=2)[..., 0] for x in (p[:, :-1], q))
@@ -127,12 +131,14 @@ def verify(
     taken = chance * q_of < p_of
     accepted = jnp.cumprod(taken.astype(jnp.int32), axis=1).sum(1)
 
-    padded = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # after the last draft there is nothing to avoid
+    padded = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # after the last draft: a plain sample from p
     p_next, q_next = (
         jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (p, padded)
     )
     rest = jnp.maximum(p_next - q_next, 0.0)
-    rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p_next)  # equal but for rounding
+    rest = jnp.where(
+        rest.sum(-1, keepdims=True) > 0, rest, p_next
+    )  # 0 only by rounding: p equals q
     following = draw(rest, settings, first + accepted)
     order = jnp.arange(count + 1)[None]
     tokens = jnp.pad(drafts, ((0, 0), (0, 1)))

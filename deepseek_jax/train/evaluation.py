@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.checkpoint import load
+from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import scoring, source, tokenizer
 from deepseek_jax.model import execution, params
@@ -29,24 +29,28 @@ from deepseek_jax.parallel.mesh import forward_config, spread
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Attributes:
-    nats: summed cross entropy of the main head.
-    targets: how many tokens were predicted.
+    """Summed loss of some targets.
+
+    Attributes:
+      nats: cross entropy of the main head, summed over targets.
+      targets: number of predicted tokens.
     """
 
     nats: float
     targets: int
 
     def bits_per_byte(self, text_bytes: int) -> float:
+        """Cross entropy in bits, per byte of the text behind the targets."""
         return self.nats / math.log(2) / text_bytes
 
 
 def make_score(
     config: Config, layout: Layout, mesh: Mesh
 ) -> Callable[[nnx.State, nnx.State, np.ndarray, np.ndarray], Score]:
-    """Returns score(masters, biases, sequences N(S+1), valid NS); the caller holds the mesh.
+    """Makes score(weights, biases, sequences N(S+1), valid NS); the caller sets the mesh.
 
-    N is walked in micro-batches of the training size, the last one padded.
+    Weights are masters or stored ones, placed as `Layout.storage`. The N sequences are scored in
+    micro-batches of the training size, the last one padded.
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
@@ -55,9 +59,11 @@ def make_score(
     batch_spec = P(layout.mesh_axes("batch") or None, None)
     data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)
 
-    def local(masters, bias, tokens, valid):
+    def local(
+        weights: nnx.State, bias: nnx.State, tokens: jax.Array, valid: jax.Array
+    ) -> jax.Array:
         with axes.active(layout):
-            compute = params.cast(masters, how.recipe.compute)
+            compute = params.prepare(weights, how.recipe)
             compute = compute if per_layer else params.gather(compute, layout)
             model: Any = nnx.merge(graph, compute, bias)
             rows = model.trunk(tokens[:, :-1], how).top.reshape(-1, config.model.d_model)
@@ -77,21 +83,23 @@ def make_score(
         )
     )
 
-    def score(masters, bias, sequences, valid):
+    def score(
+        weights: nnx.State, bias: nnx.State, sequences: np.ndarray, valid: np.ndarray
+    ) -> Score:
         size, nats = config.batch.micro_sequences, 0.0
         place = NamedSharding(mesh, batch_spec)
         for start in range(0, len(sequences), size):
             parts = sequences[start : start + size], valid[start : start + size]
             short = size - len(parts[0])
             padded = [np.pad(part, ((0, short), (0, 0))) for part in parts]
-            nats += float(total(masters, bias, *(spread(part, place) for part in padded)))
+            nats += float(total(weights, bias, *(spread(part, place) for part in padded)))
         return Score(nats, int(valid.sum()))
 
     return score
 
 
 def score_checkpoint(
-    directory: Path,
+    checkpoint: Checkpoint,
     data: str,
     base: Config,
     *,
@@ -101,35 +109,38 @@ def score_checkpoint(
     text_key: str = "text",
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """What a checkpoint makes of a text, every token of which is predicted once.
+    """Loss of a checkpoint on a text, each token of which is predicted once.
 
     Args:
-      directory: a Hugging Face directory or a run's workdir.
-      data: text as in `data.path`, read with the directory's `tokenizer.json`, each file or row
-        between the tokenizer's marks, and marks spelt out in it as the text that they are; or token
-        files.
+      checkpoint: an opened Hugging Face directory or workdir.
+      data: text as in `data.path`, or token files. Text is read with the directory's
+        `tokenizer.json`, each file or row between its begin and end tokens; their spellings inside
+        a text are encoded as plain text.
       base: layout, precision and batch; its model is replaced by the checkpoint's.
-      mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
+      mesh: devices along mesh axes, one along the others. Empty for one device.
       length: of the sequences that the text is cut into.
-      tokens: how many are scored at most.
+      tokens: largest number of tokens to score.
       text_key: the field of rows that holds their text.
+      say: receives progress messages.
 
     Returns:
-      loss in nats per token, perplexity, bits_per_byte (None for token files, whose text is not
-      known), gzip_bits_per_byte, tokens, bytes.
+      loss in nats per token, perplexity, bits_per_byte, gzip_bits_per_byte, tokens, bytes; those
+      in bytes are None for token files, whose text is unknown.
 
     Raises:
       ConfigError: a checkpoint or data that cannot be read, or a layout that does not fit.
     """
-    model = load.model_of(directory)
-    sequences, valid, text = _laid_out(directory, data, model.vocab, length, tokens, text_key, say)
+    model = checkpoint.model
+    sequences, valid, text = _laid_out(
+        checkpoint.directory, data, model.vocab, length, tokens, text_key, say
+    )
     config = forward_config(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     with jax.set_mesh(grid):
-        dtype = execution.of(config).recipe.compute
-        _, masters, bias = split(load.load(directory, dtype, layout, grid))
-        score = make_score(config, layout, grid)(masters, bias, sequences, valid)
+        recipe = execution.of(config).recipe
+        _, stored, bias = split(checkpoint.load(recipe, layout, grid))
+        score = make_score(config, layout, grid)(stored, bias, sequences, valid)
     loss = score.nats / score.targets
     return {
         "loss": loss,
@@ -150,7 +161,7 @@ def _laid_out(
     text_key: str,
     say: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray, scoring.HeldOut | None]:
-    """Sequences, which targets count, and the text behind them where it is known."""
+    """Sequences N(S+1), mask NS of targets that count, and the text if it is known."""
     if files := source.token_files(data):
         return *scoring.of_tokens(files, vocab=vocab, length=length, tokens=tokens), None
     words = directory / "tokenizer.json"

@@ -1,16 +1,17 @@
-"""The end of a pipeline: MTP modules, whose messages travel under the matmuls of the heads.
+"""End of a pipeline: the MTP modules, whose all-to-alls overlap with the matmuls of the heads.
 
-A module's block is a MoE layer on one micro-batch, and no other chunk is beside it. But the loss of
-the head before it needs nothing of the module, and is as much work as several layers. Eight parts
-of that head's rows go with it, each in two steps: matmuls (h), then messages of its own (H), which
-a vocabulary that is split needs between them and which XLA lets travel by no other.
+An MTP module's block is a MoE layer on one micro-batch, and has no second chunk to hide its
+all-to-alls under. The loss of the head before it does not depend on the module and costs as much as
+several layers, so the two overlap. The head runs in eight parts of its rows. Each part has a step
+of matmuls (h) and, for a sharded vocabulary, a step of collectives (H), which XLA never overlaps
+with another collective:
 
     forward     attention H    dispatch h H h             experts H    combine h H h    H
     backward                   combine gradient h H h     experts H    dispatch gradient h H h
                 attention H
 
-The last head has no module after it, and is alone, as are rows that eight chunks do not hold. While
-a part's gradients are made, the logits of the next one are, too.
+The gradients of a part are computed beside the logits of the next one. The last head, which has no
+module after it, runs alone, as do rows that do not fit into eight chunks.
 """
 
 import dataclasses
@@ -30,30 +31,36 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.overlap import Steps, interleave, storing
 from deepseek_jax.train.objective import Sums, counted, no_layers, targets_of
 
-PARTS = 8
+PARTS = 8  # of a head's rows that overlap with a module: half in its forward, half in its backward
 
 
 def forward_turns(hops: int) -> list[str]:
-    """A module's steps ("m") and those of the head before it ("h")."""
+    """Turns of a module's forward: its steps ("m") and those of the head before it ("h").
+
+    Args:
+      hops: of a message to the experts: 0, 1 or 2.
+    """
     return ["mmh", *_beside_hops(hops), "mmmh", *_beside_hops(hops), "h"]
 
 
 def backward_turns(hops: int) -> list[str]:
+    """Turns of a module's backward, as `forward_turns`."""
     return [*_beside_hops(hops), "mmh", *_beside_hops(hops), "mmh"]
 
 
 def _beside_hops(hops: int) -> list[str]:
+    """Turns of one message, each of whose hops is a step of the module."""
     return ["mh", "h|m", "mh"] if hops == 2 else ["m" * hops + "hhh"]
 
 
 @dataclasses.dataclass(frozen=True)
 class LastStage:
-    """How the end of a model is run, and what its loss counts.
+    """Execution of a model's end, and the weights of its loss.
 
     Attributes:
-      how: of the MTP modules.
+      how: execution of the MTP modules.
       chunk: rows whose logits are held at once.
-      mtp_weight, alpha, sequences: as `objective` takes them.
+      mtp_weight, alpha, sequences: as in `objective`.
     """
 
     how: Execution
@@ -65,15 +72,15 @@ class LastStage:
     def gradients(
         self, ends: Transformer, y: jax.Array, tokens: jax.Array
     ) -> tuple[Transformer, jax.Array, Sums]:
-        """Of what `objective` makes of the last layer's output.
+        """Gradients of `objective` as a function of the last layer's output.
 
         Args:
-          ends: a model without layers (`staged.ends`).
-          y: BSD.
+          ends: a model without layers (`stage_params.ends`).
+          y: BSD, the last layer's output.
           tokens: B(S+1) int32.
 
         Returns:
-          The gradients of `ends` and of y, and what to record.
+          Gradients of `ends` and of y, and the sums to record.
         """
         depth = ends.config.mtp_depth
         targets, each = targets_of(tokens, depth, self.mtp_weight, self.sequences)
@@ -119,26 +126,26 @@ class LastStage:
 
 
 class _LossHead:
-    """The loss of one head, part by part.
+    """Loss of one head and its gradients, computed part by part.
 
     Attributes:
-      rows: BSD, what the head reads.
-      d_table: DV float32, of the parts that are done.
+      rows: BSD, the head's input.
+      d_table: DV float32, gradient of the table from the parts that are done.
     """
 
     rows: jax.Array
     _ready: Any
 
     def __init__(self, table: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int):
-        """targets and weights BS."""
+        """Head of a table DV, with targets and weights BS."""
         self._table, self._chunk = table, chunk
         self._targets, self._weights = targets.reshape(-1), weights.reshape(-1)
         self._done: list[tuple[jax.Array, jax.Array]] = []
         self.d_table = jnp.zeros(table.shape, jnp.float32)
 
     def steps(self, parts: range) -> Steps[None]:
-        """Two for each part, matmuls and messages; before the first part, one that makes ready."""
-        if self._targets.size < PARTS:  # too few to part, but the turns have to be taken
+        """Two steps for each part, matmuls and collectives; one more to begin with part 0."""
+        if self._targets.size < PARTS:  # too few rows to divide: empty steps, as turns count them
             for _ in range(2 * len(parts) + (not parts.start)):
                 yield ()
             return
@@ -161,7 +168,7 @@ class _LossHead:
             self._done.append((d_rows, axes.own(entropy, "vocab")))
 
     def rest(self) -> None:
-        """The rows of no part, in one loop."""
+        """Computes the rows that are in no part, in one loop."""
         first, total = sum(len(entropy) for _, entropy in self._done), self._targets.size
         if first == total:
             return
@@ -173,7 +180,7 @@ class _LossHead:
         self._done.append((d_rows, entropies))
 
     def _gathered(self, part: int) -> Any:
-        """Rows, targets and weights of all devices; None past the end."""
+        """Rows, targets and weights of a part, from all devices; None past the last part."""
         size = min(self._chunk, self._targets.size // PARTS)
         return everywhere(*self._slice(size * part, size * (part + 1))) if part < PARTS else None
 
@@ -182,21 +189,21 @@ class _LossHead:
         return rows[start:end], self._targets[start:end], self._weights[start:end]
 
     def gradient(self) -> jax.Array:
-        """Of `rows`."""
+        """Gradient of `rows`, BSD."""
         return jnp.concatenate([d_rows for d_rows, _ in self._done]).reshape(self.rows.shape)
 
     def entropies(self) -> jax.Array:
-        """BS, in nats."""
+        """Cross entropies BS, in nats."""
         each = jnp.concatenate([entropies for _, entropies in self._done])
         return each.reshape(self.rows.shape[:-1])
 
 
 class _OverlappedMTP:
-    """MTP module k on its way there and back.
+    """Forward and backward of MTP module k, overlapped with the head before it.
 
     Attributes:
-      sums: load, balance and traffic of its block, as `Stage.forward` returns them.
-      gradients: of the module, after backward.
+      sums: load, balance and traffic of the module's block, as `Stage.forward` returns them.
+      gradients: of the module, set by `backward`.
     """
 
     sums: Any
@@ -211,7 +218,16 @@ class _OverlappedMTP:
     def forward(
         self, state: jax.Array, embedded: jax.Array, head: _LossHead
     ) -> tuple[jax.Array, jax.Array]:
-        """state BSD and all embeddings -> (the next state, what the next head reads), both BSD."""
+        """Runs the module, and half of the head's parts.
+
+        Args:
+          state: BSD, the previous module's output, or the main model's.
+          embedded: embeddings of all tokens.
+          head: the head before the module.
+
+        Returns:
+          The next state and the next head's input, both BSD.
+        """
         enter, weights = jax.checkpoint(self._enter, prevent_cse=False), self._module.joining()
         x, self._pull_in = jax.vjp(enter, weights, state, embedded)
         turns = forward_turns(hops_of(self._how))
@@ -225,7 +241,15 @@ class _OverlappedMTP:
     def backward(
         self, d_out: jax.Array, d_state: jax.Array, head: _LossHead
     ) -> tuple[jax.Array, jax.Array]:
-        """The gradients of what `forward` returned -> those of state and embeddings."""
+        """Runs the backward pass and the other half of the head's parts.
+
+        Args:
+          d_out, d_state: gradients of the next head's input and of the next state.
+          head: as in `forward`.
+
+        Returns:
+          Gradients of the state and of the embeddings that `forward` was given.
+        """
         d_norm, d_x = self._pull_out(d_out)
         turns = backward_turns(hops_of(self._how))
         done: dict[str, Any] = {}
@@ -239,7 +263,7 @@ class _OverlappedMTP:
         return d_state, d_embedded
 
     def _enter(self, weights: Any, state: jax.Array, embedded: jax.Array) -> jax.Array:
-        """Position i reads token i + k, and zeros past the end."""
+        """Input of the module's block: position i reads the embedding of token i + k, or zeros."""
         length = state.shape[1]
         missing = max(0, self._k + length - embedded.shape[1])
         ahead = jnp.pad(embedded, ((0, 0), (0, missing), (0, 0)))

@@ -1,4 +1,4 @@
-"""A training run from start to end; the only module of this folder with side effects in its loop.
+"""A training run from start to end.
 
 One turn of the loop, in this order: data, step, check, log, save, stop.
 """
@@ -105,7 +105,7 @@ class Inputs:
 
 
 class Run:
-    """A run from its newest checkpoint to its last step: `data`, `step`, `check`, `log`, `save`.
+    """A run from its newest checkpoint to its last step.
 
     Attributes:
       state: the training state after the last step that was taken.
@@ -153,7 +153,7 @@ class Run:
         while self.tokens < self._config.schedule.tokens and not stopped:
             with self._system.excluded():
                 profiler.before_step()
-            with profiler.step(self.steps + 1):
+            with profiler.step(self.steps + 1):  # data, step, check, log, save, stop
                 inputs = self.data()
                 values = self.step(inputs)
             self.check(values)

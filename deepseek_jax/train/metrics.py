@@ -1,4 +1,4 @@
-"""Rows of `metrics.jsonl`, written and read."""
+"""Rows of `metrics.jsonl`: writing and reading."""
 
 import json
 import math
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class Sink(Protocol):
-    """One place that news goes to."""
+    """A destination of a run's report: screen, file or events."""
 
     def begin(self, step: int, tokens: int) -> None: ...
     def say(self, text: str) -> None: ...
@@ -26,7 +26,7 @@ class Sink(Protocol):
 
 
 def plain(value: Any) -> Any:
-    """A value that JSON can keep: Python numbers, with None for what is not finite."""
+    """A value that JSON can hold: Python numbers, and None for a number that is not finite."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
@@ -37,8 +37,7 @@ def plain(value: Any) -> Any:
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`, each step once and in order.
 
-    A line that is no JSON object with a step is left out: what was being written when the process
-    was killed.
+    A line that is no JSON object with a step is left out: the process was killed while it wrote it.
     """
     rows: list[Row] = []
     if not path.exists():
@@ -55,7 +54,7 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object per logged step, there as soon as it is written."""
+    """`metrics.jsonl`: an object per logged step, in the file as soon as `step` returns."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -88,7 +87,7 @@ def _line(row: Row) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a whole file so that a reader finds the old one or the new one."""
+    """Writes a whole file, so that a reader finds either the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
         file.write(text)

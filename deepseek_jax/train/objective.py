@@ -1,4 +1,4 @@
-"""What a step minimises: next-token and MTP losses of its sequences, and their balance loss."""
+"""Objective of a step: next-token and MTP losses of its sequences, and their balance loss."""
 
 import dataclasses
 from typing import Any
@@ -14,12 +14,12 @@ from deepseek_jax.model.loss import head_loss
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """What micro-batches add up, over one step and then over the ranks; all float32.
+    """Sums over the micro-batches of one step, and then over the ranks; all float32.
 
     Attributes:
-      entropy: (1 + depth), nats of each head over its valid targets.
+      entropy: (1 + depth), cross entropy of each head over its valid targets, in nats.
       balance: () sequence-wise balance loss without alpha, over layers and sequences.
-      load: LE tokens that each expert of each MoE layer received, MTP blocks last.
+      load: LE, tokens received by each expert of each MoE layer, MTP blocks last.
       traffic: of the same layers; its rounds are summed over micro-batches and devices.
     """
 
@@ -30,10 +30,10 @@ class Sums:
 
 
 def head_weights(depth: int, length: int, mtp_weight: jax.Array | float) -> jax.Array:
-    """What each position of each head counts, per token: (1 + depth)S float32.
+    """Weight of each position's cross entropy in the loss of one sequence: (1 + depth)S float32.
 
-    The main loss is a mean over S positions. Depth k has targets at the first S - k, means over
-    those, and counts mtp_weight / depth (equation 25).
+    The main loss is a mean over S positions. MTP depth k has targets at the first S - k positions;
+    its loss is a mean over those, weighted by mtp_weight / depth (equation 25).
     """
     k = jnp.arange(depth + 1)[:, None]
     valid = jnp.arange(length)[None] < length - k
@@ -44,7 +44,7 @@ def head_weights(depth: int, length: int, mtp_weight: jax.Array | float) -> jax.
 def targets_of(
     tokens: jax.Array, depth: int, mtp_weight: jax.Array | float, sequences: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
-    """What each head is to predict of tokens B(S+1), and what it counts: (1 + depth)BS both."""
+    """Targets of each head in tokens B(S+1), and their weights in the loss: (1 + depth)BS both."""
     length = tokens.shape[1] - 1
     padded = jnp.pad(tokens, ((0, 0), (0, depth)))
     targets = jnp.stack([padded[:, 1 + k : 1 + k + length] for k in range(depth + 1)])
@@ -62,15 +62,20 @@ def objective(
     alpha: float,
     sequences: jax.Array | float,
 ) -> tuple[jax.Array, Sums]:
-    """This device's share of the loss of a step that holds `sequences` sequences in all.
+    """Loss of one micro-batch on one device.
 
     Args:
+      model: a `Transformer`.
       tokens: B(S+1) int32: inputs and, one to the right, targets.
+      how: execution of the model.
       chunk: rows whose logits are held at once.
+      mtp_weight: lambda of equation 25.
+      alpha: weight of the sequence-wise balance loss (equation 17).
+      sequences: in the whole step, over all devices and micro-batches.
 
     Returns:
-      () float32: summed over devices and micro-batches it is main + mtp_weight * mean of the MTP
-      losses + alpha * balance; and what to record.
+      () float32, which summed over devices and micro-batches is main loss + mtp_weight * mean of
+      the MTP losses + alpha * balance loss; and the sums to record.
     """
     hidden = model.hidden(tokens, how, ahead=1)
     depth = model.config.mtp_depth
@@ -89,11 +94,11 @@ def objective(
 
 
 def counted(entropies: jax.Array, weights: jax.Array) -> jax.Array:
-    """What each head's valid positions have in nats, (1 + depth)BS both -> (1 + depth)."""
+    """Cross entropy summed over each head's valid positions: (1 + depth)BS both -> (1 + depth)."""
     return jnp.where(weights > 0, entropies, 0.0).sum((1, 2))
 
 
 def no_layers(experts: int) -> tuple[jax.Array, router.Traffic]:
-    """Load and traffic of no layer at all."""
+    """Load and traffic of zero layers."""
     nothing = jnp.zeros((0, 1))
     return jnp.zeros((0, experts)), router.Traffic(nothing, nothing, jnp.zeros((0,)))

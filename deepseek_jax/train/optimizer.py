@@ -10,9 +10,9 @@ from deepseek_jax.config import OptimizerConfig
 
 
 def build(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradients -> the step before it is scaled by minus the learning rate.
+    """Transformation of gradients into the step that is then scaled by minus the learning rate.
 
-    Global arrays in, whatever their layout: the clipping norm is over all parameters once.
+    It takes global arrays in any layout, so the clipping norm counts each parameter once.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -22,12 +22,12 @@ def build(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decay_mask(decayed: str) -> Any:
-    """What decays: everything ("all"), or everything but norm scales ("matrices")."""
+    """Mask of the parameters that decay: None, for all, or all but norm scales ("matrices")."""
     if decayed == "all":
         return None
 
-    def mask(params):
-        def is_matrix(path, _):
+    def mask(params: Any) -> Any:
+        def is_matrix(path: Any, _: Any) -> bool:
             names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
             return "scale" not in names
 
@@ -37,27 +37,29 @@ def decay_mask(decayed: str) -> Any:
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, moments: Any) -> optax.GradientTransformation:
-    """Adam's direction, computed in float32, both moments kept in the dtype `moments`.
+    """Adam's direction, computed in float32; both moments are kept in the dtype `moments`.
 
-    optax's own keeps the second moment in the parameters' dtype.
+    `optax.scale_by_adam` keeps the second moment in the parameters' dtype instead.
     """
 
-    def init(params):
+    def init(params: Any) -> optax.ScaleByAdamState:
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, moments), params)
         return optax.ScaleByAdamState(
             count=jnp.zeros((), jnp.int32), mu=zeros, nu=jax.tree.map(jnp.zeros_like, zeros)
         )
 
-    def update(grads, state, params=None):
+    def update(
+        grads: Any, state: optax.ScaleByAdamState, params: Any = None
+    ) -> tuple[Any, optax.ScaleByAdamState]:
         del params
         count = optax.safe_increment(state.count)
         steps = count.astype(jnp.float32)
         first, second = 1 - b1**steps, 1 - b2**steps
 
-        def mean(g, m):
+        def mean(g: jax.Array, m: jax.Array) -> jax.Array:
             return b1 * m.astype(jnp.float32) + (1 - b1) * g
 
-        def square(g, v):
+        def square(g: jax.Array, v: jax.Array) -> jax.Array:
             return b2 * v.astype(jnp.float32) + (1 - b2) * jnp.square(g)
 
         mu, nu = jax.tree.map(mean, grads, state.mu), jax.tree.map(square, grads, state.nu)

@@ -1,4 +1,4 @@
-"""The gradients of a step whose layers are spread over `pipe`: its schedules with this model."""
+"""Gradients of a step whose layers are pipelined over `pipe`: this model under its schedules."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,13 +36,13 @@ from deepseek_jax.train.token_schedule import fewest_micro_batches, most_micro_b
 
 
 def padded_micro_batches(config: Config, count: int) -> int:
-    """Micro-batches of the schedule that runs `count` of them: the schedules need 2 * pipe."""
+    """Micro-batches of the schedule that runs `count` real ones: even, and at least 2 * pipe."""
     least = max(count, 2 * config.mesh.pipe)
     return least + least % 2
 
 
 def timetables(config: Config) -> list[TickTables]:
-    """Of every number of micro-batches that the batch ramp can ask for, in order."""
+    """Tick tables of every number of micro-batches that the batch ramp reaches, in order."""
     first, last = (
         padded_micro_batches(config, count(config.batch))
         for count in (fewest_micro_batches, most_micro_batches)
@@ -55,10 +55,14 @@ def timetables(config: Config) -> list[TickTables]:
 def make_gradients(
     config: Config, layout: Layout, mesh: Mesh, tokens_spec: P
 ) -> Callable[..., Any]:
-    """(masters, biases, tokens, count, mtp_weight) -> (gradients as `storage`, Sums over all).
+    """Makes a step's gradient function, as `step.make_gradients`, for a pipeline.
 
     Args:
-      tokens_spec: where tokens live.
+      tokens_spec: PartitionSpec of the tokens AB(S+1).
+
+    Returns:
+      gradients(masters, biases, tokens, count, mtp_weight) -> (gradients float32, placed as
+      `Layout.storage`; `Sums` over all ranks).
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
@@ -67,9 +71,15 @@ def make_gradients(
     run_all = _executor(config)
     summed = (*(name for name in DATA_AXES if layout.sizes[name] > 1), AXIS)
 
-    def local(masters, bias, tokens, count, mtp_weight):
+    def local(
+        masters: nnx.State,
+        bias: nnx.State,
+        tokens: jax.Array,
+        count: jax.Array,
+        mtp_weight: jax.Array,
+    ) -> tuple[Any, Any]:
         with axes.active(layout):
-            model: Any = nnx.merge(graph, params.cast(masters, how.recipe.compute), bias)
+            model: Any = nnx.merge(graph, params.prepare(masters, how.recipe), bias)
             sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
             balance = config.schedule.balance_alpha / sequences
             rows = stage_params.fetch_stage_params(model, where, config.model, layout)
@@ -84,7 +94,8 @@ def make_gradients(
                 for chunk in range(where.chunks)
             ]
             ends = params.gather(stage_params.ends(model), layout)
-            # What MTP keeps for backward is gone with the tick: no message is sent twice for it.
+            # Backward of an MTP module is in the same tick as its forward: its residuals live as
+            # long, and "report" keeps enough of them to send no message twice.
             full = how.recompute == "full"
             ending = LastStage(
                 dataclasses.replace(how, recompute="report") if full else how,
@@ -95,7 +106,7 @@ def make_gradients(
             )
             run = _ModelStages(chunks, ends, tokens, how, ending)
             shape = tokens.shape[1], tokens.shape[2] - 1, config.model.d_model
-            like: Any = jax.ShapeDtypeStruct(shape, how.recipe.compute)
+            like: Any = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
             gradients, sums, total = run_all(run, like, run.nothing(like), count)
             grads = stage_params.return_gradients(
                 model, gradients, total[0], where, config.model, layout
@@ -112,9 +123,9 @@ def make_gradients(
 
 
 def _executor(config: Config) -> Callable[..., Any]:
-    """(stages, like, total, count) -> what `Pipeline.run` returns, as layout.pipeline has it.
+    """Makes run(stages, like, total, count), `Pipeline.run` or that of 1F1B by layout.pipeline.
 
-    That is called where the layout is active, which knows the hops of a message.
+    `run` is called where the layout is active, because the hops of a message depend on it.
     """
     held, skip = stage_map(config), config.layout.ramps == "skip"
     if isinstance(held, LinearStages):
@@ -132,11 +143,19 @@ def _executor(config: Config) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _ModelStages:
-    """This model as the executor's `Stages`. A total is (gradients of the ends, Sums)."""
+    """This model as the executor's `Stages`; a total is (gradients of the ends, Sums).
+
+    Attributes:
+      chunks: this rank's layers, one `Stage` for each of its chunks.
+      ends: the model without layers: embedding, norms, head and MTP modules.
+      tokens: AB(S+1).
+      how: execution of the layers.
+      ending: loss and MTP modules, after the last layer.
+    """
 
     chunks: list[Stage]
     ends: Transformer
-    tokens: jax.Array  # AB(S+1)
+    tokens: jax.Array
     how: execution.Execution
     ending: LastStage
 
@@ -165,7 +184,7 @@ class _ModelStages:
         return grads, sums
 
     def nothing(self, like: jax.Array) -> Any:
-        """Zeros, float32, to add to."""
+        """Total of no micro-batch: zeros in float32."""
         y = jnp.zeros(like.shape, like.dtype)
         *_, sums = jax.eval_shape(self.ending.gradients, self.ends, y, self.tokens[0])
         grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.ends)
@@ -175,13 +194,16 @@ class _ModelStages:
         return lax.dynamic_index_in_dim(self.tokens, jnp.maximum(micro, 0), 0, keepdims=False)
 
 
-MICRO = ("f_micro", "b_micro", "w_micro")  # the columns that name micro-batches
+MICRO = ("f_micro", "b_micro", "w_micro")  # columns of a tick table that hold micro-batches
 
 
 def _timetable(
     tables: list[TickTables], config: Config, count: jax.Array, held: BidirectionalStages
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """That of this step's number of micro-batches; those that there are not are idle."""
+    """Tick table of this step's number of micro-batches, and its steady phase and length.
+
+    Ticks of micro-batches from `count` on, which only fill the schedule, are idle.
+    """
     longest = max(ticks.count for ticks in tables)
     least = padded_micro_batches(config, fewest_micro_batches(config.batch))
     numbers = range(least, least + 2 * len(tables), 2)
@@ -201,7 +223,10 @@ def _timetable(
 
 
 def _in_turns(ticks: TickTables, name: str, count: int, held: BidirectionalStages) -> np.ndarray:
-    """DualPipe's two streams take turns, so that micro-batches that are missing are its last."""
+    """A column of micro-batches, those of DualPipe's two directions numbered alternately.
+
+    The highest numbers, which may be padding, are then the last of each direction.
+    """
     column = ticks.tables[name]
     if name not in MICRO or not held.mirrored:
         return column
@@ -211,7 +236,7 @@ def _in_turns(ticks: TickTables, name: str, count: int, held: BidirectionalStage
 
 
 def _all_sums(sums: list[Any], ends: Any, where: LayerAssignment, config: ModelConfig) -> Any:
-    """Sums of this rank's chunks and ends, with those of its layers in the layers' places."""
+    """`Sums` of this rank's chunks and ends, each layer's row at the layer's number."""
     load, balance, traffic = jax.tree.map(lambda *each: jnp.concatenate(each), *sums)
     rows = where.rows(config.dense_layers, config.moe_layers)
     mine = jnp.asarray(rows)[lax.axis_index(AXIS)]

@@ -1,4 +1,4 @@
-"""Pictures of a run, from what it wrote: losses, experts' load over time, GPUs' load at the end."""
+"""Pictures of a run from its metrics: losses, experts' load over time, GPUs' load at the end."""
 
 import json
 import math
@@ -29,8 +29,8 @@ def draw(workdir: Path) -> list[Path]:
     """Draws `loss.png`, `expert_load.png` and `device_load.png` into `workdir` from its metrics.
 
     Returns:
-      What was drawn: nothing without a logged step, no expert load without one that has it, and no
-      device load where one device has all experts.
+      Paths of the pictures: none without a logged step, no expert load without a row that has it,
+      and no device load where one device has all experts.
     """
     import matplotlib
 
@@ -51,7 +51,7 @@ def draw(workdir: Path) -> list[Path]:
 
 
 def _losses(rows: list[Row], held_out: dict[str, Any]) -> Any:
-    """Loss and MTP loss over tokens; the learning rate below."""
+    """Figure of loss and MTP loss over tokens, and of the learning rate below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.6))
@@ -88,14 +88,16 @@ def _title(held_out: dict[str, Any]) -> str:
 
 
 def _expert_load(rows: list[Row], names: list[str]) -> Any:
-    """One panel per MoE layer: each expert's load as a multiple of the mean, and MaxVio below."""
+    """Figure with a panel per MoE layer: load of each expert over the mean, and MaxVio below."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     tokens = _column(rows, "tokens")
     first = tokens[1] - tokens[0] if len(tokens) > 1 else tokens[0]
-    edges = np.concatenate([[max(tokens[0] - first, 0.0)], tokens])  # a row lasts since the last
+    edges = np.concatenate(
+        [[max(tokens[0] - first, 0.0)], tokens]
+    )  # a row begins where the one before ends
     load = np.array([row["expert_load"] for row in rows], dtype=float)  # TLE
     load = load / load.mean(axis=-1, keepdims=True)  # 1 is balanced
     layers, experts = load.shape[1:]
@@ -141,13 +143,13 @@ def _expert_load(rows: list[Row], names: list[str]) -> Any:
 
 
 def _device_load(per_gpu: np.ndarray, per_node: np.ndarray, tokens: float, names: list[str]) -> Any:
-    """A layer's tokens on each GPU, as a multiple of their mean.
+    """Figure of each layer's tokens on each GPU, as a multiple of their mean.
 
     Args:
-      per_gpu, per_node: (layers, N G) and (layers, N), tokens that have an expert there; GPUs are
-        numbered node by node.
-      tokens: how many went through each layer.
-      names: of the layers.
+      per_gpu, per_node: (layers, N G) and (layers, N), tokens with an expert on that GPU or node;
+        GPUs are numbered node by node.
+      tokens: tokens that went through each layer.
+      names: names of the layers.
     """
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
@@ -196,18 +198,18 @@ def _device_load(per_gpu: np.ndarray, per_node: np.ndarray, tokens: float, names
 
 
 def _has_all(row: Row, key: str) -> bool:
-    """Whether the row has lists of numbers there; what is not finite is none."""
+    """Whether the row has lists of finite numbers under this key."""
     layers = row.get(key) or []
     return bool(layers) and all(x is not None for layer in layers for x in layer)
 
 
 def _is_spread(row: Row) -> bool:
-    """Whether the row has the tokens of several GPUs."""
+    """Whether the row has tokens of more than one GPU."""
     return _has_all(row, "tokens_per_gpu") and len(row["tokens_per_gpu"][0]) > 1
 
 
 def _step_tokens(workdir: Path, row: Row) -> int:
-    """Tokens of the step that the row is of, not of all since the row before."""
+    """Tokens of the row's own step, without those of the steps before it that were not logged."""
     return row["sequences"] * _json(Path(workdir) / "config.json")["batch"]["length"]
 
 
@@ -231,12 +233,12 @@ def _token_axis(axes: Any) -> None:
 
 
 def _held_out(workdir: Path) -> dict[str, Any]:
-    """What `Report.finish` kept; nothing while the run has not ended."""
+    """The summary of `Report.finish`; empty while the run has not ended."""
     return _json(Path(workdir) / SUMMARY)
 
 
 def _layer_names(workdir: Path, layers: int) -> list[str]:
-    """Layers as the report counts them, from 1; those past the main model's are MTP modules."""
+    """Names of the layers, counted from 1; layers after the main model's are MTP modules."""
     model = _json(Path(workdir) / "config.json").get("model", {})
     first, last = model.get("dense_layers", 0), model.get("layers", layers)
     numbers = range(first + 1, first + 1 + layers)

@@ -1,6 +1,6 @@
-"""What a run says: one tidy screen, `metrics.jsonl`, TensorBoard events, a last word and pictures.
+"""The report of a run: screen, `metrics.jsonl`, TensorBoard events, summary and pictures.
 
-Everything goes through `Report`, which is silent on every process but the first.
+All of it goes through `Report`, which does nothing on every process but process 0.
 """
 
 import json
@@ -14,17 +14,17 @@ EVENTS = "tensorboard"
 
 
 class Report:
-    """Where a run's news goes; the loop calls it and thinks of nothing else."""
+    """Everything that a run prints and writes, checkpoints and profiles aside."""
 
     def __init__(
         self, workdir: Path, *, total_tokens: int, screen: bool = True, primary: bool = True
     ):
-        """Nothing is written before `begin`, so that bad input leaves nothing behind.
+        """Writes nothing: files begin with `begin`, so that bad input leaves none behind.
 
         Args:
-          total_tokens: the run ends there; for the bar and the time left.
-          screen: False writes the files only.
-          primary: whether this is process 0; every other process is silent and writes nothing.
+          total_tokens: tokens at the end of the run, for the bar and the time left.
+          screen: whether to print; False writes the files only.
+          primary: whether this is process 0, the only one that prints and writes.
         """
         self._workdir = Path(workdir)
         self._screen = screen_for(total_tokens) if screen and primary else None
@@ -33,22 +33,22 @@ class Report:
             self._sinks += [MetricsFile(self._workdir / METRICS), Events(self._workdir / EVENTS)]
 
     def begin(self, step: int, tokens: int) -> None:
-        """Opens the files of `workdir`, which exists, and the progress on the screen.
+        """Opens the files in `workdir`, which exists, and the progress on the screen.
 
         Args:
-          step, tokens: what the restored state has done, 0 for a new run. Rows of later steps,
-            which an interrupted run still wrote, are dropped.
+          step, tokens: steps and tokens of the restored state, 0 for a new run. Rows of later
+            steps, which an interrupted run wrote after its last checkpoint, are dropped.
         """
         for sink in self._sinks:
             sink.begin(step, tokens)
 
     def say(self, text: str) -> None:
-        """One line of news; on a terminal it stays above the progress."""
+        """Prints a line; on a terminal it stays above the progress."""
         for sink in self._sinks:
             sink.say(text)
 
     def step(self, metrics: Row) -> None:
-        """One logged step: at least `step` and `tokens`, both counted from the start of the run.
+        """Reports a step: at least `step` and `tokens`, both counted from the start of the run.
 
         Values may be Python, NumPy or JAX numbers. `expert_load`, [MoE layer][expert] shares of the
         routed tokens, is rounded and goes to the file alone.
@@ -58,11 +58,11 @@ class Report:
             sink.step(row)
 
     def finish(self, summary: Row) -> None:
-        """The last word: `summary.json`, the pictures, and what the run came to.
+        """Writes `summary.json` and the pictures, and prints the result.
 
         Args:
-          summary: `held_out_bits_per_byte`, `gzip_bits_per_byte`, `held_out_bytes`, and what else
-            should be kept; `ema_bits_per_byte` is said too, `held_out_loss` drawn.
+          summary: fields to keep. `held_out_bits_per_byte`, `gzip_bits_per_byte`, `held_out_bytes`
+            and `ema_bits_per_byte` are printed too, and `held_out_loss` is drawn.
         """
         if not self._sinks:
             return
@@ -71,21 +71,21 @@ class Report:
         values = {key: plain(value) for key, value in summary.items()}
         replace_file(self._workdir / SUMMARY, json.dumps(values, indent=2, allow_nan=False) + "\n")
         plots.draw(self._workdir)
-        if self._screen:  # the progress stands still, and the last word comes below it
+        if self._screen:  # the progress stays, and the result is printed below it
             self._screen.close()
         self.say(last_word(values))
         names = sorted(p.name + "/" * p.is_dir() for p in self._workdir.iterdir())
         self.say(f"in {self._workdir}: {', '.join(n for n in names if not n.startswith('.'))}")
 
     def close(self) -> None:
-        """Gives the terminal back and closes the files; may be called twice."""
+        """Restores the terminal and closes the files; may be called twice."""
         for sink in reversed(self._sinks):
             sink.close()
         self._sinks = []
 
 
 def last_word(summary: Row) -> str:
-    """The result in one line, as "held-out 2.31 bits per byte (gzip -9: 2.36) on 412,345 bytes"."""
+    """Result in a line, as "held-out 2.31 bits per byte (gzip -9: 2.36) on 412,345 bytes"."""
     ours, gzip = summary.get("held_out_bits_per_byte"), summary.get("gzip_bits_per_byte")
     if ours is None or gzip is None:
         return "finished; there is no score on held-out text"
@@ -98,7 +98,7 @@ def last_word(summary: Row) -> str:
 
 
 class Events:
-    """TensorBoard scalars; a resumed run hides what was written past its checkpoint."""
+    """TensorBoard scalars; a resumed run hides those of steps after its checkpoint."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -108,7 +108,7 @@ class Events:
         from tensorboardX import SummaryWriter
 
         purge = step + 1 if self._folder.exists() else None
-        suffix = f".{step}"  # a file is named by the second it was made in
+        suffix = f".{step}"  # the rest of the name is the second in which the file was made
         self._writer = SummaryWriter(
             str(self._folder), purge_step=purge, filename_suffix=suffix, flush_secs=10
         )

@@ -53,7 +53,7 @@ class Progress:
         return min(self.tokens / self.total, 1.0) if self.total else 1.0
 
     def left(self) -> str:
-        """The time left, as "1:02:03"; "?" before the first step."""
+        """Time left, as "1:02:03"; "?" before the first step."""
         if not self._rate:
             return "?"
         seconds = round(max(self.total - self.tokens, 0) / self._rate)

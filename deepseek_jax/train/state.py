@@ -1,6 +1,7 @@
-"""Everything a training run is made of on the devices, and where each part of it lives."""
+"""State of a training run on the devices, and the placement of each of its parts."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,18 +14,20 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import Config
 from deepseek_jax.model import params as weights
 from deepseek_jax.model.transformer import abstract_model, build_model
-from deepseek_jax.parallel.axes import Layout
+from deepseek_jax.parallel.axes import Axes, Layout
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Attributes:
-    step: () int32, optimiser steps taken.
-    params: float32 masters, moved by gradients.
-    bias: router biases, float32, moved by load alone.
-    opt_state: clipping, Adam's moments, decay.
-    ema: float32 average of `params` in host memory; None where it is switched off.
+    """State between two steps.
+
+    Attributes:
+      step: () int32, optimiser steps taken.
+      params: float32 master weights, moved by gradients.
+      bias: router biases, float32, moved by load alone.
+      opt_state: of clipping, Adam (both moments) and decay.
+      ema: float32 average of `params` in host memory; None if it is switched off.
     """
 
     step: jax.Array
@@ -35,7 +38,7 @@ class TrainState:
 
 
 def host_memory() -> str:
-    """The memory kind of this backend's host side, where the EMA is kept."""
+    """Memory kind of host memory on this backend, where the EMA is kept."""
     kinds = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
     return "pinned_host" if "pinned_host" in kinds else kinds[0]
 
@@ -43,11 +46,13 @@ def host_memory() -> str:
 def shardings(
     config: Config, layout: Layout, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> Any:
-    """A TrainState of NamedShardings."""
+    """Placement of a state: a TrainState of NamedShardings."""
 
-    def stored(kind=None):
-        extra = {"memory_kind": kind} if kind else {}
-        return lambda axes, shape: NamedSharding(mesh, layout.storage(axes, shape), **extra)
+    def stored(kind: str | None = None) -> Callable[[Axes, tuple[int, ...]], NamedSharding]:
+        def where(axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+            return NamedSharding(mesh, layout.storage(axes, shape), memory_kind=kind)
+
+        return where
 
     _, params, bias = weights.split(abstract_model(config.model))
     whole = NamedSharding(mesh, P())
@@ -72,7 +77,7 @@ def shardings(
 def _around(
     config: Config, optimizer: optax.GradientTransformation, params: nnx.State, bias: nnx.State
 ) -> TrainState:
-    """Step 0 of training these weights."""
+    """State at step 0 of training these weights."""
     ema = params if config.optimizer.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params), ema)
 
@@ -83,9 +88,9 @@ def _fresh(config: Config, optimizer: optax.GradientTransformation, key: jax.Arr
 
 
 def initialise(config: Config, places: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state, every part built where it lives; the same numbers on every layout."""
-    # On a CPU, LLVM may round what is left over after whole vectors another way, and how much that
-    # is depends on the layout. Unoptimised, and sooner compiled, numbers are the same everywhere.
+    """A fresh state, each part built in its place; the numbers are the same on every layout."""
+    # On a CPU, optimised code may round the last, incomplete vector of a loop in another way, and
+    # its length depends on the layout. Unoptimised code gives the same numbers on all layouts.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     build = jax.jit(
         lambda key: _fresh(config, optimizer, key), out_shardings=places, compiler_options=quick
@@ -96,7 +101,7 @@ def initialise(config: Config, places: Any, optimizer: optax.GradientTransformat
 def abstract(
     config: Config, places: TrainState, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Shapes, dtypes and places of a state: what a checkpoint is restored into."""
+    """Shapes, dtypes and placement of a state, into which a checkpoint is restored."""
     shapes = jax.eval_shape(lambda key: _fresh(config, optimizer, key), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -106,7 +111,7 @@ def abstract(
 
 
 def weights_only(state: TrainState) -> dict[str, Any]:
-    """The part of `to_dict` that a checkpoint which no training wrote holds."""
+    """Weights and biases alone, named as in `to_dict`: a converted checkpoint holds no more."""
     return {"params": _named(state.params), "bias": _named(state.bias)}
 
 
@@ -116,7 +121,7 @@ def begin(
     optimizer: optax.GradientTransformation,
     values: dict[str, Any],
 ) -> TrainState:
-    """Step 0 from the arrays of `weights_only`, laid out as `like`, an abstract state."""
+    """State at step 0 from the arrays of `weights_only`, placed as the abstract state `like`."""
     build = jax.jit(
         lambda params, bias: _around(config, optimizer, params, bias),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
@@ -126,7 +131,7 @@ def begin(
 
 
 def to_dict(state: TrainState) -> dict[str, Any]:
-    """The state as nested dictionaries of arrays under plain names: what a checkpoint holds."""
+    """Content of a checkpoint: the state as nested dictionaries of arrays under plain names."""
     adam = next(part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
     out = {
         "step": state.step,
@@ -138,9 +143,9 @@ def to_dict(state: TrainState) -> dict[str, Any]:
 
 
 def from_dict(like: TrainState, values: dict[str, Any]) -> TrainState:
-    """The inverse of `to_dict`, with the structure of `like`."""
+    """Inverse of `to_dict`, with the structure of `like`."""
 
-    def adam(part):
+    def adam(part: Any) -> Any:
         if not isinstance(part, optax.ScaleByAdamState):
             return part
         mu, nu = (_renamed(getattr(part, m), values["adam"][m]) for m in ("mu", "nu"))
@@ -156,7 +161,7 @@ def from_dict(like: TrainState, values: dict[str, Any]) -> TrainState:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """path -> array. Names of attributes and dictionary keys from the top down, with dots."""
+    """Arrays by path: names of attributes and dictionary keys from the top down, with dots."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(path): leaf for path, leaf in leaves}
 

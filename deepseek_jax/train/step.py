@@ -24,7 +24,7 @@ from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.train import optimizer as optimizers
 from deepseek_jax.train import pipeline_step, token_schedule
 from deepseek_jax.train import state as states
-from deepseek_jax.train.objective import objective
+from deepseek_jax.train.objective import Sums, objective
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.token_schedule import Hyper
 
@@ -37,14 +37,17 @@ Step = Callable[[TrainState, jax.Array, jax.Array, Hyper], tuple[TrainState, dic
 
 
 def tokens_spec(layout: Layout) -> P:
-    """Where a step's tokens (micro-batch, sequence, position) live."""
+    """PartitionSpec of a step's tokens, AB(S+1): micro-batch, sequence, position."""
     return P(None, layout.mesh_axes("batch") or None, None)
 
 
 def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., Any]:
-    """(masters, biases, tokens, count, mtp_weight) -> (gradients as `storage`, Sums over all).
+    """Makes a step's gradient function: one shard_map, manual over every mesh axis.
 
-    One shard_map, manual over every mesh axis: all communication of the step is written out in it.
+    Returns:
+      gradients(masters, biases, tokens AB(S+1), count of micro-batches, mtp_weight) -> (gradients
+      float32, placed as `Layout.storage`; `Sums` over all ranks). All communication of the step is
+      written out in it.
     """
     if layout.sizes["pipe"] > 1:
         return pipeline_step.make_gradients(config, layout, mesh, tokens_spec(layout))
@@ -54,14 +57,22 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
     per_layer = config.layout.zero == 3
     data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)
 
-    def local(masters, bias, tokens, count, mtp_weight):
+    def local(
+        masters: nnx.State,
+        bias: nnx.State,
+        tokens: jax.Array,
+        count: jax.Array,
+        mtp_weight: jax.Array,
+    ) -> tuple[nnx.State, Sums]:
         with axes.active(layout):
-            # Cast first: half the bytes to gather.
-            compute = params.cast(masters, how.recipe.compute)
+            # Prepared before they are gathered: in bfloat16, half the bytes.
+            compute = params.prepare(masters, how.recipe)
             compute = compute if per_layer else params.gather(compute, layout)
             sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
 
-            def loss(weights, micro, how):
+            def loss(
+                weights: nnx.State, micro: jax.Array, how: execution.Execution
+            ) -> tuple[jax.Array, Sums]:
                 model = nnx.merge(graph, weights, bias)
                 return objective(
                     model,
@@ -73,9 +84,9 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
                     sequences=sequences,
                 )
 
-            # As a program of its own it is traced once for all the places that call it.
+            # jit so that it is traced once for all its call sites.
             @functools.partial(jax.jit, static_argnums=1, inline=True)
-            def gradients(micro, in_flight):
+            def gradients(micro: jax.Array, in_flight: int) -> tuple[nnx.State, Sums]:
                 run = dataclasses.replace(how, in_flight=in_flight)
                 grads, sums = jax.grad(loss, has_aux=True)(compute, micro, run)
                 return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
@@ -96,20 +107,21 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
             P(),
         ),
         out_specs=(stored, P()),
-        check_vma=False,  # fan_out and fan_in carry what the check would otherwise infer
+        check_vma=False,  # fan_out and fan_in place the sums that the check would otherwise infer
     )
 
 
 def _over_micro_batches(gradients: Any, tokens: jax.Array, count: jax.Array, in_flight: int) -> Any:
-    """The sum of gradients(B(S+1), in_flight) over the first `count` of tokens AB(S+1).
+    """Sum of gradients(B(S+1), in_flight) over the first `count` micro-batches of tokens AB(S+1).
 
-    `in_flight` of them go together, one after another along the batch; what is left goes alone.
+    Micro-batches are computed `in_flight` at a time, concatenated along the batch; a remainder is
+    computed one at a time.
     """
     if tokens.shape[0] == 1:
         return gradients(tokens[0], 1)
 
     def together(number: int) -> Any:
-        def add(i, total):
+        def add(i: jax.Array, total: Any) -> Any:
             micro = lax.dynamic_slice_in_dim(tokens, i * number, number)
             return jax.tree.map(
                 jnp.add, total, gradients(micro.reshape(-1, micro.shape[-1]), number)
@@ -127,12 +139,14 @@ def _over_micro_batches(gradients: Any, tokens: jax.Array, count: jax.Array, in_
 def make_step(
     config: Config, layout: Layout, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> Step:
-    """The pure step; the caller jits it and donates the state."""
+    """Makes the pure training step; the caller jits it and donates the state."""
     gradients = make_gradients(config, layout, mesh)
     length, depth = config.batch.length, config.model.mtp_depth
     ranks = math.prod(layout.sizes[name] for name in DATA_AXES)
 
-    def step(state, tokens, count, hyper):
+    def step(
+        state: TrainState, tokens: jax.Array, count: jax.Array, hyper: Hyper
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = gradients(state.params, state.bias, tokens, count, hyper.mtp_weight)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         stepped = jax.tree.map(lambda p, u: p - hyper.learning_rate * u, state.params, updates)
@@ -161,12 +175,10 @@ def make_step(
     return step
 
 
-def _move_biases(
-    biases: nnx.State, load: jax.Array, speed: jax.Array, moe_layers: int
-) -> nnx.State:
-    """Each layer's bias by that layer's own load; load rows: MoE layers, then MTP blocks."""
+def _move_biases(biases: nnx.State, load: jax.Array, speed: Any, moe_layers: int) -> nnx.State:
+    """Moves each layer's router bias by its load; rows of load: MoE layers, then MTP blocks."""
 
-    def move(path, bias):
+    def move(path: Any, bias: jax.Array) -> jax.Array:
         mtp = any(str(getattr(key, "key", "")) == "mtp" for key in path)
         rows = load[moe_layers:] if mtp else load[:moe_layers]
         return router.move_bias(bias, rows, speed)
@@ -175,14 +187,14 @@ def _move_biases(
 
 
 def make_ema(config: Config, places: TrainState) -> Callable[[nnx.State, nnx.State], nnx.State]:
-    """(average in host memory, parameters) -> the new average, in host memory.
+    """Makes update(average, parameters) -> the new average; averages are in host memory.
 
-    The old one is not donated: a checkpoint in the making may still read it where it lies.
+    The old average is not donated, because a checkpoint that is being written may still read it.
     """
     decay = config.optimizer.ema_decay
 
-    def update(ema, new):
-        def one(average, value, place):
+    def update(ema: nnx.State, new: nnx.State) -> nnx.State:
+        def one(average: jax.Array, value: jax.Array, place: NamedSharding) -> jax.Array:
             here = jax.device_put(average, place.with_memory_kind("device"))
             return decay * here + (1 - decay) * value
 
@@ -192,10 +204,10 @@ def make_ema(config: Config, places: TrainState) -> Callable[[nnx.State, nnx.Sta
 
 
 def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """A training step, its state donated; the average, which is in host memory, left out.
+    """Lowers a training step that donates its state; without the EMA, which is in host memory.
 
     Args:
-      mesh: real or virtual (`cluster.mesh`), of the sizes of `config.mesh`.
+      mesh: real or virtual (`aot.cluster.mesh`), of the sizes of `config.mesh`.
     """
     without = dataclasses.replace(config.optimizer, ema_decay=0.0)
     config = dataclasses.replace(config, optimizer=without)
@@ -211,9 +223,7 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
         jnp.int32,
         sharding=NamedSharding(mesh, tokens_spec(layout)),
     )
-    hyper = token_schedule.Hyper(
-        *(number(jnp.float32) for _ in dataclasses.fields(token_schedule.Hyper))
-    )
+    hyper = Hyper(*(number(jnp.float32) for _ in dataclasses.fields(Hyper)))
     step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
     start = states.abstract(config, places, adam)  # not under the mesh: it makes a random key
     with jax.set_mesh(mesh):

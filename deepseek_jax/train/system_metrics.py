@@ -14,8 +14,8 @@ import jax
 
 from deepseek_jax.config import Config
 from deepseek_jax.hardware import chips
-from deepseek_jax.model import execution
 from deepseek_jax.model.flops import training_flops_per_token
+from deepseek_jax.precision.recipes import recipe
 from deepseek_jax.train.metrics import Row
 
 
@@ -62,7 +62,7 @@ class SystemMetrics:
         """
         self._clock, self._local, self._devices = clock, local_devices, devices
         self._flops_per_token = training_flops_per_token(config.model, config.batch.length)
-        dtype = execution.of(config).recipe.compute.name
+        dtype = recipe(config.precision.recipe).matmul_dtype
         self._peak = chips.peak_flops_per_s(local_devices[0].device_kind, dtype)
         self._compile_seconds: float | None = None
         self._row, self._rows = Spent(), Spent()

@@ -1,4 +1,4 @@
-"""The recipe over time: pure functions of consumed tokens and steps (section 4.2)."""
+"""Schedules of section 4.2: pure functions of the steps taken and the tokens consumed."""
 
 import dataclasses
 import math
@@ -8,7 +8,13 @@ from deepseek_jax.config import BatchConfig, ScheduleConfig
 
 @dataclasses.dataclass(frozen=True)
 class Hyper:
-    """What one optimiser step is told; every number float."""
+    """Hyperparameters of one optimiser step; floats, or scalar arrays inside a compiled step.
+
+    Attributes:
+      learning_rate: scale of the optimiser's direction.
+      mtp_weight: lambda of equation 25.
+      bias_speed: gamma, by which router biases move.
+    """
 
     learning_rate: float
     mtp_weight: float
@@ -20,7 +26,7 @@ def learning_rate(config: ScheduleConfig, *, step: int, tokens: int) -> float:
 
     Args:
       step: optimiser steps taken before this one.
-      tokens: tokens consumed before this one.
+      tokens: consumed before this step.
     """
     warm = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     if tokens >= config.final_start:
@@ -37,6 +43,7 @@ def learning_rate(config: ScheduleConfig, *, step: int, tokens: int) -> float:
 
 
 def hyper(config: ScheduleConfig, *, step: int, tokens: int) -> Hyper:
+    """Hyperparameters of the step after `step` steps and `tokens` tokens."""
     late = tokens >= config.mtp_switch
     return Hyper(
         learning_rate=learning_rate(config, step=step, tokens=tokens),
@@ -46,19 +53,22 @@ def hyper(config: ScheduleConfig, *, step: int, tokens: int) -> Hyper:
 
 
 def micro_batches(config: BatchConfig, tokens: int) -> int:
-    """Micro-batches of the step that starts after `tokens`: the batch ramp, linear in tokens."""
+    """Micro-batches of the step after `tokens`; the batch ramp is linear in tokens."""
     done = min(tokens / config.ramp_tokens, 1.0) if config.ramp_tokens else 1.0
     wanted = config.ramp_sequences + done * (config.sequences - config.ramp_sequences)
     return max(round(wanted / config.micro_sequences), 1)
 
 
 def fewest_micro_batches(config: BatchConfig) -> int:
+    """Micro-batches of the smallest step of the ramp."""
     return max(min(config.sequences, config.ramp_sequences) // config.micro_sequences, 1)
 
 
 def most_micro_batches(config: BatchConfig) -> int:
+    """Micro-batches of the largest step of the ramp."""
     return max(config.sequences, config.ramp_sequences) // config.micro_sequences
 
 
 def tokens_per_micro_batch(config: BatchConfig) -> int:
+    """Tokens of a micro-batch over all devices."""
     return config.micro_sequences * config.length

@@ -1,4 +1,4 @@
-"""The folder of one run: whose it is, and whether it can be written, before anything is."""
+"""The folder of a run: checks before anything is written, and the files that mark it."""
 
 import contextlib
 import json
@@ -13,8 +13,8 @@ import jax
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.corpus import Corpus
 
-# What a run may not change on the way: its checkpoints and data position would mean something else.
-# The text itself is compared with the checkpoint, so that it may be kept in another place.
+# Keys that a run may not change on the way, since its checkpoints and the position in its data
+# would mean something else. The text is compared with the checkpoint, so its path may change.
 FIXED = (
     "seed", "model", "data.tokenizer", "data.text_key", "data.fim_rate", "data.held_out",
     "batch.length", "optimizer.moments",
@@ -22,7 +22,7 @@ FIXED = (
 
 
 def check(directory: Path, config: Config) -> None:
-    """Raises ConfigError where `directory` is another run's or cannot be written; leaves it be."""
+    """Raises ConfigError where `directory` is another run's or not writable; changes nothing."""
     existing = next(p for p in (directory, *directory.absolute().parents) if os.path.lexists(p))
     if not existing.is_dir():
         raise ConfigError(f"--workdir={directory}: {existing} is no folder; give another one")
@@ -52,7 +52,7 @@ def check(directory: Path, config: Config) -> None:
 
 
 def claim(directory: Path, config: Config, corpus: Corpus) -> None:
-    """Makes the folder this run's: `config.json` and `tokenizer.json`, each in one move."""
+    """Writes `config.json` and `tokenizer.json`, each by one rename: the folder is this run's."""
     if jax.process_index() != 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def claim(directory: Path, config: Config, corpus: Corpus) -> None:
 
 
 def _try_to_write(directory: Path) -> None:
-    """Writes and takes back: permission bits do not know full disks and read-only mounts."""
+    """Writes a file and removes it: permissions do not tell of full disks and read-only mounts."""
     made: list[Path] = []
     try:
         for folder in reversed((directory, *directory.parents)):

@@ -211,7 +211,7 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path, installed, platforms, me
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"node": -1}, "every mesh axis given"),
+        ({"node": -1}, "needs the size of every axis"),
         ({"tensor": 2}, "mesh.gpu=8 x mesh.tensor=2 is 16 GPUs in one node"),
     ],
 )

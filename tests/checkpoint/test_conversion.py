@@ -19,6 +19,7 @@ from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import chunks, conversion, load
 from deepseek_jax.checkpoint.chunks import Leaves
 from deepseek_jax.checkpoint.hf import config_json, fp8_blocks, names, reader, safetensors
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model.transformer import abstract_model
@@ -54,8 +55,8 @@ def test_by_way_of_a_workdir_every_tensor_comes_back(form, tmp_path):
         found, weights = checkpoints.make("mtp2")
         weights = weights if form == "float32" else in_bfloat16(weights)
     checkpoints.write(tmp_path / "in", found, weights)
-    conversion.to_run(tmp_path / "in", tmp_path / "run", small.config())
-    conversion.to_published(tmp_path / "run", tmp_path / "out", form, SHARD)
+    conversion.to_run(open_checkpoint(tmp_path / "in"), tmp_path / "run", small.config())
+    conversion.to_published(open_checkpoint(tmp_path / "run"), tmp_path / "out", form, SHARD)
     same_bits(stored(tmp_path / "out"), weights)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):06}.safetensors"
@@ -78,7 +79,7 @@ def test_no_more_than_a_tensor_is_held_on_either_way(tmp_path, monkeypatch):
     checkpoints.write(tmp_path / "in", found, weights)
     monkeypatch.setattr(reader, "load", None)
     monkeypatch.setattr(Store, "save", None)
-    conversion.to_run(tmp_path / "in", tmp_path / "run", small.config())
+    conversion.to_run(open_checkpoint(tmp_path / "in"), tmp_path / "run", small.config())
     read, sizes = Leaves.read, []
 
     def counted(self, name, index=()):
@@ -88,7 +89,7 @@ def test_no_more_than_a_tensor_is_held_on_either_way(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Leaves, "read", counted)
     monkeypatch.setattr(Store, "restore", None)
-    conversion.to_published(tmp_path / "run", tmp_path / "out", "float32", SHARD)
+    conversion.to_published(open_checkpoint(tmp_path / "run"), tmp_path / "out", "float32", SHARD)
     assert max(sizes) == max(value.nbytes for value in weights.values())
     same_bits(stored(tmp_path / "out"), weights)
 
@@ -98,8 +99,8 @@ def test_chunks_need_not_end_where_tensors_or_blocks_do(tmp_path, monkeypatch):
     checkpoints.write(tmp_path / "in", found, weights)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(chunks, "_ROW_BYTES", 1_000)
-    conversion.to_run(tmp_path / "in", tmp_path / "run", small.config())
-    conversion.to_published(tmp_path / "run", tmp_path / "out", "fp8", SHARD)
+    conversion.to_run(open_checkpoint(tmp_path / "in"), tmp_path / "run", small.config())
+    conversion.to_published(open_checkpoint(tmp_path / "run"), tmp_path / "out", "fp8", SHARD)
     same_bits(stored(tmp_path / "out"), weights)
     parts = chunks.Leaves(tmp_path / "run" / "checkpoints" / "0" / "state")
     shapes = {part.shape[1:] for part in parts.chunks("params.moe_layers.feed.experts.gate_up")}
@@ -110,20 +111,20 @@ def test_fp8_of_any_scale_keeps_every_value(tmp_path):
     """Copied from one directory to the other, and found again from float32 masters."""
     found, weights, exact = checkpoints.make_fp8()
     checkpoints.write(tmp_path / "in", found, weights)
-    conversion.to_published(tmp_path / "in", tmp_path / "copy", "fp8", SHARD)
+    conversion.to_published(open_checkpoint(tmp_path / "in"), tmp_path / "copy", "fp8", SHARD)
     copied = stored(tmp_path / "copy")
     quantised = [name for name in weights if name + names.SCALE in weights]
     for name in quantised:
         assert copied[name].tobytes() == weights[name].tobytes()
         assert copied[name + names.SCALE].tobytes() == weights[name + names.SCALE].tobytes()
-    conversion.to_run(tmp_path / "in", tmp_path / "run", small.config())
-    conversion.to_published(tmp_path / "run", tmp_path / "out", "fp8", SHARD)
-    again = reader.open_folder(tmp_path / "out")
-    assert {n for n, t in again.tensors.items() if t.dtype == reader.FP8} == set(quantised)
+    conversion.to_run(open_checkpoint(tmp_path / "in"), tmp_path / "run", small.config())
+    conversion.to_published(open_checkpoint(tmp_path / "run"), tmp_path / "out", "fp8", SHARD)
+    again = open_checkpoint(tmp_path / "out").published
+    assert {n for n, t in again.tensors.items() if t.dtype == safetensors.E4M3} == set(quantised)
     for name in quantised:
         np.testing.assert_array_equal(again.read(name), exact[name])
     jax.tree.map(
-        np.testing.assert_array_equal, reader.load(tmp_path / "copy"), reader.load(tmp_path / "in")
+        np.testing.assert_array_equal, load.load(tmp_path / "copy"), load.load(tmp_path / "in")
     )
 
 
@@ -146,7 +147,7 @@ def test_blocks():
 def test_norms_that_bfloat16_cannot_hold_stay_float32(tmp_path):
     found, weights = checkpoints.make("v3")
     checkpoints.write(tmp_path / "in", found, weights)
-    conversion.to_published(tmp_path / "in", tmp_path / "out", "bfloat16", 10**9)
+    conversion.to_published(open_checkpoint(tmp_path / "in"), tmp_path / "out", "bfloat16", 10**9)
     out = stored(tmp_path / "out")
     assert (tmp_path / "out" / safetensors.SINGLE).exists()
     assert out["model.norm.weight"].dtype == np.float32
@@ -176,21 +177,21 @@ def test_nothing_partial_is_left(tmp_path):
     weights["lm_head.weight"][0, 0] = np.nan  # the last that is written
     checkpoints.write(tmp_path / "in", found, weights)
     with pytest.raises(ConfigError, match=r"lm_head.weight holds 1 values"):
-        conversion.to_published(tmp_path / "in", tmp_path / "out", "fp8", SHARD)
+        conversion.to_published(open_checkpoint(tmp_path / "in"), tmp_path / "out", "fp8", SHARD)
     with pytest.raises(ConfigError, match=r"lm_head.weight holds 1 values"):
-        conversion.to_run(tmp_path / "in", tmp_path / "run", small.config())
+        conversion.to_run(open_checkpoint(tmp_path / "in"), tmp_path / "run", small.config())
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     for name in ("in", "in/config.json"):
         with pytest.raises(ConfigError, match="exists and is not an empty folder"):
-            conversion.to_published(tmp_path / "in", tmp_path / name, "fp8", SHARD)
+            conversion.to_published(open_checkpoint(tmp_path / "in"), tmp_path / name, "fp8", SHARD)
 
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from deepseek_jax.checkpoint import convert
+from deepseek_jax.checkpoint import conversion
 
-with convert._appears(Path(sys.argv[1])) as folder:
+with conversion._appears(Path(sys.argv[1])) as folder:
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "half").write_text("a tens")
     print(folder.name, flush=True)
@@ -207,14 +208,14 @@ def test_what_a_killed_process_left_is_used_again(tmp_path):
     writer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         half = tmp_path / writer.stdout.readline().strip()
-        with pytest.raises(ConfigError, match="another process is making --target"):
-            conversion.to_published(tmp_path / "in", target, "float32", SHARD)
+        with pytest.raises(ConfigError, match="another process is making target"):
+            conversion.to_published(open_checkpoint(tmp_path / "in"), target, "float32", SHARD)
         assert (half / "checkpoints" / "half").exists() and not target.exists()
     finally:
         writer.kill()
         writer.communicate()
     assert half.is_dir()
-    conversion.to_published(tmp_path / "in", target, "float32", SHARD)
+    conversion.to_published(open_checkpoint(tmp_path / "in"), target, "float32", SHARD)
     same_bits(stored(target), weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert not (target / "checkpoints").exists()
@@ -244,14 +245,14 @@ def test_a_run_with_numbers_that_are_not_finite_is_refused(tmp_path):
     """By what loads it and by what exports it."""
     checkpoints.write(tmp_path / "in", *checkpoints.make("v3"))
     run, path = tmp_path / "run", "moe_layers.feed.experts.gate_up"
-    config = conversion.to_run(tmp_path / "in", run, small.config())
+    config = conversion.to_run(open_checkpoint(tmp_path / "in"), run, small.config())
     save_changed(run, config, path, (1, 7, 3, 1, 5), np.nan)
     with pytest.raises(ConfigError, match=rf"{run}: {path} holds 1 values that are not finite"):
         load.load(run)
     name = "model.layers.2.mlp.experts.7.up_proj.weight"
     words = rf"{run}: {path}, which {name} is part of, holds 1 values of 1152 that are not finite"
     with pytest.raises(ConfigError, match=words):
-        conversion.to_published(run, tmp_path / "out", "float32", SHARD)
+        conversion.to_published(open_checkpoint(run), tmp_path / "out", "float32", SHARD)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "run"]
 
 
@@ -259,13 +260,15 @@ def test_router_biases_that_v2_has_no_place_for_are_refused(tmp_path):
     """A softmax router that was trained with balance by bias; without, the run is exported."""
     found, weights_of = checkpoints.make("v2")
     checkpoints.write(tmp_path / "in", found, weights_of)
-    config = conversion.to_run(tmp_path / "in", tmp_path / "run", small.config())
-    conversion.to_published(tmp_path / "run", tmp_path / "out", "float32", SHARD)
+    config = conversion.to_run(open_checkpoint(tmp_path / "in"), tmp_path / "run", small.config())
+    conversion.to_published(open_checkpoint(tmp_path / "run"), tmp_path / "out", "float32", SHARD)
     same_bits(stored(tmp_path / "out"), weights_of)
 
     path = "moe_layers.feed.router.bias"
     save_changed(tmp_path / "run", config, path, (1, 3), 0.001)
     words = rf"{path} is not zero, and deepseek_v2 has no router biases; train with schedule.bias"
     with pytest.raises(ConfigError, match=words):
-        conversion.to_published(tmp_path / "run", tmp_path / "biased", "float32", SHARD)
+        conversion.to_published(
+            open_checkpoint(tmp_path / "run"), tmp_path / "biased", "float32", SHARD
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "run"]

@@ -1,7 +1,6 @@
 """Weights straight onto a mesh: the same numbers as on one device, each part read once."""
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import small
@@ -11,8 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.checkpoint import conversion, load
 from deepseek_jax.checkpoint.hf import names, reader
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model import params
+from deepseek_jax.precision.recipes import BFLOAT16
 
 LAYOUTS = {
     "experts over 8": (dict(gpu=8), 0),
@@ -34,13 +35,13 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(published, tmp_path_factory):
     target = tmp_path_factory.mktemp("runs") / "run"
-    conversion.to_run(published, target, small.config())
+    conversion.to_run(open_checkpoint(published), target, small.config())
     return target
 
 
 @pytest.fixture(scope="module")
 def whole(published):
-    return reader.load(published)
+    return load.load(published)
 
 
 @pytest.mark.parametrize("sizes, zero", LAYOUTS.values(), ids=LAYOUTS)
@@ -68,15 +69,15 @@ def test_a_part_is_read_once_by_the_device_that_holds_it(published, monkeypatch)
     monkeypatch.setattr(reader.Published, "read", counted)
     sizes = dict(gpu=4, tensor=2)
     load.load(published, layout=small.layout_of(sizes), mesh=small.mesh_of(sizes))
-    found = reader.open_folder(published)
+    found = open_checkpoint(published).published
     assert values == {p.name: int(np.prod(p.shape)) for p in names.pieces(found.config)}
 
 
 def test_devices_with_memory_of_their_own_are_filled_layer_by_layer(published, whole, monkeypatch):
     monkeypatch.setattr(reader, "HOST", ())
     sizes = dict(gpu=2)
-    model = load.load(published, ml_dtypes.bfloat16, small.layout_of(sizes), small.mesh_of(sizes))
-    half = params.cast(whole, ml_dtypes.bfloat16)
+    model = load.load(published, BFLOAT16, small.layout_of(sizes), small.mesh_of(sizes))
+    half = params.stored(whole, BFLOAT16)
     jax.tree.map(np.testing.assert_array_equal, model, half)
 
 

@@ -72,7 +72,7 @@ def test_folder_of_source(tmp_path):
     (tmp_path / "__pycache__" / "x.py").write_text("no")
     said = []
     assert documents(tmp_path, say=said.append) == ["# one", "import é\r\n"]
-    assert len(said) == 1 and "left out 3 files" in said[0]
+    assert len(said) == 1 and "skipped 3 files" in said[0]
     assert token_files(str(tmp_path)) == []
 
 

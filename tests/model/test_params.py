@@ -11,6 +11,7 @@ from deepseek_jax import config as configs
 from deepseek_jax.config import LOGICAL_AXES
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model, build_model
+from deepseek_jax.precision.recipes import BFLOAT16
 
 
 def built(config):
@@ -49,8 +50,8 @@ def test_layers_of_a_stack_and_experts_differ():
     assert len({row.tobytes() for row in flat}) == len(flat)
 
 
-def test_cast_leaves_sensitive_weights_alone():
-    model = params.cast(built(small.config().model), jnp.bfloat16)
+def test_preparing_leaves_sensitive_weights_alone():
+    model = params.prepare(built(small.config().model), BFLOAT16)
     kept = {w.path.rsplit(".", 1)[1] for w in params.describe(model) if w.dtype == jnp.float32}
     assert kept == {"scale", "centroids", "bias"}
 

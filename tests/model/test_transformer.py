@@ -48,7 +48,7 @@ def test_bfloat16_stays_near_float32_and_routes_in_float32():
     settings, _, model = variant("v3")
     tokens = jnp.asarray(checkpoints.tokens(settings, length=12))
     how = Execution(recipe=BFLOAT16)
-    low = params.cast(model, jnp.bfloat16)
+    low = params.prepare(model, BFLOAT16)
     assert low.moe_layers.feed.router.centroids[...].dtype == jnp.float32
     assert low.norm.scale[...].dtype == jnp.float32
     assert low.head.table[...].dtype == jnp.bfloat16

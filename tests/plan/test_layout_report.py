@@ -129,7 +129,7 @@ def test_the_stages_are_told(pipeline, pipe, given, line):
         layout=dataclasses.replace(config.layout, pipeline=pipeline, stage_layers=given),
     )
     shown = layout_report.text(layout_report.plan(config))
-    assert line in shown and "3 of 64 slots for layers are empty" in shown
+    assert line in shown and "3 of 64 layer slots are empty" in shown
 
 
 @pytest.mark.parametrize(

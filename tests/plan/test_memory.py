@@ -67,10 +67,10 @@ def test_predicted_bytes_are_what_is_allocated(name):
             real = jax.tree.map(
                 lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), shapes
             )
-        dtype = recipe(config.precision.recipe).compute
         keep = layout.storage if layout.zero == 3 else lambda axes, _: layout.spec(axes)
         places = params.place(real.params, lambda *where: NamedSharding(mesh, keep(*where)))
-        compute = jax.device_put(params.cast(real.params, dtype), places)
+        prepared = params.prepare(real.params, recipe(config.precision.recipe))
+        compute = jax.device_put(prepared, places)
         sums = jax.device_put(real.params, places)
     each = {
         "masters": real.params,
@@ -142,11 +142,11 @@ def test_a_pipeline_s_bytes_are_those_of_its_program(name, monkeypatch):
 
         monkeypatch.setattr(owner, attribute, watched)
 
-    watch(stage_params, "fetch", lambda _, out: jax.tree.leaves(out))
+    watch(stage_params, "fetch_stage_params", lambda _, out: jax.tree.leaves(out))
     watch(params, "gather", lambda before, out: (local_leaves(before[0]), local_leaves(out)))
     for executor in (Pipeline, OneFOneB):
         watch(executor, "run", lambda _, out: jax.tree.leaves((out[0], out[2][0])))
-    watch(stage_params, "bring_home", lambda _, out: local_leaves(out))
+    watch(stage_params, "return_gradients", lambda _, out: local_leaves(out))
     adam, batch = optimizer.build(config.optimizer), config.batch
     with jax.set_mesh(mesh):
         shapes = state.abstract(config, state.shardings(config, layout, mesh, adam), adam)
@@ -175,11 +175,11 @@ def test_a_pipeline_s_bytes_are_those_of_its_program(name, monkeypatch):
         for path, leaf in ends.items()
         if leaf.shape != before[path].shape or leaf.dtype != np.float32
     ]
-    assert held(seen["fetch"]) + held(copies) == got.compute_weights
+    assert held(seen["fetch_stage_params"]) + held(copies) == got.compute_weights
     assert held(seen["run"]) == got.gradients
     home = [
         leaf
-        for path, leaf in seen["bring_home"].items()
+        for path, leaf in seen["return_gradients"].items()
         if path not in ends or leaf.shape != ends[path].shape
     ]
     assert held(home) == got.reduced_gradients

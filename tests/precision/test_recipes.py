@@ -7,7 +7,7 @@ import pytest
 import small
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.precision import recipes
+from deepseek_jax.precision import fp8_tiles, recipes
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -84,17 +84,18 @@ SHAPES = {
 @pytest.mark.parametrize("subscripts", SHAPES)
 def test_backward_is_the_two_transposed_products(subscripts, name):
     recipe = recipes.recipe(name)
+    dtype = recipe.activation_dtype
     x, weight = (normal(*shape, seed=i) for i, shape in enumerate(SHAPES[subscripts]))
-    x, weight = (np.asarray(jnp.asarray(part, recipe.compute), np.float64) for part in (x, weight))
+    x, weight = (np.asarray(jnp.asarray(part, dtype), np.float64) for part in (x, weight))
     of_x, of_weight, of_out = subscripts.replace("->", ",").split(",")
     pull = normal(*np.einsum(subscripts, x, weight).shape, seed=2)
-    pull = np.asarray(jnp.asarray(pull, recipe.compute), np.float64)
+    pull = np.asarray(jnp.asarray(pull, dtype), np.float64)
 
     def run(x, weight, pull):
         out, back = jax.vjp(lambda *a: recipe.einsum(subscripts, *a), x, weight)
         return back(pull.astype(out.dtype))
 
-    args = (jnp.asarray(part, recipe.compute) for part in (x, weight, pull))
+    args = (jnp.asarray(part, dtype) for part in (x, weight, pull))
     got = [np.asarray(part, np.float64) for part in jax.jit(run)(*args)]
     want = [
         np.einsum(f"{of_out},{of_weight}->{of_x}", pull, weight),
@@ -119,3 +120,26 @@ def test_by_name():
     assert recipes.recipe("bfloat16") is recipes.BFLOAT16
     with pytest.raises(ConfigError, match=r"precision\.recipe is 'float64'.*float32, bfloat16"):
         recipes.recipe("float64")
+
+
+@pytest.mark.parametrize("recipe", [recipes.FLOAT32, recipes.BFLOAT16], ids=lambda r: r.name)
+def test_preparing_a_stored_weight_is_preparing_its_master(recipe):
+    master = jnp.asarray(normal(5, 7, seed=0))
+    stored = recipe.prepare(master.astype(recipe.stored_dtype), sensitive=False)
+    np.testing.assert_array_equal(stored, recipe.prepare(master, sensitive=False))
+    assert recipe.prepare(master, sensitive=True) is master
+
+
+@pytest.mark.parametrize("recipe, each", [(recipes.FLOAT32, 4), (recipes.BFLOAT16, 2)])
+def test_bytes_of_a_prepared_weight(recipe, each):
+    assert recipe.prepared_bytes((3, 5), sensitive=False) == 15 * each
+    assert recipe.prepared_bytes((3, 5), sensitive=True) == 60
+
+
+def test_bytes_of_a_prepared_weight_count_all_its_arrays():
+    class Tiled(recipes.Recipe):
+        def prepare(self, weight, *, sensitive):
+            return weight if sensitive else fp8_tiles.quantise_tiles(weight, power_of_two=True)
+
+    recipe = Tiled("tiled", jnp.dtype(jnp.bfloat16))
+    assert recipe.prepared_bytes((3, 256), sensitive=False) == 3 * (256 + 2 * 4)

@@ -1,19 +1,26 @@
 """The command lines of convert, evaluate and generate: a mistake is one line that names a flag."""
 
+import collections
 import importlib
 import json
+import os
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import serving
 from absl import app, flags
 from equations import checkpoints
+from safetensors.numpy import load_file
 
+import deepseek_jax
 from deepseek_jax import command
 from deepseek_jax.config import ConfigError
+from deepseek_jax.serve import generation
+from deepseek_jax.train import evaluation
 
 
 @pytest.fixture
@@ -113,7 +120,7 @@ MISTAKES = [
     ("generate", {"mesh": "rack:2"}, "--mesh has 'rack:2'"),
     ("generate", {"mesh": "gpu:3"}, "needs 3 devices and there are 8; change --mesh"),
     ("generate", {"mesh": "tensor:8"}, "(--mesh=tensor:8); change the mesh"),
-    ("generate", {"mesh": "pipe:8"}, "--mesh has pipe:8; generation has no pipeline"),
+    ("generate", {"mesh": "pipe:8"}, "--mesh=pipe:8: generation has no pipeline"),
 ]
 
 
@@ -167,3 +174,144 @@ def test_rows_are_scored_by_the_field_that_is_named(typed, folder):
     assert (code, err) == (0, ""), err
     found = json.loads(out)
     assert (found["bytes"], found["tokens"]) == (len("a text"), len("a text") + 1)
+
+
+class OpenedFiles:
+    """Paths of the files that this process opens while `recording`.
+
+    An audit hook sees every way to open a file from Python, and cannot be removed again.
+    """
+
+    def __init__(self) -> None:
+        self.recording = False
+        self.paths: list[str] = []
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event, arguments):
+        if self.recording and event == "open" and isinstance(arguments[0], str | os.PathLike):
+            self.paths.append(os.fspath(arguments[0]))
+
+    def below(self, folder: Path) -> dict[str, int]:
+        """How often each file of a folder was opened; its subfolders are left out."""
+        paths = map(Path, self.paths)
+        return dict(collections.Counter(path.name for path in paths if path.parent == folder))
+
+
+@pytest.fixture(scope="module")
+def opened_files():
+    files = OpenedFiles()
+    yield files
+    files.recording = False
+
+
+@pytest.fixture(scope="module")
+def sharded(folder, tmp_path_factory):
+    """The same checkpoint in two files with an index, and with generation settings."""
+    target = tmp_path_factory.mktemp("sharded")
+    settings = json.loads((folder / "config.json").read_text())
+    checkpoints.write(target, settings, load_file(folder / "model.safetensors"), shards=2)
+    shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
+    (target / "generation_config.json").write_text('{"eos_token_id": 1}')
+    return target
+
+
+WEIGHTS = (
+    "config.json", "model.safetensors.index.json", "model-00001-of-000002.safetensors",
+    "model-00002-of-000002.safetensors",
+)  # fmt: skip
+TEXT = ("tokenizer.json",)
+OPENS = {
+    "load": ((), WEIGHTS),
+    "generate": (
+        ("--checkpoint={0}", "--prompt=a", "--max_tokens=2"),
+        (*WEIGHTS, *TEXT, "generation_config.json"),
+    ),
+    "evaluate": (("--checkpoint={0}", "--data={1}/rows.jsonl", "--text_key=body"), WEIGHTS + TEXT),
+    "convert": (("--source={0}", "--target={2}/new", "--format=fp8"), WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("name", OPENS)
+def test_a_checkpoint_is_opened_once(name, typed, sharded, folder, opened_files, tmp_path):
+    arguments, files = OPENS[name]
+    opened_files.paths.clear()
+    opened_files.recording = True
+    if name == "load":
+        deepseek_jax.load(sharded, dtype=None)
+    else:
+        given = (argument.format(sharded, folder, tmp_path) for argument in arguments)
+        code, _, err = typed(name, *given)
+        assert code == 0, err
+    opened_files.recording = False
+    found = opened_files.below(sharded)
+    if name == "convert":  # what lies beside the weights is copied, too
+        found = {file: times for file, times in found.items() if file in WEIGHTS}
+    assert found == dict.fromkeys(files, 1)
+
+
+def test_a_workdir_is_opened_once(opened_files):
+    workdir = Path(__file__).parents[1] / "fixtures" / "workdir_before_renames"
+    opened_files.paths.clear()
+    opened_files.recording = True
+    model = deepseek_jax.load(workdir, dtype=None)
+    opened_files.recording = False
+    assert opened_files.below(workdir) == {"config.json": 1}
+    assert model.how.recipe.name == "float32"  # as the run was trained
+
+
+@pytest.fixture
+def no_config_file(monkeypatch):
+    """A package outside the repository has no configs/."""
+    monkeypatch.setattr(command, "default_config", lambda: pytest.fail("configs/ was looked for"))
+
+
+@pytest.mark.parametrize(
+    "stated, flags, want",
+    [
+        ("float32", (), "float32"),
+        ("bfloat16", (), "bfloat16"),
+        ("float32", ("--dtype=bfloat16",), "bfloat16"),
+        ("bfloat16", ("--config=configs/v3_tiny.py",), "float32"),
+    ],
+)
+def test_a_checkpoint_runs_in_the_dtype_that_it_states(
+    stated, flags, want, typed, folder, tmp_path, monkeypatch, no_config_file
+):
+    settings = json.loads((folder / "config.json").read_text())
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"torch_dtype": stated}))
+    engines, scored = [], []
+
+    class Recorded(generation.Engine):
+        def __init__(self, model, how, *rest, **options):
+            engines.append((how.recipe.name, model.head.table.dtype.name, options["cache"]))
+            super().__init__(model, how, *rest, **options)
+
+    def recorded(config, layout, mesh):
+        scored.append((config.precision.recipe, config.precision.dispatch))
+        return lambda masters, bias, *rest: evaluation.Score(
+            scored.append(masters.head.table.dtype.name) or 1.0, 1
+        )
+
+    monkeypatch.setattr(generation, "Engine", Recorded)
+    monkeypatch.setattr(evaluation, "make_score", recorded)
+    here = (f"--checkpoint={tmp_path}", *flags)
+    code, _, err = typed("generate", *here, "--prompt_tokens=1,2", "--max_tokens=2")
+    assert (code, err) == (0, "")
+    assert engines == [(want, want, want)]
+    code, _, err = typed("evaluate", *here, f"--data={folder}/rows.jsonl", "--text_key=body")
+    assert (code, err) == (0, "")
+    assert scored == [(want, "compute"), want]
+
+
+def test_a_dtype_that_is_not_computed_in_is_told(typed, folder, tmp_path, no_config_file):
+    settings = json.loads((folder / "config.json").read_text())
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"torch_dtype": "float16"}))
+    flags = (f"--checkpoint={tmp_path}", "--prompt_tokens=1,2", "--max_tokens=1")
+    words = f"{tmp_path}/config.json states dtype 'float16'; computing in float32"
+    with pytest.warns(UserWarning, match=words):
+        code, _, err = typed("generate", *flags)
+    assert (code, err) == (0, "")

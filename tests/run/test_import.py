@@ -6,6 +6,7 @@ from equations import checkpoints
 
 import deepseek_jax
 from deepseek_jax.checkpoint import conversion
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.train import loop
 
@@ -22,7 +23,7 @@ def test_a_run_starts_from_published_weights(text, tmp_path, one_device):
         tokens=256, warmup_steps=0, decay_start=256, decay_end=256, final_start=256, bias_stop=256
     )
     base = runs.tiny(text, schedule=schedule, evaluation={"tokens": 0})
-    config = conversion.to_run(tmp_path / "in", tmp_path / "run", base)
+    config = conversion.to_run(open_checkpoint(tmp_path / "in"), tmp_path / "run", base)
     loop.train(config, tmp_path / "run", screen=False)
     data = TrainData(
         config.data,

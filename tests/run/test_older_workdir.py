@@ -13,6 +13,7 @@ import pytest
 import runs
 
 from deepseek_jax.checkpoint import conversion, load
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError, parse, parse_saved
 from deepseek_jax.config.renamed import RENAMED
 from deepseek_jax.train import loop
@@ -42,9 +43,9 @@ def test_it_resumes(tmp_path):
 
 
 def test_it_converts(tmp_path):
-    conversion.to_published(FIXTURE, tmp_path / "out", "float32", 1 << 30)
-    model = load.load(tmp_path / "out", np.float32)
-    ours = load.load(FIXTURE, np.float32)
+    conversion.to_published(open_checkpoint(FIXTURE), tmp_path / "out", "float32", 1 << 30)
+    model = load.load(tmp_path / "out")
+    ours = load.load(FIXTURE)
     np.testing.assert_array_equal(model.head.table[...], ours.head.table[...])
 
 

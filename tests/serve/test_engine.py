@@ -148,14 +148,14 @@ def test_slots_are_extended_up_to_limit_and_stop():
     [
         ({"prompt": ()}, "empty prompt"),
         ({"prompt": (64,)}, "tokens from 64 to 64; this model has 0 to 63"),
-        ({"max_tokens": 0}, "--max_tokens=0"),
-        ({"temperature": -1.0}, "--temperature=-1.0"),
-        ({"temperature": float("nan")}, "--temperature=nan"),
-        ({"top_p": 0.0}, "--top_p=0.0"),
-        ({"seed": -1}, "--seed=-1"),
+        ({"max_tokens": 0}, "request.max_tokens=0"),
+        ({"temperature": -1.0}, "request.temperature=-1.0"),
+        ({"temperature": float("nan")}, "request.temperature=nan"),
+        ({"top_p": 0.0}, "request.top_p=0.0"),
+        ({"seed": -1}, "request.seed=-1"),
         (
             {"prompt": (1,) * 40, "max_tokens": 9},
-            "need room for 49, and a slot has 48; set --cache_length=49",
+            "need room for 49, and a slot has 48; set engine.length=49",
         ),
     ],
 )
@@ -166,11 +166,11 @@ def test_what_can_never_run_is_refused(given, reason):
 
 
 def test_sizes_that_cannot_work_are_refused():
-    with pytest.raises(ConfigError, match="set --slots=8"):
+    with pytest.raises(ConfigError, match=r"set engine\.slots=8"):
         serving.server(serving.model(), {"gpu": 8}, slots=6)
-    with pytest.raises(ConfigError, match="--slots=0; expected at least 1"):
+    with pytest.raises(ConfigError, match=r"engine\.slots=0; expected at least 1"):
         serving.server(serving.model(), slots=0)
-    with pytest.raises(ConfigError, match="--speculate=-1; expected at least 0"):
+    with pytest.raises(ConfigError, match=r"engine\.drafts=-1; expected at least 0"):
         serving.server(serving.model(), drafts=-1)
-    with pytest.raises(ConfigError, match="this model has none; set --speculate=0"):
+    with pytest.raises(ConfigError, match=r"this model has none; set engine\.drafts=0"):
         serving.server(serving.model(), drafts=1)

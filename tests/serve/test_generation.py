@@ -1,15 +1,20 @@
 """From the command line to text: folders with and without a tokenizer, what is told, bad input."""
 
+import dataclasses
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 import serving
 
 from deepseek_jax import command
-from deepseek_jax.config import ConfigError
+from deepseek_jax.checkpoint.load import open_checkpoint
+from deepseek_jax.config import ConfigError, values
+from deepseek_jax.precision import recipes
 from deepseek_jax.serve import generation
 from deepseek_jax.serve.generation import TextCodec
 from deepseek_jax.serve.requests import Request
@@ -41,9 +46,9 @@ def folder(tmp_path_factory):
 
 
 def test_text_is_told_as_it_comes(folder):
-    words = TextCodec.of(folder)
+    words = TextCodec.of(open_checkpoint(folder))
     assert words.stop == (1,)
-    prompt = words.encode("añ", folder)
+    prompt = words.encode("añ")
     assert prompt == (0, 6 + ord("a"), 6 + 0xC3, 6 + 0xB1)
     server = serving.opened(folder)
     several: list[str] = []
@@ -58,18 +63,31 @@ def test_text_is_told_as_it_comes(folder):
 
 
 def test_half_a_character_waits(folder):
-    words = TextCodec.of(folder)
-    whole = words.encode("é", folder)[1:]
+    words = TextCodec.of(open_checkpoint(folder))
+    whole = words.encode("é")[1:]
     assert generation._so_far(words, whole[:1], False) == ""
     assert generation._so_far(words, whole, False) == "é"
 
 
-def test_bad_input_gets_one_message(folder):
-    with pytest.raises(ConfigError, match=r"no tokenizer\.json .* give --prompt_tokens"):
-        TextCodec.of(TINY).encode("a", TINY)
+def test_a_recipe_called_fp8_does_not_make_the_cache_fp8(monkeypatch):
+    recipe = recipes.Recipe("fp8", jnp.dtype(jnp.bfloat16))
+    monkeypatch.setitem(recipes._RECIPES, "fp8", recipe)
     base = command.default_config()
+    monkeypatch.setitem(values._CHOICES, "precision.recipe", ("fp8",))
+    precision = dataclasses.replace(base.precision, recipe="fp8")
+    base = dataclasses.replace(base, precision=precision)
+    rest = dict(mesh={}, slots=1, length=40, stop=(), drafts=0)
+    for asked, kinds in ((None, {"bfloat16"}), ("fp8", {"float8_e4m3fn", "float32", "bfloat16"})):
+        server = generation.open_engine(open_checkpoint(TINY), base, cache=asked, **rest)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(server._state.cache)} == kinds
+
+
+def test_bad_input_gets_one_message(folder):
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json .* give prompt_tokens"):
+        TextCodec.of(open_checkpoint(TINY)).encode("a")
+    tiny, base = open_checkpoint(TINY), command.default_config()
     rest = dict(slots=1, length=40, cache="bfloat16", stop=())
     with pytest.raises(ConfigError, match="generation has no pipeline"):
-        generation.open_engine(TINY, base, mesh={"pipe": 2, "gpu": 4}, drafts=0, **rest)
-    with pytest.raises(ConfigError, match="--speculate=1 drafts with MTP modules"):
-        generation.open_engine(TINY, base, mesh={}, drafts=1, **rest)
+        generation.open_engine(tiny, base, mesh={"pipe": 2, "gpu": 4}, drafts=0, **rest)
+    with pytest.raises(ConfigError, match=r"engine\.drafts=1 drafts with MTP modules"):
+        generation.open_engine(tiny, base, mesh={}, drafts=1, **rest)

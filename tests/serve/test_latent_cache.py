@@ -8,6 +8,7 @@ import small
 from configs import v3_671b
 from deepseek_jax import config as configs
 from deepseek_jax.config import ConfigError
+from deepseek_jax.precision.recipes import Recipe
 from deepseek_jax.serve import latent_cache
 
 V3 = configs.parse(v3_671b.get_config()).model
@@ -42,5 +43,14 @@ def test_what_is_written_is_read(form, error, apart):
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(ConfigError, match="--cache=int4; expected one of float32, bfloat16, fp8"):
+    with pytest.raises(
+        ConfigError, match=r"engine\.cache=int4; expected one of float32, bfloat16, fp8"
+    ):
         latent_cache.make(V3, 1, 1, "int4", mtp=False)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_default_format_follows_activations_and_not_the_name_of_the_recipe(name, dtype):
+    recipe = Recipe(name, jnp.dtype(dtype))
+    assert latent_cache.default_format(recipe) == dtype

@@ -9,6 +9,7 @@ import small
 from equations import checkpoints
 
 import deepseek_jax
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import tokenizer
 from deepseek_jax.parallel import mesh
@@ -20,7 +21,7 @@ TINY = Path(__file__).parents[1] / "fixtures" / "hf_tiny"
 def scored(directory, data, length=16, tokens=2**62, **mesh):
     base = small.config(batch_micro_sequences=2, batch_sequences=2, batch_ramp_sequences=2)
     return evaluation.score_checkpoint(
-        directory, str(data), base, mesh=mesh, length=length, tokens=tokens
+        open_checkpoint(directory), str(data), base, mesh=mesh, length=length, tokens=tokens
     )
 
 

@@ -22,6 +22,7 @@ from configs import v3_tiny
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import conversion
 from deepseek_jax.checkpoint.hf import export
+from deepseek_jax.checkpoint.load import open_checkpoint
 
 TOLERANCE = 2e-4  # what holds between independent float32 implementations of this model
 GREEDY = 8  # tokens
@@ -38,10 +39,12 @@ def main() -> None:
             root = Path(folder)
             found, weights = checkpoints.make(variant)
             checkpoints.write(root / "published", found, weights)
-            conversion.to_run(root / "published", root / "run", base)
+            conversion.to_run(open_checkpoint(root / "published"), root / "run", base)
             tokens = checkpoints.tokens(found)
             for form in export.FORMATS:
-                conversion.to_published(root / "run", root / form, form, SHARD_BYTES)
+                conversion.to_published(
+                    open_checkpoint(root / "run"), root / form, form, SHARD_BYTES
+                )
                 difference, same = compare(root / form, tokens)
                 files = len(list((root / form).glob("*.safetensors")))
                 fine = difference < TOLERANCE and same

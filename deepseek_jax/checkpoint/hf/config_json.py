@@ -1,4 +1,4 @@
-"""Settings of the Hugging Face format, a checkpoint's config.json, as ours and back."""
+"""Model settings between the Hugging Face format, a checkpoint's config.json, and ours."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ _COUNTS = {
     "n_routed_experts": "experts", "num_experts_per_tok": "top_k",
     "moe_intermediate_size": "d_expert",
 }  # fmt: skip
-# Where null or absent means zero.
+# Published counts for which null or absent means zero -> ours.
 _OPTIONAL = {
     "first_k_dense_replace": "dense_layers", "q_lora_rank": "q_latent",
     "n_shared_experts": "shared_experts", "num_nextn_predict_layers": "mtp_depth",
 }  # fmt: skip
-# The only value that this model computes; absent means the same.
+# Keys with the only value that this model computes; absent means that value.
 _FIXED = {
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu",
     "moe_layer_freq": 1, "rope_interleave": True,
@@ -34,7 +34,11 @@ _GROUP_SCORE = {"noaux_tc": "top2", "group_limited_greedy": "max", "greedy": "ma
 
 
 def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
-    """The published settings of `source`, a config.json, as ours.
+    """Our model config for published settings.
+
+    Args:
+      settings: content of a config.json.
+      source: the path of that file, for messages.
 
     Raises:
       ConfigError: a key that is missing, or has a value that this model does not compute.
@@ -75,7 +79,7 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
 
 
 def published(config: ModelConfig) -> dict[str, Any]:
-    """The official keys for a model of ours; `model_config` reads the same model back.
+    """Published settings for a model of ours; `model_config` reads the same model back.
 
     Raises:
       ConfigError: a router that neither published family has.
@@ -134,12 +138,12 @@ def _yarn(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def _plain(number: float) -> float:
-    """As published: whole numbers without a fraction."""
+    """The number as published settings spell it: whole numbers without a fraction."""
     return int(number) if number.is_integer() else number
 
 
 def in_format(settings: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """The same model's settings, its tensors stored in another of the formats of `export`."""
+    """Settings of the same model with its tensors stored in `form`, one of `export.FORMATS`."""
     out = {key: value for key, value in settings.items() if key != "quantization_config"}
     out.pop("dtype", None)  # the newer name of torch_dtype
     out["torch_dtype"] = "float32" if form == "float32" else "bfloat16"
@@ -154,7 +158,7 @@ def in_format(settings: Mapping[str, Any], form: str) -> dict[str, Any]:
 
 
 def topk_method(settings: Mapping[str, Any]) -> str:
-    """`topk_method`, or what its absence means."""
+    """The value of `topk_method`, or the one that its absence means."""
     v3 = settings.get("model_type") == "deepseek_v3"
     return settings.get("topk_method") or ("noaux_tc" if v3 else "greedy")
 
@@ -205,7 +209,7 @@ def _rotary(found: "_Settings") -> dict[str, Any]:
         return values
     rope.need("attention_factor", None, default=None)
     rope.need("truncate", True, default=True)
-    values |= {  # what is absent is as in the published code
+    values |= {  # defaults of the published code where a key is absent
         "yarn_factor": rope.number("factor"),
         "yarn_original": rope.count("original_max_position_embeddings"),
         "yarn_beta_fast": rope.number("beta_fast", absent=32.0),
@@ -222,35 +226,39 @@ def _rotary(found: "_Settings") -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """Published settings, or one object among them (`path`), each value checked as it is read."""
+    """Published settings, or one object among them (at `path`); reading a value checks it."""
 
     values: Mapping[str, Any]
     source: Path
     path: str = ""
 
     def below(self, key: str) -> "_Settings":
+        """The object under a key; null or an absent key is an empty one."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             self.refuse(key, "an object or null")
         return _Settings(value or {}, self.source, f"{self.path}{key}.")
 
     def refuse(self, key: str, expected: str) -> None:
+        """Raises ConfigError with the value of the key and what was expected."""
         found = repr(self.values[key]) if key in self.values else "missing"
         raise ConfigError(f"{self.source}: {self.path}{key} is {found}; expected {expected}")
 
     def need(self, key: str, value: Any, *, default: Any) -> None:
-        """The one value that works."""
+        """Refuses every value of the key but this one."""
         found = self.values.get(key, default)
         if found != value or isinstance(found, bool) != isinstance(value, bool):
             self.refuse(key, repr(value))
 
     def one_of(self, key: str, choices: Any, *, default: str = "") -> str:
+        """A value among `choices`; null, empty or an absent key is `default`."""
         value = self.values.get(key) or default
         if not isinstance(value, str) or value not in choices:
             self.refuse(key, f"one of {', '.join(choices)}")
         return value
 
     def count(self, key: str, *, least: int = 1, absent: int | None = None) -> int:
+        """A whole number from `least` on; null or an absent key is `absent`."""
         value = self.values.get(key)
         value = absent if value is None else value
         if type(value) is not int or not least <= value < 2**63:
@@ -259,6 +267,7 @@ class _Settings:
         return value
 
     def number(self, key: str, *, absent: float | None = None, zero: bool = False) -> float:
+        """A number above 0, or from 0 on with `zero`; null or an absent key is `absent`."""
         value = self.values.get(key)
         value = absent if value is None else value
         number = -1.0
@@ -269,6 +278,7 @@ class _Settings:
         return number
 
     def flag(self, key: str, *, default: bool) -> bool:
+        """True or false; an absent key is `default`."""
         value = self.values.get(key, default)
         if type(value) is not bool:
             self.refuse(key, "true or false")

@@ -1,12 +1,13 @@
 """Writes a model as a Hugging Face directory: tensors in numbered files, an index, config.json.
 
-Formats: `float32`; `bfloat16`, matrices rounded; `fp8`, what the released checkpoint keeps in FP8
-(matrices of attention and feed-forward networks) in blocks of 128x128 with float32 scales, the
-rest as in bfloat16. Router biases are float32 in all. Norms and routers, which the model keeps in
-float32, are BF16 where that changes none of their values, else float32.
+Formats: `float32`; `bfloat16`, matrices rounded to BF16; `fp8`, the matrices that the released
+checkpoint keeps in FP8 (those of attention and feed-forward networks) in blocks of 128x128 with
+float32 scales, the rest as in bfloat16. Router biases are float32 in all formats. Norms and
+routers, which the model keeps in float32, are BF16 if that changes none of their values, else
+float32.
 
 Reading the directory again gives the same bits: in float32 always; in bfloat16 for weights that
-BF16 holds; in fp8 for those that came from FP8 blocks, even by way of our own float32 masters
+BF16 holds; in fp8 for weights that came from FP8 blocks, even by way of our own float32 masters
 (`checkpoint/hf/fp8_blocks.py`).
 """
 
@@ -21,9 +22,8 @@ import numpy as np
 
 from deepseek_jax.checkpoint.hf import fp8_blocks, safetensors
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
-from deepseek_jax.checkpoint.hf.safetensors import E4M3
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.precision.fp8_tiles import BLOCK
+from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3
 
 FORMATS = ("bfloat16", "float32", "fp8")
 BF16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -33,11 +33,13 @@ Read = Callable[[Piece], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class WeightSource:
-    """Where the values of an export come from.
+    """Values of an export.
 
     Attributes:
-      read: a published tensor, [out, in], any float dtype but FP8.
-      stored: its FP8 values and scales where the source keeps such, else None.
+      config: sizes and rules of the model.
+      biased: whether router biases are published.
+      read: gives a published tensor, [out, in], in any float dtype but FP8.
+      stored: gives the FP8 values and scales of a tensor that the source keeps in FP8, else None.
     """
 
     config: ModelConfig
@@ -52,7 +54,7 @@ def write(
     """Fills an existing folder; one tensor at a time is in memory.
 
     Args:
-      settings: what config.json will hold.
+      settings: content of the config.json to write.
       form: one of `FORMATS`.
       shard_bytes: a file is closed before it would grow past this; one tensor may be larger.
     """
@@ -73,11 +75,11 @@ def write(
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """What is written of a published tensor: itself, and its scales if it has some.
+    """A published tensor to write, with its scales if it has some.
 
     Attributes:
-      name: of the tensor; another one than `piece` has for the copies of a shared table.
-      tensors: dtype and shape of what is stored, by name.
+      name: name of the tensor; for a copy of a shared table not the name of `piece`.
+      tensors: dtype and shape of each stored tensor, by name.
     """
 
     name: str
@@ -95,7 +97,7 @@ def _groups(source: WeightSource, form: str) -> Iterator[_Group]:
 
 
 def _with_copies(config: ModelConfig, biased: bool) -> Iterator[tuple[str, Piece]]:
-    """All pieces by name, and each MTP layer's own names for the embedding and the head."""
+    """Name and piece of every tensor, each MTP layer's copies of embedding and head included."""
     everything = list(pieces(config, biased=biased))
     shared = {
         "embed_tokens.weight": next(p for p in everything if p.path == "embedding.table"),
@@ -120,7 +122,7 @@ def _dtype(piece: Piece, read: Read, form: str) -> np.dtype:
 
 
 def _shards(groups: Iterable[_Group], most: int) -> list[list[_Group]]:
-    """Neighbours together, as many as fit into `most` bytes."""
+    """Splits the groups, in their order, into files of at most `most` bytes."""
     shards: list[list[_Group]] = [[]]
     held = 0
     for group in groups:

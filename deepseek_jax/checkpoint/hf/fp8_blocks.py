@@ -1,30 +1,30 @@
-"""Matrices as the FP8 blocks of published checkpoints: 128x128 values in E4M3, a scale for each.
+"""Matrices as the FP8 blocks of published checkpoints: 128x128 E4M3 values with one scale each.
 
-What came from such blocks goes back to them without a loss: from the values q * s alone, scales are
-found with which every one of them is a product again. Rounded to float32, the largest value of a
-block leaves few scales to try: E4M3 has eight significands, and each leaves a few neighbours.
+A matrix that came from such blocks goes back to them without loss. From the products q * s alone, a
+scale is found with which every value of the block is such a product again. The largest value of a
+block, rounded to float32, leaves few scales to try: E4M3 has eight significands, and each leaves a
+few neighbouring float32 scales.
 """
 
 import itertools
 
 import numpy as np
 
-from deepseek_jax.checkpoint.hf.safetensors import E4M3
-from deepseek_jax.precision.fp8_tiles import BLOCK, LARGEST
+from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, LARGEST
 
-# What the largest value of a block may be stored as: the E4M3 values of eight significands, each
-# with the largest exponent. Quantisers divide by LARGEST, so it comes first.
+# E4M3 values that the largest value of a block may be stored as: the eight significands, each with
+# the largest exponent that it has. Quantisers divide by LARGEST, so it comes first.
 _TOPS = (LARGEST, 256.0, 288.0, 320.0, 352.0, 384.0, 416.0, 240.0)
 _NEIGHBOURS = (0, -1, 1, -2, 2)  # float32 steps away from largest / top
-_SAMPLE = 61  # every so many values of a block rule out nearly every wrong scale
+_SAMPLE = 61  # stride of the values that are tried first; they exclude nearly every wrong scale
 
 
 def quantise_blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """E4M3 values and float32 scales, `value * scale` in float32 being near the matrix.
+    """E4M3 values and float32 scales whose products in float32 approximate the matrix.
 
-    Exact, in every bit of float32, for each block that is such a product already; the values and
-    scales are then those that it was made of, if its largest value was stored as 448. Other blocks
-    get scale = largest / 448: at worst 2^-4 of a value or 2^-10 of the scale off.
+    A block that is such a product already is reproduced exactly, in every bit of float32; values
+    and scales are those that it was made of if its largest value was stored as 448. Other blocks
+    get scale = largest / 448, with an error of at most 2^-4 of a value or 2^-10 of the scale.
 
     Args:
       matrix: float32 [out, in], finite.
@@ -49,7 +49,7 @@ def quantise_blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scales(blocks: np.ndarray) -> np.ndarray:
-    """One scale for each row of float32 values."""
+    """Scale of each row of float32 values, a row being one block."""
     largest = np.abs(blocks).max(1)
     scales = np.where(largest > 0, largest / np.float32(LARGEST), np.float32(1))
     left = np.flatnonzero(largest)

@@ -1,4 +1,4 @@
-"""Names and shapes of published tensors, and the parameters that they fill."""
+"""Names and shapes of published tensors, and the parts of our parameters that they fill."""
 
 import dataclasses
 import functools
@@ -12,19 +12,19 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
 
-SCALE = "_scale_inv"  # what the name of an FP8 weight's scales ends in; despite it, one multiplies
+SCALE = "_scale_inv"  # suffix of an FP8 weight's scales; despite the name they are multiplied
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One published tensor, and the part of our parameter that it is.
+    """A published tensor, and the part of our parameter that it is.
 
     Attributes:
-      name: published.
-      shape: published, [out, in] for a matrix.
+      name: published name.
+      shape: published shape, [out, in] for a matrix.
       path: our parameter, as `params.describe` names it.
-      index: of the part: layer, then expert, then which half of `gate_up`.
-      transposed: ours has the input in front (all but the embedding, which is looked up).
+      index: index of the part: layer, then expert, then the half of `gate_up`.
+      transposed: whether ours has the input in front (all but the embedding, which is looked up).
     """
 
     name: str
@@ -34,11 +34,12 @@ class Piece:
     transposed: bool = True
 
     def published(self, part: np.ndarray) -> np.ndarray:
+        """The part of our parameter in the published shape."""
         return part.reshape(self.shape[::-1]).T if self.transposed else part
 
 
 def pieces(config: ModelConfig, *, biased: bool = True) -> Iterator[Piece]:
-    """The whole model; without the router biases where `biased` is false (V2 has none)."""
+    """Pieces of the whole model; without router biases where `biased` is false (V2 has none)."""
     table = (config.vocab, config.d_model)
     yield Piece("model.embed_tokens.weight", table, "embedding.table", (), transposed=False)
     blocks = (
@@ -126,8 +127,8 @@ def to_published(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
     """Published name -> [out, in] array, a view where it can be.
 
     Args:
-      tree: a model, or anything with its structure, such as the gradients of its parameters; what
-        it does not hold is left out.
+      tree: a model, or a tree of its structure such as the gradients of its parameters; names of
+        parameters that it does not hold are left out.
     """
     paths = [weight.path for weight in params.describe(tree)]
     ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(tree)), strict=True))

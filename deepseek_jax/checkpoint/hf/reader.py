@@ -1,11 +1,11 @@
-"""Published checkpoints: names and shapes of the Hugging Face format, both ways.
+"""Reads published checkpoints (Hugging Face layout) into our parameters, onto any sharding.
 
-One table, `pieces`, says which part of which of our parameters each published tensor is. A
-published matrix is [out, in], ours are laid out as the einsums of `model/` read them: the transpose
-of the one is a reshape of the other.
+The table `names.pieces` maps each published tensor to a part of one of our parameters. A published
+matrix is [out, in]; ours are laid out as the einsums of `model/` read them, so that the transpose
+of a published matrix is a reshape of ours.
 
-What is read and left alone: an MTP layer's copies of embedding and head (all depths share the main
-model's), and tables of rotary frequencies, which follow from the settings.
+Two kinds of tensors are checked and not used: an MTP layer's copies of embedding and head (all
+depths share the main model's), and tables of rotary frequencies, which follow from the settings.
 """
 
 import dataclasses
@@ -20,16 +20,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 
 from deepseek_jax.checkpoint.hf import safetensors
 from deepseek_jax.checkpoint.hf.config_json import model_config, topk_method
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
-from deepseek_jax.checkpoint.hf.safetensors import E4M3, Tensor
+from deepseek_jax.checkpoint.hf.safetensors import Tensor
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
-from deepseek_jax.precision.fp8_tiles import BLOCK, spread
+from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, spread
+from deepseek_jax.precision.recipes import Recipe
 
 Place = Callable[[params.Weight], Sharding]
 
@@ -42,23 +43,24 @@ BF16 = safetensors.DTYPES["BF16"]
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """An open checkpoint whose tensors are those of its settings; no value has been read.
+    """Tensors of an opened checkpoint, checked against its settings; no value has been read.
 
     Attributes:
-      biased: whether routers have biases; V2's have none, and ours are then zero.
-      tensors: by published name.
+      config: sizes and rules of the model.
+      biased: whether routers have biases; those of V2 have none, and ours are then zero.
+      pieces: the part of our parameters that each published tensor is.
+      tensors: place in a file, dtype and shape of each tensor, by published name.
     """
 
-    folder: Path
-    settings: Mapping[str, Any]
     config: ModelConfig
     biased: bool
+    pieces: Sequence[Piece]
     tensors: Mapping[str, Tensor]
 
     def read(self, name: str, index: Slices | None = None) -> np.ndarray:
-        """Values of a tensor, or of a part of it, in float32 or as they are stored.
+        """Values of a tensor, or of its part `index`.
 
-        This is the place where FP8 ends: its blocks are multiplied by their scales into float32.
+        FP8 blocks are multiplied by their scales into float32; other values stay as stored.
 
         Raises:
           ConfigError: some of these values are not finite.
@@ -67,7 +69,7 @@ class Published:
         index = tuple(slice(0, size) for size in tensor.shape) if index is None else index
         value = tensor.array[index]
         if tensor.dtype == E4M3:
-            with np.errstate(invalid="ignore"):  # told below
+            with np.errstate(invalid="ignore"):  # values that are not finite are refused below
                 value = value.astype(np.float32) * self._scales(name, index)
         bad = not_finite(value)
         if bad:
@@ -78,61 +80,61 @@ class Published:
         return value
 
     def _scales(self, name: str, index: Slices) -> np.ndarray:
-        """A scale for each value of a part: of the 128x128 blocks that it touches."""
+        """Scale of each value of a part, from the 128x128 blocks that the part overlaps."""
         blocks = tuple(slice(part.start // BLOCK, -(-part.stop // BLOCK)) for part in index)
         scales = self.tensors[name + SCALE].array[blocks].astype(np.float32)
         ends = [part.stop - block.start * BLOCK for part, block in zip(index, blocks, strict=True)]
         return spread(scales, tuple(ends))[tuple(slice(part.start % BLOCK, None) for part in index)]
 
     def release(self, name: str) -> None:
-        """Gives back the memory that reading took."""
+        """Gives back the memory that reading a tensor took."""
         for stored in (name, name + SCALE):
             if stored in self.tensors:
                 self.tensors[stored].release()
 
 
-def open_folder(folder: Path) -> Published:
-    """The checkpoint in a folder that holds config.json and safetensors files.
+def open_folder(folder: Path, settings: Mapping[str, Any]) -> Published:
+    """Opens the safetensors files of a folder and checks them against its settings.
+
+    Args:
+      settings: content of the folder's config.json.
 
     Raises:
       ConfigError: settings that this model does not have, or a tensor that is missing, unexpected,
         of another shape or damaged; the message says what was found and expected.
     """
-    settings = safetensors.read_json(folder / "config.json")
     tensors = safetensors.open_folder(folder)
     config = model_config(settings, source=folder / "config.json")
     if not any(name.startswith(f"model.layers.{config.layers}.") for name in tensors):
         config = dataclasses.replace(config, mtp_depth=0)  # left out when it was saved
     biased = topk_method(settings) == "noaux_tc"
-    _check_tensors(folder, config, tensors, biased)
-    return Published(folder, settings, config, biased, tensors)
+    table = tuple(pieces(config, biased=biased))
+    _check_tensors(folder, config, tensors, table)
+    return Published(config, biased, table, tensors)
 
 
-def load(folder: Path, dtype: Any = jnp.float32, place: Place | None = None) -> Transformer:
-    """The model in a folder; every check that needs no values is made before one is read.
+def load(source: Published, recipe: Recipe, place: Place) -> Transformer:
+    """Reads the model of an opened checkpoint.
 
     Args:
-      dtype: of the weights; norms, router and biases stay float32 (`params.cast`).
-      place: where each parameter goes; without it, the default device. A process reads what its own
-        devices hold, and keeps in host memory one layer of one device's part at a time.
+      recipe: its `stored_dtype` is that of the weights; norms, router and biases stay float32.
+      place: sharding of each parameter. A process reads the parts of its own devices, and keeps one
+        layer of one device's part at a time in host memory.
 
     Raises:
-      ConfigError: as `open_folder`, and for values that are not finite.
+      ConfigError: values that are not finite.
     """
-    source = open_folder(folder)
-    config = source.config
-    abstract = jax.eval_shape(lambda m: params.cast(m, dtype), abstract_model(config))
+    abstract = jax.eval_shape(lambda m: params.stored(m, recipe), abstract_model(source.config))
     parts = _by_path(source)
-    device = SingleDeviceSharding(jax.local_devices()[0])
     leaves = [
-        _placed(weight, place(weight) if place else device, parts.get(weight.path, []), source)
+        _placed(weight, place(weight), parts.get(weight.path, []), source)
         for weight in params.describe(abstract)
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def parts_of(source: Published) -> Callable[[params.Weight, Slices], np.ndarray]:
-    """Returns read(weight, held): a part of one of our parameters, from what is published of it."""
+    """Returns read(weight, held): the part `held` of one of our parameters, on the host."""
     by_layer = {
         path: {layer: list(some) for layer, some in itertools.groupby(parts, _layer)}
         for path, parts in _by_path(source).items()
@@ -151,9 +153,9 @@ def parts_of(source: Published) -> Callable[[params.Weight, Slices], np.ndarray]
 
 
 def _by_path(source: Published) -> dict[str, list[Piece]]:
-    """The published tensors that our parameters are made of, by layer and expert."""
+    """Published tensors by the path of the parameter that they fill, in order of the layers."""
     parts: dict[str, list[Piece]] = {}
-    for piece in pieces(source.config, biased=source.biased):
+    for piece in source.pieces:
         parts.setdefault(piece.path, []).append(piece)
     return parts
 
@@ -165,7 +167,7 @@ def _layer(piece: Piece) -> int:
 def _placed(
     weight: params.Weight, where: Sharding, parts: Sequence[Piece], source: Published
 ) -> jax.Array:
-    """One parameter, each device's part filled where it will be."""
+    """A sharded parameter; each local device's part is filled on that device."""
     copies: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     indices: Any = where.addressable_devices_indices_map(weight.shape)
     for device, index in indices.items():
@@ -188,7 +190,7 @@ def _on_device(
 ) -> jax.Array:
     """The part of a parameter that one device holds.
 
-    What a CPU device holds is in host memory anyway; to others it goes layer by layer.
+    A CPU device takes over host memory as it is; other devices get the part layer by layer.
     """
     dtype, shape = np.dtype(weight.dtype), tuple(span.stop - span.start for span in held)
     if device.platform in HOST or weight.axes[0] != "layer":
@@ -211,7 +213,7 @@ def _set_layer(stack: jax.Array, row: jax.Array, number: int) -> jax.Array:
 def _fill(
     out: np.ndarray, shape: tuple[int, ...], held: Slices, parts: Sequence[Piece], source: Published
 ) -> None:
-    """Writes into `out` what published tensors hold of a parameter's part `held`."""
+    """Fills `out`, the part `held` of a parameter of this shape, from published tensors."""
     if not parts:
         out[...] = 0  # a router bias where none is published
     for piece in parts:
@@ -232,10 +234,10 @@ def _fill(
 
 
 def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: Published) -> np.ndarray:
-    """What a published tensor holds of a part of ours.
+    """The wanted part of a published tensor, in the shape of our parameter.
 
-    An axis of the one is a run of dimensions of the other. Of a run, the span of its first
-    dimension is read, and what the spans of the rest leave out is dropped.
+    An axis of the published tensor is a run of consecutive dimensions of ours. The span of the
+    run's first dimension is read; the spans of the other dimensions are cut out of the values.
 
     Args:
       dims: whole size and wanted span of each dimension of ours.
@@ -257,10 +259,11 @@ def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: Published) ->
 
 
 def _copy(out: np.ndarray, values: np.ndarray) -> None:
-    """out[...] = values, where one of them is often a transpose.
+    """out[...] = values, fast where one of the two is a transpose.
 
-    NumPy copies numbers of types that it does not know one by one, so BF16 goes as integers. Rows
-    of 2^n bytes would meet in the same lines of a cache: some at a time are spread a little.
+    NumPy copies values of foreign dtypes one by one, so BF16 is copied as integers. Rows of 2^n
+    bytes would fall into the same cache lines, so a transpose goes by blocks through a buffer whose
+    rows are `apart` values longer.
     """
     if values.dtype == BF16 and out.dtype == np.float32:
         values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -281,7 +284,7 @@ def _copy(out: np.ndarray, values: np.ndarray) -> None:
 
 
 def not_finite(values: np.ndarray) -> int:
-    """How many are NaN or infinite; some rows at a time, in memory that is used again."""
+    """Number of NaN and infinite values; counted some rows at a time to bound memory."""
     bad, rows = 0, max(1, (1 << 18) // max(1, math.prod(values.shape[1:])))
     for start in range(0, len(values), rows):
         some = values[start : start + rows]
@@ -293,7 +296,7 @@ def not_finite(values: np.ndarray) -> int:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised, at an address that a CPU device takes over without a second copy."""
+    """An uninitialised array at an address that a CPU device takes over without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -301,10 +304,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _check_tensors(
-    folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], biased: bool
+    folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], wanted: Sequence[Piece]
 ) -> None:
-    """Every tensor of the model is there, in its shape, and nothing else."""
-    expected = {piece.name: piece.shape for piece in pieces(config, biased=biased)}
+    """Raises ConfigError unless the tensors are those of the model, each in its shape."""
+    expected = {piece.name: piece.shape for piece in wanted}
     table = (config.vocab, config.d_model)
     for name, tensor in tensors.items():
         if copy := re.fullmatch(
@@ -324,8 +327,8 @@ def _check_tensors(
         plain = name.endswith(SCALE) or len(shape or ()) != 2
         if found is None or found.shape != shape or (found.dtype == E4M3 and plain):
             kind = "a float" if plain else "a float or FP8 "
-            wanted = "nothing" if shape is None else f"{kind}{list(shape)}"
-            wrong.append(f"{name} (found {found or 'nothing'}, expected {wanted})")
+            need = "nothing" if shape is None else f"{kind}{list(shape)}"
+            wrong.append(f"{name} (found {found or 'nothing'}, expected {need})")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigError(

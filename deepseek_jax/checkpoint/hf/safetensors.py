@@ -1,10 +1,11 @@
 """Reads safetensors files through a memory map, and writes them one tensor at a time.
 
-The library cannot read FP8 into NumPy, and writes only what is in memory as a whole.
+The `safetensors` library cannot read FP8 into NumPy, and it writes only tensors that are in memory
+all together.
 
 A file is eight bytes (the header's length, little-endian), the header in JSON, and the tensors'
 bytes one after another. A folder holds `model.safetensors`, or several files and
-`model.safetensors.index.json`, which says in which of them each tensor lies. Nothing is unpickled.
+`model.safetensors.index.json`, which maps each tensor to its file. Nothing is unpickled.
 """
 
 import dataclasses
@@ -19,9 +20,9 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.precision.fp8_tiles import E4M3
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -33,10 +34,12 @@ LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies; its bytes are read when `array` is used.
+    """Place of a tensor in a file; its bytes are read when `array` is used.
 
     Attributes:
-      start: of its bytes in `content`, the mapped file.
+      file: path of the file.
+      content: the mapped file.
+      start: position of the tensor's first byte in `content`.
     """
 
     file: Path
@@ -47,16 +50,17 @@ class Tensor:
 
     @property
     def array(self) -> np.ndarray:
-        """A read-only view of the file; need not be aligned."""
+        """A read-only view of the file, which need not be aligned."""
         data = np.frombuffer(self.content, np.uint8, self.nbytes, self.start)
         return data.view(self.dtype).reshape(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def release(self) -> None:
-        """Its pages no longer count as this process's memory; reading them again is allowed."""
+        """Takes the tensor's pages out of this process's memory; they may be read again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             first = self.start // mmap.PAGESIZE * mmap.PAGESIZE
             self.content.madvise(mmap.MADV_DONTNEED, first, self.start - first + self.nbytes)
@@ -66,11 +70,11 @@ class Tensor:
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by name; only headers are read.
+    """Tensors of a checkpoint by name; only the index and the headers are read.
 
     Raises:
-      ConfigError: no or two checkpoints here, an index and files that do not agree, or a file that
-        is damaged; the message names the file and the tensor.
+      ConfigError: no checkpoint or two in the folder, an index and files that do not agree, or a
+        damaged file; the message names the file and the tensor.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
@@ -107,7 +111,7 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ConfigError where it is not one."""
+    """The JSON object in a file; ConfigError if the file does not hold one."""
     try:
         return _object(path.read_bytes(), str(path))
     except OSError as error:
@@ -187,8 +191,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_entry(file: Path, name: str, entry: Any) -> None:
-    """That a header's entry has the three fields of the format, each of its type."""
-
+    """Raises ConfigError unless a header's entry has the three fields of the format."""
     fields = entry if isinstance(entry, dict) else {}
     shape, offsets = (
         value if isinstance(value, list) and all(type(x) is int and x >= 0 for x in value) else None
@@ -210,7 +213,7 @@ def write(
     expected: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-    """Writes a file of which one tensor at a time is in memory.
+    """Writes a file with one tensor at a time in memory.
 
     Args:
       expected: dtype and shape of every tensor by name.
@@ -219,7 +222,7 @@ def write(
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # Wide ones first: then each starts at a multiple of its own width.
+    # Wide dtypes first, so that each tensor starts at a multiple of its dtype's width.
     for name, (dtype, shape) in sorted(expected.items(), key=lambda item: -item[1][0].itemsize):
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}

@@ -11,6 +11,7 @@ from equations import checkpoints
 from safetensors.numpy import load_file, save_file
 
 from deepseek_jax.checkpoint import conversion, load
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError
 
 HEAD, NORM = "lm_head.weight", "model.norm.weight"
@@ -24,11 +25,11 @@ def onto_a_mesh(folder, target):
 
 
 def to_a_workdir(folder, target):
-    conversion.to_run(folder, target, small.config())
+    conversion.to_run(open_checkpoint(folder), target, small.config())
 
 
 def to_fp8(folder, target):
-    conversion.to_published(folder, target, "fp8", 10**6)
+    conversion.to_published(open_checkpoint(folder), target, "fp8", 10**6)
 
 
 def index_of(folder):

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 import deepseek_jax
 from configs import v3_671b, v3_tiny
 from deepseek_jax import config as configs
+from deepseek_jax.checkpoint import load
 from deepseek_jax.checkpoint.hf import names, reader
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
@@ -41,7 +42,7 @@ def refused(folder, *words):
 def test_names_go_both_ways(variant, tmp_path):
     settings, weights = checkpoints.make(variant)
     checkpoints.write(tmp_path, settings, weights, shards=2)
-    model = reader.load(tmp_path)
+    model = load.load(tmp_path)
     back = names.to_published(model.config, model)
     copies = ("shared_head.head.weight", "embed_tokens.weight")
     for name, want in weights.items():
@@ -68,7 +69,7 @@ def test_lower_precision_and_ragged_fp8_blocks(tmp_path):
     """FP8 matrices of 200 x 136 and the like: the last block of a row or column is short."""
     settings, stored, exact = checkpoints.make_fp8()
     checkpoints.write(tmp_path, settings, stored, shards=2)
-    model = reader.load(tmp_path)
+    model = load.load(tmp_path)
     for name, got in names.to_published(model.config, model).items():
         np.testing.assert_array_equal(got, exact[name])
 
@@ -80,7 +81,7 @@ def test_lower_precision_and_ragged_fp8_blocks(tmp_path):
 def test_a_file_without_the_mtp_layer_has_no_mtp(tmp_path):
     settings, weights = checkpoints.make("v3")
     checkpoints.write(tmp_path, settings | {"num_nextn_predict_layers": 1}, weights)
-    assert reader.load(tmp_path).config.mtp_depth == 0
+    assert load.load(tmp_path).config.mtp_depth == 0
 
 
 def test_a_training_run_is_loaded(tmp_path):
@@ -251,7 +252,7 @@ def test_links_to_files_elsewhere_are_followed(made, tmp_path):
     """As the hub's cache keeps them."""
     checkpoints.write(tmp_path / "blobs", *made)
     os.symlink(tmp_path / "blobs", tmp_path / "snapshot")
-    assert reader.load(tmp_path / "snapshot").config.mtp_depth == 1
+    assert load.load(tmp_path / "snapshot").config.mtp_depth == 1
 
 
 @pytest.mark.parametrize("tokens", [[[256]], [[-1, 0]], [0, 1], [[0.5]], np.zeros((0, 4), int)])
