@@ -36,7 +36,7 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     def local(weights, rest, x):
         def total(weights, x):
             block: Any = nnx.merge(graph, weights, rest)
-            out, _ = how.layer(lambda block, x: block(x, how))(block, x)
+            out, _ = how.remat.layer(lambda block, x: block(x, how))(block, x)
             # Backward has to wait for forward, as it does for the loss of a model.
             return jnp.sum(jnp.square(out.astype(jnp.float32)))
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
@@ -18,6 +17,7 @@ from deepseek_jax.parallel.experts.balancer import slots_for
 from deepseek_jax.parallel.experts.dispatch import Received
 from deepseek_jax.parallel.experts.overflow import complete
 from deepseek_jax.precision.payload import Payload
+from deepseek_jax.precision.saved import Saved, save
 
 FEW_TOKENS = 16  # of one step of decoding
 
@@ -46,7 +46,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
         einsum = how.recipe.einsum
         gate_up = einsum("BSD,DX->BSX", axes.fan_out(x, self.axis), _joined(self.gate_up[...]))
-        hidden = swiglu(checkpoint_name(gate_up, "gate_up"))
+        hidden = swiglu(save(Saved.GATE_UP, gate_up))
         return axes.fan_in(einsum("BSF,FD->BSD", hidden, self.down[...]), self.axis)
 
     def decode(self, x: jax.Array, how: Execution) -> jax.Array:
@@ -82,7 +82,7 @@ def through_experts(
 def into_experts(how: Execution, gate_up: jax.Array, rows: jax.Array, arrived: Received):
     """SD through its experts' gate_up ED2F -> S(2F)."""
     up = how.recipe.grouped(rows, _joined(gate_up), arrived.sizes, arrived.likely)
-    return checkpoint_name(up, "gate_up")
+    return save(Saved.GATE_UP, up)
 
 
 def out_of_experts(
@@ -136,7 +136,7 @@ class MixtureOfExperts(nnx.Module):
         out = routed.reshape(x.shape)
         if self.config.shared_experts:
             out = out + self.shared(x, how)
-        return checkpoint_name(out, "fed"), routing
+        return save(Saved.FED, out), routing
 
     def decode(self, x: jax.Array, how: Execution) -> jax.Array:
         """The same for the tokens of one step of decoding, BSD."""

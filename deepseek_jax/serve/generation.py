@@ -12,7 +12,7 @@ from deepseek_jax.checkpoint.hf.safetensors import read_json
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model import execution
+from deepseek_jax.model import execution, remat
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.requests import Counts, Request
@@ -84,7 +84,7 @@ def open_engine(
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     parts = config.mesh.replica * config.mesh.node * config.mesh.gpu
-    how = dataclasses.replace(execution.of(config), recompute="none")
+    how = dataclasses.replace(execution.of(config), remat=remat.NONE)
     with jax.set_mesh(grid):
         loaded = load.load(directory, how.recipe.compute, layout, grid)
     return Engine(

@@ -84,10 +84,8 @@ def make_gradients(
                 for chunk in range(where.chunks)
             ]
             ends = params.gather(stage_params.ends(model), layout)
-            # What MTP keeps for backward is gone with the tick: no message is sent twice for it.
-            full = how.recompute == "full"
             ending = LastStage(
-                dataclasses.replace(how, recompute="report") if full else how,
+                dataclasses.replace(how, remat=how.remat.within_tick()),
                 config.layout.loss_chunk,
                 mtp_weight,
                 config.schedule.balance_alpha,

@@ -18,6 +18,7 @@ from deepseek_jax.model.transformer import Embedding
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.experts import dispatch, overflow
+from deepseek_jax.precision.payload import UNCHANGED_PAYLOAD
 from deepseek_jax.train import optimizer, state
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
@@ -60,7 +61,7 @@ def test_keys_that_many_blocks_of_queries_meet():
 def test_experts_over_many_rounds():
     """A buffer for one row at a time: 600 rounds, each of which adds 1 to the weight."""
     rows, mesh = 600, small.mesh_of({})
-    how = dispatch.AllToAllDispatch(True, 1 / rows, 1, dispatch.AS_IS)
+    how = dispatch.AllToAllDispatch(True, 1 / rows, 1, UNCHANGED_PAYLOAD)
     tokens = jnp.ones((rows, 4), jnp.bfloat16)
     weights, chosen = jnp.ones((rows, 1)), jnp.zeros((rows, 1), jnp.int32)
 

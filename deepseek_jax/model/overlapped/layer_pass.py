@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.model.execution import KEPT, Execution
+from deepseek_jax.model import remat
+from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import attend
 from deepseek_jax.model.moe import (
     Gated,
@@ -148,7 +149,7 @@ class LayerPass:
             yield from self.shared_forward()
         up = yield self._into(gate_up, self._rows())
         inputs = down, up, arrived.weights
-        if self.recompute_all or how.recompute == "full":
+        if how.remat.recompute_all:
             out = yield self._out_of(*inputs)
         else:
             out = yield self._step("down", self._out_of, *inputs)
@@ -230,8 +231,7 @@ class LayerPass:
     def _recompute_attention(self) -> None:
         """What attention made of what entered, and how to pull through what reads it."""
         self.pulls = {}
-        kept = jax.checkpoint_policies.save_only_these_names(*KEPT)
-        attention = jax.checkpoint(self._attend, policy=kept, prevent_cse=False)
+        attention = remat.REPORT.step(self._attend)
         both = self.weights["attend"]
         self.x, self.pulls["attend"] = jax.vjp(attention, both, self.entering)
         chosen = functools.partial(self._gate, chosen=self.sent[1])
@@ -302,15 +302,7 @@ class LayerPass:
         """fn(*inputs), which backward can pull a cotangent through."""
         if self.recompute_all:
             return fn(*inputs)
-        policies = jax.checkpoint_policies
-        kept = policies.save_only_these_names(*KEPT)
-        policy = {
-            "none": policies.save_from_both_policies(policies.dots_saveable, kept),
-            "report": kept,
-            "full": policies.nothing_saveable,
-        }[self.how.recompute]
-        fn = jax.checkpoint(fn, policy=policy, prevent_cse=False)
-        out, self.pulls[name] = jax.vjp(fn, *inputs)
+        out, self.pulls[name] = jax.vjp(self.how.remat.step(fn), *inputs)
         return out
 
 

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import Config, ConfigError, buffer_slots, most_nodes
 from deepseek_jax.parallel import axes
@@ -35,6 +34,7 @@ from deepseek_jax.parallel.experts.message import WORD_BYTES, Field
 from deepseek_jax.parallel.experts.permutation import Permutation
 from deepseek_jax.parallel.overlap import Steps, run_to_end
 from deepseek_jax.precision.payload import FP8_PAYLOAD, UNCHANGED_PAYLOAD, Payload
+from deepseek_jax.precision.saved import Saved, save
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +52,7 @@ class Received:
         twice as many; None where there are not two hops.
     """
 
-    rows: jax.Array
+    rows: Any
     weights: jax.Array
     sizes: jax.Array
     route: Any
@@ -257,10 +257,10 @@ class AllToAllDispatch:
         local, sizes = permutation.sorted_by_expert(
             _among(named, first, span), plan.here, plan.slots
         )
-        route = _named("route", Route(tuple(permutations), local, plan))
+        route = save(Saved.ROUTE, Route(tuple(permutations), local, plan))
         rows, weights = permute_rows(local, words, fields[:-2]), local.permute_choices(weights)
-        rows, weights = _named("arrived", (rows, weights))
-        return Received(rows, weights, _named("route", sizes), route, plan.likely, passed)
+        rows, weights = save(Saved.ARRIVED, (rows, weights))
+        return Received(rows, weights, save(Saved.ROUTE, sizes), route, plan.likely, passed)
 
     def send_gradient(
         self, d_rows: jax.Array, d_weights: jax.Array, route: Route
@@ -382,11 +382,6 @@ def _combine_backward(hops, saved, cotangents):
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
-
-
-def _named(name: str, tree: Any) -> Any:
-    """So that a recomputation policy can keep it instead of asking for it again."""
-    return jax.tree.map(lambda x: checkpoint_name(x, name), tree)
 
 
 # What the payload does to numbers, where nothing travels.

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.dispatch import Dispatch, Received
+from deepseek_jax.precision.saved import Saved, save
 
 # (the experts' weights, what arrived) -> SD, each row through its expert, times its routing weight
 Work = Callable[[Any, Received], jax.Array]
@@ -45,7 +45,7 @@ def complete(
     count, top_k = chosen.shape
     if dispatch.complete(count, top_k, total):
         return out, jnp.ones(())
-    left = checkpoint_name(~served, "route")
+    left = save(Saved.ROUTE, ~served)
     more, rounds = _further(dispatch, work, total, experts, tokens, weights, chosen, left, out)
     return more, 1.0 + rounds
 
