@@ -6,7 +6,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model import remat
 from deepseek_jax.model.remat import Remat
 from deepseek_jax.parallel.experts import dispatch
-from deepseek_jax.parallel.experts.dispatch import Dispatch
+from deepseek_jax.parallel.experts.exchange import Dispatch
 from deepseek_jax.precision.recipes import FLOAT32, Recipe, recipe
 
 
