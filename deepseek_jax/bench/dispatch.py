@@ -14,7 +14,7 @@ node, of which a token may use half; top-8.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,13 +29,14 @@ from deepseek_jax.aot import compiled, hlo
 from deepseek_jax.bench import dispatch_pieces
 from deepseek_jax.config import Config, MeshConfig, ModelConfig
 from deepseek_jax.model import execution
-from deepseek_jax.model.moe import through_experts
+from deepseek_jax.model.moe import expert_rounds
 from deepseek_jax.model.router import select_experts, visits
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as cluster
 from deepseek_jax.parallel.axes import Layout
-from deepseek_jax.parallel.experts import dispatch, overflow
+from deepseek_jax.parallel.experts import dispatch, traffic
 from deepseek_jax.parallel.experts.dispatch import AllToAllDispatch, ExchangePlan, Hop, Route
+from deepseek_jax.parallel.experts.exchange import Exchange
 
 TOKENS, WIDTH, HIDDEN = 128, 128, 64
 EXPERTS_PER_DEVICE, TOP_K = 8, 8
@@ -51,7 +52,7 @@ def measure(
     """Measures the tables `messages` and `time`; on a GPU, those of `dispatch_pieces.measure`.
 
     Table `messages` has a row for each hop: the all-to-alls over it in forward and backward of the
-    first round, the bytes on one device by `ExchangePlan.message_bytes` of each of its four kinds,
+    first round, the bytes on one device by `traffic.message_bytes` of each of its four kinds,
     and `as_compiled`, True if the compiled program moves exactly these.
 
     Table `time` has, per token, `nodes` and `gpus`, those that hold one of its experts; `slow` and
@@ -218,7 +219,7 @@ class MeasuredDispatch:
         """Rows of `messages`, one for each hop."""
         model, payload = self.config.model, _hops(self.config).payload
         dtype = execution.of(self.config).recipe.activation_dtype
-        planned = self.plan.message_bytes(payload, model.d_model, dtype, model.top_k)
+        planned = traffic.message_bytes(self.plan, payload, model.d_model, dtype, model.top_k)
         rows = []
         for number, hop in enumerate(self.plan.hops):
             sizes = {step.replace(" ", "_"): each[number] for step, each in planned.items()}
@@ -292,16 +293,15 @@ def _operands(config: Config, tokens: int) -> list[tuple[tuple[int, ...], Any]]:
 def _step(config: Config, layout: Layout, gate_up, down, tokens, weights, experts, pull):
     """Part of one device -> gradients, and (rounds (1,), copies (1, 2), served choices MK)."""
     how, total = execution.of(config), config.model.experts
-    work: Callable[..., jax.Array] = functools.partial(through_experts, how)
+    rounds = expert_rounds(how)
 
     def pulled(network, tokens, weights):
         everything = jnp.ones(experts.shape, jnp.bool_)
-        arrived = how.dispatch.send(tokens, weights, experts, everything, total)
-        first = how.dispatch.combine(work(network, arrived), arrived.route)
-        out, number = overflow.complete(
-            how.dispatch, work, network, tokens, weights, experts, total, first
-        )
-        known = number[None], crossings(arrived.route)[None], first[1]
+        exchange = Exchange(tokens, weights, experts, everything, total, network)
+        arrived = how.dispatch.send(exchange)
+        first, served = how.dispatch.combine(rounds.work(network, arrived), arrived.route)
+        out, number = rounds.rest(exchange.after(served), first)
+        known = number[None], crossings(arrived.route)[None], served
         return jnp.sum((out * pull).astype(jnp.float32)), known
 
     with axes.active(layout):

@@ -32,6 +32,7 @@ from deepseek_jax.parallel.experts.dispatch import (
     permute_rows,
     unpermute_rows,
 )
+from deepseek_jax.parallel.experts.exchange import Exchange
 from deepseek_jax.parallel.experts.message import Field
 from deepseek_jax.precision.payload import FP8_PAYLOAD
 
@@ -187,7 +188,7 @@ def routes(config: Config, case: DispatchCase, key: jax.Array) -> tuple[Route, j
         tokens, everything = jnp.zeros((case.tokens, 1)), jnp.ones(chosen.shape, jnp.bool_)
         with axes.active(layout):
             weights = jnp.ones(chosen.shape)
-            return way.send(tokens, weights, chosen, everything, case.experts).route
+            return way.send(Exchange(tokens, weights, chosen, everything, case.experts)).route
 
     @jax.jit
     def first(key):

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params, rotary
@@ -18,6 +17,7 @@ from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import axes
 from deepseek_jax.precision.einsum import broadcast, exact_einsum
+from deepseek_jax.precision.saved import Saved, save
 
 LATENT_NORM_EPS = 1e-6  # of the two latent norms, whatever the model's own norm_eps is
 
@@ -91,9 +91,9 @@ class LatentAttention(nnx.Module):
         key = jnp.concatenate([key_nope, key_rope], axis=-1)
 
         scale = rotary.softmax_scale(config)
-        block, keep = how.attention_block, how.recompute == "none"
+        block, keep = how.attention_block, how.remat.keep_scores
         mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
-        mixed = checkpoint_name(mixed, "attention")
+        mixed = save(Saved.ATTENTION, mixed)
         return axes.fan_in(einsum("BSHW,HWD->BSD", mixed, self.out[...]), "heads"), kept
 
     @jax.named_scope("attention")
@@ -140,21 +140,21 @@ class LatentAttention(nnx.Module):
         """What decoding keeps, before norm and rotation (equations 1 and 3): BSC and BSR."""
         down = how.recipe.einsum("BSD,DX->BSX", x, self.kv_down[...])
         latent, key_rope = jnp.split(down, [self.config.kv_latent], axis=-1)
-        return checkpoint_name(latent, "kv_latent"), checkpoint_name(key_rope, "key_rope")
+        return save(Saved.KV_LATENT, latent), save(Saved.KEY_ROPE, key_rope)
 
     def _query(self, x: jax.Array, how: Execution) -> jax.Array:
         """Equations 6 to 8, before rotation: BSH(N+R), the rotary part last."""
         einsum = how.recipe.einsum
         if not self.config.q_latent:
             return einsum("BSD,DHX->BSHX", axes.fan_out(x, "heads"), self.query[...])
-        down = checkpoint_name(einsum("BSD,DQ->BSQ", x, self.query_down[...]), "query_latent")
+        down = save(Saved.QUERY_LATENT, einsum("BSD,DQ->BSQ", x, self.query_down[...]))
         latent = axes.fan_out(self.query_norm(down), "heads")
         return einsum("BSQ,QHX->BSHX", latent, self.query_up[...])
 
 
 def attend(norm: RMSNorm, attention: LatentAttention, x: jax.Array, how: Execution) -> jax.Array:
     """x + MLA(norm x), BSD."""
-    return checkpoint_name(x + attention(norm(x), how), "attended")
+    return save(Saved.ATTENDED, x + attention(norm(x), how))
 
 
 def latent_attention(

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
@@ -15,9 +14,9 @@ from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.router import Router, Routing
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.balancer import slots_for
-from deepseek_jax.parallel.experts.dispatch import Received
-from deepseek_jax.parallel.experts.overflow import complete
-from deepseek_jax.precision.payload import Payload
+from deepseek_jax.parallel.experts.exchange import Exchange, Received
+from deepseek_jax.parallel.experts.overflow import Rounds
+from deepseek_jax.precision.saved import Saved, save
 
 FEW_TOKENS = 16  # of one step of decoding
 
@@ -47,7 +46,7 @@ class FeedForward(nnx.Module):
         einsum = how.recipe.einsum
         with jax.named_scope("dense_ffn" if self.axis == "dense_width" else "shared_experts"):
             gate_up = einsum("BSD,DX->BSX", axes.fan_out(x, self.axis), _joined(self.gate_up[...]))
-            hidden = swiglu(checkpoint_name(gate_up, "gate_up"))
+            hidden = swiglu(save(Saved.GATE_UP, gate_up))
             return axes.fan_in(einsum("BSF,FD->BSD", hidden, self.down[...]), self.axis)
 
     def decode(self, x: jax.Array, how: Execution) -> jax.Array:
@@ -75,16 +74,27 @@ class Experts(nnx.Module):
 def through_experts(
     how: Execution, weights: tuple[jax.Array, jax.Array], arrived: Received
 ) -> jax.Array:
-    """Each row of SD through its expert's SwiGLU network, times its routing weight -> SD."""
+    """Each row of SD through its expert's SwiGLU network, times its routing weight -> SD.
+
+    Args:
+      weights: gate_up ED2F and down EFD of the local experts.
+    """
     up = into_experts(how, weights[0], arrived.rows, arrived)
     return out_of_experts(how, weights[1], up, arrived.weights, arrived)
 
 
+def expert_rounds(how: Execution) -> Rounds:
+    """The dispatch with these experts between its two steps."""
+    return Rounds(how.dispatch, functools.partial(through_experts, how))
+
+
 @jax.named_scope("experts")
-def into_experts(how: Execution, gate_up: jax.Array, rows: jax.Array, arrived: Received):
+def into_experts(
+    how: Execution, gate_up: jax.Array, rows: jax.Array, arrived: Received
+) -> jax.Array:
     """SD through its experts' gate_up ED2F -> S(2F)."""
     up = how.recipe.grouped(rows, _joined(gate_up), arrived.sizes, arrived.likely)
-    return checkpoint_name(up, "gate_up")
+    return save(Saved.GATE_UP, up)
 
 
 @jax.named_scope("experts")
@@ -93,7 +103,7 @@ def out_of_experts(
 ) -> jax.Array:
     """S(2F) through SwiGLU and its experts' down EFD, times the routing weights S -> SD.
 
-    The weight goes in before W_down, which is linear: so backward needs no expert outputs.
+    The weight goes in before W_down, which is linear: so backward needs no outputs of experts.
     """
     hidden = swiglu(up)
     hidden = (hidden.astype(jnp.float32) * weights[:, None]).astype(hidden.dtype)
@@ -103,11 +113,12 @@ def out_of_experts(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gated:
-    """What is known of a layer's tokens before any is sent.
+    """Tokens of a layer and their routing, before any token is sent.
 
     Attributes:
       tokens: (BS)D, the layer's normalised input.
-      weights, chosen: (BS)K, how much of which expert each token gets.
+      weights: (BS)K float32, routing weights.
+      chosen: (BS)K int32, experts or slots of their copies.
       routing: the gate's decision.
     """
 
@@ -115,6 +126,15 @@ class Gated:
     weights: jax.Array
     chosen: jax.Array
     routing: Routing
+
+    def exchange(self, experts: Any, total: int, left: jax.Array) -> Exchange:
+        """The exchange that serves the choices `left`, (BS)K bool.
+
+        Args:
+          experts: weights of the local experts.
+          total: number of experts, or of slots for their copies.
+        """
+        return Exchange(self.tokens, self.weights, self.chosen, left, total, experts)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -129,23 +149,19 @@ class MixtureOfExperts(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
-        """x BSD, normalised -> BSD before the residual, and what the gate decided."""
-        gated, places = self.gate(x), self.places
-        everything = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
-        sent = gated.tokens, gated.weights, gated.chosen, everything
-        with jax.named_scope("dispatch"):
-            arrived = how.dispatch.send(*sent, places)
-        out = through_experts(how, self.experts.weights(), arrived)
-        with jax.named_scope("combine"):
-            first = how.dispatch.combine(out, arrived.route)
-        routed, routing = finish(how, self.experts.weights(), gated, first, places)
+        """x BSD, normalised -> BSD before the residual is added, and the gate's decision."""
+        gated, rounds = self.gate(x), expert_rounds(how)
+        every_choice = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
+        exchange = gated.exchange(self.experts.weights(), self.places, every_choice)
+        first, served = rounds.one(exchange)
+        routed, routing = finish(how, gated.routing, exchange.after(served), first)
         out = routed.reshape(x.shape)
         if self.config.shared_experts:
             out = out + self.shared(x, how)
-        return checkpoint_name(out, "fed"), routing
+        return save(Saved.FED, out), routing
 
     def decode(self, x: jax.Array, how: Execution) -> jax.Array:
-        """The same for the tokens of one step of decoding, BSD."""
+        """The same output for the tokens of one step of decoding, BSD."""
         if not self.read_whole(x.shape[0] * x.shape[1]):
             return self(x, how)[0]
         routed = through_every_expert(how, self.experts, self.gate(x))
@@ -153,10 +169,10 @@ class MixtureOfExperts(nnx.Module):
         return out + self.shared.decode(x, how) if self.config.shared_experts else out
 
     def read_whole(self, tokens: int) -> bool:
-        """Whether these few go through all experts sooner than each through its own.
+        """Whether so few tokens are served sooner by all experts than each by its own.
 
-        Where they choose all but a seventh of them; on a CPU, which reads strips at twice the speed
-        and is slow to sort, as measured where they make half as many choices as there are experts.
+        True when tokens * top_k >= 2 * experts, for then 6 of 7 experts are read anyway (estimated
+        for a uniform router); with packed CPU weights from experts / 2 on (measured).
         """
         if axes.size("experts") > 1 or self.slots is not None or tokens > FEW_TOKENS:
             return False
@@ -164,6 +180,7 @@ class MixtureOfExperts(nnx.Module):
         return tokens * self.config.top_k >= enough * self.config.experts
 
     def gate(self, x: jax.Array) -> Gated:
+        """Experts of each token of x BSD; with redundant experts, the slots of their copies."""
         gated = gate(self.router, x)
         if self.slots is None:
             return gated
@@ -172,7 +189,7 @@ class MixtureOfExperts(nnx.Module):
 
     @property
     def places(self) -> int:
-        """What tokens are sent to: experts, or the slots of their copies."""
+        """Number of destinations of tokens: experts, or the slots of their copies."""
         return self.config.experts if self.slots is None else self.slots.expert[...].shape[-1]
 
 
@@ -180,29 +197,33 @@ class MixtureOfExperts(nnx.Module):
 def through_every_expert(how: Execution, experts: Experts, gated: Gated) -> jax.Array:
     """Each token through all experts, times 0 where it did not choose them: (BS)D.
 
-    Where most experts are read for some token, to sort the tokens costs more than to multiply all.
+    Where most experts are read for some token, sorting the tokens costs more than multiplying all.
     """
     (gate_up, down), tokens = experts.weights(), gated.tokens
-    payload: Payload = how.dispatch.payload  # type: ignore[attr-defined]
+    payload = how.dispatch.payload
     tokens = payload.decode(payload.encode(tokens), tokens.dtype)  # as if they had travelled
     spread = jax.nn.one_hot(gated.chosen, down.shape[0]) * gated.weights[..., None]  # MKE
     scale = spread.sum(1).T  # EM
     if experts.packed is not None:
         return experts.packed(tokens, scale)
-    # On a CPU, XLA is slow with rows that all matrices of a batch share: so each has its own.
+    # On a CPU, XLA is slow with rows that a batch of matrices shares: so each matrix has its own.
     rows = jnp.broadcast_to(tokens, (down.shape[0], *tokens.shape))
     hidden = swiglu(how.recipe.einsum("EMD,EDX->EMX", rows, _joined(gate_up)))
     return how.recipe.einsum("EMF,EFD->MD", scaled_rows(hidden, scale), down)
 
 
 def scaled_rows(hidden: jax.Array, scale: jax.Array) -> jax.Array:
-    """EMF times EM; where that is 0 nothing is left, not even of what is not finite."""
+    """EMF times EM; 0 where the scale is 0, even of numbers that are not finite."""
     scale = scale[..., None]
     return jnp.where(scale != 0, hidden.astype(jnp.float32) * scale, 0.0).astype(hidden.dtype)
 
 
 def gate(router: Router, x: jax.Array, before: jax.Array | None = None) -> Gated:
-    """Which experts x BSD goes to; with `before`, (BS)K, those that were chosen already."""
+    """Experts of each token of x BSD, and their weights.
+
+    Args:
+      before: (BS)K, a choice that was made already and is only to be weighed.
+    """
     known = None if before is None else before.reshape(*x.shape[:-1], -1)
     routing = router(x, known)
     tokens = x.reshape(-1, x.shape[-1])  # BSD -> (BS)D
@@ -213,16 +234,17 @@ def gate(router: Router, x: jax.Array, before: jax.Array | None = None) -> Gated
 
 
 def finish(
-    how: Execution,
-    experts: tuple[jax.Array, jax.Array],
-    gated: Gated,
-    first: tuple[jax.Array, jax.Array],
-    places: int,
+    how: Execution, routing: Routing, exchange: Exchange, first: jax.Array
 ) -> tuple[jax.Array, Routing]:
-    """What came home in the first round, and in further ones if need be: (BS)D."""
-    work = functools.partial(through_experts, how)
-    sent = gated.tokens, gated.weights, gated.chosen
-    routed, rounds = complete(how.dispatch, work, experts, *sent, places, first)
-    traffic = dataclasses.replace(gated.routing.traffic, rounds=rounds)
-    routing = dataclasses.replace(gated.routing, traffic=traffic)
-    return axes.fan_in(routed, "expert_width"), routing
+    """Overflow rounds, if need be.
+
+    Args:
+      exchange: after its first round.
+      first: (BS)D, the sum of this round.
+
+    Returns:
+      (BS)D, the sum over all choices; and the routing with the number of rounds.
+    """
+    routed, rounds = expert_rounds(how).rest(exchange, first)
+    traffic = dataclasses.replace(routing.traffic, rounds=rounds)
+    return axes.fan_in(routed, "expert_width"), dataclasses.replace(routing, traffic=traffic)

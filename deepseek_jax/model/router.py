@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.parallel import axes
 from deepseek_jax.precision.recipes import FLOAT32
+from deepseek_jax.precision.saved import Saved, save
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +113,7 @@ def select_experts(
     """
     # Kept, not chosen again: a recomputation rounds differently where two scores are all but equal.
     if experts is None:
-        experts = checkpoint_name(_choose(scores, bias, config), "route")
+        experts = save(Saved.ROUTE, _choose(scores, bias, config))
     # A one-hot product instead of a gather: exact, and its gradient is dense.
     chosen = jax.nn.one_hot(experts, config.experts, dtype=scores.dtype)  # BSKE
     weights = jnp.sum(chosen * scores[:, :, None], axis=-1)

@@ -144,7 +144,7 @@ class Transformer(nnx.Module):
             return state, (out, routing)
 
         shifts = jnp.arange(1, depth + 1)
-        _, (outs, mtp_routing) = lax.scan(how.layer(predict), trunk.top, (self.mtp, shifts))
+        _, (outs, mtp_routing) = lax.scan(how.remat.layer(predict), trunk.top, (self.mtp, shifts))
         return Hidden(jnp.concatenate([trunk.top[None], outs]), trunk.routing, mtp_routing)
 
     def __call__(self, tokens: jax.Array, how: Execution) -> tuple[jax.Array, Hidden]:
@@ -168,4 +168,4 @@ def _walk(layers: Any, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing
     def step(x, layer):
         return params.whole(layer)(x, how)
 
-    return lax.scan(how.layer(step), x, layers, unroll=how.unroll)
+    return lax.scan(how.remat.layer(step), x, layers, unroll=how.unroll)

@@ -21,7 +21,6 @@ from deepseek_jax.model.params import split
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import Layout
-from deepseek_jax.parallel.experts import dispatch
 from deepseek_jax.parallel.mesh import spread
 from deepseek_jax.serve import decode, speculate
 from deepseek_jax.serve.batch_state import Admission, State, empty
@@ -173,7 +172,7 @@ class Engine:
                 lambda model, how, state: decode.multi_step(
                     step, steps, drafts + 1, model, how, state, stop
                 ),
-                dataclasses.replace(how, dispatch=dispatch.unbounded(how.dispatch)),
+                dataclasses.replace(how, dispatch=how.dispatch.unbounded()),
             )
             places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), own)
             self._state = jax.jit(fresh, out_shardings=places)()

@@ -10,7 +10,7 @@ import jax
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model import execution, params
+from deepseek_jax.model import execution, params, remat
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.serve import latent_cache
 from deepseek_jax.serve.engine import Engine
@@ -82,7 +82,7 @@ def open_engine(
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     parts = config.mesh.replica * config.mesh.node * config.mesh.gpu
-    how = dataclasses.replace(execution.of(config), recompute="none")
+    how = dataclasses.replace(execution.of(config), remat=remat.NONE)
     with jax.set_mesh(grid):
         stored = checkpoint.load(how.recipe, layout, grid)
         loaded = params.prepare(stored, how.recipe)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import scoring, source, tokenizer
-from deepseek_jax.model import execution, params
+from deepseek_jax.model import execution, params, remat
 from deepseek_jax.model.loss import head_loss
 from deepseek_jax.model.params import split
 from deepseek_jax.model.transformer import abstract_model
@@ -54,7 +54,7 @@ def make_score(
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
-    how = dataclasses.replace(execution.of(config), recompute="none", in_flight=1)
+    how = dataclasses.replace(execution.of(config), remat=remat.NONE, in_flight=1)
     per_layer = config.layout.zero == 3
     batch_spec = P(layout.mesh_axes("batch") or None, None)
     data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)

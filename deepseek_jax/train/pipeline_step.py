@@ -96,9 +96,8 @@ def make_gradients(
             ends = params.gather(stage_params.ends(model), layout)
             # Backward of an MTP module is in the same tick as its forward: its residuals live as
             # long, and "report" keeps enough of them to send no message twice.
-            full = how.recompute == "full"
             ending = LastStage(
-                dataclasses.replace(how, recompute="report") if full else how,
+                dataclasses.replace(how, remat=how.remat.within_tick()),
                 config.layout.loss_chunk,
                 mtp_weight,
                 config.schedule.balance_alpha,

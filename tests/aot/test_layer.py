@@ -17,6 +17,7 @@ from deepseek_jax.model.router import select_experts, visits
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.experts import dispatch
+from deepseek_jax.parallel.experts.traffic import message_bytes
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
 
@@ -45,7 +46,7 @@ def planned(config):
     with axes.active(meshes.layout(config)):
         way = dispatch.of(config)
         plan = way.plan(config.batch.length, model.top_k, model.experts)
-    return plan, plan.message_bytes(way.payload, model.d_model, jnp.bfloat16, model.top_k)
+    return plan, message_bytes(plan, way.payload, model.d_model, jnp.bfloat16, model.top_k)
 
 
 def copies_per_token(config, hop):

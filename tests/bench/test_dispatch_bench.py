@@ -23,6 +23,8 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.hardware import chips
 from deepseek_jax.model.router import select_experts
 from deepseek_jax.parallel import axes
+from deepseek_jax.parallel.experts.exchange import Exchange
+from deepseek_jax.parallel.experts.traffic import message_bytes
 from deepseek_jax.precision.payload import FP8_PAYLOAD
 from deepseek_jax.table import text
 
@@ -150,7 +152,7 @@ def test_the_route_of_one_is_that_of_the_mesh(moves):
             way = dispatch_pieces.hops(config, CASE)
             everything, weights = jnp.ones(experts.shape, jnp.bool_), jnp.ones(experts.shape)
             tokens = jnp.zeros((CASE.tokens, 128))
-            mine = way.send(tokens, weights, experts, everything, CASE.experts).route
+            mine = way.send(Exchange(tokens, weights, experts, everything, CASE.experts)).route
             return jax.tree.map(lambda x: x[None], mine)
 
     both = P(("node", "gpu"))
@@ -163,7 +165,7 @@ def test_the_route_of_one_is_that_of_the_mesh(moves):
 def test_buffers_of_the_pieces_are_those_of_the_messages(moves):
     with axes.active(layout()):
         plan = dispatch_pieces.hops(tiny(1.0), CASE).plan(CASE.tokens, CASE.top_k, CASE.experts)
-    want = plan.message_bytes(FP8_PAYLOAD, CASE.width, CASE.dtype, CASE.top_k)
+    want = message_bytes(plan, FP8_PAYLOAD, CASE.width, CASE.dtype, CASE.top_k)
     out_slow, out_fast, out_local, _, home_fast, home_slow = moves
     nbytes = [out_fast.changes.nbytes, out_local.changes.nbytes]
     assert nbytes == want["send"]

@@ -9,8 +9,9 @@ import pytest
 import small
 from flax import nnx
 
-from deepseek_jax.model import execution, params
+from deepseek_jax.model import execution, params, remat
 from deepseek_jax.model.transformer import build_model
+from deepseek_jax.precision.saved import Saved
 
 FAST = {"xla_backend_optimization_level": "0"}  # for machine code only: work and buffers stay
 
@@ -29,7 +30,7 @@ def traced(recompute="none", block=16, unroll=1, in_flight=1):
     model, tokens = built()
     graph, weights, bias = params.split(model)
     how = execution.Execution(
-        recompute=recompute, attention_block=block, unroll=unroll, in_flight=in_flight
+        remat=remat.BY_NAME[recompute], attention_block=block, unroll=unroll, in_flight=in_flight
     )
 
     def total(weights, bias, tokens):
@@ -72,9 +73,9 @@ def test_policies_redo_more_and_keep_less_in_order():
     assert 1.2 < flops[2] / flops[0] < 1.4
 
 
-def test_every_kept_name_is_in_the_model():
+def test_every_saved_name_is_in_the_model():
     text = ""
     for in_flight in (1, 2):
         function, arguments = traced(in_flight=in_flight)
         text += str(jax.make_jaxpr(function)(*arguments))
-    assert {name for name in execution.KEPT if f"name={name}" not in text} == set()
+    assert {name for name in Saved if f"name={name}" not in text} == set()

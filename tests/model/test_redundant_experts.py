@@ -88,8 +88,8 @@ def test_copies_share_the_work():
     gated = feed.gate(x)
     load = np.asarray(gated.routing.load)
     everything = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
-    sent = gated.tokens, gated.weights, gated.chosen, everything
-    sizes = np.asarray(Execution().dispatch.send(*sent, feed.places).sizes)
+    exchange = gated.exchange(feed.experts.weights(), feed.places, everything)
+    sizes = np.asarray(Execution().dispatch.send(exchange).sizes)
     for expert, copies in enumerate(where.copies[0]):
         rows = sizes[where.slots_of_expert[0, expert, :copies]]
         assert rows.sum() == load[expert] and rows.max() - rows.min() <= 1

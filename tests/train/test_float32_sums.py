@@ -17,7 +17,10 @@ from deepseek_jax.model.mla import causal_attention
 from deepseek_jax.model.transformer import Embedding
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel.experts import dispatch, overflow
+from deepseek_jax.parallel.experts import dispatch
+from deepseek_jax.parallel.experts.exchange import Exchange
+from deepseek_jax.parallel.experts.overflow import Rounds
+from deepseek_jax.precision.payload import UNCHANGED_PAYLOAD
 from deepseek_jax.train import optimizer, state
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
@@ -60,18 +63,20 @@ def test_keys_that_many_blocks_of_queries_meet():
 def test_experts_over_many_rounds():
     """A buffer of one row: 600 rounds, each of which adds 1 to the weight's gradient."""
     rows, mesh = 600, small.mesh_of({})
-    how = dispatch.AllToAllDispatch(True, 1 / rows, 1, dispatch.AS_IS)
+    how = dispatch.AllToAllDispatch(True, 1 / rows, 1, UNCHANGED_PAYLOAD)
     tokens = jnp.ones((rows, 4), jnp.bfloat16)
     weights, chosen = jnp.ones((rows, 1)), jnp.zeros((rows, 1), jnp.int32)
 
     def work(weight, arrived):
         return arrived.rows * weight[None]
 
+    rounds = Rounds(how, work)
+
     def total(weight):
-        everything = jnp.ones((rows, 1), jnp.bool_)
-        arrived = how.send(tokens, weights, chosen, everything, 1)
-        first = how.combine(work(weight, arrived), arrived.route)
-        out, count = overflow.complete(how, work, weight, tokens, weights, chosen, 1, first)
+        every_choice = jnp.ones((rows, 1), jnp.bool_)
+        exchange = Exchange(tokens, weights, chosen, every_choice, 1, weight)
+        first, served = rounds.one(exchange)
+        out, count = rounds.rest(exchange.after(served), first)
         return out.astype(jnp.float32).sum(), count
 
     def local(weight):

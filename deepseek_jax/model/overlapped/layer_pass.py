@@ -19,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.model.execution import KEPT, Execution
+from deepseek_jax.model import remat
+from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import attend
 from deepseek_jax.model.moe import (
     Gated,
+    expert_rounds,
     finish,
     gate,
     into_experts,
     out_of_experts,
-    through_experts,
 )
 from deepseek_jax.model.overlapped.residuals import (
     Residuals,
@@ -37,16 +38,26 @@ from deepseek_jax.model.overlapped.residuals import (
 )
 from deepseek_jax.model.router import Routing
 from deepseek_jax.parallel import axes
-from deepseek_jax.parallel.experts.dispatch import AllToAllDispatch, Received
-from deepseek_jax.parallel.experts.overflow import complete_gradient
+from deepseek_jax.parallel.experts.exchange import (
+    Exchange,
+    Received,
+    SteppedDispatch,
+    cotangent,
+)
 from deepseek_jax.parallel.overlap import Steps, with_scope
 from deepseek_jax.parallel.pipeline import split_backward
 
 
+def stepped(how: Execution) -> SteppedDispatch:
+    """The dispatch with a step for each hop."""
+    dispatch = how.dispatch.in_steps
+    assert dispatch is not None  # by the rules of `config`
+    return dispatch
+
+
 def hops_of(how: Execution) -> int:
-    """How many all-to-alls take a token to its experts."""
-    assert isinstance(how.dispatch, AllToAllDispatch)  # as config.py makes sure
-    return len(how.dispatch.hop_axes())
+    """Number of all-to-alls that take a token to its experts."""
+    return len(stepped(how).hop_axes())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +80,8 @@ class LayerPass:
       entering, x: BSD, before and after attention.
       gated, sent: what the gate made of it; routing weights and experts, (BS)K each.
       arrived: what came to the experts that are here, as it travels.
-      summed, served: what came home, and which choices it holds.
+      summed: (BS)D, the first round's sum.
+      left: (BS)K bool, choices that the first round did not serve.
       rounds: () float32, how many it took until all were served.
       pulls: of each step, from its result's cotangent to those of its arguments.
     """
@@ -79,8 +91,9 @@ class LayerPass:
     gated: Gated
     sent: tuple[jax.Array, jax.Array]
     arrived: Received
+    exchange: Exchange
     summed: jax.Array
-    served: jax.Array
+    left: jax.Array
     rounds: jax.Array
     d_out: jax.Array
     d_routing: Routing
@@ -101,8 +114,7 @@ class LayerPass:
           again: keep what entered and what crossed the slow network, and no more: backward begins
             with attention, and has the fast hop bring the tokens beside their gradients.
         """
-        assert isinstance(how.dispatch, AllToAllDispatch)  # as config.py makes sure
-        self.how, self.dispatch, self.experts, self.weights = how, how.dispatch, experts, weights
+        self.how, self.dispatch, self.experts, self.weights = how, stepped(how), experts, weights
         self.kind = kind or LayerKind(routed=np.True_, dense=np.False_)
         self.defer, self.recompute_all = defer, recompute_all
         self.pulls: dict[str, Any] = {}
@@ -114,12 +126,12 @@ class LayerPass:
         without: dict[str, Any] = {"rows" if resent else "passed": None}
         arrived = dataclasses.replace(self.arrived, **without)
         x = self.entering if self.recompute_all else self.x
-        kept = x, self.sent, arrived, self.served, self.rounds, self.pulls
+        kept = x, self.sent, arrived, self.left, self.rounds, self.pulls
         return without_weights(self.weights, kept)
 
     def restore(self, kept: "Residuals", cotangent: tuple[jax.Array, Routing]) -> "LayerPass":
         """Ready for the way back."""
-        x, self.sent, self.arrived, self.served, self.rounds, self.pulls = with_weights(
+        x, self.sent, self.arrived, self.left, self.rounds, self.pulls = with_weights(
             self.weights, kept
         )
         self.entering = self.x = x
@@ -135,33 +147,35 @@ class LayerPass:
         Args:
           shared: whether the shared experts are a step of this work, and not one of their own.
         """
-        how, (gate_up, down) = self.how, self.weights["experts"]
+        how, experts = self.how, self.weights["experts"]
+        gate_up, down = experts
         self.entering = x = yield x
         self.x = x = yield self._step("attend", self._attend, self.weights["attend"], x)
         gated = self._step("gate", self._gate, self.weights["gate"], x)
         self.gated, self.sent = gated, (gated.weights, gated.chosen)
-        everything = jnp.broadcast_to(self.kind.routed, gated.chosen.shape)
-        sending = self.dispatch.sending(gated.tokens, *self.sent, everything, self.experts)
+        every_choice = jnp.broadcast_to(self.kind.routed, gated.chosen.shape)
+        exchange = gated.exchange(experts, self.experts, every_choice)
+        sending = self.dispatch.sending(exchange)
         self.arrived = arrived = yield from with_scope("dispatch", sending)
         if shared:
             yield from self.shared_forward()
         up = yield self._into(gate_up, self._rows())
         inputs = down, up, arrived.weights
-        if self.recompute_all or how.recompute == "full":
+        if how.remat.recompute_all:
             out = yield self._out_of(*inputs)
         else:
             out = yield self._step("down", self._out_of, *inputs)
         combining = self.dispatch.combining(out, arrived.route)
         self.summed, served = yield from with_scope("combine", combining)
-        self.served = served | ~everything
+        self.exchange = exchange.after(served)
+        self.left = self.exchange.left
 
     def shared_forward(self) -> Steps[None]:
         self.shared = yield self._step("shared", self._beside, self.weights["shared"], self.x)
 
     def result(self) -> tuple[jax.Array, Routing]:
         """After all turns, for further rounds may need any number of messages."""
-        first, experts = (self.summed, self.served), self.weights["experts"]
-        routed, routing = finish(self.how, experts, self.gated, first, self.experts)
+        routed, routing = finish(self.how, self.gated.routing, self.exchange, self.summed)
         out, self.rounds = routed.reshape(self.x.shape), routing.traffic.rounds
         return self.x + (out if self.shared is None else out + self.shared), routing
 
@@ -185,10 +199,13 @@ class LayerPass:
         gradient_sent = self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
         d_sent = yield from with_scope("dispatch", gradient_sent)
         self.d_experts = d_gate_up, d_down
-        first = with_zeros_for_deferred(self.weights["experts"], self.d_experts), *d_sent
-        self.d_rounds, d_tokens, d_weights = self._with_further_rounds(d_home, first)
+        first = cotangent(
+            self.experts, *d_sent, with_zeros_for_deferred(self.weights["experts"], self.d_experts)
+        )
+        d_exchange = self._with_overflow_rounds(d_home, first)
+        self.d_rounds = d_exchange.experts
         nothing: Any = np.zeros(self.sent[1].shape, jax.dtypes.float0)
-        d_gated = Gated(d_tokens, d_weights, nothing, self.d_routing)
+        d_gated = Gated(d_exchange.tokens, d_exchange.weights, nothing, self.d_routing)
         self.d_gate, d_x = self._apart(self.pulls["gate"], d_gated)
         if shared:
             yield from self.shared_backward()
@@ -230,8 +247,7 @@ class LayerPass:
     def _recompute_attention(self) -> None:
         """What attention made of what entered, and how to pull through what reads it."""
         self.pulls = {}
-        kept = jax.checkpoint_policies.save_only_these_names(*KEPT)
-        attention = jax.checkpoint(self._attend, policy=kept, prevent_cse=False)
+        attention = remat.REPORT.step(self._attend)
         both = self.weights["attend"]
         self.x, self.pulls["attend"] = jax.vjp(attention, both, self.entering)
         chosen = functools.partial(self._gate, chosen=self.sent[1])
@@ -253,23 +269,14 @@ class LayerPass:
             d_down, *d_hidden = pull(d_out)
         return d_down, d_hidden
 
-    def _with_further_rounds(
-        self, d_home: jax.Array, first: tuple[Any, jax.Array, jax.Array]
-    ) -> tuple[Any, jax.Array, jax.Array]:
+    def _with_overflow_rounds(self, d_home: jax.Array, first: Exchange) -> Exchange:
         norm, _ = self.weights["gate"]
-        tokens = norm(self.x).reshape(d_home.shape)
-        return complete_gradient(
-            self.dispatch,
-            functools.partial(through_experts, self.how),
-            self.weights["experts"],
-            axes.fan_out(tokens, "expert_width"),
-            *self.sent,
-            self.experts,
-            self.served,
-            self.rounds,
-            d_home,
-            first,
+        tokens = axes.fan_out(norm(self.x).reshape(d_home.shape), "expert_width")
+        weights, chosen = self.sent
+        exchange = Exchange(
+            tokens, weights, chosen, self.left, self.experts, self.weights["experts"]
         )
+        return expert_rounds(self.how).rest_gradient(exchange, self.rounds, d_home, first)
 
     def _rows(self) -> jax.Array:
         rows: Any = self.arrived.rows  # as they travel
@@ -302,15 +309,7 @@ class LayerPass:
         """fn(*inputs), which backward can pull a cotangent through."""
         if self.recompute_all:
             return fn(*inputs)
-        policies = jax.checkpoint_policies
-        kept = policies.save_only_these_names(*KEPT)
-        policy = {
-            "none": policies.save_from_both_policies(policies.dots_saveable, kept),
-            "report": kept,
-            "full": policies.nothing_saveable,
-        }[self.how.recompute]
-        fn = jax.checkpoint(fn, policy=policy, prevent_cse=False)
-        out, self.pulls[name] = jax.vjp(fn, *inputs)
+        out, self.pulls[name] = jax.vjp(self.how.remat.step(fn), *inputs)
         return out
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.parallel.pipeline.split_backward import Later
+from deepseek_jax.precision.saved import Saved, save
 
 
 def deferred_gradients(weights: Any, missing: "Residuals") -> Any:
@@ -56,7 +56,7 @@ def without_weights(weights: Any, tree: Any) -> Residuals:
         for leaf in leaves
     )
     # Named, so that recomputing the layer around it keeps it too.
-    kept = [checkpoint_name(leaf, "layer_pass") for leaf in rest.values()]
+    kept = save(Saved.LAYER_PASS, list(rest.values()))
     return Residuals(kept, (structure, which))
 
 

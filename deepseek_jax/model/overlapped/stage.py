@@ -145,7 +145,7 @@ class Stage:
 
     def _flight(self, slot: LayerSlot, on: jax.Array) -> LayerPass:
         kind = dataclasses.replace(slot.kind, routed=slot.kind.routed & on)
-        recompute_all = self.how.recompute == "full"
+        recompute_all = self.how.remat.recompute_all
         return LayerPass(
             self.how, self.experts, weights(slot.modules), kind, self.defer, recompute_all
         )

@@ -1,112 +1,43 @@
-"""Tokens to their experts and back, shaped like the network (section 3.2.2).
+"""Dispatch of tokens to their experts and combination of the results (section 3.2.2).
 
-A dispatch has two steps with the experts between them, so that other work can be put under each:
+A dispatch has two steps with the experts between them, so that other work can overlap with each:
 
   send     every (token, chosen expert) reaches the device of its expert;
-  combine  what the experts made of a token comes home, summed wherever its copies meet.
+  combine  the experts' results return, summed wherever copies of one token meet.
 
-`two_hop` crosses to each chosen node once, on the GPU of its own index, and fans out inside the
-node; the way back sums on each GPU, then on each node, then at home. `flat` goes to each chosen GPU
-directly. The two differ in their hops alone: a hop is one all-to-all, with one message for all that
-travels. `reference` has every expert see every token.
+`two_hop` sends a token once to each chosen node, to the GPU of the sender's index in that node, and
+from there to the chosen GPUs of the node; on the way back results are summed on each GPU, then on
+each node, then at home. `flat` sends to each chosen GPU directly. The two differ in their hops
+alone: a hop is one all-to-all, in one message for all that travels. `reference`
+(`reference.py`) has every expert see every token.
 
-Buffers hold a multiple of the mean load and no more. What does not fit is not dropped: it stays
-with its token, and `overflow.py` sends it in further rounds of the same exchange.
+Buffers hold the capacity factor times the mean load. A choice without a slot is not dropped: it
+stays with its token, and `overflow.py` sends it in further rounds of the same exchange.
 
 M tokens of this device, K chosen experts of each, E experts in all, D model width, S slots for the
-copies that this device's experts work on.
+copies that this device's experts work on, R slots of a hop's buffer, W words of a row.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.config import Config, ConfigError, buffer_slots, most_nodes
+from deepseek_jax.config import Config, buffer_slots, most_nodes
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts import message, permutation
-from deepseek_jax.parallel.experts.message import WORD_BYTES, Field
+from deepseek_jax.parallel.experts.exchange import Dispatch, Exchange, Received, cotangent
+from deepseek_jax.parallel.experts.message import Field
 from deepseek_jax.parallel.experts.permutation import Permutation
+from deepseek_jax.parallel.experts.reference import ReferenceDispatch
 from deepseek_jax.parallel.overlap import Steps, run_to_end
 from deepseek_jax.precision.payload import FP8_PAYLOAD, UNCHANGED_PAYLOAD, Payload
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Received:
-    """What reached this device's experts.
-
-    Attributes:
-      rows: SD in the recipe's dtype, sorted by expert; zero past the last.
-      weights: S float32, routing weights.
-      sizes: int32, rows of each local expert.
-      route: what `combine` needs to bring their results home.
-      likely: how many of the S rows a balanced router fills.
-      passed: words of what came over the slow hop, of which the fast one makes `rows`, which are
-        twice as many; None where there are not two hops.
-    """
-
-    rows: jax.Array
-    weights: jax.Array
-    sizes: jax.Array
-    route: Any
-    likely: int = dataclasses.field(metadata=dict(static=True))
-    passed: jax.Array | None = None
-
-
-class Dispatch(Protocol):
-    def send(
-        self, tokens: jax.Array, weights: jax.Array, experts: jax.Array, left: jax.Array, total: int
-    ) -> Received:
-        """Tokens to their experts.
-
-        Args:
-          tokens: MD.
-          weights: MK float32.
-          experts: MK int32 in [0, total), distinct for each token.
-          left: MK bool, which choices to send.
-          total: E.
-        """
-        ...
-
-    def combine(self, out: jax.Array, route: Any) -> tuple[jax.Array, jax.Array]:
-        """out SD -> MD, the sum over each token's copies; and MK bool, which choices it holds."""
-        ...
-
-    def complete(self, tokens: int, top_k: int, total: int) -> bool:
-        """Whether the buffers hold whatever a router may choose, so that one round serves all."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ReferenceDispatch:
-    """Every expert sees every token, weight 0 where not chosen: the truth, E/K times slower."""
-
-    payload: Payload
-
-    def send(self, tokens, weights, experts, left, total):
-        if axes.size("experts") > 1:
-            raise ConfigError(
-                "layout.dispatch=reference needs all experts on every device; set it to flat"
-            )
-        count = tokens.shape[0]
-        spread = jax.nn.one_hot(experts, total) * jnp.where(left, weights, 0.0)[..., None]  # MKE
-        rows = jnp.tile(_travel(tokens, self.payload), (total, 1))  # (EM)D
-        sizes = jnp.full((total,), count, jnp.int32)
-        return Received(rows, spread.sum(1).T.reshape(-1), sizes, left, total * count)
-
-    def combine(self, out, route):
-        total = out.shape[0] // route.shape[0]
-        return _return(out, self.payload).reshape(total, route.shape[0], -1).sum(0), route
-
-    def complete(self, tokens, top_k, total):
-        return True
+from deepseek_jax.precision.saved import Saved, save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +46,8 @@ class Hop:
 
     Attributes:
       over: mesh axes.
-      parts: devices along them.
-      slots: of each lane, the part of the buffer that one device gets.
+      parts: devices along these axes.
+      slots: slots of each lane, the part of the buffer that goes to one device.
     """
 
     over: tuple[str, ...]
@@ -124,9 +55,9 @@ class Hop:
     slots: int
 
     def exchange(self, words: jax.Array) -> Steps[jax.Array]:
-        """(parts * slots)W: lane i goes to device i; lane i now came from there.
+        """Sends lane i of RW words to device i, and returns RW, whose lane i came from device i.
 
-        One step, which ends when the message is there.
+        One step, which ends when the message has arrived.
         """
         lanes = words.reshape(self.parts, self.slots, -1)
         arrived = yield lax.all_to_all(lanes, self.over, 0, 0, tiled=True)
@@ -138,10 +69,10 @@ class ExchangePlan:
     """Sizes of one exchange, known before it is compiled.
 
     Attributes:
-      hops: outermost first; none where all experts are here.
-      total: experts in all.
+      hops: outermost first; none where all experts are on this device.
+      total: E.
       slots: S.
-      likely: how many of them a balanced router fills.
+      likely: slots of the S that a balanced router fills.
     """
 
     hops: tuple[Hop, ...]
@@ -151,33 +82,14 @@ class ExchangePlan:
 
     @property
     def here(self) -> int:
-        """Experts of one device."""
+        """Number of experts on one device."""
         return self.total // math.prod(hop.parts for hop in self.hops)
-
-    def message_bytes(
-        self, payload: Payload, width: int, dtype: Any, top_k: int
-    ) -> dict[str, list[int]]:
-        """Bytes of each hop's all-to-all on one device, outermost first: those of the two steps
-        and of their gradients, for rows of `width` numbers of `dtype`."""
-
-        def words(*fields: int) -> list[int]:
-            per_slot = WORD_BYTES * sum(-(-size // WORD_BYTES) for size in fields)
-            return [hop.parts * hop.slots * per_slot for hop in self.hops]
-
-        out, home = payload.bytes_out(width, dtype), width * jnp.dtype(dtype).itemsize
-        weights, ids, served = 4 * top_k, _id_dtype(self.total).itemsize * top_k, top_k
-        return {
-            "send": words(*out, weights, ids),
-            "combine": words(home, served),
-            "combine gradient": words(*out),
-            "send gradient": words(home, weights),
-        }
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """Which slot each copy took: on every hop, and before the local experts."""
+    """Slots that copies of tokens took on every hop, and before the local experts."""
 
     hops: tuple[Permutation, ...]
     local: Permutation
@@ -186,13 +98,13 @@ class Route:
 
 @dataclasses.dataclass(frozen=True)
 class AllToAllDispatch:
-    """The dispatch that sends one copy per (token, destination) on each hop.
+    """The dispatch that sends one copy for each (token, destination) of a hop.
 
     Attributes:
       gpu_apart: whether the `gpu` axis is a hop of its own, after all others.
-      buffer: slots, as a multiple of what a balanced router fills.
-      most_nodes: how many destinations the first of two hops has for one token.
-      payload: what tokens travel as.
+      capacity_factor: slots, as a multiple of those that a balanced router fills.
+      most_nodes: largest number of destinations of one token on the first of two hops.
+      payload: encoding in which tokens travel.
     """
 
     gpu_apart: bool
@@ -201,12 +113,13 @@ class AllToAllDispatch:
     payload: Payload
 
     def hop_axes(self) -> list[tuple[str, ...]]:
-        """The mesh axes of each hop, outermost first."""
+        """Mesh axes of each hop, outermost first."""
         over = axes.names("experts")
         fast = tuple(name for name in over if self.gpu_apart and name == "gpu")
         return [group for group in (tuple(n for n in over if n not in fast), fast) if group]
 
     def plan(self, tokens: int, top_k: int, total: int) -> ExchangePlan:
+        """Sizes of an exchange of so many tokens, choices of each and experts."""
         groups = self.hop_axes()
         parts = tuple(axes.devices(group) for group in groups)
         *lanes, slots = buffer_slots(
@@ -215,7 +128,13 @@ class AllToAllDispatch:
         hops = tuple(Hop(*hop) for hop in zip(groups, parts, lanes, strict=True))
         return ExchangePlan(hops, total, slots, min(slots, tokens * top_k))
 
-    def complete(self, tokens, top_k, total):
+    @property
+    def in_steps(self) -> "AllToAllDispatch":
+        """This dispatch itself."""
+        return self
+
+    def complete(self, tokens: int, top_k: int, total: int) -> bool:
+        """Whether the buffers hold whatever a router may choose, so that one round serves all."""
         plan, rows = self.plan(tokens, top_k, total), tokens
         for hop in plan.hops:
             if hop.slots < rows:
@@ -223,22 +142,26 @@ class AllToAllDispatch:
             rows = hop.parts * hop.slots
         return plan.slots >= rows * min(top_k, plan.here)
 
-    def send(self, tokens, weights, experts, left, total):
-        return _send(self, tokens, weights, experts, left, total)
+    def unbounded(self) -> "AllToAllDispatch":
+        """The same dispatch with buffers for any router at all: for few tokens, that is little."""
+        return dataclasses.replace(self, capacity_factor=math.inf)
 
-    def combine(self, out, route):
+    def send(self, exchange: Exchange) -> Received:
+        """Tokens to their experts; see `exchange.Dispatch`."""
+        return _send(self, dataclasses.replace(exchange, experts=None))
+
+    def combine(self, out: jax.Array, route: Route) -> tuple[jax.Array, jax.Array]:
+        """Experts' results to their tokens; see `exchange.Dispatch`."""
         return _combine(self, out, route)
 
-    # The same with a step for each hop, and their gradients. In these, what arrives is as it
-    # travels: `payload.decode` makes rows of it.
+    # The same with a step for each hop, and the gradients: see `exchange.SteppedDispatch`.
 
-    def sending(
-        self, tokens: jax.Array, weights: jax.Array, experts: jax.Array, left: jax.Array, total: int
-    ) -> Steps[Received]:
-        count, top_k = experts.shape
+    def sending(self, exchange: Exchange) -> Steps[Received]:
+        """`send` in steps. Its rows are as they travel: `payload.decode` makes numbers of them."""
+        (count, top_k), total = exchange.chosen.shape, exchange.total
         plan = self.plan(count, top_k, total)
-        named = jnp.where(left, experts + 1, NOBODY).astype(_id_dtype(total))
-        sent: Any = (*self.payload.encode(tokens), weights, named)
+        named = jnp.where(exchange.left, exchange.chosen + 1, NOBODY).astype(id_dtype(total))
+        sent: Any = (*self.payload.encode(exchange.tokens), exchange.weights, named)
         fields, words = [Field.of(x) for x in sent], message.pack(sent)
         first, span, passed = jnp.int32(0), total, None
         permutations: list[Permutation] = []
@@ -257,10 +180,10 @@ class AllToAllDispatch:
         local, sizes = permutation.sorted_by_expert(
             _among(named, first, span), plan.here, plan.slots
         )
-        route = _named("route", Route(tuple(permutations), local, plan))
+        route = save(Saved.ROUTE, Route(tuple(permutations), local, plan))
         rows, weights = permute_rows(local, words, fields[:-2]), local.permute_choices(weights)
-        rows, weights = _named("arrived", (rows, weights))
-        return Received(rows, weights, _named("route", sizes), route, plan.likely, passed)
+        rows, weights = save(Saved.ARRIVED, (rows, weights))
+        return Received(rows, weights, save(Saved.ROUTE, sizes), route, plan.likely, passed)
 
     def send_gradient(
         self, d_rows: jax.Array, d_weights: jax.Array, route: Route
@@ -269,7 +192,8 @@ class AllToAllDispatch:
         return (yield from self._homeward(d_rows, route.local.unpermute_choices(d_weights), route))
 
     def combining(self, out: jax.Array, route: Route) -> Steps[tuple[jax.Array, jax.Array]]:
-        # Each copy carries other choices of its token, so a sum says which were served at all.
+        """`combine` in steps."""
+        # Copies of a token carry disjoint choices of it, so their sum says which were served.
         served = route.local.choice_sent.astype(jnp.uint8)
         home, served = yield from self._homeward(out, served, route)
         return home, served > 0
@@ -277,15 +201,7 @@ class AllToAllDispatch:
     def combine_gradient(
         self, d_out: jax.Array, route: Route, passed: jax.Array | None = None
     ) -> Steps[tuple[Any, Any]]:
-        """Gradient of MD -> that of SD.
-
-        Args:
-          passed: of what arrived when the tokens were sent. With the gradient's last message the
-            tokens' rows come again, and need not be kept; None where they are.
-
-        Returns:
-          Both as they travel; of the rows nothing, if nothing passed.
-        """
+        """Gradient of MD -> that of SD, and with `passed` the tokens' rows again."""
         rows = self.payload.encode(d_out)
         words, fields = message.pack(rows), [Field.of(x) for x in rows]
         last = len(route.plan.hops) - 1
@@ -302,8 +218,10 @@ class AllToAllDispatch:
         out = permute_rows(route.local, words, fields)
         return out[: len(rows)], out[len(rows) :]
 
-    def _homeward(self, rows, numbers, route) -> Steps[tuple[jax.Array, jax.Array]]:
-        """Rows SD -> MD and a number of each choice -> MK, summed wherever copies meet."""
+    def _homeward(
+        self, rows: jax.Array, numbers: jax.Array, route: Route
+    ) -> Steps[tuple[jax.Array, jax.Array]]:
+        """Rows SD -> MD, and a number of each choice -> MK, summed wherever copies meet."""
         row, number = Field.of(rows), Field.of(numbers)
         words = unpermute_rows(route.local, message.pack((rows,)), row)
         for hop, hop_permutation in zip(
@@ -320,12 +238,12 @@ class AllToAllDispatch:
 def permute_rows(
     local: Permutation, words: jax.Array, fields: list[Field]
 ) -> tuple[jax.Array, ...]:
-    """The first fields of RW words, in the slots of a device's own experts: arrays S...."""
+    """The first fields of RW words, permuted to the slots of the local experts: arrays S...."""
     return tuple(message.unpack(local.permute(words[:, : _width(fields)]), fields))
 
 
 def unpermute_rows(copies: Permutation, words: jax.Array, row: Field) -> jax.Array:
-    """SW words that begin with a row -> the words RW of their sums in float32, rounded once."""
+    """SW words that begin with a row -> RW, sums of these rows in float32, rounded once."""
     read = functools.partial(message.numbers, dtype=row.dtype)
     return message.of_numbers(copies.unpermute(words[:, : row.words], read), row.dtype)
 
@@ -337,93 +255,60 @@ def _width(fields: list[Field]) -> int:
 NOBODY = 0  # on a hop, expert e is called e + 1, so that an empty slot asks for nobody
 
 
-def _id_dtype(total: int) -> np.dtype:
+def id_dtype(total: int) -> np.dtype:
+    """The dtype in which an expert's number travels."""
     return np.dtype(np.uint16 if total < 2**16 - 1 else np.uint32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
-def _send(hops, tokens, weights, experts, left, total):
-    return _send_forward(hops, tokens, weights, experts, left, total)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _send(dispatch: AllToAllDispatch, exchange: Exchange) -> Received:
+    return _send_forward(dispatch, exchange)[0]
 
 
-def _send_forward(hops, tokens, weights, experts, left, total):
-    arrived = run_to_end(hops.sending(tokens, weights, experts, left, total))
-    rows = hops.payload.decode(arrived.rows, tokens.dtype)
+def _send_forward(dispatch: AllToAllDispatch, exchange: Exchange) -> tuple[Received, Route]:
+    arrived = run_to_end(dispatch.sending(exchange))
+    rows = dispatch.payload.decode(arrived.rows, exchange.tokens.dtype)
     return dataclasses.replace(arrived, rows=rows, passed=None), arrived.route
 
 
-def _send_backward(hops, total, route, cotangent):
-    gradients = run_to_end(hops.send_gradient(cotangent.rows, cotangent.weights, route))
-    return *gradients, None, None
+def _send_backward(dispatch: AllToAllDispatch, route: Route, d: Received) -> tuple[Exchange]:
+    d_tokens, d_weights = run_to_end(dispatch.send_gradient(d.rows, d.weights, route))
+    return (cotangent(route.plan.total, d_tokens, d_weights),)
 
 
 _send.defvjp(_send_forward, _send_backward)
 
 
 def _among(named: jax.Array, first: jax.Array, span: int) -> jax.Array:
-    """Names -> int32 ids counted from expert `first`; -1 for nobody, and from `span` on."""
+    """Numbers of experts as they travel -> int32, counted from `first`; -1 outside [0, span)."""
     ids = named.astype(jnp.int32) - 1 - first
     return jnp.where((ids >= 0) & (ids < span), ids, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine(hops, out, route):
-    return run_to_end(hops.combining(out, route))
+def _combine(
+    dispatch: AllToAllDispatch, out: jax.Array, route: Route
+) -> tuple[jax.Array, jax.Array]:
+    return run_to_end(dispatch.combining(out, route))
 
 
-def _combine_forward(hops, out, route):
-    return _combine(hops, out, route), (route, jnp.zeros((0,), out.dtype))
+def _combine_forward(dispatch: AllToAllDispatch, out: jax.Array, route: Route) -> Any:
+    return _combine(dispatch, out, route), (route, jnp.zeros((0,), out.dtype))
 
 
-def _combine_backward(hops, saved, cotangents):
+def _combine_backward(dispatch: AllToAllDispatch, saved: Any, cotangents: Any) -> Any:
     route, like = saved
-    rows, _ = run_to_end(hops.combine_gradient(cotangents[0], route))
-    return hops.payload.decode(rows, like.dtype), None
+    rows, _ = run_to_end(dispatch.combine_gradient(cotangents[0], route))
+    return dispatch.payload.decode(rows, like.dtype), None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
 
 
-def _named(name: str, tree: Any) -> Any:
-    """So that a recomputation policy can keep it instead of asking for it again."""
-    return jax.tree.map(lambda x: checkpoint_name(x, name), tree)
-
-
-# What the payload does to numbers, where nothing travels.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _travel(tokens: jax.Array, payload: Payload) -> jax.Array:
-    return payload.decode(payload.encode(tokens), tokens.dtype)
-
-
-_travel.defvjp(lambda tokens, payload: (_travel(tokens, payload), None), lambda *a: (a[-1],))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _return(out: jax.Array, payload: Payload) -> jax.Array:
-    return out
-
-
-_return.defvjp(
-    lambda out, payload: (out, None),
-    lambda payload, _, dy: (payload.decode(payload.encode(dy), dy.dtype),),
-)
-
-
-# Buffers for any router at all: what a model that is not trained here runs with.
+# Buffers for any router at all, for a model that is not trained here.
 EXACT = AllToAllDispatch(
     gpu_apart=False, capacity_factor=math.inf, most_nodes=1, payload=UNCHANGED_PAYLOAD
 )
-
-
-def unbounded(dispatch: Dispatch) -> Dispatch:
-    """The same with buffers for any router at all: for few tokens, that is little."""
-    return (
-        dataclasses.replace(dispatch, capacity_factor=math.inf)
-        if isinstance(dispatch, AllToAllDispatch)
-        else dispatch
-    )
 
 
 def of(config: Config) -> Dispatch:

@@ -1,10 +1,12 @@
-"""Further rounds of an exchange, for the choices that its buffers had no room for.
+"""Overflow rounds: no choice is dropped, whatever the capacity factor.
 
 The first round is unconditional and made of separate steps, so that its messages can travel under
-other work. Whether another is needed is one number that is the same on the whole expert group, so
-that no device waits for one that is not coming. A balanced router needs none.
+other work. Further rounds serve the choices that its buffers had no room for. Whether one is needed
+is a number that is equal on the whole expert-parallel group, so that no device waits for a message
+that nobody sends. A balanced router needs none.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,134 +14,138 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.parallel import axes
-from deepseek_jax.parallel.experts.dispatch import Dispatch, Received
+from deepseek_jax.parallel.experts.exchange import Dispatch, Exchange, Received, cotangent
 
-# (the experts' weights, what arrived) -> SD, each row through its expert, times its routing weight
+# (the experts' weights, rows) -> SD, each row through its expert, times its routing weight
 Work = Callable[[Any, Received], jax.Array]
 
 
-@jax.named_scope("overflow_rounds")
-def complete(
-    dispatch: Dispatch,
-    work: Work,
-    experts: Any,
-    tokens: jax.Array,
-    weights: jax.Array,
-    chosen: jax.Array,
-    total: int,
-    first: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """The sum over all choices, from the first round's sum and what it served.
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Rounds of an exchange, each of them dispatch, experts, combine.
 
-    Args:
-      experts: a pytree, differentiated; what `work` needs of the local experts.
-      tokens, weights, chosen, total: what the first round was sent.
-      first: what `combine` returned for it.
-
-    Returns:
-      MD, and the number of rounds () float32.
-    """
-    out, served = first
-    count, top_k = chosen.shape
-    if dispatch.complete(count, top_k, total):
-        return out, jnp.ones(())
-    left = checkpoint_name(~served, "route")
-    more, rounds = _further(dispatch, work, total, experts, tokens, weights, chosen, left, out)
-    return more, 1.0 + rounds
-
-
-@jax.named_scope("overflow_rounds")
-def complete_gradient(
-    dispatch: Dispatch,
-    work: Work,
-    experts: Any,
-    tokens: jax.Array,
-    weights: jax.Array,
-    chosen: jax.Array,
-    total: int,
-    served: jax.Array,
-    rounds: jax.Array,
-    d_out: jax.Array,
-    first: tuple[Any, jax.Array, jax.Array],
-) -> tuple[Any, jax.Array, jax.Array]:
-    """The gradients of experts, tokens and weights: the first round's, and what others add.
-
-    Args:
-      served: what the first round's `combine` returned.
-      rounds: what `complete` returned. To ask all devices again would be one more message, which
-        XLA makes one with that of whatever else runs at the time, and so has both wait.
-    """
-    count, top_k = chosen.shape
-    if dispatch.complete(count, top_k, total):
-        return first
-    saved = experts, tokens, weights, chosen, ~served, rounds > 1
-    return _further_gradients(dispatch, work, total, saved, d_out, first)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _further(dispatch, work, total, experts, tokens, weights, chosen, left, out):
-    """Adds rounds to `out` until nothing is left on any device of the expert group.
-
-    Every round serves at least one choice that is left: the first copy of a lane always has a slot.
-    Nothing is kept for backward, which walks the same rounds again, each with its own backward: so
-    memory does not grow with their number.
+    Attributes:
+      dispatch: transport of tokens to their experts.
+      work: the experts.
     """
 
-    def one(state):
-        _, left, out, rounds = state
-        more, served = _round(dispatch, work, total, experts, tokens, weights, chosen, left)
+    dispatch: Dispatch
+    work: Work
+
+    def one(self, exchange: Exchange) -> tuple[jax.Array, jax.Array]:
+        """The sum MD over the choices that one round serves; and MK bool, which choices these are.
+
+        Every round serves at least one choice that is left: the first copy of a lane has a slot.
+        """
+        with jax.named_scope("dispatch"):
+            received = self.dispatch.send(exchange)
+        out = self.work(exchange.experts, received)
+        with jax.named_scope("combine"):
+            return self.dispatch.combine(out, received.route)
+
+    @jax.named_scope("overflow_rounds")
+    def rest(self, exchange: Exchange, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Overflow rounds until no choice is left.
+
+        Args:
+          exchange: after the first round.
+          out: MD, the first round's sum.
+
+        Returns:
+          MD, the sum over all choices; and () float32, the number of rounds with the first one.
+        """
+        if self._one_serves_all(exchange):
+            return out, jnp.ones(())
+        more, rounds = _further(self, exchange, out)
+        return more, 1.0 + rounds
+
+    @jax.named_scope("overflow_rounds")
+    def rest_gradient(
+        self, exchange: Exchange, rounds: jax.Array, d_out: jax.Array, first: Exchange
+    ) -> Exchange:
+        """Gradients of an exchange: those of the first round, and what overflow rounds add.
+
+        Args:
+          exchange: after the first round.
+          rounds: number of rounds that `rest` returned. Asking all devices again would be one more
+            message, which XLA fuses with another one that is due at the time, so that both wait.
+          d_out: MD.
+          first: gradients of the first round.
+        """
+        if self._one_serves_all(exchange):
+            return first
+        return _further_gradients(self, exchange, rounds > 1, d_out, first)
+
+    def _one_serves_all(self, exchange: Exchange) -> bool:
+        count, top_k = exchange.chosen.shape
+        return self.dispatch.complete(count, top_k, exchange.total)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _further(rounds: Rounds, exchange: Exchange, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds rounds to `out` until nothing is left on any device of the expert-parallel group.
+
+    No round saves anything for backward, which runs the same rounds again, each with its own
+    backward: so memory does not grow with their number.
+    """
+
+    def one(state: Any) -> Any:
+        _, left, out, number = state
+        more, served = rounds.one(dataclasses.replace(exchange, left=left))
         left = left & ~served
-        return _any(left), left, out + _wide(more), rounds + 1.0
+        return _any(left), left, out + _wide(more), number + 1.0
 
-    start = _any(left), left, _wide(out), jnp.zeros(())
-    total, rounds = lax.while_loop(lambda state: state[0], one, start)[2:]
-    return total.astype(out.dtype), rounds
-
-
-def _further_forward(dispatch, work, total, experts, tokens, weights, chosen, left, out):
-    done = _further(dispatch, work, total, experts, tokens, weights, chosen, left, out)
-    return done, (experts, tokens, weights, chosen, left, done[1] > 0)
+    start = _any(exchange.left), exchange.left, _wide(out), jnp.zeros(())
+    total, number = lax.while_loop(lambda state: state[0], one, start)[2:]
+    return total.astype(out.dtype), number
 
 
-def _further_backward(dispatch, work, total, saved, cotangents):
-    zeros = jax.tree.map(jnp.zeros_like, saved[:3])
-    gradients = _further_gradients(dispatch, work, total, saved, cotangents[0], zeros)
-    return *gradients, None, None, cotangents[0]
+def _further_forward(rounds: Rounds, exchange: Exchange, out: jax.Array) -> tuple[Any, Any]:
+    done = _further(rounds, exchange, out)
+    return done, (exchange, done[1] > 0)
 
 
-def _further_gradients(dispatch, work, total, saved, d_out, first):
-    experts, tokens, weights, chosen, left, more = saved
-
-    def one(state):
-        _, left, gradients = state
-
-        def through(experts, tokens, weights):
-            return _round(dispatch, work, total, experts, tokens, weights, chosen, left)
-
-        _, pull, served = jax.vjp(through, experts, tokens, weights, has_aux=True)
-        left = left & ~served
-        return _any(left), left, jax.tree.map(jnp.add, gradients, _wide(pull(d_out)))
-
-    totals = lax.while_loop(lambda state: state[0], one, (more, left, _wide(first)))[2]
-    return jax.tree.map(lambda total, like: total.astype(like.dtype), totals, first)
+def _further_backward(rounds: Rounds, saved: Any, cotangents: Any) -> tuple[Exchange, jax.Array]:
+    exchange, more = saved
+    zeros = jax.tree.map(
+        jnp.zeros_like,
+        cotangent(exchange.total, exchange.tokens, exchange.weights, exchange.experts),
+    )
+    return _further_gradients(rounds, exchange, more, cotangents[0], zeros), cotangents[0]
 
 
 _further.defvjp(_further_forward, _further_backward)
 
 
-def _round(dispatch, work, total, experts, tokens, weights, chosen, left):
-    arrived = dispatch.send(tokens, weights, chosen, left, total)
-    return dispatch.combine(work(experts, arrived), arrived.route)
+def _further_gradients(
+    rounds: Rounds, exchange: Exchange, more: jax.Array, d_out: jax.Array, first: Exchange
+) -> Exchange:
+    """`first` and the gradients of overflow rounds, if there are any."""
+
+    def one(state: Any) -> Any:
+        _, left, gradients = state
+
+        def through(tokens: jax.Array, weights: jax.Array, experts: Any) -> Any:
+            given = Exchange(tokens, weights, exchange.chosen, left, exchange.total, experts)
+            return rounds.one(given)
+
+        given = exchange.tokens, exchange.weights, exchange.experts
+        _, pull, served = jax.vjp(through, *given, has_aux=True)
+        left, each = left & ~served, cotangent(exchange.total, *pull(d_out))
+        return _any(left), left, jax.tree.map(jnp.add, gradients, _wide(each))
+
+    start = more, exchange.left, _wide(first)
+    totals = lax.while_loop(lambda state: state[0], one, start)[2]
+    return jax.tree.map(lambda total, like: total.astype(like.dtype), totals, first)
 
 
 def _wide(tree: Any) -> Any:
-    """What rounds add up: float32, rounded once at the end."""
+    """The same numbers in float32, in which rounds are summed; the sum is rounded once."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 def _any(left: jax.Array) -> jax.Array:
-    """Whether any device of the expert group has choices left: equal on all of them."""
+    """Whether any device of the expert-parallel group has choices left: equal on all of them."""
     return axes.anywhere(left.any(), "experts")

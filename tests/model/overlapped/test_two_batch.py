@@ -11,6 +11,7 @@ import small
 from flax import nnx
 from published import layer, variant
 
+from deepseek_jax.model import remat
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.overlapped import two_batch
@@ -54,7 +55,7 @@ def pulled(how, sizes, sequences=8, length=6):
     ids=["no hop", "one hop, FP8", "two hops, several rounds"],
 )
 def test_two_in_flight_are_each_alone(sizes, way, recompute):
-    one = Execution(dispatch=way, recompute=recompute)
+    one = Execution(dispatch=way, remat=remat.BY_NAME[recompute])
     two = dataclasses.replace(one, in_flight=2)
     small.assert_close(pulled(two, sizes), pulled(one, sizes), 3e-6)
 
@@ -97,7 +98,7 @@ def test_redundant_experts_are_refused():
 def test_backward_keeps_no_weight_of_each_flight(recompute):
     config = small.config().model
     block = jax.eval_shape(lambda: Block(config, dense=False, rngs=nnx.Rngs(params=0)))
-    how = Execution(recompute=recompute, in_flight=2)
+    how = Execution(remat=remat.BY_NAME[recompute], in_flight=2)
     x = jax.ShapeDtypeStruct((2, 11, config.d_model), jnp.float32)
     kept = []
 

@@ -16,8 +16,12 @@ from pieces import integers, mapped
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model.router import select_experts, visits
 from deepseek_jax.parallel import axes
-from deepseek_jax.parallel.experts import dispatch, overflow
-from deepseek_jax.parallel.experts.dispatch import AllToAllDispatch, ReferenceDispatch
+from deepseek_jax.parallel.experts import dispatch, permutation
+from deepseek_jax.parallel.experts.dispatch import AllToAllDispatch
+from deepseek_jax.parallel.experts.exchange import Exchange
+from deepseek_jax.parallel.experts.overflow import Rounds
+from deepseek_jax.parallel.experts.reference import ReferenceDispatch
+from deepseek_jax.parallel.experts.traffic import message_bytes
 from deepseek_jax.precision.grouped import grouped_matmul
 from deepseek_jax.precision.payload import FP8_PAYLOAD, UNCHANGED_PAYLOAD
 
@@ -59,10 +63,11 @@ def routings(top_k):
 
 def through(way, work, weights, tokens, gates, chosen):
     """Dispatch, experts and combine, with the overflow rounds."""
-    everything = jnp.ones_like(chosen, dtype=jnp.bool_)
-    arrived = way.send(tokens, gates, chosen, everything, EXPERTS)
-    first = way.combine(work(weights, arrived), arrived.route)
-    return overflow.complete(way, work, weights, tokens, gates, chosen, EXPERTS, first)
+    every_choice = jnp.ones_like(chosen, dtype=jnp.bool_)
+    exchange = Exchange(tokens, gates, chosen, every_choice, EXPERTS, weights)
+    rounds = Rounds(way, work)
+    first, served = rounds.one(exchange)
+    return rounds.rest(exchange.after(served), first)
 
 
 # Payloads that say where they have been: nothing may be lost, doubled or mixed up.
@@ -237,7 +242,7 @@ def test_a_token_crosses_to_at_most_its_groups_nodes_and_to_each_once(seed, bias
         assert max(distinct) <= top_groups
         assert float(visits(jnp.asarray(chosen), 32, nodes).sum()) == sum(distinct)
         there = jnp.asarray(chosen[0] // (32 // nodes))
-        sent = dispatch.fan.lanes(there, nodes, TOKENS).sent
+        sent = permutation.lanes(there, nodes, TOKENS).sent
         np.testing.assert_array_equal(sent.sum(1), distinct)
 
 
@@ -248,15 +253,15 @@ def test_messages_are_as_large_as_the_formula_says():
         plan = AllToAllDispatch(True, 1.0, 4, FP8_PAYLOAD).plan(4096, 8, 256)
     assert [hop.parts * hop.slots for hop in plan.hops] == [4 * 4096, 8 * 4096]
     assert plan.slots == plan.likely == 8 * 4096 and plan.here == 4
-    slow, fast = plan.message_bytes(FP8_PAYLOAD, 7168, jnp.bfloat16, 8)["send"]
+    slow, fast = message_bytes(plan, FP8_PAYLOAD, 7168, jnp.bfloat16, 8)["send"]
     assert slow == 4 * 4096 * (7168 + 224 + 8 * 4 + 8 * 2) and fast == 2 * slow
-    assert plan.message_bytes(FP8_PAYLOAD, 7168, jnp.bfloat16, 8)["combine"][0] == 4 * 4096 * (
+    assert message_bytes(plan, FP8_PAYLOAD, 7168, jnp.bfloat16, 8)["combine"][0] == 4 * 4096 * (
         14336 + 8
     )
-    assert plan.message_bytes(FP8_PAYLOAD, 7168, jnp.bfloat16, 8)["combine gradient"] == [
+    assert message_bytes(plan, FP8_PAYLOAD, 7168, jnp.bfloat16, 8)["combine gradient"] == [
         copies * 4096 * (7168 + 224) for copies in (4, 8)
     ]
-    assert plan.message_bytes(UNCHANGED_PAYLOAD, 7168, jnp.bfloat16, 8)["send gradient"] == [
+    assert message_bytes(plan, UNCHANGED_PAYLOAD, 7168, jnp.bfloat16, 8)["send gradient"] == [
         copies * 4096 * (14336 + 8 * 4) for copies in (4, 8)
     ]
 
@@ -268,7 +273,7 @@ def test_reference_refuses_experts_that_are_elsewhere():
     ):
         every = jnp.ones((4, 2), dtype=jnp.bool_)
         ReferenceDispatch(UNCHANGED_PAYLOAD).send(
-            jnp.ones((4, 8)), jnp.ones((4, 2)), jnp.zeros((4, 2), jnp.int32), every, 4
+            Exchange(jnp.ones((4, 8)), jnp.ones((4, 2)), jnp.zeros((4, 2), jnp.int32), every, 4)
         )
 
 

@@ -1,0 +1,72 @@
+"""Recompute policies: residuals of a layer that are saved for backward, and in which form.
+
+    layout.recompute       none               report             full
+    layer                  everything [1]     names              input
+    step of a layer pass   matmuls, names     names              input
+    attention scores       saved              recomputed         recomputed
+    pipeline stage         as its steps       as its steps       input, received tokens [2]
+    MTP at the last stage  as its steps       as its steps       as `report` [3]
+
+[1] With ZeRO-3 matmuls and names: everything would include each layer's gathered weights.
+[2] `LayerPass` recomputes attention, and resends the tokens over the fast hop alone.
+[3] Residuals of MTP live within one tick, so recomputation would send messages twice for nothing.
+
+The form in which a named residual is saved is decided in `precision.saved.save`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from deepseek_jax.parallel import axes
+from deepseek_jax.precision.saved import Saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """A recompute policy.
+
+    Attributes:
+      names: residuals that are saved.
+      matmuls: whether results of matmuls are saved too, and the scores of attention.
+    """
+
+    names: tuple[Saved, ...]
+    matmuls: bool = False
+
+    def layer(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of a layer, which saves for backward what this policy says."""
+        layout = axes.current()
+        if self.matmuls and (layout is None or layout.zero < 3):
+            return fn
+        return self.step(fn)
+
+    def step(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of one step of a layer pass, which saves what this policy says."""
+        policies = jax.checkpoint_policies
+        policy = policies.save_only_these_names(*(name.value for name in self.names))
+        if self.matmuls:
+            policy = policies.save_from_both_policies(policies.dots_saveable, policy)
+        return jax.checkpoint(fn, prevent_cse=False, policy=policy)
+
+    @property
+    def keep_scores(self) -> bool:
+        """Whether attention saves its softmax instead of recomputing it block by block."""
+        return self.matmuls
+
+    @property
+    def recompute_all(self) -> bool:
+        """Whether backward of a layer begins with its forward."""
+        return not self.names
+
+    def within_tick(self) -> "Remat":
+        """The policy of MTP at a pipeline's last stage, whose residuals live within one tick."""
+        return REPORT if self.recompute_all else self
+
+
+NONE = Remat(tuple(Saved), matmuls=True)
+REPORT = Remat(tuple(Saved))
+FULL = Remat(())
+BY_NAME: Mapping[str, Remat] = {"none": NONE, "report": REPORT, "full": FULL}  # layout.recompute

@@ -1,0 +1,39 @@
+"""Residuals of a layer that a recompute policy can save for backward, by name.
+
+What a layer computes and does not name is recomputed wherever `model/remat.py` saves names alone.
+"""
+
+import enum
+from typing import TypeVar
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+Tree = TypeVar("Tree")
+
+
+class Saved(enum.StrEnum):
+    """Residuals that cost a matmul or a message to compute again (section 3.2.3).
+
+    Outputs of norms, MLA up-projections and SwiGLU have no name: these residuals are their inputs.
+    """
+
+    QUERY_LATENT = "query_latent"  # c^Q, before its norm
+    KV_LATENT = "kv_latent"  # c^KV, before its norm
+    KEY_ROPE = "key_rope"  # k^R, before rotation
+    ATTENTION = "attention"  # heads' outputs, before W^O
+    ATTENDED = "attended"  # the residual stream after attention
+    GATE_UP = "gate_up"  # inputs of SwiGLU
+    ARRIVED = "arrived"  # tokens and routing weights at their experts
+    ROUTE = "route"  # chosen experts, and the slots of their copies
+    FED = "fed"  # the output of a mixture of experts
+    LAYER_PASS = "layer_pass"  # all that a `LayerPass` keeps
+
+
+def save(name: Saved, tree: Tree) -> Tree:
+    """The same arrays, under a name that a recompute policy can save.
+
+    Every named residual passes through here. A recipe that saves some of them in another form (FP8,
+    say) gives that form here: name the encoded arrays, and return what they decode to.
+    """
+    return jax.tree.map(lambda x: checkpoint_name(x, name.value), tree)
