@@ -109,7 +109,7 @@ def active(layout: Layout | None) -> Iterator[None]:
 
 
 def current() -> Layout | None:
-    """The active layout; None outside of any."""
+    """Active layout, or None."""
     return _active.get()
 
 
@@ -152,7 +152,7 @@ def fan_in(x: jax.Array, axis: str) -> jax.Array:
 
 
 def own(x: jax.Array, axis: str) -> jax.Array:
-    """This device's rows of an array over the rows that `fan_out` gathered."""
+    """Rows of this device, of an array whose rows `fan_out` gathered from all devices."""
     over = _data_axes(names(axis))
     if not over:
         return x
@@ -161,7 +161,7 @@ def own(x: jax.Array, axis: str) -> jax.Array:
 
 
 def _data_axes(over: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes among `over` along which devices hold different tokens."""
+    """Mesh axes among `over` along which devices hold different tokens."""
     return tuple(name for name in over if name in DATA_AXES)
 
 

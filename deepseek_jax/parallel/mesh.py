@@ -1,4 +1,4 @@
-"""The device mesh, shaped like the cluster: pipe, replica, node, gpu, tensor, outermost first."""
+"""Device mesh, shaped like the cluster: pipe, replica, node, gpu, tensor, outermost first."""
 
 import dataclasses
 import math

@@ -27,7 +27,7 @@ def run_to_end(work: Steps[Result]) -> Result:
 
 
 def with_scope(name: str, work: Steps[Result]) -> Steps[Result]:
-    """The same work, its operations under the named scope `name` in the compiled program."""
+    """Work with its operations under the named scope `name` in the compiled program."""
     value = None
     while True:
         with jax.named_scope(name):
@@ -39,7 +39,7 @@ def with_scope(name: str, work: Steps[Result]) -> Steps[Result]:
 
 
 def storing(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:
-    """The same work, which stores its result as `out[name]`."""
+    """Work that stores its result as `out[name]`."""
     out[name] = yield from work
 
 

@@ -162,7 +162,7 @@ class _Tick:
     later: SharedPools
 
     def __call__(self, state: Any, now: dict[str, jax.Array], parity: int, skip: bool) -> Any:
-        """One tick: all reads, then both chunks, the exchange with the neighbour, all writes."""
+        """Runs a tick: all reads, both chunks, the exchange with the neighbour, all writes."""
         assignment, stages, f, b = self.pipeline.assignment, self.stages, parity, 1 - parity
         f_on, b_on = now["f_micro"] != IDLE, now["b_micro"] != IDLE
         reads = (

@@ -192,16 +192,13 @@ FILLED = (("f_kept", "kept"), ("y_to", "x"), ("d_x_to", "d_y"), ("w_to", "later"
 def _fill(
     tables: dict[str, np.ndarray], rows: list[Row], assignment: BidirectionalStages
 ) -> dict[str, int]:
-    """Gives every value a slot from the tick that makes it to the tick that reads it.
-
-    Returns:
-      Number of slots of each pool, the most of any rank.
-    """
+    """Gives values slots from the tick that makes them to the tick that reads them; pool sizes."""
     defer = any("W" in work for row in rows for work in row)
     names = ("x", "d_y", "kept", *(["later"] if defer else []))
     pools = {name: [_Slots() for _ in range(assignment.ranks)] for name in names}
     where: dict[tuple[str, int, int, int], int] = {}
     idle: list[tuple[str, str, int, int, int]] = []
+    columns = FILLED if defer else FILLED[:-1]
     last = assignment.stages - 1
 
     def read(column: str, pool: str, tick: int, rank: int, task: Task) -> None:
@@ -250,13 +247,22 @@ def _fill(
                 read("w_from", "later", tick, rank, weight)
                 tables["w_micro"][tick, rank] = weight.micro
                 tables["w_chunk"][tick, rank] = weight.stage != assignment.stage(rank, 0)
-        for column, name in FILLED if defer else FILLED[:-1]:
+        for column, name in columns:
             for rank, pool in enumerate(pools[name]):
                 if tables[column][tick, rank] == IDLE:  # a write that is never read: a free slot
                     slot = pool.free[-1] if pool.free else pool.made
                     idle.append((column, name, tick, rank, slot))
         free()
     assert not where, "a value is never read"
+    return _fill_idle(tables, pools, idle)
+
+
+def _fill_idle(
+    tables: dict[str, np.ndarray],
+    pools: dict[str, list[_Slots]],
+    idle: list[tuple[str, str, int, int, int]],
+) -> dict[str, int]:
+    """Gives idle chunks slots to write and read; returns the number of slots of each pool."""
     slots = {name: max(pool.made for pool in ranks) for name, ranks in pools.items()}
     for column, name, tick, rank, slot in idle:
         tables[column][tick, rank] = slot

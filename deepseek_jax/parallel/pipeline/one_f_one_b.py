@@ -24,7 +24,7 @@ from deepseek_jax.parallel.pipeline.slot_pools import accumulated, pool, read, r
 
 @dataclasses.dataclass(frozen=True)
 class LinearStages:
-    """One stage per rank, in order (1F1B)."""
+    """Stages of 1F1B: rank r holds stage r."""
 
     ranks: int
     chunks: ClassVar[int] = 1  # stages per rank

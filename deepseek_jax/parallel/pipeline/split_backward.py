@@ -54,7 +54,7 @@ class _Deferred:
 
 
 def split(fn: Callable[[], tuple[Any, Any]]) -> tuple[Later, Any]:
-    """Of fn() = (late, now): the deferred computation of `late`, and the values of `now`."""
+    """Runs fn() = (late, now) as far as `now` needs; returns the deferred `late`, and `now`."""
     calls, (late, now) = jax.make_jaxpr(fn, return_shape=True)()
     inlined = jax.make_jaxpr(lambda: _inline(calls.jaxpr, calls.consts, ()))()
     late_leaves, late_tree = jax.tree.flatten(late)

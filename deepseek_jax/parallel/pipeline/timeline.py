@@ -154,7 +154,7 @@ def _label(schedule: Schedule, task: Task, digits: int) -> str:
 
 
 def _peak(program: tuple[Step, ...]) -> int:
-    """The most chunks live at once."""
+    """Peak of the chunks that are live at once."""
     live = peak = 0
     for step in program:
         live += sum(task.work is Work.FORWARD for task in step)
