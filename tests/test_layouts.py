@@ -8,6 +8,7 @@ order of a float32 sum.
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -82,4 +83,4 @@ def test_a_fresh_state_is_the_same_everywhere():
         initial(small.config(model_mtp_depth=1)),
         initial(small.config(model_mtp_depth=1, **every)),
     )
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(many), jax.device_get(one))
+    chex.assert_trees_all_equal(jax.device_get(many), jax.device_get(one))
