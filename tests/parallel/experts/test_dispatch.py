@@ -237,7 +237,7 @@ def test_a_token_crosses_to_at_most_its_groups_nodes_and_to_each_once(seed, bias
         assert max(distinct) <= top_groups
         assert float(visits(jnp.asarray(chosen), 32, nodes).sum()) == sum(distinct)
         there = jnp.asarray(chosen[0] // (32 // nodes))
-        sent = dispatch.fan.lanes(there, nodes, TOKENS).sent
+        sent = dispatch.permutation.lanes(there, nodes, TOKENS).sent
         np.testing.assert_array_equal(sent.sum(1), distinct)
 
 
