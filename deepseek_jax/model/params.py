@@ -200,15 +200,15 @@ def from_stages(
     def one(variable: Any) -> Any:
         dim, over = _zero_split(variable, layout)
         summed = layout.summed(_stacked(variable)[0])
-        home = stage_assignment.return_gradients(
+        returned = stage_assignment.return_gradients(
             variable[...], rows, sum(layers), dim, over, summed
         )
-        return variable.replace(home)
+        return variable.replace(returned)
 
-    home = jax.tree.map(one, grads, is_leaf=is_variable)
+    returned = jax.tree.map(one, grads, is_leaf=is_variable)
     ends = np.cumsum(layers)
     return [
-        jax.tree.map(lambda x, a=end - count, b=end: x[a:b], home)
+        jax.tree.map(lambda x, a=end - count, b=end: x[a:b], returned)
         for end, count in zip(ends, layers, strict=True)
     ]
 

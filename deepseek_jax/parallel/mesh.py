@@ -20,7 +20,7 @@ def resolve(config: MeshConfig, devices: int) -> MeshConfig:
     shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if free and devices % fixed:
         raise ConfigError(
-            f"mesh.{free[0]}=-1 asks for what is left, but the other axes ({shape}) need a "
+            f"mesh.{free[0]}=-1 takes the remaining devices, but the other axes ({shape}) need a "
             f"multiple of {fixed} devices and there are {devices}"
         )
     if free:
@@ -59,8 +59,8 @@ def forward_config(config: Config, mesh: Mapping[str, int], length: int) -> Conf
     """
     if not mesh and jax.process_count() > 1:
         raise ConfigError(
-            f"one device is not for {jax.process_count()} processes; set --mesh to the "
-            f"{jax.device_count()} devices of all, as --mesh=gpu:{jax.device_count()}"
+            f"one device cannot serve {jax.process_count()} processes; set --mesh to all "
+            f"{jax.device_count()} devices, for example --mesh=gpu:{jax.device_count()}"
         )
     sizes = MeshConfig(**{name: mesh.get(name, 1) for name in MESH_AXES})
     resolved = resolve(sizes, jax.device_count() if mesh else 1)
