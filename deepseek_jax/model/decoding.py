@@ -1,8 +1,10 @@
-"""The model with a memory of earlier tokens: a prompt fills it, decoding goes on from it."""
+"""Prefill and absorbed decoding with a latent cache, and drafts of MTP modules."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,11 +18,11 @@ from deepseek_jax.model.transformer import Transformer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerStack:
-    """Something for each stack of layers; None where the model has no such layers.
+    """Values, such as caches, of the stacks of layers; None for a stack that the model lacks.
 
     Attributes:
-      dense, moe: of the main model.
-      mtp: of the MTP modules.
+      dense, moe: values of the main model's dense layers and MoE layers.
+      mtp: value of the MTP modules.
     """
 
     dense: Any
@@ -28,7 +30,7 @@ class PerStack:
     mtp: Any
 
     def admit(self, requests: jax.Array, kept: "PerStack") -> "PerStack":
-        """With what `prefill` keeps of these requests, in the stacks that it has."""
+        """Caches with the cache entries of new requests, for the stacks that `kept` has."""
         parts = (self.dense, kept.dense), (self.moe, kept.moe), (self.mtp, kept.mtp)
         return PerStack(
             *(past if new is None else past.admit(requests, new) for past, new in parts)
@@ -38,11 +40,11 @@ class PerStack:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unstacked:
-    """A `Transformer` whose layers are arrays of their own, and not parts of stacks.
+    """`Transformer` whose layers have arrays of their own instead of being rows of stacks.
 
-    A loop over a stack copies each layer's weights out of it, which a step of few tokens spends
-    most of its time on; but the program then holds every layer. Attributes are as there, with
-    tuples of layers.
+    A scan over a stack copies each layer's weights out of it, which takes most of the time of a
+    step of few tokens. In exchange, the compiled program contains every layer. Attributes are those
+    of `Transformer`, with tuples of layers.
     """
 
     embedding: Any
@@ -55,10 +57,10 @@ class Unstacked:
 
     @classmethod
     def of(cls, model: Transformer, *, on_cpu: bool = False) -> "Unstacked":
-        """Copies every layer; where it is placed stays the same.
+        """Copies every layer, with its placement.
 
         Args:
-          on_cpu: lays out weights for few tokens on one CPU, see `model/packed_weights.py`.
+          on_cpu: packs weights for steps of few tokens on one CPU, see `model/packed_weights.py`.
         """
         config = model.config
 
@@ -80,17 +82,19 @@ Weights = Transformer | Unstacked
 
 
 def layer_of(layers: Any, number: Any) -> Any:
-    """One of a tuple of layers, or of a stack."""
+    """Layer `number` of a tuple of layers, or of a stack."""
     if isinstance(layers, tuple):
         return layers[number]
     return jax.tree.map(lambda leaf: leaf[number], layers)
 
 
-def run_layers(layers: Any, count: int, step: Any, carry: Any, unroll: int = 1) -> tuple[Any, Any]:
-    """step(carry, layer, its number) -> (carry, out) for the first `count` layers, one by one.
+def run_layers(
+    layers: Any, count: int, step: Callable[..., tuple[Any, Any]], carry: Any, unroll: int = 1
+) -> tuple[Any, Any]:
+    """Runs step(carry, layer, number) -> (carry, out) over the first `count` layers.
 
     Returns:
-      The carry, and the layers' outs with a layer axis in front.
+      The last carry, and the outs of all layers with a layer axis in front.
     """
     if isinstance(layers, tuple):
         outs = []
@@ -106,21 +110,21 @@ def run_layers(layers: Any, count: int, step: Any, carry: Any, unroll: int = 1) 
 def prefill(
     model: Weights, tokens: jax.Array, how: Execution, *, mtp: bool
 ) -> tuple[jax.Array, PerStack]:
-    """Whole prompts, from position 0, through the form of attention that is trained.
+    """Runs whole prompts from position 0, with the training form of attention.
 
     Args:
-      tokens: BS int32; what stands after a prompt's end changes nothing before it.
-      mtp: whether the MTP modules read them too. Where module k needs a token past the end it gets
-        zeros, so its last k positions are to be decoded again.
+      tokens: BS int32; tokens after a prompt's end do not change the results before it.
+      mtp: whether the MTP modules read the prompts too. Module k gets zeros for tokens past the
+        end, so that its last k positions must be decoded again.
 
     Returns:
-      BSD after the final norm, and what each stack keeps: LBSC and LBSR.
+      BSD after the final norm, and the cache entries of each stack: LBSC and LBSR.
     """
     config = model.config
     embedded = params.whole(model.embedding)(tokens, how)
     x, dense, moe, ahead = embedded, None, None, None
 
-    def step(x, layer, _):
+    def step(x: jax.Array, layer: Any, _: Any) -> tuple[jax.Array, Any]:
         return params.whole(layer).prefill(x, how)
 
     if config.dense_layers:
@@ -131,7 +135,7 @@ def prefill(
     if mtp:
         padded = jnp.pad(embedded, ((0, 0), (0, config.mtp_depth), (0, 0)))
 
-        def module(state, weights, number):
+        def module(state: jax.Array, weights: Any, number: Any) -> tuple[jax.Array, Any]:
             token = lax.dynamic_slice_in_dim(padded, number + 1, tokens.shape[1], axis=1)
             return params.whole(weights).prefill(state, token, how)
 
@@ -142,14 +146,15 @@ def prefill(
 def decode(
     model: Weights, tokens: jax.Array, how: Execution, past: PerStack, positions: jax.Array
 ) -> tuple[jax.Array, PerStack]:
-    """Tokens BS at `positions` BS, through the absorbed form -> BSD after the final norm.
+    """Absorbed decoding of tokens BS at `positions` BS -> BSD after the final norm, and the caches.
 
-    What layers keep is carried from one to the next, so that it is changed in place.
+    The caches are carried from layer to layer, so that XLA updates them in place.
     """
+    chex.assert_equal_shape([tokens, positions], custom_message="tokens and positions: BS int32")
     config, dense, moe = model.config, past.dense, past.moe
     x = params.whole(model.embedding)(tokens, how)
 
-    def step(carry, layer, number):
+    def step(carry: tuple[jax.Array, Any], layer: Any, number: Any) -> tuple[Any, None]:
         x, past = carry
         return params.whole(layer).decode(x, how, past, number, positions), None
 
@@ -171,15 +176,16 @@ def predict(
     past: PerStack,
     positions: jax.Array,
 ) -> tuple[jax.Array, jax.Array, PerStack]:
-    """One MTP module, counted from 0, at `positions` BS.
+    """Absorbed decoding of one MTP module at `positions` BS.
 
     Args:
-      module, number: its weights, and which it is.
-      hidden: BSD, what the depth before it knew there: the state, or the main model's top.
-      tokens: BS, those that stand number + 1 positions later.
+      module, number: weights of the module, and its number, from 0.
+      hidden: BSD, state of the previous depth at these positions; for module 0 the main model's
+        output after its final norm.
+      tokens: BS int32, tokens number + 1 positions after `positions`.
 
     Returns:
-      The state for the next depth and what the head reads, BSD.
+      State for the next depth BSD, input of the head BSD, and the caches.
     """
     embedded = params.whole(model.embedding)(tokens, how)
     own = params.whole(module)

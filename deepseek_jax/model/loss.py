@@ -1,12 +1,15 @@
-"""What training minimises: next-token and MTP cross entropy (equations 23 to 25), in chunks.
+"""Next-token and MTP cross entropy (equations 23 to 25), in chunks of rows.
 
-The vocabulary times tokens is never held: logits exist for one chunk of one head at a time, forward
-and backward. The loss is the end of the graph, so its gradient with respect to the hidden states
-and the head is made in the same pass and kept (M + D V numbers), and no logits are made twice.
+MTP memory is O(V + D) for a row of the current chunk (its logits and its gradient) and O(D) for any
+other row, where logits of all n heads at once would take O(n V + D) per token. The loss ends the
+graph, so the gradients of the hidden states (M D numbers) and of the head (D V) are made in the
+same pass and saved, and no logits are made twice.
 """
 
 import functools
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,19 +22,22 @@ from deepseek_jax.precision.einsum import exact_einsum, row_product
 def head_loss(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy of every row, and their weighted sum.
+    """Weighted sum of the cross entropies of all rows, and each of them.
 
     Args:
-      hidden: MD, what the head reads, in the recipe's dtype.
-      head: DV, this device's part of the vocabulary.
-      targets: M int32 over the whole vocabulary.
-      weights: M float32, what each row counts in the sum; 0 leaves it out.
-      chunk: rows whose logits are held at once.
+      hidden: MD, inputs of the head, in the recipe's dtype.
+      head: DV, this device's shard of the vocabulary.
+      targets: M int32, indices into the whole vocabulary.
+      weights: M float32, weight of each row in the sum; 0 excludes it.
+      chunk: number of rows whose logits exist at once.
 
     Returns:
       () float32 sum of weights * entropies, differentiable in `hidden` and `head`; and the
-      entropies M float32, in nats, for the record: no gradient flows through them.
+      entropies M float32, in nats, as a metric without gradient.
     """
+    chex.assert_shape(hidden, (None, head.shape[0]), custom_message="hidden: MD, head: DV")
+    chex.assert_shape([targets, weights], hidden.shape[:1], custom_message="targets, weights: M")
+    chex.assert_type([targets, weights], [int, jnp.float32])
     rows = hidden.shape[0]
     padding = -rows % chunk
     hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
@@ -41,17 +47,20 @@ def head_loss(
 
 
 def everywhere(*rows: jax.Array) -> tuple[jax.Array, ...]:
-    """Rows of all devices that share a vocabulary and see different tokens, gathered."""
+    """Rows of all devices that share a sharded vocabulary and hold different tokens, gathered."""
     return tuple(axes.fan_out(each, "vocab") for each in rows)
 
 
 def logits_of(rows: jax.Array, head: jax.Array) -> jax.Array:
-    """MD and DV -> MV float32."""
+    """Logits of rows MD, MV float32."""
     return exact_einsum("MD,DV->MV", rows, head)
 
 
 def entropy_of(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(cross entropy M, log of the normaliser M, column of the target M: outside if elsewhere)."""
+    """Cross entropy, log-normaliser and column of the target, each M, from logits MV.
+
+    A column outside [0, V) means that the target is in another device's shard of the vocabulary.
+    """
     over, width = axes.names("vocab"), logits.shape[-1]
     here = targets - width * axes.index("vocab")
     top = logits.max(-1)
@@ -73,10 +82,12 @@ def gradients_of(
     scored: tuple[jax.Array, jax.Array, jax.Array],
     weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the weighted sum of entropies: MD, to be summed over the vocabulary's parts, and DV.
+    """Gradients of the weighted sum of entropies: of the rows MD, and of the head DV.
+
+    That of the rows must be summed over the shards of the vocabulary.
 
     Args:
-      scored: what `entropy_of` made of the logits.
+      scored: result of `entropy_of` for these logits.
     """
     _, log_normaliser, column = scored
     hit = column[:, None] == jnp.arange(logits.shape[-1])[None]
@@ -91,8 +102,10 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _head_loss(hidden, head, targets, weights, chunk):
-    def one(_, part):
+def _head_loss(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    def one(_: None, part: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         rows, target = everywhere(*part)
         return None, axes.own(entropy_of(logits_of(rows, head), target)[0], "vocab")
 
@@ -101,8 +114,12 @@ def _head_loss(hidden, head, targets, weights, chunk):
     return jnp.sum(entropies * weights), entropies
 
 
-def _forward(hidden, head, targets, weights, chunk):
-    def one(d_head, part):
+def _forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    """Result of `_head_loss`, and the gradients of hidden states and head at cotangent 1."""
+
+    def one(d_head: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
         rows, target, weight = everywhere(*part)
         logits = logits_of(rows, head)
         scored = entropy_of(logits, target)
@@ -118,7 +135,9 @@ def _forward(hidden, head, targets, weights, chunk):
     return (jnp.sum(entropies * weights), entropies), saved
 
 
-def _backward(chunk, saved, cotangents):
+def _backward(
+    chunk: int, saved: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None]:
     d_hidden, d_head = saved
     scale = cotangents[0]
     return (

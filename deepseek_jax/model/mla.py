@@ -1,12 +1,14 @@
-"""Multi-head latent attention: section 2.1.1 of the report, equations 1 to 11.
+"""Multi-head latent attention (MLA): section 2.1.1 of the report, equations 1 to 11.
 
-Two forms of the same: one that is trained and reads prompts, with keys and values for every head,
-and the absorbed one that decodes, which stays with the latents.
+Two forms of the same function. Training and prefill expand the latents to keys and values of every
+head. Absorbed decoding attends to the latents themselves.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,26 +21,26 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.precision.einsum import broadcast, exact_einsum
 from deepseek_jax.precision.saved import Saved, save
 
-LATENT_NORM_EPS = 1e-6  # of the two latent norms, whatever the model's own norm_eps is
+LATENT_NORM_EPS = 1e-6  # epsilon of the two latent norms, independent of the model's norm_eps
 
 
-Kept = tuple[jax.Array, jax.Array]  # of each token: normalised latent C, rotated key R
+Kept = tuple[jax.Array, jax.Array]  # cached for each token: normalised latent C, rotated key R
 
 
 class Past(Protocol):
-    """What decoding keeps of the tokens of several requests, in a stack of layers."""
+    """Latent cache of several requests, for a stack of layers."""
 
     def write(self, layer: Any, positions: jax.Array, kept: Kept) -> "Past":
-        """With tokens BSC and BSR of one layer at positions BS; where there is no room, without."""
+        """The cache with tokens BSC, BSR of a layer at positions BS; those without room dropped."""
         ...
 
     def read(self, layer: Any, dtype: Any) -> Kept:
-        """All positions of one layer, BTC and BTR."""
+        """Latents BTC and rotary keys BTR of one layer, at all positions."""
         ...
 
 
 class LatentAttention(nnx.Module):
-    """Attention whose past is one latent and one rotary key per token, shared by all heads."""
+    """Attention that caches one latent and one rotary key per token, shared by all heads."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         model, heads = ("model", config.d_model), ("heads", config.heads)
@@ -62,20 +64,21 @@ class LatentAttention(nnx.Module):
         )  # CH(N+W), W^UK, W^UV
         value = ("head_width", config.d_value)
         self.out = params.weight(rngs, heads, value, model, std=std)  # HWD, W^O
-        self.split_kv_up: Any = None  # of kv_up, model/packed_weights.py
+        self.split_kv_up: Any = None  # kv_up split into halves, see model/packed_weights.py
         self.config = config
 
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
-        """x BSD, already normalised -> BSD, before the residual is added."""
+        """x BSD, already normalised -> BSD, before the residual addition."""
         return self.prefill(x, how)[0]
 
     @jax.named_scope("attention")
     def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:
-        """The same, and what decoding keeps of these tokens: BSC and BSR."""
+        """Output as of `__call__`, and the cache entries of these tokens: BSC and BSR."""
+        self._check(x)
         config, einsum = self.config, how.recipe.einsum
         positions = jnp.arange(x.shape[1])
 
-        # The non-rotary part leads and turns by angle zero: no head is taken apart.
+        # The non-rotary part comes first and is rotated by angle zero: no head is split.
         turn = rotary.cos_sin(config, positions, still=config.d_nope)
         query = rotary.rotate(self._query(x, how), *(part[None, :, None] for part in turn))
 
@@ -100,19 +103,22 @@ class LatentAttention(nnx.Module):
     def decode(
         self, x: jax.Array, how: Execution, past: Past, layer: Any, positions: jax.Array
     ) -> tuple[jax.Array, Past]:
-        """The absorbed form, for tokens that follow on what is kept of their requests.
+        """Absorbed decoding: attention of new tokens to the cached latents of their requests.
 
         q^C . (W^UK c) = (W^UK^T q^C) . c and sum_j a_j W^UV c_j = W^UV sum_j a_j c_j: so all heads
-        share one key of C + R and one value of C, and neither is ever made for a head.
+        share one key of width C + R and one value of width C; keys and values of heads never exist.
 
         Args:
           x: BSD, already normalised.
-          past: what is kept of earlier positions; this layer's is number `layer`.
-          positions: BS int32, of each token in its request.
+          past: cache of earlier positions; `layer` is this layer's index in it.
+          positions: BS int32, position of each token in its request.
 
         Returns:
-          BSD before the residual is added, and `past` with these tokens.
+          BSD before the residual addition, and `past` with these tokens.
         """
+        self._check(x)
+        chex.assert_shape(positions, x.shape[:2], custom_message="positions: BS int32")
+        chex.assert_type(positions, int)
         config, einsum = self.config, how.recipe.einsum
         cos, sin = rotary.cos_sin(config, positions)  # BSR
         query_nope, query_rope = jnp.split(self._query(x, how), [config.d_nope], axis=-1)
@@ -129,6 +135,10 @@ class LatentAttention(nnx.Module):
         mixed = einsum("BSHC,HCW->HBSW", mean, up_value)
         return axes.fan_in(einsum("HBSW,HWD->BSD", mixed, self.out[...]), "heads"), past
 
+    def _check(self, x: jax.Array) -> None:
+        chex.assert_shape(x, (None, None, self.config.d_model), custom_message="x: BSD")
+        chex.assert_type(x, float)
+
     def _halves(self) -> tuple[jax.Array, jax.Array]:
         """W^UK as HCN and W^UV as HCW."""
         if self.split_kv_up is not None:
@@ -137,13 +147,13 @@ class LatentAttention(nnx.Module):
         return key, value
 
     def latent(self, x: jax.Array, how: Execution) -> tuple[jax.Array, jax.Array]:
-        """What decoding keeps, before norm and rotation (equations 1 and 3): BSC and BSR."""
+        """Latents c^KV BSC before the norm and keys k^R BSR before rotation, equations 1 and 3."""
         down = how.recipe.einsum("BSD,DX->BSX", x, self.kv_down[...])
         latent, key_rope = jnp.split(down, [self.config.kv_latent], axis=-1)
         return save(Saved.KV_LATENT, latent), save(Saved.KEY_ROPE, key_rope)
 
     def _query(self, x: jax.Array, how: Execution) -> jax.Array:
-        """Equations 6 to 8, before rotation: BSH(N+R), the rotary part last."""
+        """Queries BSH(N+R), equations 6 to 8 before rotation; the rotary part is last."""
         einsum = how.recipe.einsum
         if not self.config.q_latent:
             return einsum("BSD,DHX->BSHX", axes.fan_out(x, "heads"), self.query[...])
@@ -153,7 +163,7 @@ class LatentAttention(nnx.Module):
 
 
 def attend(norm: RMSNorm, attention: LatentAttention, x: jax.Array, how: Execution) -> jax.Array:
-    """x + MLA(norm x), BSD."""
+    """Residual attention sublayer: x + MLA(norm x), BSD."""
     return save(Saved.ATTENDED, x + attention(norm(x), how))
 
 
@@ -165,23 +175,24 @@ def latent_attention(
     positions: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """The mean of the latents that each head of each query attends to; softmax in float32.
+    """Attention-weighted mean of the latents for each head of each query; softmax in float32.
 
     Args:
       query_latent, query_rope: BSHC and BSHR.
-      latent, key_rope: BTC and BTR, where token j stands at position j; later ones are not seen.
-      positions: BS, of the queries.
+      latent, key_rope: BTC and BTR; token j is at position j, and queries before j do not see it.
+      positions: BS, positions of the queries.
 
     Returns:
       BSHC in the dtype of the queries.
     """
+    chex.assert_rank([query_latent, query_rope, latent, key_rope, positions], [4, 4, 3, 3, 2])
     scores = exact_einsum("BSHC,BTC->BHST", query_latent, latent)
     scores = scores + exact_einsum("BSHR,BTR->BHST", query_rope, key_rope)
     past = positions[:, :, None] >= jnp.arange(latent.shape[1])[None, None]  # BST
     scores = jnp.where(past[:, None], scores * scale, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(latent.dtype)
     mean = exact_einsum("BHST,BTC->BHSC", weights, latent).astype(query_latent.dtype)
-    return mean.swapaxes(1, 2)  # as BSHC at once, the sum over T is five times slower on a CPU
+    return mean.swapaxes(1, 2)  # an einsum to BSHC is five times slower on a CPU (measured)
 
 
 def causal_attention(
@@ -193,29 +204,37 @@ def causal_attention(
     block: int,
     keep_scores: bool = False,
 ) -> jax.Array:
-    """softmax(scale * query . key) value over the past, equations 10 and 11; softmax in float32.
+    """Causal softmax(scale * query . key) value, equations 10 and 11; softmax in float32.
 
-    Queries go `block` rows at a time and meet only the keys up to their own end, so that most of
-    the half that the mask would remove is never computed.
+    Queries are taken in blocks of `block` rows, each with only the keys up to the block's end, so
+    that most of the half that the mask removes is never computed.
 
     Args:
       query, key: BSHX, any common width X.
       value: BSHW.
-      keep_scores: keep the softmax of all blocks for backward instead of making each again.
+      keep_scores: save the softmax of all blocks for backward instead of recomputing them.
 
     Returns:
       BSHW in the dtype of `query`.
     """
+    chex.assert_equal_shape([query, key], custom_message="query and key: BSHX")
+    chex.assert_shape(value, (*key.shape[:3], None), custom_message="value: BSHW")
+    chex.assert_type([query, key, value], float)
     return _in_blocks(query, key, value, scale, block, keep_scores)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _in_blocks(query, key, value, scale, block, keep_scores):
+def _in_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
+) -> jax.Array:
     blocks = _blocks(query, key, value, scale, block)
     return jnp.concatenate([attend(*parts) for attend, parts in blocks], axis=1)
 
 
-def _in_blocks_forward(query, key, value, scale, block, keep_scores):
+def _in_blocks_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
+) -> tuple[jax.Array, Any]:
+    """Output, and for backward the queries, keys and values, or the pullbacks of all blocks."""
     if not keep_scores:
         return _in_blocks(query, key, value, scale, block, keep_scores), (query, key, value)
     blocks = _blocks(query, key, value, scale, block)
@@ -223,13 +242,15 @@ def _in_blocks_forward(query, key, value, scale, block, keep_scores):
     return jnp.concatenate(outs, axis=1), list(pulls)
 
 
-def _in_blocks_backward(scale, block, keep_scores, saved, d_out):
-    """Every block of queries adds to the gradients of the keys that it met: in float32."""
+def _in_blocks_backward(
+    scale: float, block: int, keep_scores: bool, saved: Any, d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of queries, keys and values; those of keys and values add up in float32."""
     dtype, length = d_out.dtype, d_out.shape[1]
     starts = range(0, length, block)
     if keep_scores:
         pulls = saved
-    else:  # the barrier keeps XLA from sharing, and so keeping, forward's scores
+    else:  # without the barrier XLA reuses, and so keeps in memory, the scores of forward
         saved, d_out = jax.lax.optimization_barrier((saved, d_out))
         query, key, value = saved
         blocks = _blocks(query, key, value, scale, block)
@@ -239,11 +260,13 @@ def _in_blocks_backward(scale, block, keep_scores, saved, d_out):
         ]
     d_query: list[jax.Array] = []
     totals: list[jax.Array] = []
-    for start, pull in reversed(list(zip(starts, pulls, strict=True))):  # the last met all keys
+    for start, pull in reversed(
+        list(zip(starts, pulls, strict=True))
+    ):  # the last block has all keys
         end = min(start + block, length)
-        d_rows, *d_met = pull(d_out[:, start:end])
+        d_rows, *d_seen = pull(d_out[:, start:end])
         d_query.append(d_rows)
-        wide = [part.astype(jnp.float32) for part in d_met]
+        wide = [part.astype(jnp.float32) for part in d_seen]
         both = zip(totals, wide, strict=True)
         totals = [total.at[:, :end].add(part) for total, part in both] if totals else wide
     d_key, d_value = (total.astype(dtype) for total in totals)
@@ -253,8 +276,13 @@ def _in_blocks_backward(scale, block, keep_scores, saved, d_out):
 _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 
 
-def _blocks(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int) -> Any:
-    """Of each block of queries: what attends, and the queries, keys and values that it takes."""
+_Parts = tuple[jax.Array, jax.Array, jax.Array]  # queries of one block, its keys and values
+
+
+def _blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int
+) -> Iterator[tuple[Callable[..., jax.Array], _Parts]]:
+    """Attention function of each block of queries, with its queries, keys and values."""
     length = query.shape[1]
     for start in range(0, length, block):
         end = min(start + block, length)
@@ -262,7 +290,10 @@ def _blocks(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, bl
         yield attend, (query[:, start:end], key[:, :end], value[:, :end])
 
 
-def _attend(query, key, value, scale, start):
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, start: int
+) -> jax.Array:
+    """Attention of queries that begin at position `start` to the keys up to their end, BSHW."""
     scores = exact_einsum("BSHX,BTHX->BHST", query, key)
     past = start + jnp.arange(query.shape[1])[:, None] >= jnp.arange(key.shape[1])[None]  # ST
     scores = jnp.where(past[None, None], scores * scale, -jnp.inf)

@@ -1,7 +1,11 @@
-"""Multi-token prediction: section 2.2 of the report, equations 21 to 23."""
+"""Multi-token prediction (MTP): section 2.2 of the report, equations 21 to 23.
+
+The loss of all depths is in `loss.py`.
+"""
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,10 +20,10 @@ from deepseek_jax.model.router import Routing
 
 
 class MTPModule(nnx.Module):
-    """Depth k: from what depth k-1 knew at position i and token i+k, predicts token i+k+1.
+    """MTP module of depth k: predicts token i+k+1 from depth k-1's state at i and token i+k.
 
-    Table and head are the main model's. The projection reads [embedding ; hidden], the order of the
-    released weights; the hidden state of depth 0 is the main model's output after its final norm.
+    Embedding and head are the main model's. The projection M reads [embedding ; hidden], the order
+    of the released weights. The state of depth 0 is the main model's output after its final norm.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -34,7 +38,7 @@ class MTPModule(nnx.Module):
     def __call__(
         self, hidden: jax.Array, embedding: jax.Array, how: Execution
     ) -> tuple[jax.Array, jax.Array, Routing]:
-        """hidden and embedding BSD -> (state for the next depth, what the head reads), both BSD."""
+        """hidden and embedding BSD -> (state for the next depth, input of the head), both BSD."""
         state, routing = self.block(self._joined(hidden, embedding, how), how)
         assert routing is not None
         return state, self.out_norm(state), routing
@@ -43,7 +47,7 @@ class MTPModule(nnx.Module):
     def prefill(
         self, hidden: jax.Array, embedding: jax.Array, how: Execution
     ) -> tuple[jax.Array, Kept]:
-        """The state for the next depth, and what decoding keeps."""
+        """State for the next depth, BSD, and the block's cache entries."""
         return self.block.prefill(self._joined(hidden, embedding, how), how)
 
     @jax.named_scope("mtp")
@@ -56,7 +60,7 @@ class MTPModule(nnx.Module):
         layer: Any,
         positions: jax.Array,
     ) -> tuple[jax.Array, jax.Array, Past]:
-        """State and what the head reads, BSD, for positions BS; see `LatentAttention.decode`."""
+        """State for the next depth and input of the head, BSD; see `LatentAttention.decode`."""
         joined = self._joined(hidden, embedding, how)
         state, past = self.block.decode(joined, how, past, layer, positions)
         return state, self.out_norm(state), past
@@ -65,7 +69,7 @@ class MTPModule(nnx.Module):
         return join(*self.joining(), hidden, embedding, how)
 
     def joining(self) -> tuple[RMSNorm, RMSNorm, jax.Array]:
-        """The weights of `join`."""
+        """Weights that `join` takes."""
         return self.embedding_norm, self.hidden_norm, self.project[...]
 
 
@@ -77,6 +81,9 @@ def join(
     embedding: jax.Array,
     how: Execution,
 ) -> jax.Array:
-    """What a module's block reads (equation 21), BSD."""
+    """Input of the block, equation 21: M [norm(embedding) ; norm(hidden)], BSD."""
+    chex.assert_shape(hidden, (None, None, project.shape[-1]), custom_message="hidden: BSD")
+    chex.assert_equal_shape([hidden, embedding], custom_message="hidden and embedding: BSD")
+    chex.assert_type([hidden, embedding], float)
     halves = jnp.stack([embedding_norm(embedding), hidden_norm(hidden)])  # XBSD
     return how.recipe.einsum("XBSD,XDY->BSY", halves, project)

@@ -1,4 +1,4 @@
-"""RMSNorm, in float32 whatever comes in."""
+"""RMSNorm, computed in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from deepseek_jax.model import params
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis; returns the dtype it was given."""
+    """Normalisation x / rms(x) * scale over the last axis, in the dtype of x."""
 
     def __init__(self, width: int, *, eps: float, axis: str | None = "model"):
         self.scale = params.ones((axis, width))

@@ -1,8 +1,8 @@
-"""A model whose weights lie as few tokens read them fastest on one CPU.
+"""Packed weights, for decoding few tokens on one CPU.
 
-Decoding a few tokens costs what it takes to read all weights. So those that weigh most are cut
-once, when a model is opened, into strips (`precision/packed_product.py`), beside the ones that
-prompts are read with; and the two halves of kv_up are taken apart, which else each step does again.
+The time of a decoding step of few tokens is that of reading all weights. The largest ones are
+therefore packed once, when a model is opened (`precision/packed_product.py`); prefill keeps using
+the unpacked ones. The two halves of kv_up are split, too, which each step would do otherwise.
 
 E experts, M tokens, D model width, F hidden width, V vocabulary, H heads, C latent, N and W widths
 of a head's key and value.
@@ -20,16 +20,16 @@ from deepseek_jax.precision import packed_product
 
 
 class PackedExperts(nnx.Module):
-    """The SwiGLU networks of E experts."""
+    """Packed weights of E experts, each a SwiGLU network."""
 
     def __init__(self, gate_up: jax.Array, down: jax.Array):
-        """From ED2F and EFD."""
+        """Packs gate_up ED2F and down EFD."""
         both = gate_up.reshape(*gate_up.shape[:2], -1)  # ED2F -> ED(2F)
         self.gate_up = params.whole_here(packed_product.pack(both))
         self.down = params.whole_here(packed_product.pack(down))
 
     def __call__(self, tokens: jax.Array, scale: jax.Array) -> jax.Array:
-        """The sum of what all experts make of MD, times EM -> MD."""
+        """Sum over all experts of their outputs for tokens MD, times scale EM -> MD."""
         rows = jnp.broadcast_to(tokens, (scale.shape[0], *tokens.shape))
         hidden = swiglu(packed_product.packed_product(rows, self.gate_up[...]))
         out = packed_product.packed_product(scaled_rows(hidden, scale), self.down[...])
@@ -37,10 +37,10 @@ class PackedExperts(nnx.Module):
 
 
 class PackedHead(nnx.Module):
-    """In the place of the model's own."""
+    """Packed output head, in place of `Head`."""
 
     def __init__(self, table: jax.Array):
-        """From DV."""
+        """Packs table DV."""
         self.table = params.whole_here(packed_product.pack(table[None]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -52,16 +52,16 @@ class PackedHead(nnx.Module):
 
 
 class SplitKeyValueUp(nnx.Module):
-    """kv_up as the absorbed form reads it."""
+    """Halves of kv_up, W^UK and W^UV, in the layout of absorbed decoding."""
 
     def __init__(self, kv_up: jax.Array, d_nope: int):
-        """From CH(N+W)."""
+        """Splits kv_up CH(N+W)."""
         key, value = jnp.split(kv_up.swapaxes(0, 1), [d_nope], axis=-1)
         self.key, self.value = params.whole_here(key), params.whole_here(value)  # HCN, HCW
 
 
 def pack_block(block: Any) -> None:
-    """Gives a `Block` its weights as above, too."""
+    """Adds packed weights to a `Block`, in place."""
     attention, feed = block.attention, block.feed
     attention.split_kv_up = nnx.data(SplitKeyValueUp(attention.kv_up[...], attention.config.d_nope))
     if block.dense:

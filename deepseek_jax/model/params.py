@@ -1,7 +1,7 @@
-"""Parameters with logical axes: the only module that touches Flax metadata.
+"""Parameters with logical axes; their transfer to and from ZeRO shards and pipeline stages.
 
-Every Variable records, for one layer, its logical axes and its whole (unsplit) sizes. A stack of
-layers has one more dimension in front.
+Every Variable records, for one layer, its logical axes and its whole (unsharded) sizes as Flax
+metadata, which no other module accesses. A stack of layers has one more dimension in front.
 """
 
 import dataclasses
@@ -22,13 +22,14 @@ Dim = tuple[str | None, int]
 
 
 class RouterBias(nnx.Variable):
-    """Correction bias of a router: moved by expert load alone, never by a gradient."""
+    """Bias of a router: updated from expert load (auxiliary-loss-free), never by a gradient."""
 
 
 def weight(rngs: nnx.Rngs, *dims: Dim, std: float, sensitive: bool = False) -> nnx.Param:
-    """A float32 parameter from (logical axis, size) pairs, normal with standard deviation `std`.
+    """Float32 parameter from (logical axis, size) pairs, normal with standard deviation `std`.
 
-    A `sensitive` one stays float32 in every recipe.
+    Args:
+      sensitive: whether it stays float32 in every precision recipe.
     """
     axes, sizes = zip(*dims, strict=True)
     value = std * jax.random.normal(rngs.params(), sizes, jnp.float32)
@@ -36,33 +37,34 @@ def weight(rngs: nnx.Rngs, *dims: Dim, std: float, sensitive: bool = False) -> n
 
 
 def ones(*dims: Dim) -> nnx.Param:
-    """A norm's scale: starts at one, sensitive."""
+    """Scale of a norm: ones, sensitive."""
     axes, sizes = zip(*dims, strict=True)
     return nnx.Param(jnp.ones(sizes, jnp.float32), axes=axes, sizes=sizes, sensitive=True)
 
 
 def router_bias(experts: int) -> RouterBias:
+    """Bias of a router: E zeros."""
     value = jnp.zeros((experts,), jnp.float32)
     return RouterBias(value, axes=(None,), sizes=(experts,), sensitive=True)
 
 
 class Table(nnx.Variable):
-    """Integers that serving looks up: moved by nothing."""
+    """Constant integers of a served model, not trained."""
 
 
 def table(value: jax.Array, layers: int = 1) -> Table:
-    """The same on every device; its first `layers` dimensions are stacked layers."""
+    """Table replicated on all devices; its first `layers` dimensions are stacked layers."""
     sizes = value.shape[layers:]
     return Table(value, axes=(None,) * len(sizes), sizes=sizes, sensitive=True)
 
 
 def whole_here(value: jax.Array) -> nnx.Param:
-    """A weight made of others, for a model that is not split."""
+    """Weight derived from others, for a model on one device."""
     return nnx.Param(value, axes=(None,) * value.ndim, sizes=value.shape, sensitive=False)
 
 
 def per_slot(variable: nnx.Param, expert_of_slot: jax.Array) -> nnx.Param:
-    """Experts' weights LE... as those of slots LR..., each that of its expert LR."""
+    """Expert weights LE... -> weights of expert slots LR..., by the expert of each slot LR."""
     value = jax.vmap(lambda weight, expert: weight[expert])(variable[...], expert_of_slot)
     slots: Any = variable.replace(value, sizes=value.shape[1:])
     return slots
@@ -93,24 +95,26 @@ def stored(tree: Any, recipe: Recipe) -> Any:
 
 
 def stack(count: int, make: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
-    """`count` modules of one structure as one module, whose leaves have a layer axis in front."""
+    """Stack of `count` modules: one module whose leaves have a layer axis in front."""
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), count))
 
 
 def is_variable(x: Any) -> bool:
+    """Whether x is a parameter, for use as `is_leaf`."""
     return isinstance(x, nnx.Variable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """What is known of one parameter without its values.
+    """Description of one parameter.
 
     Attributes:
-      path: attribute names from the model down, with dots.
+      path: attribute names from the model down, joined by dots.
       axes: logical axes, "layer" in front for a stack.
-      shape: whole sizes, as stacked.
-      trained: moved by gradients (a router bias is not).
-      sensitive: float32 in every recipe.
+      shape: whole (unsharded) sizes, with the stack's.
+      dtype: dtype of the stored values.
+      trained: whether gradients update it; not so for a router bias.
+      sensitive: whether it stays float32 in every recipe.
     """
 
     path: str
@@ -122,7 +126,7 @@ class Weight:
 
 
 def describe(tree: Any) -> Iterator[Weight]:
-    """Every parameter of a module or state, abstract or real, in pytree order."""
+    """Descriptions of all parameters of a module or state, abstract or real, in pytree order."""
     for path, variable in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
         name = ".".join(str(getattr(key, "name", getattr(key, "key", key))) for key in path)
         axes, sizes = _meta(variable)
@@ -138,7 +142,7 @@ def describe(tree: Any) -> Iterator[Weight]:
 
 
 def place(tree: Any, where: Callable[[Axes, tuple[int, ...]], Any]) -> Any:
-    """The tree with `where(logical axes, whole shape)` for each parameter, stack included."""
+    """Tree with `where(logical axes, whole shape)` for each parameter, stack included."""
     flat = list(describe(tree))
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(
@@ -147,7 +151,7 @@ def place(tree: Any, where: Callable[[Axes, tuple[int, ...]], Any]) -> Any:
 
 
 def whole(module: Any) -> Any:
-    """This layer's weights, gathered from their ZeRO-3 parts; in other layouts, as they are."""
+    """Whole weights of a layer: all-gathered from ZeRO-3 shards; unchanged in other layouts."""
     layout = mesh_axes.current()
     if layout is None or layout.zero < 3:
         return module
@@ -155,9 +159,9 @@ def whole(module: Any) -> Any:
 
 
 def gather(tree: Any, layout: mesh_axes.Layout) -> Any:
-    """Every weight from its ZeRO parts, on every rank that computes with it (inside shard_map)."""
+    """All-gathers every weight from its ZeRO shards, inside `shard_map`."""
 
-    def one(variable):
+    def one(variable: Any) -> Any:
         if isinstance(variable, RouterBias):
             return variable
         axes, shape = _stacked(variable)
@@ -167,14 +171,14 @@ def gather(tree: Any, layout: mesh_axes.Layout) -> Any:
 
 
 def reduce_gradients(grads: Any, layout: mesh_axes.Layout, scattered: bool) -> Any:
-    """Sums each gradient over the ranks that hold its weight, into the layout of `storage`.
+    """Sums each gradient over the ranks that hold its weight, into the placement of `storage`.
 
     Args:
-      scattered: the weights were gathered inside the differentiated function (ZeRO-3), whose
-        transpose has already summed and split the gradients of those that ZeRO splits.
+      scattered: whether the weights were gathered inside the differentiated function (ZeRO-3): its
+        transpose has already reduce-scattered the gradients of ZeRO-sharded weights.
     """
 
-    def one(variable):
+    def one(variable: Any) -> Any:
         axes, shape = _stacked(variable)
         summed = layout.summed(axes)
         dim, over = layout.zero_split(axes, shape)
@@ -189,14 +193,14 @@ def reduce_gradients(grads: Any, layout: mesh_axes.Layout, scattered: bool) -> A
 
 
 def to_stages(stacks: Sequence[Any], rows: np.ndarray, layout: mesh_axes.Layout) -> Any:
-    """The layers that this rank of a pipeline computes with, from masters stacked by layer.
+    """Layers of this pipeline rank's stages, from masters stacked by layer.
 
     Args:
-      stacks: trees of one structure, whose layers follow one another.
+      stacks: trees of one structure, whose layers are numbered through.
       rows: [ranks, R] numbers of layers, see `parallel/pipeline/stage_assignment.py`.
     """
 
-    def one(*variables):
+    def one(*variables: Any) -> Any:
         dim, over = _zero_split(variables[0], layout)
         stack = jnp.concatenate([variable[...] for variable in variables])
         return variables[0].replace(stage_assignment.fetch(stack, rows, dim, over))
@@ -207,41 +211,47 @@ def to_stages(stacks: Sequence[Any], rows: np.ndarray, layout: mesh_axes.Layout)
 def from_stages(
     grads: Any, rows: np.ndarray, layers: Sequence[int], layout: mesh_axes.Layout
 ) -> list[Any]:
-    """Gradients of `to_stages`' result -> those of its stacks, of that many layers each."""
+    """Transpose of `to_stages`: gradients of a rank's layers -> gradients of the stacks.
 
-    def one(variable):
+    Args:
+      layers: number of layers of each stack.
+    """
+
+    def one(variable: Any) -> Any:
         dim, over = _zero_split(variable, layout)
         summed = layout.summed(_stacked(variable)[0])
-        home = stage_assignment.return_gradients(
+        returned = stage_assignment.return_gradients(
             variable[...], rows, sum(layers), dim, over, summed
         )
-        return variable.replace(home)
+        return variable.replace(returned)
 
-    home = jax.tree.map(one, grads, is_leaf=is_variable)
+    returned = jax.tree.map(one, grads, is_leaf=is_variable)
     ends = np.cumsum(layers)
     return [
-        jax.tree.map(lambda x, a=end - count, b=end: x[a:b], home)
+        jax.tree.map(lambda x, a=end - count, b=end: x[a:b], returned)
         for end, count in zip(ends, layers, strict=True)
     ]
 
 
 def _zero_split(variable: nnx.Variable, layout: mesh_axes.Layout) -> tuple[int, tuple[str, ...]]:
     if isinstance(variable, RouterBias):
-        return 0, ()  # small, whole everywhere
+        return 0, ()  # small: replicated
     return layout.zero_split(*_stacked(variable))
 
 
 def _meta(variable: nnx.Variable) -> tuple[Axes, tuple[int, ...]]:
+    """Logical axes and whole sizes of one layer's parameter."""
     return variable.get_metadata("axes"), variable.get_metadata("sizes")
 
 
 def _stacked(variable: nnx.Variable) -> tuple[Axes, tuple[int, ...]]:
+    """Logical axes and whole sizes, with those of the stack in front."""
     axes, sizes = _meta(variable)
     layers = variable.shape[: len(variable.shape) - len(sizes)]
     return ("layer",) * len(layers) + axes, (*layers, *sizes)
 
 
 def split(model: Any) -> tuple[Any, nnx.State, nnx.State]:
-    """(structure, trained parameters, router biases) of a model or of parts of one."""
+    """Structure, trained parameters and router biases of a model or a part of one."""
     parts: Any = nnx.split(model, nnx.Param, RouterBias)
     return parts

@@ -1,7 +1,7 @@
-"""Redundant experts: the busiest ones on several GPUs, for serving (section 3.4.1).
+"""Redundant experts: copies of the busiest experts on several GPUs, for serving (section 3.4.1).
 
-A model whose experts are held by slots computes the same, forward only: copies of an expert share
-its tokens, and nothing would keep their gradients together.
+The copies of an expert share its tokens, and the results are the same. Forward only: the gradients
+of copies are not summed.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from deepseek_jax.parallel.experts.balancer import Placement
 
 
 class ExpertSlots(nnx.Module):
-    """Where the copies of each expert of a MoE layer are, see `Placement`."""
+    """Expert slots of a MoE layer, as variables of the model; see `Placement`."""
 
     def __init__(self, placement: Placement):
         self.of_expert = params.table(jnp.asarray(placement.slots_of_expert))  # EC
@@ -23,19 +23,20 @@ class ExpertSlots(nnx.Module):
         self.expert = params.table(jnp.asarray(placement.expert_of_slot))  # R
 
     def placement(self) -> Placement:
+        """Slots as a `Placement`."""
         tables: Any = (self.expert[...], self.of_expert[...], self.copies[...])
         return Placement(*tables)
 
 
 def with_redundant_experts(model: Transformer, placement: Placement) -> Transformer:
-    """The same model, whose MoE layers keep their experts where `placement` says.
+    """New model whose MoE layers hold their experts in the expert slots of `placement`.
 
     Args:
-      placement: of all MoE layers of the main model, in order.
+      placement: placement of all MoE layers of the main model, in order.
 
     Returns:
-      A new model. Its experts' weights are LR..., under the logical axis "experts" as before, so R
-      must divide among the devices that experts are split over.
+      The model. Its expert weights are LR..., still with the logical axis "experts", so R must be a
+      multiple of the devices that shard experts.
     """
     model = nnx.merge(*nnx.split(model))
     mixture, expert = model.moe_layers.feed, jnp.asarray(placement.expert_of_slot)

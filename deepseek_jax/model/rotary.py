@@ -1,6 +1,6 @@
-"""Rotary position embedding, interleaved pairs, and its YaRN extension (section 4.3).
+"""Rotary position embedding (RoPE) of interleaved pairs, and its YaRN extension (section 4.3).
 
-Elements (2j, 2j+1) of a head form pair j, turned by position * f_j as one complex number.
+Elements (2j, 2j+1) of a head form pair j, rotated by position * f_j as one complex number.
 """
 
 import math
@@ -13,10 +13,10 @@ from deepseek_jax.config import ModelConfig
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
-    """f_j, float64, one per pair: theta^(-2j/R), slowed by YaRN where the wavelength is long.
+    """Frequencies f_j of the pairs, float64: theta^(-2j/R), lowered by YaRN for long wavelengths.
 
-    Pairs that turn more than `yarn_beta_fast` times within the original length keep their speed,
-    those that turn less than `yarn_beta_slow` times are slowed `yarn_factor` times, linear between.
+    Pairs that turn more than `yarn_beta_fast` times within the original length keep f_j. Pairs that
+    turn less than `yarn_beta_slow` times get f_j / `yarn_factor`. Between, a linear ramp.
     """
     pairs = config.d_rope // 2
     plain = config.rope_theta ** (-np.arange(pairs) / pairs)
@@ -34,16 +34,16 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def magnitude(factor: float, mscale: float) -> float:
-    """YaRN's sqrt(1/t): 0.1 * mscale * ln(factor) + 1, or 1 without extension."""
+    """Attention temperature of YaRN, sqrt(1/t): 0.1 * mscale * ln(factor) + 1; 1 if factor <= 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
 def cos_sin(
     config: ModelConfig, positions: jax.Array, *, still: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """What `rotate` needs for integer positions ...: two arrays ...(still + R), float32.
+    """Cosines and signed sines for `rotate` at integer positions ...: both ...(still + R) float32.
 
-    The first `still` elements of a head are not turned: their angle is zero.
+    The first `still` elements of a head have angle zero.
     """
     if config.yarn_mscale and config.yarn_mscale_all_dim:
         scale = magnitude(config.yarn_factor, config.yarn_mscale) / magnitude(
@@ -62,7 +62,7 @@ def cos_sin(
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """(N + R)^-1/2, times the squared YaRN magnitude, which scales the whole score."""
+    """Factor of the attention scores: (N + R)^-1/2, times the squared YaRN magnitude."""
     scale = (config.d_nope + config.d_rope) ** -0.5
     if config.yarn_mscale_all_dim:
         scale *= magnitude(config.yarn_factor, config.yarn_mscale_all_dim) ** 2
@@ -70,7 +70,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Each pair (a, b) of x ...X to (a cos - b sin, b cos + a sin); cos, sin from `cos_sin`."""
+    """Rotates each pair (a, b) of x ...X to (a cos - b sin, b cos + a sin); see `cos_sin`."""
     wide = x.astype(jnp.float32)
     swapped = wide.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)  # (a, b) -> (b, a)
     return (wide * cos + swapped * sin).astype(x.dtype)

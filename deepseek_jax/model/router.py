@@ -1,7 +1,8 @@
-"""The gate: affinities, node-limited choice of experts, and their balance (section 2.1.2)."""
+"""Router: affinities, node-limited top-k routing, auxiliary-loss-free balance (section 2.1.2)."""
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,12 +18,12 @@ from deepseek_jax.precision.saved import Saved, save
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Where one device sends the tokens of one layer; adds up over devices and micro-batches.
+    """Token counts of one device's dispatch in one layer, summable over devices and micro-batches.
 
     Attributes:
-      nodes, gpus: float32, tokens for each node, and for each GPU, of the expert group; a token
-        that wants several experts there counts once.
-      rounds: () float32, exchanges that served them; 1 unless buffers were full.
+      nodes, gpus: float32, tokens for each node, and for each GPU, of the expert-parallel group; a
+        token with several experts there counts once.
+      rounds: () float32, dispatch rounds: 1, plus overflow rounds where a buffer was full.
     """
 
     nodes: jax.Array
@@ -33,15 +34,15 @@ class Traffic:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What one layer's gate decided.
+    """Output of one layer's router.
 
     Attributes:
       experts: BSK int32 in [0, E).
-      weights: BSK float32, final: normalised where the model does, times the routed scale.
-      load: E float32, tokens of this device sent to each expert.
+      weights: BSK float32, gate values: normalised where the model does, times the routed scale.
+      load: E float32, tokens of this device for each expert.
       balance: () float32, sequence-wise balance loss (equations 17 to 20) without its factor alpha,
         summed over this device's sequences; 1 per sequence is perfect balance.
-      traffic: the tokens that each node and each GPU gets.
+      traffic: tokens for each node and each GPU.
     """
 
     experts: jax.Array
@@ -52,7 +53,7 @@ class Routing:
 
 
 def joined(routings: list[Routing]) -> Routing:
-    """That of several micro-batches as that of one batch."""
+    """Routing of several micro-batches as that of one batch."""
     if len(routings) == 1:
         return routings[0]
     experts, weights = (
@@ -63,7 +64,7 @@ def joined(routings: list[Routing]) -> Routing:
 
 
 class Router(nnx.Module):
-    """Scores every expert in float32 and chooses top_k of them, on few groups."""
+    """Scores all experts in float32 and chooses top_k of them, in top_groups of the groups."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dims = (("model", config.d_model), (None, config.experts))
@@ -73,12 +74,13 @@ class Router(nnx.Module):
 
     @jax.named_scope("router")
     def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> Routing:
-        """x BSD, the normalised input of the feed-forward layer.
+        """Routes x BSD, the normalised input of the feed-forward layer.
 
         Args:
-          chosen: BSK, what was chosen for this x before.
+          chosen: BSK int32, experts chosen for the same x before, which are weighed again.
         """
         config = self.config
+        chex.assert_shape(x, (None, None, config.d_model), custom_message="x: BSD")
         logits = FLOAT32.einsum("BSD,DE->BSE", x, self.centroids[...])
         scores = jax.nn.sigmoid(logits) if config.score == "sigmoid" else jax.nn.softmax(logits)
         experts, weights = select_experts(scores, self.bias[...], config, chosen)
@@ -104,14 +106,17 @@ def select_experts(
 
     Args:
       scores: BSE float32 affinities.
-      bias: E float32, same unit; steers the choice, never the weight.
-      experts: BSK, chosen before, and only to be weighed.
+      bias: E float32, in the unit of the scores; it affects the choice, never the weight.
+      experts: BSK int32, experts chosen before, which are only weighed.
 
     Returns:
-      experts BSK int32, and weights BSK float32: the affinities of the chosen, normalised to sum to
-      one where `normalise_weights`, times `routed_scale`.
+      experts BSK int32, and weights BSK float32: the affinities of the chosen experts, normalised
+      to sum to one where `normalise_weights`, times `routed_scale`.
     """
-    # Kept, not chosen again: a recomputation rounds differently where two scores are all but equal.
+    chex.assert_shape(scores, (None, None, config.experts), custom_message="scores: BSE float32")
+    chex.assert_shape(bias, (config.experts,), custom_message="bias: E float32")
+    chex.assert_type([scores, bias], jnp.float32)
+    # Saved for backward: a recomputation could choose otherwise where two scores are nearly equal.
     if experts is None:
         experts = save(Saved.ROUTE, _choose(scores, bias, config))
     # A one-hot product instead of a gather: exact, and its gradient is dense.
@@ -123,16 +128,17 @@ def select_experts(
 
 
 def _choose(scores: jax.Array, bias: jax.Array, config: ModelConfig) -> jax.Array:
-    steered = lax.stop_gradient(scores) + bias[None, None]
+    """Top-k experts BSK by biased affinity, node-limited: within the best `top_groups` groups."""
+    biased = lax.stop_gradient(scores) + bias[None, None]
     if config.groups > 1:
-        steered = _keep_best_groups(steered, config)
-    return lax.top_k(steered, config.top_k)[1]
+        biased = _keep_best_groups(biased, config)
+    return lax.top_k(biased, config.top_k)[1]
 
 
-def _keep_best_groups(steered: jax.Array, config: ModelConfig) -> jax.Array:
-    """-inf for every expert outside the `top_groups` best groups of its token."""
-    batch, length, experts = steered.shape
-    grouped = steered.reshape(batch, length, config.groups, -1)  # BSE -> BSG(E/G)
+def _keep_best_groups(biased: jax.Array, config: ModelConfig) -> jax.Array:
+    """Biased affinities BSE, -inf outside the `top_groups` best groups (nodes) of each token."""
+    batch, length, experts = biased.shape
+    grouped = biased.reshape(batch, length, config.groups, -1)  # BSE -> BSG(E/G)
     if config.group_score == "top2":
         group_score = lax.top_k(grouped, 2)[0].sum(-1)
     else:
@@ -143,10 +149,10 @@ def _keep_best_groups(steered: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def sequence_balance(scores: jax.Array, top_k: int) -> jax.Array:
-    """Sum over sequences of sum_e f_e P_e, equations 17 to 20 without alpha.
+    """Sequence-wise balance loss without alpha (equations 17 to 20): sum of f_e P_e over sequences.
 
-    f counts the top-K of the unbiased affinities over all experts, as the equation says, not the
-    experts that the biased, group-limited choice took. It carries no gradient.
+    f counts the top-K of the unbiased affinities over all experts, as in equation 18, not the
+    experts of the biased, node-limited choice. It has no gradient.
     """
     experts = scores.shape[-1]
     _, best = lax.top_k(lax.stop_gradient(scores), top_k)
@@ -156,25 +162,27 @@ def sequence_balance(scores: jax.Array, top_k: int) -> jax.Array:
 
 
 def _count(experts: jax.Array, total: int) -> jax.Array:
-    """How often each expert stands in each row: BSK -> BSE float32 of zeros and ones."""
+    """Counts of each expert among a token's choices, BSK -> BSE float32."""
     return jax.nn.one_hot(experts, total, dtype=jnp.float32).sum(2)
 
 
 def visits(experts: jax.Array, total: int, parts: int) -> jax.Array:
-    """Tokens that have an expert on each of `parts` equal runs of experts; BSK -> P float32."""
+    """Tokens with an expert in each of `parts` equal runs of experts, BSK -> P float32."""
     part = experts // (total // parts)
-    there = (part[..., None] == jnp.arange(parts, dtype=part.dtype)[None, None, None]).any(
-        -2
-    )  # BSP
+    numbers = jnp.arange(parts, dtype=part.dtype)[None, None, None]
+    there = (part[..., None] == numbers).any(-2)  # BSP
     return there.sum((0, 1)).astype(jnp.float32)
 
 
 def max_violation(load: jax.Array) -> jax.Array:
-    """MaxVio per layer: (max load - mean load) / mean load; load LE -> L."""
+    """MaxVio of each layer, (max load - mean load) / mean load; load LE -> L."""
     mean = load.mean(-1)
     return (load.max(-1) - mean) / mean
 
 
 def move_bias(bias: jax.Array, load: jax.Array, speed: jax.Array) -> jax.Array:
-    """b + gamma * sign(mean load - load): overloaded experts become less attractive; both (L)E."""
+    """Bias update of auxiliary-loss-free balancing: b + gamma * sign(mean load - load), (L)E.
+
+    The bias of overloaded experts falls by the update speed gamma, that of others rises.
+    """
     return bias + speed * jnp.sign(load.mean(-1, keepdims=True) - load)

@@ -1,8 +1,9 @@
-"""The whole model: embedding, dense layers, MoE layers, final norm, MTP modules, head."""
+"""Transformer: embedding, dense layers, MoE layers, final norm, MTP modules, head."""
 
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,11 +23,11 @@ from deepseek_jax.precision.einsum import exact_einsum, table_rows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-    """The main model up to the head.
+    """Output of the main model up to the head.
 
     Attributes:
       top: BSD, after the final norm.
-      routing: of the MoE layers, stacked in front; None where there are none.
+      routing: routing of the MoE layers, stacked in front; None without MoE layers.
       embedded: B(S + ahead)D, the embeddings, which MTP modules read again.
     """
 
@@ -38,13 +39,12 @@ class Trunk:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """Everything up to the head.
+    """Output of the main model and the MTP chain up to the head.
 
     Attributes:
-      heads: (1 + depth)BSD, what the head reads: after the main model's final norm, then after
-        each MTP depth's.
-      routing: of the MoE layers, stacked in front; None where there are none.
-      mtp_routing: the same of the MTP blocks.
+      heads: (1 + depth)BSD, inputs of the head: of the main model, then of each MTP depth.
+      routing: routing of the MoE layers, stacked in front; None without MoE layers.
+      mtp_routing: routing of the MTP blocks, stacked in front; None without MTP.
     """
 
     heads: jax.Array
@@ -53,7 +53,7 @@ class Hidden:
 
 
 class Embedding(nnx.Module):
-    """The input table, split over the vocabulary."""
+    """Token embedding, sharded over the vocabulary."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dims = (("vocab", config.vocab), ("model", config.d_model))
@@ -62,6 +62,8 @@ class Embedding(nnx.Module):
     @jax.named_scope("embedding")
     def __call__(self, tokens: jax.Array, how: Execution) -> jax.Array:
         """tokens BS int -> BSD in the recipe's dtype."""
+        chex.assert_rank(tokens, 2, custom_message="tokens: BS int")
+        chex.assert_type(tokens, int)
         table, tokens = self.table[...], axes.fan_out(tokens, "vocab")
         here = tokens - table.shape[0] * axes.index("vocab")
         mine = (here >= 0) & (here < table.shape[0])
@@ -72,7 +74,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output table, split over the vocabulary; shared by all prediction depths."""
+    """Output head, sharded over the vocabulary and shared by all prediction depths."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dims = (("model", config.d_model), ("vocab", config.vocab))
@@ -80,22 +82,23 @@ class Head(nnx.Module):
 
     @jax.named_scope("head")
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x ...D -> this device's logits ...V, float32."""
+        """x ...D -> logits ...V float32, of this device's shard of the vocabulary."""
         table = self.table[...]
+        chex.assert_axis_dimension(x, -1, table.shape[0], custom_message="x: ...D")
         return exact_einsum("...D,DV->...V", x.astype(table.dtype), table)
 
 
 class Transformer(nnx.Module):
-    """DeepSeek-V3. Layers of one kind are stacked and walked by a scan."""
+    """DeepSeek-V3. Layers of one kind are stacked; a scan runs them."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        def dense(rngs):
+        def dense(rngs: nnx.Rngs) -> Block:
             return Block(config, dense=True, rngs=rngs)
 
-        def mixture(rngs):
+        def mixture(rngs: nnx.Rngs) -> Block:
             return Block(config, dense=False, rngs=rngs)
 
-        def predict(rngs):
+        def predict(rngs: nnx.Rngs) -> MTPModule:
             return MTPModule(config, rngs=rngs)
 
         self.embedding = Embedding(config, rngs=rngs)
@@ -110,7 +113,7 @@ class Transformer(nnx.Module):
         self.config = config
 
     def trunk(self, tokens: jax.Array, how: Execution, *, ahead: int = 0) -> Trunk:
-        """tokens B(S + ahead) int32; the last `ahead` are only embedded."""
+        """Main model; tokens B(S + ahead) int32, of which the last `ahead` are only embedded."""
         config = self.config
         embedded = params.whole(self.embedding)(tokens, how)
         x, routing = embedded[:, : tokens.shape[1] - ahead], None
@@ -121,23 +124,25 @@ class Transformer(nnx.Module):
         return Trunk(params.whole(self.norm)(x), routing, embedded)
 
     def hidden(self, tokens: jax.Array, how: Execution, *, ahead: int = 0) -> Hidden:
-        """The trunk and the MTP chain.
+        """Main model and MTP chain.
 
         Args:
-          tokens: B(S + ahead) int32; the last `ahead` are read by MTP modules only. Where a module
-            needs a token past the end it gets zeros, and its output there means nothing.
+          tokens: B(S + ahead) int32, of which only MTP modules read the last `ahead`. A module gets
+            zeros for the embeddings of tokens past the end; its output there is meaningless.
         """
         return self.heads(self.trunk(tokens, how, ahead=ahead), how, ahead=ahead)
 
     def heads(self, trunk: Trunk, how: Execution, *, ahead: int) -> Hidden:
-        """The MTP chain on top of a trunk."""
+        """MTP chain on top of the main model."""
         depth = self.config.mtp_depth
         if not depth:
             return Hidden(trunk.top[None], trunk.routing, None)
         missing, length = max(depth - ahead, 0), trunk.top.shape[1]
         embedded = jnp.pad(trunk.embedded, ((0, 0), (0, missing), (0, 0)))
 
-        def predict(state, module_and_shift):
+        def predict(
+            state: jax.Array, module_and_shift: tuple[MTPModule, jax.Array]
+        ) -> tuple[jax.Array, tuple[jax.Array, Routing]]:
             module, shift = module_and_shift
             token = lax.dynamic_slice_in_dim(embedded, shift, length, axis=1)
             state, out, routing = params.whole(module)(state, token, how)
@@ -148,24 +153,25 @@ class Transformer(nnx.Module):
         return Hidden(jnp.concatenate([trunk.top[None], outs]), trunk.routing, mtp_routing)
 
     def __call__(self, tokens: jax.Array, how: Execution) -> tuple[jax.Array, Hidden]:
-        """tokens BS -> logits (1 + depth)BSV float32 of every head, and what led to them."""
+        """tokens BS -> logits (1 + depth)BSV float32 of all depths, and the head's inputs."""
         hidden = self.hidden(tokens, how)
         return self.head(hidden.heads), hidden
 
 
 def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
+    """Model with random weights, float32."""
     return Transformer(config, rngs=nnx.Rngs(params=key))
 
 
 def abstract_model(config: ModelConfig) -> Transformer:
-    """Shapes, dtypes and logical axes of every parameter; nothing is allocated."""
+    """Model of shapes, dtypes and logical axes; no array is allocated."""
     return jax.eval_shape(lambda key: build_model(config, key), jax.random.key(0))
 
 
 def _walk(layers: Any, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
-    """x through a stack of blocks, one after another; their routings stacked."""
+    """Runs x BSD through a stack of blocks; the routings are stacked."""
 
-    def step(x, layer):
+    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Routing | None]:
         return params.whole(layer)(x, how)
 
     return lax.scan(how.remat.layer(step), x, layers, unroll=how.unroll)

@@ -1,12 +1,13 @@
-"""Logical axes -> mesh axes, and the few collectives that model code may ask for by logical name.
+"""Rules from logical axes to mesh axes, ZeRO sharding, and collectives over logical axes.
 
 The model is written for one device. Under a `Layout` the same code runs inside one `shard_map` that
-is manual over every mesh axis: arrays are then a device's own part, and a contraction over a split
-axis needs the two functions that Megatron-LM calls f and g, here `fan_out` and `fan_in`. With no
-layout active every axis has size one and they do nothing.
+is manual over every mesh axis: arrays are then a device's shards, and a contraction over a sharded
+axis needs the two operators that Megatron-LM calls f and g, here `fan_out` and `fan_in`. Without an
+active layout every axis has size one and both are the identity.
 
-An axis may also be split over devices that see different tokens: then each works for all of them on
-its part of the weights, and what fans out is gathered, what fans in is scattered.
+An axis may also be sharded over data-parallel mesh axes, whose devices hold different tokens. Each
+device then applies its shard of the weights to the tokens of all: `fan_out` all-gathers them, and
+`fan_in` reduce-scatters the results.
 """
 
 import contextlib
@@ -25,17 +26,19 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import DATA_AXES, LOGICAL_AXES
 
 Axes = tuple[str | None, ...]
+PIPE = "pipe"  # the mesh axis of pipeline ranks
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way to lay the model over a mesh.
+    """Placement of the model on a mesh.
 
     Attributes:
-      rules: logical axis -> mesh axes it is split over, outermost first.
+      rules: logical axis -> mesh axes that shard it, outermost first.
       sizes: mesh axis -> number of devices along it.
-      zero: 0 every rank keeps whole weights; 1 float32 masters and moments are split over the ranks
-        that see different data; 3 the weights that compute uses are split too, gathered per layer.
+      zero: 0: weights, float32 masters and moments are replicated over data-parallel ranks. 1
+        (ZeRO-1): masters and moments are sharded over them. 3 (ZeRO-3): the compute weights too,
+        all-gathered layer by layer.
     """
 
     rules: Mapping[str, tuple[str, ...]]
@@ -43,7 +46,7 @@ class Layout:
     zero: int
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
-        """The mesh axes, of more than one device, that this logical axis is split over."""
+        """Mesh axes of more than one device that shard this logical axis."""
         if axis is None:
             return ()
         if axis not in LOGICAL_AXES:
@@ -51,24 +54,24 @@ class Layout:
         return tuple(name for name in self.rules.get(axis, ()) if self.sizes[name] > 1)
 
     def spec(self, axes: Axes) -> P:
-        """Where compute wants an array with these logical axes."""
+        """Placement of a compute array with these logical axes."""
         return P(*(self.mesh_axes(axis) or None for axis in axes))
 
     def summed(self, axes: Axes) -> tuple[str, ...]:
-        """The axes along which every rank holds this weight, so that its gradient is a sum.
+        """Mesh axes over which the weight is replicated, so that its gradient is summed.
 
-        Ranks of a pipeline hold other layers; but as masters they are all the same, and `pipe` goes
-        innermost so that what one rank computes with is a run of what ZeRO splits.
+        `pipe` is one of them: ZeRO shards the float32 masters over it too, innermost, so that the
+        shards of each stage are contiguous.
         """
         used = {name for axis in axes for name in self.mesh_axes(axis)}
-        over = (*DATA_AXES, "pipe")
+        over = (*DATA_AXES, PIPE)
         return tuple(a for a in over if self.sizes[a] > 1 and a not in used)
 
     def zero_split(self, axes: Axes, shape: tuple[int, ...]) -> tuple[int, tuple[str, ...]]:
-        """Which dimension ZeRO splits, and over which mesh axes; (0, ()) where nothing fits.
+        """ZeRO-1 and ZeRO-3 sharding: (dimension, mesh axes); (0, ()) where no dimension fits.
 
-        The longest dimension that divides wins; the stacked layer axis is never split, so that one
-        layer can be gathered at a time.
+        The longest divisible dimension is taken. The stacked layer axis is never sharded, so that
+        layers can be gathered one at a time.
         """
         names = self.summed(axes) if self.zero else ()
         while names:
@@ -84,7 +87,7 @@ class Layout:
         return 0, ()
 
     def storage(self, axes: Axes, shape: tuple[int, ...]) -> P:
-        """Where masters, moments and reduced gradients live: `spec` plus the ZeRO split."""
+        """Placement of masters, moments and reduced gradients: `spec` plus the ZeRO sharding."""
         dim, names = self.zero_split(axes, shape)
         parts = [self.mesh_axes(axis) or None for axis in axes]
         if names:
@@ -97,7 +100,7 @@ _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def active(layout: Layout | None) -> Iterator[None]:
-    """Model code traced in this context runs as one device's part of `layout`."""
+    """Context in which traced model code is one device's part of `layout`."""
     token = _active.set(layout)
     try:
         yield
@@ -106,11 +109,12 @@ def active(layout: Layout | None) -> Iterator[None]:
 
 
 def current() -> Layout | None:
+    """Active layout, or None."""
     return _active.get()
 
 
 def names(axis: str) -> tuple[str, ...]:
-    """Mesh axes that `axis` is split over here; empty outside a layout."""
+    """Mesh axes that shard the logical axis `axis`; empty outside a layout."""
     layout = _active.get()
     return layout.mesh_axes(axis) if layout else ()
 
@@ -122,63 +126,63 @@ def devices(mesh_axes: tuple[str, ...]) -> int:
 
 
 def size(axis: str) -> int:
-    """Number of parts that `axis` is split into here."""
+    """Number of shards of the logical axis `axis`."""
     return devices(names(axis))
 
 
 def index(axis: str) -> jax.Array | int:
-    """Which of those parts this device holds."""
+    """Index of this device's shard of `axis`."""
     return lax.axis_index(names(axis)) if names(axis) else 0
 
 
 def fan_out(x: jax.Array, axis: str) -> jax.Array:
-    """`x`, equal on all parts of `axis`, enters work that differs: the gradient is summed.
+    """Megatron-LM's f: identity forward, sum of the gradients over the shards of `axis` backward.
 
-    Parts that see different tokens get those of all of them, along the first dimension.
+    Over data-parallel mesh axes: all-gather along the first dimension, reduce-scatter backward.
     """
     return _fan_out(x, names(axis)) if names(axis) else x
 
 
 def fan_in(x: jax.Array, axis: str) -> jax.Array:
-    """Sums the parts' contributions; every part gets the sum, and the gradient as it is.
+    """Megatron-LM's g: sum over the shards of `axis` forward, identity backward.
 
-    Of parts that see different tokens each gets the sum of its own.
+    Over data-parallel mesh axes: reduce-scatter along the first dimension, all-gather backward.
     """
     return _fan_in(x, names(axis)) if names(axis) else x
 
 
 def own(x: jax.Array, axis: str) -> jax.Array:
-    """This device's part of what `fan_out` gathered, where all have the same."""
-    over = _apart(names(axis))
+    """Rows of this device, of an array whose rows `fan_out` gathered from all devices."""
+    over = _data_axes(names(axis))
     if not over:
         return x
     count = x.shape[0] // devices(over)
     return lax.dynamic_slice_in_dim(x, count * lax.axis_index(over), count)
 
 
-def _apart(over: tuple[str, ...]) -> tuple[str, ...]:
-    """Those along which devices see different tokens."""
+def _data_axes(over: tuple[str, ...]) -> tuple[str, ...]:
+    """Mesh axes among `over` along which devices hold different tokens."""
     return tuple(name for name in over if name in DATA_AXES)
 
 
 def _gathered(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
-    return lax.all_gather(x, _apart(over), tiled=True) if _apart(over) else x
+    return lax.all_gather(x, _data_axes(over), tiled=True) if _data_axes(over) else x
 
 
 def _summed(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
-    apart = _apart(over)
-    x = lax.psum_scatter(x, apart, tiled=True) if apart else x
-    rest = tuple(name for name in over if name not in apart)
+    data = _data_axes(over)
+    x = lax.psum_scatter(x, data, tiled=True) if data else x
+    rest = tuple(name for name in over if name not in data)
     return lax.psum(x, rest) if rest else x
 
 
 def join(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """All parts of `axis`, one after another along `dim`, on each of them; no gradient."""
+    """All-gather of the shards of `axis` along dimension `dim`; not for differentiation."""
     return lax.all_gather(x, names(axis), axis=dim, tiled=True) if names(axis) else x
 
 
 def anywhere(flag: jax.Array, axis: str) -> jax.Array:
-    """Whether a () bool holds on any part of `axis`: the same answer on all of them."""
+    """Whether a () bool holds on any shard of `axis`; equal on all of them."""
     return lax.pmax(flag.astype(jnp.int32), names(axis)) > 0 if names(axis) else flag
 
 
@@ -201,9 +205,9 @@ _fan_in.defvjp(lambda x, over: (_summed(x, over), None), lambda over, _, dy: (_g
 
 
 def gather(weight: Any, axes: Axes, shape: tuple[int, ...], layout: Layout) -> Any:
-    """A weight from its ZeRO parts; the gradient is reduced and scattered back the same way.
+    """All-gather of a weight from its ZeRO shards; its gradient is reduce-scattered to them.
 
-    Whatever the weight's dtype, the sum over ranks is one of float32, rounded once.
+    The sum over ranks is taken in float32 and rounded once to the weight's dtype.
     """
     dim, over = layout.zero_split(axes, shape)
     return _gather(weight, dim, over) if over else weight

@@ -1,4 +1,4 @@
-"""The device mesh, shaped like the cluster: pipe, replica, node, gpu, tensor, outermost first."""
+"""Device mesh, shaped like the cluster: pipe, replica, node, gpu, tensor, outermost first."""
 
 import dataclasses
 import math
@@ -13,14 +13,14 @@ from deepseek_jax.parallel.axes import Layout
 
 
 def resolve(config: MeshConfig, devices: int) -> MeshConfig:
-    """Fills in the one -1 of `config.mesh` and checks the product against the devices there are."""
+    """Replaces the -1 of `config.mesh` by its size; checks that the mesh has `devices` devices."""
     sizes = dataclasses.asdict(config)
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if free and devices % fixed:
         raise ConfigError(
-            f"mesh.{free[0]}=-1 asks for what is left, but the other axes ({shape}) need a "
+            f"mesh.{free[0]}=-1 takes the remaining devices, but the other axes ({shape}) need a "
             f"multiple of {fixed} devices and there are {devices}"
         )
     if free:
@@ -34,7 +34,7 @@ def resolve(config: MeshConfig, devices: int) -> MeshConfig:
 
 
 def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over these devices, or all devices of all processes, with explicit axes."""
+    """Mesh with explicit axes over `devices`; by default over all devices of all processes."""
     shape = tuple(getattr(config, name) for name in MESH_AXES)
     return jax.make_mesh(
         shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices
@@ -42,37 +42,38 @@ def build(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def layout(config: Config) -> Layout:
-    """The logical -> mesh table of this config; `config.mesh` must be resolved."""
+    """The `Layout` of this config, whose `mesh` must be resolved."""
     sizes = {name: getattr(config.mesh, name) for name in MESH_AXES}
     return Layout(rules=dict(config.layout.rules), sizes=sizes, zero=config.layout.zero)
 
 
 def forward_config(config: Config, mesh: Mapping[str, int], length: int) -> Config:
-    """The config of a forward pass alone, with this mesh and sequences of this length, checked.
+    """Checked config of a forward pass alone, on this mesh and with sequences of this length.
 
     Args:
-      mesh: devices along mesh axes; of the rest one. Empty: one device, whatever there are.
+      mesh: mesh axis -> devices along it; 1 along the others. Empty: a single device, however many
+        there are.
 
     Raises:
-      ConfigError: what does not fit together; or one device, and several processes to share it.
+      ConfigError: settings do not fit together, or one device is to serve several processes.
     """
     if not mesh and jax.process_count() > 1:
         raise ConfigError(
-            f"one device is not for {jax.process_count()} processes; set --mesh to the "
-            f"{jax.device_count()} devices of all, as --mesh=gpu:{jax.device_count()}"
+            f"one device cannot serve {jax.process_count()} processes; set --mesh to all "
+            f"{jax.device_count()} devices, for example --mesh=gpu:{jax.device_count()}"
         )
     sizes = MeshConfig(**{name: mesh.get(name, 1) for name in MESH_AXES})
     resolved = resolve(sizes, jax.device_count() if mesh else 1)
     kept = dataclasses.replace(
         config.layout,
-        zero=3 if config.layout.zero == 3 else 0,  # nothing but weights is there to be split
+        zero=3 if config.layout.zero == 3 else 0,  # there are weights, but no masters or moments
         stage_layers=(),
         micro_batches_in_flight=1,
     )
     config = dataclasses.replace(config, mesh=resolved, layout=kept)
     parts = math.prod(layout(config).sizes[name] for name in DATA_AXES)
     rows = -(-config.batch.micro_sequences // parts) * parts
-    length = max(length, config.model.mtp_depth + 1)  # which only training needs
+    length = max(length, config.model.mtp_depth + 1)  # the least that the checks accept
     batch = dataclasses.replace(
         config.batch, length=length, sequences=rows, ramp_sequences=rows, micro_sequences=rows
     )
@@ -83,5 +84,5 @@ def forward_config(config: Config, mesh: Mapping[str, int], length: int) -> Conf
 
 
 def spread(value: np.ndarray, place: NamedSharding) -> jax.Array:
-    """An array that every process holds whole -> one global array."""
+    """Global array with sharding `place`, from a value that every process holds whole."""
     return jax.make_array_from_callback(value.shape, place, lambda index: value[index])

@@ -1,7 +1,8 @@
-"""Works that take turns: the steps of one under the messages of another.
+"""Interleaving of independent computations: one computes while messages of another are under way.
 
-A compiler may overlap what does not depend on one another, but it runs two equal works in lockstep:
-both compute, then both wait. A fence between turns keeps them a step apart.
+A work is a computation cut into steps. XLA may overlap operations that do not depend on each other,
+but it runs two equal works in lockstep: both compute, then both wait. `interleave` orders their
+steps by a program of turns, with an optimization barrier between turns that keeps them apart.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -11,12 +12,12 @@ import jax
 from jax import lax
 
 Result = TypeVar("Result")
-# Work that yields what it has at the end of each step, and goes on with what is sent back.
+# A work: yields its live arrays at the end of each step and continues with the arrays sent back.
 Steps = Generator[Any, Any, Result]
 
 
 def run_to_end(work: Steps[Result]) -> Result:
-    """A work's result, its steps compiled as if there were none."""
+    """Result of a work alone, compiled without barriers between its steps."""
     value = None
     while True:
         try:
@@ -26,7 +27,7 @@ def run_to_end(work: Steps[Result]) -> Result:
 
 
 def with_scope(name: str, work: Steps[Result]) -> Steps[Result]:
-    """The same work, whose operations carry a name in the compiled program."""
+    """Work with its operations under the named scope `name` in the compiled program."""
     value = None
     while True:
         with jax.named_scope(name):
@@ -38,36 +39,40 @@ def with_scope(name: str, work: Steps[Result]) -> Steps[Result]:
 
 
 def storing(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:
-    """The same work, which leaves its result in `out`."""
+    """Work that stores its result as `out[name]`."""
     out[name] = yield from work
 
 
 def interleave(works: Mapping[str, Steps[None]], turns: Sequence[str]) -> None:
-    """Does every work to its end.
+    """Runs all works to their ends, in the order of `turns`.
 
     Args:
-      works: by a name of one letter.
-      turns: for each turn the names of those that do a step in it, a letter for each step. No step
-        begins before all of the turn before are done. After a bar, those that do none in it and
-        whose next ones wait for it: "a|b". What follows a work's last step belongs to no turn.
+      works: name of one letter -> work.
+      turns: the program. One string per turn; each letter advances that work by one step (`aab`: a
+        twice, b once). A turn's steps all finish before the next turn begins. Works after a bar
+        (`a|b`) take no step now, but their next step waits for this turn. A work ends in the turn
+        that names it last; the code after its last yield is under no barrier.
+
+    Raises:
+      ValueError: a work has more steps than its letters in `turns`.
     """
-    given = dict.fromkeys(works)
+    values = dict.fromkeys(works)
     for number, turn in enumerate(turns):
         steps, _, waiting = turn.partition("|")
         for name in steps:
-            given[name] = works[name].send(given[name])
-        done = sorted({*steps, *waiting})
-        if len(done) > 1:
-            fenced = lax.optimization_barrier([given[name] for name in done])
-            given.update(zip(done, fenced, strict=True))
+            values[name] = works[name].send(values[name])
+        fenced = sorted({*steps, *waiting})
+        if len(fenced) > 1:
+            after = lax.optimization_barrier([values[name] for name in fenced])
+            values.update(zip(fenced, after, strict=True))
         later = set().union(*turns[number + 1 :])
-        for name in done:
+        for name in fenced:
             if name not in later:
-                _end(works[name], given[name])
+                _end(works[name], values[name])
 
 
 def side_by_side(some: str, others: str) -> list[str]:
-    """Turns for two runs of steps that share them evenly: beside("aa", "bb") is ["ab", "ab"]."""
+    """Turns that spread the longer run of steps evenly over the shorter: aaa, bb -> ab, aab."""
     turns = max(1, min(len(some), len(others)))
     return [
         "".join(_share(steps, turn, turns) for steps in (some, others)) for turn in range(turns)
@@ -78,9 +83,9 @@ def _share(steps: str, turn: int, turns: int) -> str:
     return steps[len(steps) * turn // turns : len(steps) * (turn + 1) // turns]
 
 
-def _end(work: Steps[None], given: Any) -> None:
+def _end(work: Steps[None], value: Any) -> None:
     try:
-        work.send(given)
+        work.send(value)
     except StopIteration:
         return
     raise ValueError("a work has more steps than its turns")

@@ -5,7 +5,7 @@ from typing import Any
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel.pipeline.schedule import BY_NAME, Schedule
-from deepseek_jax.parallel.pipeline.timeline import bubble_formula, peak_formula, simulate
+from deepseek_jax.parallel.pipeline.timeline import bubble_formula, draw, peak_formula, simulate
 
 TITLES = {"1f1b": "1F1B", "zb1p": "ZB1P", "dualpipe": "DualPipe", "dualpipev": "DualPipeV"}
 
@@ -36,7 +36,7 @@ def compare(schedule: Schedule) -> dict[str, Any]:
     double = 2 if schedule.kind == "dualpipev" else 1
     return {
         **_sizes(schedule),
-        "drawing": str(schedule),
+        "drawing": draw(schedule),
         "schedules": [
             _row(kind, schedule.ranks * double, schedule.micro_batches * double) for kind in BY_NAME
         ],
@@ -79,7 +79,7 @@ _NOTES = (
 
 
 def _key(kind: str) -> list[str]:
-    """Key of the characters of `str(schedule)`."""
+    """Key to the characters of `draw(schedule)`."""
     if kind not in ("dualpipe", "dualpipev"):
         return ["a forward   A= full backward   A input gradient   x weight gradient   .. idle"]
     two = "enter at the two ends" if kind == "dualpipe" else "go down the ranks and back up"

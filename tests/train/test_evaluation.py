@@ -84,5 +84,5 @@ def test_what_is_refused(folder, tmp_path):
 
 def test_one_device_is_not_for_several_processes(monkeypatch):
     monkeypatch.setattr(evaluation.jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"one device is not for 2 processes; .* --mesh=gpu:8"):
+    with pytest.raises(ConfigError, match=r"one device cannot serve 2 processes; .* --mesh=gpu:8"):
         mesh.forward_config(small.config(), {}, 16)

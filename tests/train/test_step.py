@@ -1,5 +1,6 @@
 """One optimiser step: accumulation, router bias, metrics, EMA, masters in float32."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_a_short_step_leaves_the_rest_of_its_micro_batches_alone():
         trainer.state = jax.device_put(start, places)
     again = trainer.step(garbage, 1, HYPER)
     assert first["loss"] == again["loss"]
-    jax.tree.map(np.testing.assert_array_equal, kept, trainer.params())
+    chex.assert_trees_all_equal(kept, trainer.params())
 
 
 def test_mtp_weights_are_means_over_the_valid_targets():

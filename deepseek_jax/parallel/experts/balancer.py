@@ -1,7 +1,7 @@
-"""Which GPU holds which experts, the busiest ones more than once (section 3.4.1 of the report).
+"""Expert-parallel load balancer (EPLB): experts of each GPU, busy ones copied (section 3.4.1).
 
-L MoE layers, E experts, R slots: places for an expert's weights, R/GPUs on each GPU, node by node.
-M tokens, K chosen experts per token, C = R - E + 1: the most copies that one expert can have.
+L MoE layers, E experts, R expert slots (each holds one expert's weights), R/GPUs of them on each
+GPU, node by node. M tokens, K chosen experts per token, C = R - E + 1 the most copies of an expert.
 
 Two greedy steps, each with a bound. Copies go one by one to the expert with the most load per copy:
 no other choice gives a lower maximum, and no slot carries more than total / C. Slots, by falling
@@ -20,14 +20,15 @@ from deepseek_jax.config import ConfigError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Experts and slots of every layer, or of one where L is left out.
+    """Experts of the expert slots of every layer; without L, of one layer.
 
-    Its shapes follow from E and R alone: what is compiled for one placement serves the next.
+    The shapes follow from E and R alone, so that a program compiled for one placement runs with
+    any other.
 
     Attributes:
       expert_of_slot: LR int32; slot r is on GPU r // (R / GPUs).
-      slots_of_expert: LEC int32, ascending, then -1.
-      copies: LE int32, from 1 to C.
+      slots_of_expert: LEC int32, slots of an expert in ascending order, then -1.
+      copies: LE int32, copies of an expert, from 1 to C.
     """
 
     expert_of_slot: np.ndarray
@@ -36,19 +37,19 @@ class Placement:
 
 
 def place(load: np.ndarray, *, slots: int, groups: int, nodes: int, gpus: int) -> Placement:
-    """Spreads each layer's load evenly over GPUs.
+    """Placement that balances each layer's load over GPUs.
 
-    Where groups divide among the nodes, a group's experts stay on one node with all their copies,
-    so that node-limited routing stays node-limited. Otherwise any slot may hold any expert.
+    Where nodes divide the groups, all copies of a group's experts stay on one node, so that
+    node-limited routing still holds. Otherwise any slot may hold any expert.
 
     Args:
-      load: LE, tokens or shares that each expert gets, zero or more; equal loads go by number.
+      load: LE, tokens or share of tokens of each expert, zero or more; ties go to lower numbers.
       slots: R.
-      groups: equal runs of experts among which the router chooses.
-      nodes, gpus: over which the experts of one layer are spread; gpus of all nodes together.
+      groups: number of groups of the router, equal runs of experts.
+      nodes, gpus: numbers of nodes, and of GPUs on all of them, that share a layer's experts.
 
     Raises:
-      ConfigError: sizes that do not divide, or a load that is none.
+      ConfigError: sizes do not divide, or the load is not finite and non-negative.
     """
     load = np.asarray(load, np.float64)
     _check(load, slots, groups, nodes, gpus)
@@ -59,28 +60,27 @@ def place(load: np.ndarray, *, slots: int, groups: int, nodes: int, gpus: int) -
     layers, experts = load.shape
     slots_of_expert = np.full((layers, experts, slots - experts + 1), -1, np.int32)
     copies = np.zeros((layers, experts), np.int32)
-    for slot, held_there in enumerate(expert_of_slot.T):
-        every = np.arange(layers), held_there
+    for slot, expert in enumerate(expert_of_slot.T):
+        every = np.arange(layers), expert
         slots_of_expert[(*every, copies[every])] = slot
         copies[every] += 1
     return Placement(expert_of_slot, slots_of_expert, copies)
 
 
 def slots_for(experts: jax.Array, placement: Placement, first: jax.Array | int = 0) -> jax.Array:
-    """The slot that each token's choice goes to; what it computes there is the same in all copies.
+    """Expert slot of each token's choice; all copies of an expert compute the same.
 
-    An expert's tokens take its copies in turn. Counting the tokens that chose it, rather than all
-    rows, gives each copy its even share whatever the choices: rows of every second position, say,
-    may be those that choose it.
+    The tokens of an expert take its copies in turn. The turn counts only tokens that chose the
+    expert: counting all rows would favour one copy where, say, every second row chooses it.
 
     Args:
       experts: MK int32.
-      placement: of one layer.
-      first: which copy has the first turn; a number of this device, lest one copy get the odd token
-        of every device.
+      placement: placement of one layer.
+      first: copy that the first token takes. It differs by device, so that the odd tokens of all
+        devices do not go to the same copy.
 
     Returns:
-      MK int32 in [0, R): a copy has n/copies of an expert's n tokens, rounded down or up.
+      MK int32 in [0, R): each copy gets n/copies of an expert's n tokens, rounded down or up.
     """
     chosen = experts.reshape(-1)
     order = jnp.argsort(chosen, stable=True)
@@ -94,7 +94,7 @@ def slots_for(experts: jax.Array, placement: Placement, first: jax.Array | int =
 def _expert_of_slot(
     load: np.ndarray, slots: int, groups: int, nodes: int, gpus: int
 ) -> list[np.ndarray]:
-    """One layer: groups onto nodes, copies within each, the node's slots onto its GPUs."""
+    """Experts of a layer's slots, by GPU: groups to nodes, copies there, then slots to GPUs."""
     members = np.arange(load.size).reshape(groups, -1)
     held: list[np.ndarray] = []
     for here in _pack(load[members].sum(1), nodes):
@@ -106,7 +106,7 @@ def _expert_of_slot(
 
 
 def _replicate(load: np.ndarray, slots: int) -> np.ndarray:
-    """The item of each slot: all items once, then whichever has the most load per copy."""
+    """Item of each slot: every item once, then repeatedly the one with the most load per copy."""
     copies = np.ones(load.size)
     items = list(range(load.size))
     while len(items) < slots:
@@ -116,7 +116,7 @@ def _replicate(load: np.ndarray, slots: int) -> np.ndarray:
 
 
 def _pack(load: np.ndarray, packs: int) -> np.ndarray:
-    """Items of each pack, (packs, items / packs): by falling load, to the lightest with room."""
+    """Items of each pack, (packs, items / packs): by falling load to the lightest with room."""
     room = load.size // packs
     if room == 1:
         return np.arange(packs)[:, None]

@@ -1,7 +1,7 @@
-"""Several arrays of the same rows as one array of 32-bit words, so that they travel as one message.
+"""Packing of several arrays of the same rows into one array of 32-bit words, sent as one message.
 
-Each field is padded to whole words. Bits are moved, never converted. A GPU gathers words several
-times as fast as the bytes in them, so rows stay words from hop to hop, and are summed as words.
+Each field is padded to whole words, and its bits are moved, never converted. A GPU gathers words
+several times faster than single bytes, so rows stay packed from hop to hop and are summed as words.
 """
 
 import dataclasses
@@ -18,17 +18,19 @@ WORD_BYTES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What one array looks like: R followed by `shape`, of `dtype`."""
+    """Shape and dtype of one packed array: R rows of `shape`, in `dtype`."""
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
 
     @staticmethod
     def of(x: jax.Array) -> "Field":
+        """Field of an array R...."""
         return Field(x.shape[1:], jnp.dtype(x.dtype))
 
     @property
     def words(self) -> int:
+        """Words per row."""
         return -(-math.prod(self.shape) * self.dtype.itemsize // WORD_BYTES)
 
 
@@ -38,7 +40,7 @@ def pack(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def unpack(words: jax.Array, fields: Sequence[Field]) -> list[jax.Array]:
-    """The arrays again, from RW uint32."""
+    """Inverse of `pack`: RW uint32 -> arrays R..., one for each field."""
     out, start = [], 0
     for field in fields:
         part = words[:, start : start + field.words]
@@ -48,7 +50,7 @@ def unpack(words: jax.Array, fields: Sequence[Field]) -> list[jax.Array]:
 
 
 def numbers(words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-    """The numbers of RW words, each place of a word apart: float32 RW, one of them or a pair."""
+    """Values of packed rows RW as float32: an array RW, or two for the halves of bfloat16 words."""
     if dtype == jnp.float32:
         return (lax.bitcast_convert_type(words, dtype),)
     if dtype != jnp.bfloat16:
@@ -58,7 +60,7 @@ def numbers(words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
 
 
 def of_numbers(parts: tuple[jax.Array, ...], dtype: jnp.dtype) -> jax.Array:
-    """Back from `numbers`, rounded to `dtype`."""
+    """Inverse of `numbers`: RW uint32, the values rounded to `dtype`."""
     bits = _BITS[dtype.itemsize]
     lower, *upper = (
         lax.bitcast_convert_type(part.astype(dtype), bits).astype(jnp.uint32) for part in parts
@@ -68,7 +70,7 @@ def of_numbers(parts: tuple[jax.Array, ...], dtype: jnp.dtype) -> jax.Array:
 
 _HALF, _UPPER = np.uint32(16), np.uint32(0xFFFF0000)
 
-# Bits that go through arithmetic types do not all survive: a backend may widen bfloat16 to move it.
+# Unsigned, because a backend may widen bfloat16 to move it, which does not keep every bit pattern.
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 

@@ -1,15 +1,17 @@
-"""Rows <-> the slots that hold their copies: the one way in which dispatch moves tokens.
+"""Permute and unpermute: rows (tokens) to buffer slots that hold their copies, and back.
 
-R rows, K choices of each, P places a choice may name, S slots, J = min(K, P) copies at most.
+R rows, K choices of each, P destinations (experts, GPUs or nodes) that a choice may name, S slots,
+J = min(K, P) copies of a row at most.
 
-Going out, a slot takes the row whose copy it holds; going home, a row sums the slots of its copies.
-Each is the transpose of the other and both are gathers, so no gradient ever scatters.
+In `permute` a slot gathers the row whose copy it holds; in `unpermute` a row gathers the slots of
+its copies and sums them. Each is the transpose of the other, so no gradient is ever a scatter.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -17,12 +19,14 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Permutation:
-    """Attributes:
-    choice: S int32, which of the R * K choices a slot was made for; 0 where it is empty.
-    used: S bool, whether the slot holds a copy.
-    slot, sent: RJ, the slots of a row's copies, and whether there is such a copy.
-    choice_slot, choice_sent: RK, the slot that serves a choice (choices of one place share a copy),
-      and whether one does: a copy that found no slot is not sent.
+    """Assignment of copies of rows to slots.
+
+    Attributes:
+      choice: S int32, the one of the R * K choices that the slot serves; 0 in an empty slot.
+      used: S bool, whether the slot holds a copy.
+      slot, sent: RJ int32 and bool, slots of a row's copies, and whether each copy exists.
+      choice_slot, choice_sent: RK int32 and bool, slot that serves a choice, and whether one does.
+        Choices of one destination share a copy; a copy beyond the capacity has no slot.
     """
 
     choice: jax.Array
@@ -33,35 +37,37 @@ class Permutation:
     choice_sent: jax.Array
 
     def permute(self, x: jax.Array) -> jax.Array:
-        """R... -> S..., zero in empty slots."""
+        """Rows R... -> slots S..., zeros in empty slots."""
         return _where(self.used, _take(x, self.choice // self.choice_slot.shape[1]))
 
     def unpermute(self, x: jax.Array, read: Callable[[jax.Array], Any] | None = None) -> Any:
-        """S... -> R..., the sum over a row's copies; float32 for floats of fewer bits.
+        """Slots S... -> rows R..., the sum of each row's copies, at least float32 for floats.
 
         Args:
-          read: what to sum of the copies' bits, an array or several, instead of the copies.
+          read: maps the bits of the copies to the array, or tree of arrays, to be summed.
         """
         copies = range(self.slot.shape[1])
         bits = [_where(self.sent[:, j], _take(x, self.slot[:, j])) for j in copies]
         return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *map(read or _wide, bits))
 
     def permute_choices(self, x: jax.Array) -> jax.Array:
-        """RK, a number of each choice -> S, zero in empty slots."""
+        """Values of the choices, RK -> values of the slots, S; zero in empty slots."""
         return _where(self.used, _take(x.reshape(-1), self.choice))
 
     def unpermute_choices(self, x: jax.Array) -> jax.Array:
-        """S -> RK, the number of the slot that serves each choice; zero where none does."""
+        """Values of the slots, S -> values of the choices, RK; zero where no slot serves one."""
         return _where(self.choice_sent, _take(x, self.choice_slot))
 
 
 def lanes(places: jax.Array, parts: int, slots: int) -> Permutation:
-    """One copy per (row, place), in equal lanes of slots, one lane for each of `parts` places.
+    """Permutation with a copy per (row, destination), in an equal lane of slots per destination.
 
     Args:
-      places: RK int32; anything outside [0, parts) is nowhere.
-      slots: of one lane; what exceeds them is not sent. The Fan has parts * slots in all.
+      places: RK int32 destinations; a choice outside [0, parts) is not sent.
+      parts: P.
+      slots: slots per lane, its capacity; copies beyond it are not sent. S is parts * slots.
     """
+    _check(places)
     member, rank, sizes = _ranks(places, parts)
     lane = jnp.arange(parts, dtype=jnp.int32)
     used = jnp.arange(slots, dtype=jnp.int32)[None] < sizes[:, None]
@@ -70,22 +76,29 @@ def lanes(places: jax.Array, parts: int, slots: int) -> Permutation:
 
 
 def sorted_by_expert(places: jax.Array, parts: int, slots: int) -> tuple[Permutation, jax.Array]:
-    """One copy per (row, place), all of place 0 first; and the slots that each place got, P int32.
+    """Permutation with a copy per (row, destination), sorted by destination; and counts P int32.
 
     Args:
-      places: RK int32; anything outside [0, parts) is nowhere.
-      slots: in all; what exceeds them is not sent.
+      places: RK int32 destinations; a choice outside [0, parts) is not sent.
+      parts: P.
+      slots: S, for all destinations together; copies beyond them are not sent.
     """
+    _check(places)
     member, rank, sizes = _ranks(places, parts)
     ends = jnp.cumsum(sizes)
     slot = (ends - sizes)[None] + rank
     used = jnp.arange(slots, dtype=jnp.int32) < ends[-1]
-    got = jnp.minimum(ends, slots) - jnp.minimum(ends - sizes, slots)
-    return _permutation(places, member & (slot < slots), slot, used), got
+    counts = jnp.minimum(ends, slots) - jnp.minimum(ends - sizes, slots)
+    return _permutation(places, member & (slot < slots), slot, used), counts
+
+
+def _check(places: jax.Array) -> None:
+    chex.assert_rank(places, 2, custom_message="places: RK int32")
+    chex.assert_type(places, jnp.int32)
 
 
 def _ranks(places: jax.Array, parts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which rows go to a place RP, how many rows before each one do RP, and how many in all P."""
+    """Rows of each destination RP bool, their ranks among those RP, and their numbers P, int32."""
     member = (places[:, :, None] == jnp.arange(parts, dtype=places.dtype)[None, None]).any(1)
     through = _running_count(member)
     return member, through - member.astype(jnp.int32), through[-1]
@@ -95,16 +108,16 @@ _BLOCK = 128
 
 
 def _running_count(member: jax.Array) -> jax.Array:
-    """How many of the rows up to each one are members, RP bool -> RP int32.
+    """Cumulative sum over rows, RP bool -> RP int32.
 
-    Two small products with a triangle of ones, exact in float32 (in TF32, too: no factor is above
-    128). A cumulative sum is the same but takes XLA many kernels, each of them long to compile.
+    Two small matmuls with triangles of ones, exact in float32 (and in TF32, as no factor exceeds
+    128). XLA makes many kernels of `jnp.cumsum`, each slow to compile.
     """
     rows, parts = member.shape
     blocks = -(-rows // _BLOCK)
     ones = jnp.pad(member.astype(jnp.float32), ((0, blocks * _BLOCK - rows), (0, 0)))
     ones = ones.reshape(blocks, _BLOCK, parts)
-    before = jnp.tri(blocks, k=-1) @ ones.sum(1)  # of whole blocks
+    before = jnp.tri(blocks, k=-1) @ ones.sum(1)  # counts of earlier blocks
     within = jnp.einsum("ij,bjp->bip", jnp.tri(_BLOCK), ones)
     through = (within + before[:, None]).reshape(-1, parts)[:rows]
     return through.astype(jnp.int32)
@@ -113,15 +126,15 @@ def _running_count(member: jax.Array) -> jax.Array:
 def _permutation(
     places: jax.Array, sent: jax.Array, slot: jax.Array, used: jax.Array
 ) -> Permutation:
-    """From what is known of each (row, place): whether its copy is sent RP, and to which slot."""
+    """Permutation from `sent` RP and `slot` RP of the copy of each (row, destination)."""
     (rows, choices), (parts, slots) = places.shape, (sent.shape[1], used.shape[0])
-    somewhere = (places >= 0) & (places < parts)
-    place = jnp.where(somewhere, places, 0)
-    choice_sent = somewhere & jnp.take_along_axis(sent, place, 1)
+    valid = (places >= 0) & (places < parts)
+    place = jnp.where(valid, places, 0)
+    choice_sent = valid & jnp.take_along_axis(sent, place, 1)
     choice_slot = jnp.where(choice_sent, jnp.take_along_axis(slot, place, 1), 0)
     number = jnp.arange(rows * choices, dtype=jnp.int32)
     target = jnp.where(choice_sent, choice_slot, slots).reshape(-1)
-    # Choices that share a copy write the same slot; whichever stays, it names the right row.
+    # Choices that share a copy write the same slot; all of them name the same row.
     choice = jnp.zeros((slots,), jnp.int32).at[target].set(number, mode="drop")
     if parts <= choices:
         return Permutation(choice, used, jnp.where(sent, slot, 0), sent, choice_slot, choice_sent)

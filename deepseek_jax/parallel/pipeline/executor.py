@@ -1,8 +1,9 @@
-"""One program for all ranks of DualPipe and DualPipeV: `ticks` says when, the model says what.
+"""Executor of DualPipe and DualPipeV: one program for all ranks, driven by the tick tables.
 
-A tick runs one forward and one backward chunk, of which neither needs anything of the other, so
-each one's messages can travel under the other's matmuls. Values wait in pools of slots, whose
-number does not grow with the micro-batches. Runs inside a `shard_map` that is manual over `pipe`.
+A lockstep tick runs one forward and one backward chunk. They are independent, so that the messages
+of each overlap with the matmuls of the other. Values wait between ticks in pools of slots, whose
+number does not grow with the micro-batches. `lockstep.py` makes the tables, `model/overlapped` the
+chunks. Runs inside a `shard_map` that is manual over `pipe`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.parallel.axes import PIPE
 from deepseek_jax.parallel.overlap import Steps, interleave, run_to_end, storing, with_scope
 from deepseek_jax.parallel.pipeline.lockstep import IDLE, BidirectionalStages
 from deepseek_jax.parallel.pipeline.slot_pools import (
@@ -25,56 +27,59 @@ from deepseek_jax.parallel.pipeline.slot_pools import (
     zeros,
 )
 
-AXIS = "pipe"
-# What a compiled program calls ticks, the chunks in each, and what follows the last layer.
+AXIS = PIPE
+# Named scopes of the compiled program: ticks, the chunks in each, and the head and loss.
 TICKS, FORWARD, BACKWARD, LAST = ("even", "odd"), "forward", "backward", "last"
 
 
 class Stages(Protocol):
-    """What the executor asks of a model. A micro-batch is a traced number, a chunk 0 or 1.
+    """Interface of a model's stages to the executor.
 
-    What `on` (a bool scalar) says false of may return anything finite, and should send nothing.
+    A micro-batch is a traced number; a chunk, one of the stages that a rank holds, is 0 or 1. Where
+    `on` (a bool scalar) is false, a chunk may return anything finite, and should send nothing.
     """
 
     def first(self, micro: jax.Array) -> jax.Array:
-        """The input of stage 0."""
+        """Input of stage 0."""
         ...
 
     def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[tuple[Any, Any, Any]]:
-        """The output, what backward needs (a list of arrays), and a pytree of sums to record."""
+        """Output, residuals (a list of arrays), and a pytree of statistics to sum."""
         ...
 
     def backward(
         self, chunk: int, kept: list[jax.Array], d_y: jax.Array, on: jax.Array
     ) -> Steps[tuple[jax.Array, Any, list[Any]]]:
-        """The gradients of the input and of the chunk's weights, these float32; and, if the model
-        defers them, what is missing of the weights' as arrays that `rest_of_backward` wants."""
+        """Gradients of the input and, in float32, of the chunk's weights; and the arrays from which
+        `rest_of_backward` makes the deferred weight gradients, if the model defers any."""
         ...
 
     def rest_of_backward(self, chunk: int, later: list[Any]) -> Any:
-        """What is missing of the weights' gradients."""
+        """Deferred part of the weight gradients (W of zero bubble), from arrays of `backward`."""
         ...
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
-        """Adds loss and gradients of the model's end to `total`; and the gradient of y."""
+        """`total` with the head's loss and gradients added, and the gradient of y."""
         ...
 
     def first_gradient(self, micro: jax.Array, d_x: jax.Array, total: Any) -> Any:
-        """Adds the gradients of what `first` did."""
+        """`total` with the gradients of `first` added."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Attributes:
-    wall: who holds which stage.
-    slots: of the pools, from `TickTables`.
-    turns: the steps of a forward ("f") and a backward chunk ("b") side by side.
-    skip: whether a tick before and after the steady ones leaves out what its rank has not to do,
-      instead of making and dropping it. What is left out hides no message.
+    """Executor of one bidirectional schedule.
+
+    Attributes:
+      assignment: the stages of each rank.
+      slots: pool -> number of its slots, from `TickTables`.
+      turns: `interleave`'s program for the steps of a forward ("f") and a backward chunk ("b").
+      skip: whether ticks outside of the steady ones skip the chunks that their rank has no
+        micro-batch for, instead of computing and dropping them. A skipped tick overlaps nothing.
     """
 
-    wall: BidirectionalStages
+    assignment: BidirectionalStages
     slots: dict[str, int]
     turns: Sequence[str]
     skip: bool
@@ -87,18 +92,18 @@ class Pipeline:
         tables: dict[str, jax.Array],
         steady: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[list[Any], list[Any], Any]:
-        """All ticks.
+        """Runs all ticks.
 
         Args:
-          like: shape and dtype of what travels between stages.
-          total: zeros of what `last` and `first_gradient` add to.
-          tables: [T, ranks], of `TickTables`; ticks past the last one may follow.
-          steady: first steady tick, the one after the last, and the number of ticks; all even.
+          like: shape and dtype of the activations between stages.
+          total: zeros, to which `last` and `first_gradient` add.
+          tables: name -> [T, ranks], of `TickTables`; idle ticks may follow the last one.
+          steady: first steady tick, end of the steady ticks, and number of ticks; all even.
 
         Returns:
-          For each chunk the gradients of its weights and its sums; and `total`.
+          Weight gradients of each chunk, summed statistics of each chunk, and `total`.
         """
-        rank = lax.axis_index(AXIS)
+        rank = lax.axis_index(PIPE)
         mine = {name: table[:, rank] for name, table in tables.items()}
         on = jnp.zeros((), jnp.bool_)
         wait = jnp.zeros(like.shape, like.dtype)
@@ -157,8 +162,8 @@ class _Tick:
     later: SharedPools
 
     def __call__(self, state: Any, now: dict[str, jax.Array], parity: int, skip: bool) -> Any:
-        """One tick: all reads, then both chunks, the swap, and all writes."""
-        wall, stages, f, b = self.pipeline.wall, self.stages, parity, 1 - parity
+        """Runs a tick: all reads, both chunks, the exchange with the neighbour, all writes."""
+        assignment, stages, f, b = self.pipeline.assignment, self.stages, parity, 1 - parity
         f_on, b_on = now["f_micro"] != IDLE, now["b_micro"] != IDLE
         reads = (
             read(state["x"], now["f_in"]),
@@ -166,19 +171,19 @@ class _Tick:
             self.kept.read(state["kept"], b, now["b_kept"]),
         )
         pools = state["x"], state["d_y"], state["kept"]
-        # A read before all writes: otherwise the compiler copies whole pools to be safe.
+        # The barrier puts reads before all writes; otherwise XLA copies whole pools to be safe.
         (x, d_y, kept), (xs, d_ys, kepts) = lax.optimization_barrier((reads, pools))
-        # Only even ticks begin a micro-batch, and only odd ones end it, forward and backward.
+        # Only even ticks begin the forward or backward of a micro-batch, and only odd ones end it.
         is_first = self._holds(0, 0)
         if parity == 0:
             x = run_if(is_first & f_on, lambda _: stages.first(now["f_micro"]), x)
         with jax.named_scope(TICKS[parity]):
             (y, new, sums), (d_x, made, missing) = self._both(f, b, x, d_y, kept, f_on, b_on, skip)
-        swaps = wall.swaps(parity)
-        y_here, d_x_here = lax.ppermute((y, d_x), AXIS, swaps) if swaps else (y, d_x)
+        swaps = assignment.swaps(parity)
+        y_here, d_x_here = lax.ppermute((y, d_x), PIPE, swaps) if swaps else (y, d_x)
         total = state["total"]
         if parity == 1:
-            ends = self._holds(wall.stages - 1, 1) & f_on
+            ends = self._holds(assignment.stages - 1, 1) & f_on
             with jax.named_scope(LAST):
                 total, d_top = run_if(
                     ends,
@@ -193,7 +198,7 @@ class _Tick:
             )
         gradients = accumulated(state["gradients"], b, made, b_on)
         later = self.later.write(state["later"], b, now["w_to"], missing)
-        if later:  # after the swap: no neighbour waits for it
+        if later:  # after the exchange: no neighbour waits for deferred weight gradients
             gradients = [self._rest(c, later, now, total) for c, total in enumerate(gradients)]
         return {
             "x": write(xs, now["y_to"], y_here),
@@ -206,7 +211,7 @@ class _Tick:
         }
 
     def _rest(self, chunk: int, later: Any, now: dict[str, jax.Array], total: Any) -> Any:
-        """The gradients of a chunk's weights, with those that were deferred until this tick."""
+        """Weight gradients of a chunk, with those deferred to this tick added."""
 
         def add(total: Any) -> Any:
             with jax.named_scope(BACKWARD):
@@ -217,14 +222,15 @@ class _Tick:
         return run_if((now["w_micro"] != IDLE) & (now["w_chunk"] == chunk), add, total)
 
     def _holds(self, stage: int, chunk: int) -> jax.Array:
-        """Whether this rank's chunk is that stage."""
-        wall = self.pipeline.wall
-        holders = [r for r in range(wall.ranks) if wall.stage(r, chunk) == stage]
+        """() bool: whether this rank holds `stage` as its chunk `chunk`."""
+        assignment = self.pipeline.assignment
+        holders = [r for r in range(assignment.ranks) if assignment.stage(r, chunk) == stage]
         return jnp.isin(self.rank, jnp.asarray(holders, jnp.int32))
 
     def _both(
         self, f: int, b: int, x: Any, d_y: Any, kept: Any, f_on: Any, b_on: Any, skip: bool
     ) -> tuple[Any, Any]:
+        """Results of the forward and the backward chunk, interleaved unless `skip`."""
         forward = with_scope(FORWARD, self.stages.forward(f, x, f_on))
         backward = with_scope(BACKWARD, self.stages.backward(b, kept, d_y, b_on))
         if not skip:

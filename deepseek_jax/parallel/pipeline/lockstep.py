@@ -1,14 +1,14 @@
-"""DualPipe in lockstep: when each rank does what, as tables that one program can follow.
+"""DualPipe in lockstep: tables of the work of each rank in each tick, for one program to follow.
 
 Rank r holds two stages, h and S-1-h, where h counts from the nearer end; call them phases 0 and 1.
-In tick t it may run a forward chunk of phase (t + h) mod 2 and a backward chunk of the other. Name
-the phases of odd h the other way round, chunk = phase xor (h mod 2), and every rank does the same:
+In tick t it may run a forward chunk of phase (t + h) mod 2 and a backward chunk of the other. With
+chunks numbered as chunk = phase xor (h mod 2), all ranks run the same chunks in a tick:
 
-    even tick   forward of chunk 0, backward of chunk 1, swap with the neighbour across (0,1)(2,3)..
-    odd tick    forward of chunk 1, backward of chunk 0, swap across (1,2)(3,4)..
+    even tick   forward of chunk 0, backward of chunk 1, ranks (0,1)(2,3).. exchange results
+    odd tick    forward of chunk 1, backward of chunk 0, ranks (1,2)(3,4).. exchange results
 
-like the joints of a brick wall. What a tick made forward and what it made backward go to the same
-neighbour, or at the apex to the mirror rank (DualPipe) or nowhere (DualPipeV).
+The forward and the backward result of a tick go to the same neighbour. In the middle of the
+pipeline they go to the mirror rank (DualPipe) or stay on the rank (DualPipeV).
 """
 
 import collections
@@ -29,15 +29,19 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class TickTables:
-    """Attributes:
-    tables: name -> [T, ranks] int32, T even. f_micro, b_micro: the micro-batch of a tick's forward
-      and backward, or IDLE. f_in, b_in: the slots that their inputs wait in. f_kept, b_kept: the
-      slots for what forward keeps for backward. y_to, d_x_to: the slots for what arrives. w_to,
-      w_from: where backward leaves what the weights' gradients are made of, and what is taken to
-      make those of w_chunk for w_micro, or IDLE; all four are IDLE where nothing is deferred.
-    slots: of the pools "x" (inputs of forward), "d_y" (of backward), "kept", and "later" where
-      gradients are deferred. None grows with the number of micro-batches.
-    steady: [first, end) ticks in which every rank does both.
+    """Work of every rank in every tick, and the pool slots that it reads and writes.
+
+    Attributes:
+      tables: name -> [T, ranks] int32, T even. f_micro, b_micro: micro-batch of the tick's forward
+        and backward, or IDLE. f_in, b_in: slots of their inputs. f_kept, b_kept: slots where
+        forward writes residuals and where backward reads them. y_to, d_x_to: slots for the arriving
+        outputs and gradients. w_to: slot where backward writes the inputs of the deferred weight
+        gradients; w_from: slot from which those of chunk w_chunk, micro-batch w_micro, are made.
+        All w_ columns are IDLE where nothing is deferred.
+      slots: pool -> number of slots: "x" (forward inputs), "d_y" (backward inputs), "kept"
+        (residuals), and "later" where weight gradients are deferred. None grows with the number of
+        micro-batches.
+      steady: [first, end) of the ticks in which every rank runs a forward and a backward.
     """
 
     tables: dict[str, np.ndarray]
@@ -46,39 +50,42 @@ class TickTables:
 
     @property
     def count(self) -> int:
+        """Number of ticks."""
         return len(self.tables["f_micro"])
 
 
 @dataclasses.dataclass(frozen=True)
 class BidirectionalStages:
-    """Who holds which stage, and who swaps with whom."""
+    """The two stages of every rank in DualPipe and DualPipeV, and its partners for exchanges."""
 
     ranks: int
     stages: int
-    chunks: ClassVar[int] = 2  # of a rank
+    chunks: ClassVar[int] = 2  # stages per rank
 
     @property
     def mirrored(self) -> bool:
-        """Whether micro-batches enter at both ends, so that every stage is held twice."""
+        """Whether micro-batches enter at both ends, with every stage on two ranks (DualPipe)."""
         return self.ranks == self.stages
 
     def depth(self, rank: int) -> int:
-        """h: ranks between this one and its end."""
+        """h, the number of ranks between this one and the nearer end."""
         return min(rank, self.stages - 1 - rank)
 
     def phase_stage(self, rank: int, phase: int) -> int:
+        """Stage of a rank in phase 0 (entered at the nearer end) or 1 (at the other end)."""
         near = self.depth(rank)
         return near if phase == 0 else self.stages - 1 - near
 
     def stage(self, rank: int, chunk: int) -> int:
+        """Stage that a rank holds as its chunk `chunk`."""
         return self.phase_stage(rank, chunk ^ (self.depth(rank) & 1))
 
     def mirror(self, rank: int) -> int:
-        """The rank that holds the same stages, for the other direction."""
+        """Rank that holds the same stages for the other direction; the rank itself in DualPipeV."""
         return self.ranks - 1 - rank if self.mirrored else rank
 
     def neighbour(self, rank: int, phase: int, step: int) -> int:
-        """Where a chunk of this phase goes: step 1 forward, -1 backward."""
+        """Rank that receives the result of a chunk of this phase: step 1 forward, -1 backward."""
         inward = step if phase == 0 else -step
         depth = self.depth(rank) + inward
         if depth == self.stages // 2:
@@ -86,7 +93,7 @@ class BidirectionalStages:
         return rank + inward if rank < self.stages // 2 else rank - inward
 
     def swaps(self, parity: int) -> list[tuple[int, int]]:
-        """(from, to) of what a tick of this parity made, forward and backward alike."""
+        """(source, target) ranks of the results of a tick of this parity, in both directions."""
         apex, pairs = self.stages // 2 - 1, []
         for rank in range(self.ranks):
             phase = (parity + self.depth(rank)) & 1
@@ -98,17 +105,17 @@ class BidirectionalStages:
 
 
 def lockstep(schedule: Schedule, defer: bool = False) -> TickTables:
-    """The tables of DualPipe or DualPipeV.
+    """Tick tables of DualPipe or DualPipeV.
 
     Args:
-      defer: make a weight's gradients when the schedule says so, at most one chunk's in a tick,
-        instead of where their backward is.
+      defer: whether weight gradients are made where the schedule has their W, for at most one chunk
+        per tick, instead of in the tick of their backward.
     """
-    wall = BidirectionalStages(schedule.ranks, schedule.stages)
-    rows = list(_rows(schedule, wall, defer))
-    rows += [[{} for _ in range(wall.ranks)]] * (len(rows) % 2)
-    tables = {name: np.full((len(rows), wall.ranks), IDLE, np.int32) for name in COLUMNS}
-    slots = _fill(tables, rows, wall)
+    assignment = BidirectionalStages(schedule.ranks, schedule.stages)
+    rows = list(_rows(schedule, assignment, defer))
+    rows += [[{} for _ in range(assignment.ranks)]] * (len(rows) % 2)
+    tables = {name: np.full((len(rows), assignment.ranks), IDLE, np.int32) for name in COLUMNS}
+    slots = _fill(tables, rows, assignment)
     busy = [all({"F", "B"} <= work.keys() for work in row) for row in rows]
     first = next((t for t in range(0, len(rows), 2) if busy[t] and busy[t + 1]), len(rows))
     end = first
@@ -117,12 +124,12 @@ def lockstep(schedule: Schedule, defer: bool = False) -> TickTables:
     return TickTables(tables, slots, (first, end))
 
 
-# Of each rank: its forward F and backward B of one tick, and whose weights' gradients are made, W.
+# One tick: for each rank its forward "F", backward "B", and deferred weight gradient "W", if any.
 Row = list[dict[str, Task]]
 
 
-def _rows(schedule: Schedule, wall: BidirectionalStages, defer: bool) -> Iterator[Row]:
-    """Every rank's program in its order, each task in the first tick that it can have."""
+def _rows(schedule: Schedule, assignment: BidirectionalStages, defer: bool) -> Iterator[Row]:
+    """Ticks in order: every rank's program in its order, each task in its first possible tick."""
     programs = [
         collections.deque(
             t for step in program for t in step if defer or t.work is not Work.WEIGHT_GRAD
@@ -136,7 +143,7 @@ def _rows(schedule: Schedule, wall: BidirectionalStages, defer: bool) -> Iterato
     while any(programs) or any(waiting):
         row: Row = [{} for _ in programs]
         for rank, program in enumerate(programs):
-            forward_stage = wall.phase_stage(rank, (tick + wall.depth(rank)) & 1)
+            forward_stage = assignment.phase_stage(rank, (tick + assignment.depth(rank)) & 1)
             while program:
                 task = program[0]
                 if task.work is Work.WEIGHT_GRAD:
@@ -161,11 +168,11 @@ def _rows(schedule: Schedule, wall: BidirectionalStages, defer: bool) -> Iterato
         yield row
         tick += 1
         if tick > 8 * (schedule.stages + schedule.micro_batches):
-            raise AssertionError(f"{schedule.kind} does not fit the brick wall")
+            raise AssertionError(f"{schedule.kind} does not fit lockstep ticks")
 
 
 class _Slots:
-    """A pool's free slots on one rank. A slot that a tick frees can be written in the same tick."""
+    """Free slots of a pool on one rank; a slot freed by a tick can be written in the same tick."""
 
     def __init__(self) -> None:
         self.free: list[int] = []
@@ -178,20 +185,21 @@ class _Slots:
         return self.made - 1
 
 
-# What every tick writes, and the pool that it writes to.
+# The columns that every tick writes, and the pool of each.
 FILLED = (("f_kept", "kept"), ("y_to", "x"), ("d_x_to", "d_y"), ("w_to", "later"))
 
 
 def _fill(
-    tables: dict[str, np.ndarray], rows: list[Row], wall: BidirectionalStages
+    tables: dict[str, np.ndarray], rows: list[Row], assignment: BidirectionalStages
 ) -> dict[str, int]:
-    """Gives every value a slot from the tick that makes it to the tick that reads it."""
+    """Gives values slots from the tick that makes them to the tick that reads them; pool sizes."""
     defer = any("W" in work for row in rows for work in row)
     names = ("x", "d_y", "kept", *(["later"] if defer else []))
-    pools = {name: [_Slots() for _ in range(wall.ranks)] for name in names}
+    pools = {name: [_Slots() for _ in range(assignment.ranks)] for name in names}
     where: dict[tuple[str, int, int, int], int] = {}
     idle: list[tuple[str, str, int, int, int]] = []
-    last = wall.stages - 1
+    columns = FILLED if defer else FILLED[:-1]
+    last = assignment.stages - 1
 
     def read(column: str, pool: str, tick: int, rank: int, task: Task) -> None:
         slot = where.pop((pool, rank, task.stage, task.micro))
@@ -222,35 +230,44 @@ def _fill(
                 read("b_kept", "kept", tick, rank, backward)
         free()
         for rank, work in enumerate(row):
-            phase = (tick + wall.depth(rank)) & 1
+            phase = (tick + assignment.depth(rank)) & 1
             if forward := work.get("F"):
                 stage, micro = forward.stage, forward.micro
                 write("f_kept", "kept", tick, rank, stage, micro)
-                if stage == last:  # the head's own gradient
+                if stage == last:  # the gradient from the head
                     write("d_x_to", "d_y", tick, rank, stage, micro)
                 else:
-                    write("y_to", "x", tick, wall.neighbour(rank, phase, 1), stage + 1, micro)
+                    write("y_to", "x", tick, assignment.neighbour(rank, phase, 1), stage + 1, micro)
             if (backward := work.get("B")) and backward.stage:
-                to = wall.neighbour(rank, 1 - phase, -1)
+                to = assignment.neighbour(rank, 1 - phase, -1)
                 write("d_x_to", "d_y", tick, to, backward.stage - 1, backward.micro)
             if backward and defer:
                 write("w_to", "later", tick, rank, backward.stage, backward.micro)
-            if weight := work.get("W"):  # the pool's one read that is after the tick's write
+            if weight := work.get("W"):  # read after this tick's write
                 read("w_from", "later", tick, rank, weight)
                 tables["w_micro"][tick, rank] = weight.micro
-                tables["w_chunk"][tick, rank] = weight.stage != wall.stage(rank, 0)
-        for column, name in FILLED if defer else FILLED[:-1]:
+                tables["w_chunk"][tick, rank] = weight.stage != assignment.stage(rank, 0)
+        for column, name in columns:
             for rank, pool in enumerate(pools[name]):
-                if tables[column][tick, rank] == IDLE:  # nobody will read it: to a free slot
+                if tables[column][tick, rank] == IDLE:  # a write that is never read: a free slot
                     slot = pool.free[-1] if pool.free else pool.made
                     idle.append((column, name, tick, rank, slot))
         free()
-    assert not where, "a value that nobody reads"
+    assert not where, "a value is never read"
+    return _fill_idle(tables, pools, idle)
+
+
+def _fill_idle(
+    tables: dict[str, np.ndarray],
+    pools: dict[str, list[_Slots]],
+    idle: list[tuple[str, str, int, int, int]],
+) -> dict[str, int]:
+    """Gives idle chunks slots to write and read; returns the number of slots of each pool."""
     slots = {name: max(pool.made for pool in ranks) for name, ranks in pools.items()}
     for column, name, tick, rank, slot in idle:
         tables[column][tick, rank] = slot
         slots[name] = max(slots[name], slot + 1)
-    for column in ("f_in", "b_in", "b_kept"):  # what is read to nobody's use
+    for column in ("f_in", "b_in", "b_kept"):  # idle chunks read slot 0, unused
         tables[column][tables[column] == IDLE] = 0
     return slots
 
@@ -262,12 +279,12 @@ def makespan(
     pair: float | None = None,
     weight: float = 0.0,
 ) -> float:
-    """Time of all ticks where a rank waits for its neighbour of the tick before, and no longer.
+    """Time of all ticks, estimated: after each tick a rank waits for its neighbour, not for all.
 
     Args:
-      backward: of both gradients.
-      pair: of forward beside backward; one after the other if None.
-      weight: that part of `backward` which comes after the swap, where it is deferred.
+      forward, backward: time of a forward chunk, and of a backward chunk with both gradients.
+      pair: time of an overlapped forward and backward; their sum if None.
+      weight: the part of `backward` that is deferred until after the exchange.
     """
     both = forward + backward if pair is None else pair
     made_f, made_b, made_w = (

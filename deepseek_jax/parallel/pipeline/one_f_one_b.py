@@ -1,11 +1,11 @@
-"""1F1B, plain: a rank's tick is one forward chunk and then one backward, and nothing overlaps.
+"""1F1B in lockstep: each tick of a rank is one forward and then one backward chunk, not overlapped.
 
-With what `executor.py` does to compare. Rank r holds stage r. In tick t it runs
+The baseline of `executor.py`. Rank r holds stage r. In tick t it runs
 
     forward    micro-batch t - r
-    backward   micro-batch t - (2 * (ranks - 1) - r), on the last rank that of the tick's forward
+    backward   micro-batch t - (2 * (ranks - 1) - r); on the last rank that of the tick's forward
 
-so what a tick sends is what the neighbour's next tick begins with, and formulas do for tables.
+The results of a tick are the inputs of the neighbour's next tick, so these formulas replace tables.
 """
 
 import dataclasses
@@ -15,32 +15,38 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.parallel.axes import PIPE
 from deepseek_jax.parallel.overlap import Steps, run_to_end, with_scope
-from deepseek_jax.parallel.pipeline.executor import AXIS, BACKWARD, FORWARD, Stages
+from deepseek_jax.parallel.pipeline.executor import BACKWARD, FORWARD, Stages
 from deepseek_jax.parallel.pipeline.lockstep import IDLE
 from deepseek_jax.parallel.pipeline.slot_pools import accumulated, pool, read, run_if, write, zeros
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearStages:
-    """Who holds which stage: every rank one, in order."""
+    """Stages of 1F1B: rank r holds stage r."""
 
     ranks: int
-    chunks: ClassVar[int] = 1
+    chunks: ClassVar[int] = 1  # stages per rank
 
     @property
     def stages(self) -> int:
+        """Number of stages."""
         return self.ranks
 
     def stage(self, rank: int, chunk: int) -> int:
+        """Stage that a rank holds as its chunk `chunk`."""
         return rank
 
 
 @dataclasses.dataclass(frozen=True)
 class OneFOneB:
-    """Attributes:
-    ranks: all along `pipe`.
-    skip: whether a rank leaves out what it has not to do, instead of making and dropping it.
+    """Executor of 1F1B.
+
+    Attributes:
+      ranks: ranks along `pipe`.
+      skip: whether a rank skips chunks that it has no micro-batch for, instead of computing and
+        dropping them.
     """
 
     ranks: int
@@ -48,27 +54,27 @@ class OneFOneB:
 
     @property
     def slots(self) -> int:
-        """Micro-batches that the first rank holds at once; asynchronous ranks need half of them."""
+        """Micro-batches live on the first rank; without lockstep they would be `ranks`."""
         return 2 * self.ranks - 1
 
     def ticks(self, count: Any) -> Any:
-        """How many for `count` micro-batches: the last one goes down the ranks and comes back."""
+        """Number of ticks for `count` micro-batches, an int or a traced scalar."""
         return count + 2 * (self.ranks - 1)
 
     def run(
         self, stages: Stages, like: jax.Array, total: Any, count: jax.Array
     ) -> tuple[list[Any], list[Any], Any]:
-        """All ticks.
+        """Runs all ticks.
 
         Args:
-          like: shape and dtype of what travels between stages.
-          total: zeros of what `last` and `first_gradient` add to.
-          count: micro-batches, any number.
+          like: shape and dtype of the activations between stages.
+          total: zeros, to which `last` and `first_gradient` add.
+          count: () int, number of micro-batches.
 
         Returns:
-          As `Pipeline.run`, of one chunk.
+          Results as of `Pipeline.run`, for one chunk.
         """
-        rank, on = lax.axis_index(AXIS), jnp.zeros((), jnp.bool_)
+        rank, on = lax.axis_index(PIPE), jnp.zeros((), jnp.bool_)
         wait = jnp.zeros(like.shape, like.dtype)
         whole = jax.eval_shape(lambda x: run_to_end(stages.forward(0, x, on)), wait)
         back = jax.eval_shape(
@@ -91,15 +97,15 @@ class OneFOneB:
                 is_last & f_on, lambda both: stages.last(f_micro, y, both[0]), (total, wait)
             )
             d_y = jnp.where(is_last, d_top, d_y)
-            # After the write: the last rank's backward is that of this tick's forward.
+            # Read after the write: the last rank's backward is of this tick's forward.
             held = jax.tree.map(lambda slots: read(slots, b % self.slots), kept)
             backward = with_scope(BACKWARD, stages.backward(0, held, d_y, b_on))
-            d_x, each, _ = self._do(b_on, backward, back)  # nothing is left for later
+            d_x, each, _ = self._do(b_on, backward, back)  # no weight gradients are deferred
             gradients = accumulated(gradients, 0, each, b_on)
             total = run_if(
                 is_first & b_on, lambda total: stages.first_gradient(b_micro, d_x, total), total
             )
-            y, d_x = lax.ppermute(y, AXIS, down), lax.ppermute(d_x, AXIS, up)
+            y, d_x = lax.ppermute(y, PIPE, down), lax.ppermute(d_x, PIPE, up)
             return y, d_x, kept, gradients, sums, total
 
         kept = jax.tree.map(lambda leaf: pool(leaf, self.slots), whole[1])
@@ -108,6 +114,7 @@ class OneFOneB:
         return gradients, sums, total
 
     def _do(self, on: jax.Array, work: Steps[Any], shapes: Any) -> Any:
+        """Result of a chunk; with `skip`, zeros where `on` is false."""
         if not self.skip:
             return run_to_end(work)
         return lax.cond(on, lambda: run_to_end(work), lambda: zeros(shapes))

@@ -1,8 +1,8 @@
-"""Pipeline schedules as data: who does what, in which order, with no word about time.
+"""Pipeline schedules as data (1F1B, ZB1P, DualPipe, DualPipeV): the steps of each rank, in order.
 
-Section 3.2.1 of the report, table 2 and figure 5. A stage is a slice of layers, a rank a place
-along `mesh.pipe`. Every rank works through its own list in order, and waits where an input is not
-there. `timeline.py` gives a schedule its times.
+Section 3.2.1 of the report, table 2 and figure 5. A stage is a slice of layers, a rank an index
+along `mesh.pipe`. Every rank runs its own list of steps in order, and waits for missing inputs.
+Schedules hold no times: `timeline.py` simulates and draws them.
 """
 
 import dataclasses
@@ -16,15 +16,17 @@ from deepseek_jax.config import ConfigError
 
 
 class Work(enum.Enum):
+    """Kinds of tasks; zero bubble schedules split the backward B into I and W."""
+
     FORWARD = "F"
-    INPUT_GRAD = "I"  # the stage before waits for it; the work for the weights is queued
-    WEIGHT_GRAD = "W"  # nobody waits for it, so it fills bubbles
-    BACKWARD = "B"  # both gradients at once
+    INPUT_GRAD = "I"  # the previous stage waits for it
+    WEIGHT_GRAD = "W"  # no stage waits for it, so it can fill bubbles
+    BACKWARD = "B"  # both gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One work of one stage for one micro-batch; `micro` counts over both of DualPipe's streams."""
+    """Work of a stage for one micro-batch; `micro` numbers both streams of DualPipe together."""
 
     work: Work
     stage: int
@@ -32,7 +34,7 @@ class Task:
 
     @property
     def gives(self) -> "Result":
-        """What others may wait for; a BACKWARD's is its input's gradient."""
+        """Result of the task for which others may wait; of a BACKWARD, the input's gradient."""
         names = {Work.FORWARD: "output", Work.WEIGHT_GRAD: "weight gradient"}
         return Result(names.get(self.work, "gradient"), self.stage, self.micro)
 
@@ -41,24 +43,24 @@ class Task:
 
 
 class Result(NamedTuple):
-    """What a task leaves: a stage's "output", the "gradient" of its input, or "weight gradient"."""
+    """Result of a task: a stage's "output", its input's "gradient", or its "weight gradient"."""
 
     name: str
     stage: int
     micro: int
 
 
-Step = tuple[Task, ...]  # one task, or a forward and a backward that overlap
+Step = tuple[Task, ...]  # one task, or an overlapped forward and backward
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A list of steps for each rank.
+    """Steps of each rank.
 
     Attributes:
       kind: a key of `BY_NAME`.
-      ranks, stages, micro_batches: how many there are, over both streams.
-      programs: [rank][step]; a step of two tasks is a FORWARD and a BACKWARD that overlap.
+      ranks, stages, micro_batches: numbers of each; micro-batches over both streams.
+      programs: [rank][step]; a step of two tasks is an overlapped FORWARD and BACKWARD.
     """
 
     kind: str
@@ -68,9 +70,9 @@ class Schedule:
     programs: tuple[tuple[Step, ...], ...]
 
     def owner(self, stage: int, micro: int) -> int:
-        """The rank that runs this stage for this micro-batch.
+        """Rank that runs this stage for this micro-batch.
 
-        DualPipe holds each stage twice, on mirror ranks, one for each stream. DualPipeV's stages
+        DualPipe holds each stage on two mirror ranks, one for each stream. The stages of DualPipeV
         go down the ranks and back up.
         """
         if self.kind == "dualpipe" and micro >= self.micro_batches // 2:
@@ -78,16 +80,17 @@ class Schedule:
         return min(stage, 2 * self.ranks - 1 - stage)
 
     def stream(self, task: Task) -> tuple[int, int]:
-        """How figures name a task: stream 0 or 1, and which of that stream's micro-batches.
+        """Label of a task in figures: its stream, 0 or 1, and its micro-batch's number there.
 
-        DualPipe's streams enter at opposite ends; DualPipeV's are the way down and the way up.
+        DualPipe's streams enter at opposite ends. Those of DualPipeV are the stages on the way down
+        the ranks and on the way up.
         """
         if self.kind == "dualpipe":
             return divmod(task.micro, self.micro_batches // 2)
         return int(task.stage >= self.ranks), task.micro
 
     def needs(self, task: Task) -> list[Result]:
-        """What must be there before the task can start."""
+        """Results that the task takes as inputs."""
         stage, micro = task.stage, task.micro
         if task.work is Work.FORWARD:
             return [Result("output", stage - 1, micro)] if stage else []
@@ -97,10 +100,10 @@ class Schedule:
         return [Result("output", stage, micro), *later]
 
     def order(self) -> Iterator[tuple[int, int]]:
-        """Every (rank, step) once, after all that it needs: one run of the programs, without times.
+        """Every (rank, step) once, after its inputs: a run of the programs without times.
 
         Raises:
-          ValueError: the ranks come to wait for one another; names a task that never starts.
+          ValueError: the ranks deadlock; the message names a task that never starts.
         """
         done: set[Result] = set()
         at = [0] * self.ranks
@@ -120,7 +123,7 @@ class Schedule:
             raise ValueError(self._deadlock(at, done))
 
     def _deadlock(self, at: list[int], done: set[Result]) -> str:
-        """Follows who waits for whom until it comes round, and says what closes the circle."""
+        """Message for a deadlock: follows waiting ranks to the task that closes the circle."""
         waits = {
             rank: next(
                 (task, need)
@@ -145,15 +148,9 @@ class Schedule:
         what = f"the {need.name} of stage {need.stage}, micro-batch {need.micro}"
         return f"{task} on rank {waiting} waits for {what}, which rank {rank} {why}"
 
-    def __str__(self) -> str:
-        """The figure of the report as text: see `simulate.draw`."""
-        from deepseek_jax.parallel.pipeline.timeline import draw
-
-        return draw(self)
-
 
 def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
-    """1F1B: backward as soon as there is one, so a rank holds at most `ranks` micro-batches.
+    """1F1B: backward as soon as possible, so that a rank holds at most `ranks` micro-batches.
 
     Source: PipeDream (Harlap et al., 2018); table 2 of the report.
 
@@ -165,9 +162,9 @@ def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
 
 
 def zb1p(ranks: int, micro_batches: int) -> Schedule:
-    """ZB1P: 1F1B whose weight gradients lag `rank` micro-batches behind, and so fill the end.
+    """ZB1P (zero bubble): 1F1B with W deferred by `rank` micro-batches, so that it fills the end.
 
-    Its bubble is the published one from `ranks` micro-batches on.
+    The bubble equals the published formula from `ranks` micro-batches on.
 
     Source: ZB-H1 of Zero Bubble Pipeline Parallelism (Qi et al., 2023); table 2 of the report.
 
@@ -181,10 +178,10 @@ def zb1p(ranks: int, micro_batches: int) -> Schedule:
 
 
 def dualpipe(ranks: int, micro_batches: int) -> Schedule:
-    """DualPipe: half of the micro-batches enter at each end, so forwards meet backwards to overlap.
+    """DualPipe: half of the micro-batches enter at each end; forwards and backwards overlap.
 
-    Rank r holds stage r for the first half and stage ranks-1-r for the second: each stage is held
-    twice. Mirror ranks run the same list.
+    Rank r holds stage r for the first half and stage ranks-1-r for the second, so each stage is on
+    two ranks. Mirror ranks run the same steps.
 
     Source: section 3.2.1 and figure 5 of the report, and the steps of DeepSeek's released code.
 
@@ -208,9 +205,10 @@ def dualpipe(ranks: int, micro_batches: int) -> Schedule:
 
 
 def dualpipe_v(ranks: int, micro_batches: int) -> Schedule:
-    """DualPipeV: DualPipe cut in half, 2 * ranks stages that go down the ranks and back up.
+    """DualPipeV: DualPipe cut in half, with 2 * ranks stages that go down the ranks and back up.
 
-    Rank r holds stages r and 2*ranks-1-r, each once. The last rank hands over to itself.
+    Rank r holds stages r and 2*ranks-1-r, and no stage is on two ranks. The last rank sends to
+    itself.
 
     Source: DeepSeek's DualPipe repository, after Sea AI Lab's "cut in half".
 
@@ -240,10 +238,10 @@ BY_NAME: dict[str, Callable[[int, int], Schedule]] = {
 
 
 def validate(schedule: Schedule) -> None:
-    """Every task once, after its inputs, on the rank that owns its stage.
+    """Checks that every task runs once, after its inputs, on the rank that owns its stage.
 
     Raises:
-      ValueError: names the task, or the step, that breaks this.
+      ValueError: the message names the task or step that does not.
     """
     if len(schedule.programs) != schedule.ranks:
         raise ValueError(f"{len(schedule.programs)} programs for {schedule.ranks} ranks")
@@ -265,13 +263,13 @@ def validate(schedule: Schedule) -> None:
                 f"stage {stage}, micro-batch {micro} has {' and '.join(works) or 'no task'}, and "
                 "needs F and B, or F, I and W"
             )
-    deque(schedule.order(), maxlen=0)  # runs it to its end
+    deque(schedule.order(), maxlen=0)  # runs the schedule to its end
 
 
 def _one_way(
     ranks: int, micro_batches: int, split: bool = False
 ) -> Callable[[int], Iterator[Step]]:
-    """The program of each rank where all micro-batches enter at rank 0."""
+    """Program of each rank where all micro-batches enter at rank 0; `split` defers W."""
 
     def program(rank: int) -> Iterator[Step]:
         ahead = min(ranks - rank, micro_batches)
@@ -292,10 +290,10 @@ def _one_way(
 def _eight_steps(
     h: int, half: int, many: int, task: Callable[[Work, int, int], Task]
 ) -> Iterator[Step]:
-    """The program of a rank that has `h` ranks before it and `half - h - 1` before the middle.
+    """DualPipe's program of a rank with `h` ranks before it and `half - h - 1` before the middle.
 
-    `task` makes one from its work, its phase (0 entered at this rank's end, 1 comes back from the
-    other) and its number among the `many` of the phase.
+    `task` makes a task from its work, its phase (0: the micro-batch entered at this rank's end, 1:
+    at the other) and its number among the `many` micro-batches of the phase.
     """
     rest = half - h - 1
     numbers = {(work, phase): itertools.count() for work in Work for phase in (0, 1)}
@@ -315,26 +313,26 @@ def _eight_steps(
     for _ in range(h + 1):  # 2: the streams meet
         yield (forward(0),)
         yield (forward(1),)
-    for _ in range(rest):  # 3: gradients go out early, and weights fill the wait
+    for _ in range(rest):  # 3: zero bubble: input gradients leave early, W fills the wait
         yield (backward(1, split=True),)
         yield (queue.popleft(),)
         yield (forward(1),)
     for turn in range(many - 2 * half + h + 1):  # 4: the main part
-        if turn == 0 and rest == 0:  # apart, in the middle: the others wait for this forward
+        if turn == 0 and rest == 0:  # not overlapped on a middle rank: others wait for this F
             yield (forward(0),)
             yield (backward(1),)
         else:
             yield forward(0), backward(1)
         yield forward(1), backward(0)
-    for _ in range(rest):  # 5: phase 0 has no forwards left
+    for _ in range(rest):  # 5: no forwards of phase 0 are left
         yield (backward(1),)
         yield forward(1), backward(0)
-    for turn in range(2 * (h + 1)):  # 6: drain; the second half leaves its weights for later
+    for turn in range(2 * (h + 1)):  # 6: drain; the second half defers W
         yield (backward(1 - turn % 2, split=turn >= h + 1),)
-    for _ in range(rest):  # 7: the same without forwards or bubbles
+    for _ in range(rest):  # 7: zero bubble: deferred W between input gradients
         yield (queue.popleft(),)
         yield (backward(0, split=True),)
-    while queue:  # 8: the weights that are left
+    while queue:  # 8: the remaining W
         yield (queue.popleft(),)
 
 
@@ -346,7 +344,7 @@ def _schedule(
 
 
 def _check(name: str, ranks: int, micro: int, even: bool = False, each: int = 0) -> None:
-    """Raises ConfigError unless there are `each` micro-batches for each rank, and one at least."""
+    """Raises ConfigError unless each rank has `each` micro-batches, and the step at least one."""
     unit, parity = (2, ", an even number") if even else (1, "")
     if ranks < unit or ranks % unit:
         near = f"{ranks - 1} or mesh.pipe={ranks + 1}" if ranks > unit else unit
@@ -363,6 +361,7 @@ def _check(name: str, ranks: int, micro: int, even: bool = False, each: int = 0)
 
 
 def _check_place(schedule: Schedule, rank: int, task: Task) -> None:
+    """Raises ValueError unless the task exists and `rank` owns its stage."""
     stages, micro_batches = schedule.stages, schedule.micro_batches
     if task.stage not in range(stages) or task.micro not in range(micro_batches):
         raise ValueError(

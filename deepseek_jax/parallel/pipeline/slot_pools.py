@@ -1,4 +1,4 @@
-"""What a loop over ticks carries: pools of slots, sums, and what changes only in some turns."""
+"""State that a loop over ticks carries: pools of slots, sums, and conditional updates of them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,31 +10,33 @@ from jax import lax
 
 
 def zeros(tree: Any) -> Any:
-    """Of these shapes and dtypes."""
+    """Zeros with the shapes and dtypes of a tree's leaves."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def pool(like: Any, slots: int) -> jax.Array:
-    """Room for so many arrays like this one."""
+    """Pool of `slots` arrays with the shape and dtype of `like`."""
     return jnp.zeros((slots, *like.shape), like.dtype)
 
 
 def read(pool: jax.Array, slot: jax.Array) -> jax.Array:
+    """Array in slot `slot`, a traced index."""
     return lax.dynamic_index_in_dim(pool, slot, 0, keepdims=False)
 
 
 def write(pool: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+    """The pool with `value` in slot `slot`."""
     return lax.dynamic_update_index_in_dim(pool, value, slot, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedPools:
-    """Pools for trees of several kinds: arrays that are alike in two of them share one.
+    """Pools for several kinds of trees; leaves of equal shape and dtype in two kinds share a pool.
 
     Attributes:
-      likes: of each pool, an array's shape and dtype.
-      pool_of: [kind][leaf] -> number of its pool.
-      trees: the structure of each kind.
+      likes: shape and dtype of the arrays of each pool.
+      pool_of: [kind][leaf] -> number of the leaf's pool.
+      trees: tree structure of each kind.
     """
 
     likes: list[Any]
@@ -43,6 +45,7 @@ class SharedPools:
 
     @classmethod
     def of(cls, kinds: Sequence[Any]) -> "SharedPools":
+        """Pools for trees like `kinds`, whose leaves have a shape and a dtype."""
         likes: list[Any] = []
         pool_of: list[list[int]] = []
         for kind in kinds:
@@ -60,26 +63,31 @@ class SharedPools:
         return cls(likes, pool_of, [jax.tree.structure(kind) for kind in kinds])
 
     def pools(self, slots: int) -> list[jax.Array]:
+        """New pools of `slots` slots each."""
         return [pool(like, slots) for like in self.likes]
 
     def read(self, pools: list[jax.Array], kind: int, slot: jax.Array) -> Any:
+        """Tree of the given kind in slot `slot`."""
         leaves = [read(pools[number], slot) for number in self.pool_of[kind]]
         return jax.tree.unflatten(self.trees[kind], leaves)
 
     def write(
         self, pools: list[jax.Array], kind: int, slot: jax.Array, tree: Any
     ) -> list[jax.Array]:
-        """What other kinds alone have is left as it is."""
+        """The pools with `tree` in slot `slot`; pools that its kind does not use are unchanged."""
         new = dict(zip(self.pool_of[kind], jax.tree.leaves(tree), strict=True))
         return [write(p, slot, new[i]) if i in new else p for i, p in enumerate(pools)]
 
 
 def accumulated(totals: list[Any], chunk: int, more: Any, on: jax.Array) -> list[Any]:
-    """What idle work made is dropped, whatever it is."""
+    """`totals` with `more` added to the chunk's; where `on` is false `more` counts as zeros."""
     sums = jax.tree.map(lambda old, new: old + jnp.where(on, new, 0), totals[chunk], more)
     return [sums if c == chunk else total for c, total in enumerate(totals)]
 
 
 def run_if(on: jax.Array, fn: Callable[[Any], Any], value: Any) -> Any:
-    """fn(value) or value. Unlike a conditional, a loop of one or no turn copies neither."""
+    """fn(value) if `on`, else value.
+
+    A loop of 0 or 1 trips, because XLA copies the operands of `lax.cond`.
+    """
     return lax.fori_loop(0, on.astype(jnp.int32), lambda _, value: fn(value), value)

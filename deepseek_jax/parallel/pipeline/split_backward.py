@@ -1,8 +1,9 @@
-"""A backward pass in two halves: what the stage before is waiting for, and what can wait.
+"""Split of a backward pass into input gradients (B) and weight gradients (W), as in zero bubble.
 
-Nobody but the optimiser needs the gradients of weights. `split` traces a pass that makes both,
-runs what the inputs' gradients need, and leaves the rest with the arrays that it will want: for a
-matmul its input and its output's gradient. Nothing is computed twice.
+The previous stage waits for input gradients; only the optimiser needs weight gradients. `split`
+traces a pass that makes both, runs the equations that the input gradients depend on, and returns
+the remaining ones with the arrays that they read: for a matmul, its input and the gradient of its
+output. Nothing is computed twice.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-# Primitives that call a jaxpr once, and would hide both halves from one another.
+# Primitives that call a jaxpr once; they are inlined, so that their equations can be split.
 _CALLS = {
     "jit",
     "pjit",
@@ -27,84 +28,88 @@ _CALLS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Later:
-    """Attributes:
-    arrays: all that is needed to go on.
-    rest: what goes on.
+    """Deferred part of a computation.
+
+    Attributes:
+      arrays: values that its equations read.
+      rest: its equations.
     """
 
     arrays: list[jax.Array]
-    rest: "_Rest" = dataclasses.field(metadata=dict(static=True))
+    rest: "_Deferred" = dataclasses.field(metadata=dict(static=True))
 
     def make(self) -> Any:
-        env = dict(zip(self.rest.given, self.arrays, strict=True))
-        _run(self.rest.lines, env)
+        """Runs the deferred part and returns its results."""
+        env = dict(zip(self.rest.inputs, self.arrays, strict=True))
+        _run(self.rest.eqns, env)
         return jax.tree.unflatten(self.rest.tree, [_value(env, v) for v in self.rest.results])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Rest:
-    lines: list[Any]
-    given: list[Any]
+class _Deferred:
+    eqns: list[Any]
+    inputs: list[Any]
     results: list[Any]
     tree: Any
 
 
 def split(fn: Callable[[], tuple[Any, Any]]) -> tuple[Later, Any]:
-    """What fn() = (late, now) returns: `now`, and what makes `late`."""
+    """Runs fn() = (late, now) as far as `now` needs; returns the deferred `late`, and `now`."""
     calls, (late, now) = jax.make_jaxpr(fn, return_shape=True)()
     inlined = jax.make_jaxpr(lambda: _inline(calls.jaxpr, calls.consts, ()))()
     late_leaves, late_tree = jax.tree.flatten(late)
     jaxpr, count = inlined.jaxpr, len(late_leaves)
-    lines = list(jaxpr.eqns)
-    first = _needed(lines, jaxpr.outvars[count:])
-    done = {v for line in first for v in line.outvars}
-    rest = [x for x in _needed(lines, jaxpr.outvars[:count]) if not done.intersection(x.outvars)]
+    eqns = list(jaxpr.eqns)
+    first = _needed(eqns, jaxpr.outvars[count:])
+    done = {v for eqn in first for v in eqn.outvars}
+    rest = [x for x in _needed(eqns, jaxpr.outvars[:count]) if not done.intersection(x.outvars)]
 
     env = dict(zip(jaxpr.constvars, inlined.consts, strict=True))
     _run(first, env)
-    asked = [v for line in rest for v in line.invars] + jaxpr.outvars[:count]
-    given = [v for v in dict.fromkeys(v for v in asked if not isinstance(v, Literal)) if v in env]
-    later = Later([env[v] for v in given], _Rest(rest, given, jaxpr.outvars[:count], late_tree))
+    asked = [v for eqn in rest for v in eqn.invars] + jaxpr.outvars[:count]
+    inputs = [v for v in dict.fromkeys(v for v in asked if not isinstance(v, Literal)) if v in env]
+    later = Later(
+        [env[v] for v in inputs], _Deferred(rest, inputs, jaxpr.outvars[:count], late_tree)
+    )
     return later, jax.tree.unflatten(
         jax.tree.structure(now), [_value(env, v) for v in jaxpr.outvars[count:]]
     )
 
 
-def _needed(lines: list[Any], results: Iterable[Any]) -> list[Any]:
-    """The lines that results depend on, in order."""
+def _needed(eqns: list[Any], results: Iterable[Any]) -> list[Any]:
+    """Equations on which `results` depend, in order."""
     wanted = {v for v in results if not isinstance(v, Literal)}
     found = []
-    for line in reversed(lines):
-        if wanted.intersection(line.outvars):
-            found.append(line)
-            wanted.update(v for v in line.invars if not isinstance(v, Literal))
+    for eqn in reversed(eqns):
+        if wanted.intersection(eqn.outvars):
+            found.append(eqn)
+            wanted.update(v for v in eqn.invars if not isinstance(v, Literal))
     return found[::-1]
 
 
 def _inline(jaxpr: Any, consts: Iterable[Any], arguments: Iterable[Any]) -> list[Any]:
-    """The results of a jaxpr, its calls replaced by what they call."""
+    """Results of a jaxpr, with the bodies of its calls in their places."""
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-    for line in jaxpr.eqns:
-        called = _called(line) if line.primitive.name in _CALLS else None
+    for eqn in jaxpr.eqns:
+        called = _called(eqn) if eqn.primitive.name in _CALLS else None
         if called is None:
-            _run([line], env)
+            _run([eqn], env)
         else:
             inner, inner_consts = getattr(called, "jaxpr", called), getattr(called, "consts", ())
-            given = [_value(env, v) for v in line.invars]
-            env.update(zip(line.outvars, _inline(inner, inner_consts, given), strict=True))
+            inputs = [_value(env, v) for v in eqn.invars]
+            env.update(zip(eqn.outvars, _inline(inner, inner_consts, inputs), strict=True))
     return [_value(env, v) for v in jaxpr.outvars]
 
 
-def _called(line: Any) -> Any:
-    return next(line.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in line.params)
+def _called(eqn: Any) -> Any:
+    """Jaxpr that an equation calls."""
+    return next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
 
 
-def _run(lines: Iterable[Any], env: dict[Any, Any]) -> None:
-    for line in lines:
-        out = line.primitive.bind(*(_value(env, v) for v in line.invars), **line.params)
-        env.update(
-            zip(line.outvars, out if line.primitive.multiple_results else [out], strict=True)
-        )
+def _run(eqns: Iterable[Any], env: dict[Any, Any]) -> None:
+    for eqn in eqns:
+        out = eqn.primitive.bind(*(_value(env, v) for v in eqn.invars), **eqn.params)
+        env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
 
 
 def _value(env: dict[Any, Any], v: Any) -> Any:

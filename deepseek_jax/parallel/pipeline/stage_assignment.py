@@ -1,9 +1,9 @@
-"""Which layer is where in a pipeline, and the way of its weights from their masters and back.
+"""Assignment of layers to pipeline ranks; exchange of their weights and gradients with masters.
 
-Masters, moments and averages know nothing of the pipeline: they are stacked by layer, and ZeRO
-splits them over `pipe` too, innermost. Before a step each rank fetches the layers of its stages
-with one all-to-all; after it, the gradients go home the same way, where those of the two ranks that
-hold a stage in DualPipe add up. So a checkpoint fits any number of stages.
+Masters, moments and averages are independent of the pipeline: they are stacked by layer, and ZeRO
+shards them over `pipe` too, innermost. Before a step each rank fetches the layers of its stages
+with one all-to-all. After it, another returns the gradients; those of the two ranks that hold a
+stage in DualPipe are summed. A checkpoint therefore fits any number of stages.
 """
 
 import dataclasses
@@ -14,19 +14,19 @@ import numpy as np
 from jax import lax
 
 from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.parallel.axes import PIPE
 from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.lockstep import BidirectionalStages
 from deepseek_jax.parallel.pipeline.one_f_one_b import LinearStages
 
-NOTHING = -1
-AXIS = "pipe"
+NOTHING = -1  # in place of a layer's number: an empty slot
 
 
 def stage_map(config: Config) -> BidirectionalStages | LinearStages:
-    """Who holds which stage.
+    """Stages of each rank under the schedule `layout.pipeline`.
 
     Raises:
-      ConfigError: DualPipe, and an odd number of ranks.
+      ConfigError: DualPipe with an odd number of ranks.
     """
     ranks = config.mesh.pipe
     made = schedule.BY_NAME[config.layout.pipeline](ranks, 2 * ranks)
@@ -36,10 +36,13 @@ def stage_map(config: Config) -> BidirectionalStages | LinearStages:
 
 
 def layers_per_stage(layers: int, stages: int, given: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """How many layers each stage has: equally many, the last ones fewer, for they have the head.
+    """Number of layers of each stage: equal, but fewer in the last ones, which also run the head.
+
+    Args:
+      given: layout.stage_layers, used instead unless empty.
 
     Raises:
-      ConfigError: `given` (layout.stage_layers) are not as many as the stages or do not add up.
+      ConfigError: `given` has not one number for each stage, or they do not add up to `layers`.
     """
     if not given:
         each = -(-layers // stages)
@@ -55,22 +58,23 @@ def layers_per_stage(layers: int, stages: int, given: tuple[int, ...] = ()) -> t
 
 @dataclasses.dataclass(frozen=True)
 class LayerAssignment:
-    """Where layers are: [rank, chunk, slot] -> number of the layer, or NOTHING.
+    """Layers of every rank.
 
-    A slot without a layer has weights that are all zeros, with which a residual block changes
-    nothing and gets no gradient.
+    Attributes:
+      layers: [rank, chunk, slot] -> number of the layer, or NOTHING. The weights of an empty slot
+        are zeros, with which a residual block is the identity and has no gradient.
     """
 
     layers: np.ndarray
 
     @property
     def chunks(self) -> int:
-        """Of a rank."""
+        """Chunks per rank."""
         return self.layers.shape[1]
 
     @property
     def slots(self) -> int:
-        """Of a chunk."""
+        """Layer slots per chunk."""
         return self.layers.shape[-1]
 
     def rows(self, first: int, count: int) -> np.ndarray:
@@ -80,38 +84,41 @@ class LayerAssignment:
 
 
 def assign_layers(config: Config) -> LayerAssignment:
-    held = stage_map(config)
+    """Layers of every rank under this config."""
+    assignment = stage_map(config)
     given = config.layout.stage_layers
-    return spread(held, layers_per_stage(config.model.layers, held.stages, given))
+    return spread(assignment, layers_per_stage(config.model.layers, assignment.stages, given))
 
 
-def spread(wall: BidirectionalStages | LinearStages, split: tuple[int, ...]) -> LayerAssignment:
-    """Where layers are whose stages have so many each."""
-    starts = np.cumsum((0, *split))
-    table = np.full((wall.ranks, wall.chunks, max(split)), NOTHING)
-    for rank in range(wall.ranks):
-        for chunk in range(wall.chunks):
-            stage = wall.stage(rank, chunk)
-            table[rank, chunk, : split[stage]] = np.arange(starts[stage], starts[stage + 1])
+def spread(
+    assignment: BidirectionalStages | LinearStages, counts: tuple[int, ...]
+) -> LayerAssignment:
+    """Layers of every rank, from the stages of every rank and the number of layers per stage."""
+    starts = np.cumsum((0, *counts))
+    table = np.full((assignment.ranks, assignment.chunks, max(counts)), NOTHING)
+    for rank in range(assignment.ranks):
+        for chunk in range(assignment.chunks):
+            stage = assignment.stage(rank, chunk)
+            table[rank, chunk, : counts[stage]] = np.arange(starts[stage], starts[stage + 1])
     return LayerAssignment(table)
 
 
 def fetch(stack: jax.Array, rows: np.ndarray, dim: int, over: tuple[str, ...]) -> jax.Array:
-    """The layers of this rank's stages, whole, from ZeRO parts of all layers.
+    """Whole weights of this rank's layers, from the ZeRO shards of all layers.
 
     Args:
-      stack: L..., split along `dim` over the mesh axes `over`.
-      rows: [ranks, R] numbers in L, or NOTHING for zeros.
+      stack: L..., this device's shard along `dim` over the mesh axes `over`.
+      rows: [ranks, R] indices into L, or NOTHING for zeros.
 
     Returns:
       R...
     """
     padded = jnp.concatenate([stack, jnp.zeros_like(stack[:1])])
-    if AXIS not in over:
-        value = padded[jnp.asarray(rows)[lax.axis_index(AXIS)]]
+    if PIPE not in over:
+        value = padded[jnp.asarray(rows)[lax.axis_index(PIPE)]]
     else:
-        value = lax.all_to_all(padded[jnp.asarray(rows)], AXIS, 0, dim + 1, tiled=True)[0]
-    rest = tuple(name for name in over if name != AXIS)
+        value = lax.all_to_all(padded[jnp.asarray(rows)], PIPE, 0, dim + 1, tiled=True)[0]
+    rest = tuple(name for name in over if name != PIPE)
     return lax.all_gather(value, rest, axis=dim, tiled=True) if rest else value
 
 
@@ -123,20 +130,24 @@ def return_gradients(
     over: tuple[str, ...],
     summed: tuple[str, ...],
 ) -> jax.Array:
-    """The other way: gradients R... of this rank's stages -> their sums L..., split as `fetch` had.
+    """Transpose of `fetch`: gradients R... of this rank's layers -> shards L... of their sums.
 
     Args:
-      summed: mesh axes along which ranks hold the same weight, `over` among them.
+      summed: mesh axes over which the weight is replicated, `over` among them.
     """
-    rest = tuple(name for name in over if name != AXIS)
+    rest = tuple(name for name in over if name != PIPE)
     if rest:
         value = lax.psum_scatter(value, rest, scatter_dimension=dim, tiled=True)
-    if more := tuple(name for name in summed if name not in over and name != AXIS):
+    if more := tuple(name for name in summed if name not in over and name != PIPE):
         value = lax.psum(value, more)
-    if AXIS in over:
-        sent = lax.all_to_all(value[None], AXIS, dim + 1, 0, tiled=True)
-        home = jnp.zeros((layers + 1, *sent.shape[2:]), value.dtype).at[jnp.asarray(rows)].add(sent)
-        return home[:layers]
-    mine = jnp.asarray(rows)[lax.axis_index(AXIS)]
-    home = jnp.zeros((layers + 1, *value.shape[1:]), value.dtype).at[mine].add(value)
-    return lax.psum(home[:layers], AXIS)
+    if PIPE in over:
+        received = lax.all_to_all(value[None], PIPE, dim + 1, 0, tiled=True)
+        sums = (
+            jnp.zeros((layers + 1, *received.shape[2:]), value.dtype)
+            .at[jnp.asarray(rows)]
+            .add(received)
+        )
+        return sums[:layers]
+    mine = jnp.asarray(rows)[lax.axis_index(PIPE)]
+    sums = jnp.zeros((layers + 1, *value.shape[1:]), value.dtype).at[mine].add(value)
+    return lax.psum(sums[:layers], PIPE)

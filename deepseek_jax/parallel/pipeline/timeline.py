@@ -1,6 +1,6 @@
-"""When each step of a schedule runs, with free messages: bubbles, live activations, the figure.
+"""Simulated times of a schedule with free messages: bubbles, live activations, and the figure.
 
-Formulas are those of table 2 of the report and of DeepSeek's DualPipe repository; PP stages.
+The formulas are from table 2 of the report and DeepSeek's DualPipe repository, for PP stages.
 """
 
 import dataclasses
@@ -10,11 +10,11 @@ from deepseek_jax.parallel.pipeline.schedule import Result, Schedule, Step, Task
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a step of one stage takes, all in one unit of time.
+    """Times of the steps of one stage, all in one unit.
 
     Attributes:
       forward, input_grad, weight_grad: F, I and W; a full backward B is I + W.
-      pair: F&B, an overlapped forward and backward; F + B if not given, which hides messages only.
+      pair: F&B, an overlapped forward and backward. None: F + B, where only messages overlap.
     """
 
     forward: float = 1
@@ -24,13 +24,16 @@ class Costs:
 
     @property
     def backward(self) -> float:
+        """Time of a full backward, B."""
         return self.input_grad + self.weight_grad
 
     @property
     def overlapped(self) -> float:
+        """Time of an overlapped forward and backward, F&B."""
         return self.forward + self.backward if self.pair is None else self.pair
 
     def of(self, step: Step) -> float:
+        """Time of a step."""
         if len(step) > 1:
             return self.overlapped
         return {
@@ -41,18 +44,18 @@ class Costs:
         }[step[0].work]
 
 
-UNIT = Costs()  # F = I = W = 1, B = 2, F&B = 3: the figure's
+UNIT = Costs()  # F = I = W = 1, B = 2, F&B = 3, as in the figure
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """A schedule's run, from time 0, in the unit of its costs.
+    """Times of a schedule from time 0, in the unit of its costs.
 
     Attributes:
       starts, ends: [rank][step].
-      makespan: when the last rank is done.
-      bubbles: of each rank, the time of the makespan in which it has no step.
-      peaks: of each rank, the most chunks live at once: from their F to the end of their W or B.
+      makespan: time at which the last rank finishes.
+      bubbles: [rank], time within the makespan without a step.
+      peaks: [rank], the most chunks live at once: from their F to the end of their W or B.
     """
 
     starts: tuple[tuple[float, ...], ...]
@@ -63,10 +66,10 @@ class Timeline:
 
 
 def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
-    """Runs every rank's program in order, each step as soon as its inputs are there.
+    """Runs every rank's program in order, each step as soon as its inputs are ready.
 
     Raises:
-      ValueError: the programs come to a halt before their end.
+      ValueError: the programs deadlock.
     """
     ready: dict[Result, float] = {}
     starts: list[list[float]] = [[] for _ in schedule.programs]
@@ -90,10 +93,11 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
 
 
 def bubble_formula(kind: str, stages: int, costs: Costs = UNIT) -> float:
-    """The published bubble of a rank, in the unit of the costs, for a kind of `schedule.BY_NAME`.
+    """Published bubble of a rank, in the unit of the costs, for a kind of `schedule.BY_NAME`.
 
-    DualPipe's released list of steps stays at or below it where W <= F <= I and B <= F&B <= F + B,
-    and meets it where F = I; ZB1P meets it from PP micro-batches on where W <= F and W <= I.
+    The bubble of DualPipe's released steps is at most this where W <= F <= I and
+    B <= F&B <= F + B, and equals it where F = I. That of ZB1P equals it from PP micro-batches on
+    where W <= F and W <= I.
     """
     forward, backward, weight = costs.forward, costs.backward, costs.weight_grad
     both_ways = (stages // 2 - 1) * (costs.overlapped + backward - 3 * weight)
@@ -106,17 +110,17 @@ def bubble_formula(kind: str, stages: int, costs: Costs = UNIT) -> float:
 
 
 def peak_formula(kind: str, stages: int) -> int:
-    """The published most live chunks of a rank; a chunk is one stage for one micro-batch."""
+    """Published peak of live chunks of a rank; a chunk is one stage for one micro-batch."""
     return stages if kind in ("1f1b", "zb1p") else stages + 1
 
 
 def draw(schedule: Schedule) -> str:
-    """The schedule as figure 5 of the report, in characters, at F = I = W = 1 and F&B = 3.
+    """Drawing of the schedule in text, like figure 5 of the report, at F = I = W = 1 and F&B = 3.
 
-    A line for each rank. A unit of time is as wide as "a7". a and b are the two streams' forwards
-    (DualPipeV: the way down and the way up), A and B their backwards: of one unit for inputs only,
-    filled up with "=" where full. x and y are their weight gradients, "a7&B3=" a forward and a
-    backward that overlap, ".." nothing.
+    There is a line for each rank; a unit of time is as wide as "a7". a and b are forwards of the
+    two streams (of DualPipeV: on the way down and on the way up). A and B are their backwards: one
+    unit for input gradients only, filled up with "=" for both gradients. x and y are weight
+    gradients, "a7&B3=" is an overlapped forward and backward, and ".." is idle.
     """
     timeline = simulate(schedule)
     tasks = (task for program in schedule.programs for step in program for task in step)
@@ -150,6 +154,7 @@ def _label(schedule: Schedule, task: Task, digits: int) -> str:
 
 
 def _peak(program: tuple[Step, ...]) -> int:
+    """Peak of the chunks that are live at once."""
     live = peak = 0
     for step in program:
         live += sum(task.work is Work.FORWARD for task in step)

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.parallel.pipeline import timeline
 from deepseek_jax.parallel.pipeline.schedule import (
     BY_NAME,
     Schedule,
@@ -34,22 +35,22 @@ rank 2 |....a0A0a1A1a2A2x0a3A3x1x2x3|
 
 
 def test_the_published_figure():
-    assert f"{dualpipe(8, 20)}\n" == FIGURE
+    assert f"{timeline.draw(dualpipe(8, 20))}\n" == FIGURE
 
 
 def test_dualpipe_v_is_half_of_the_figure():
-    assert str(dualpipe_v(4, 10)).splitlines() == FIGURE.splitlines()[:4]
+    assert timeline.draw(dualpipe_v(4, 10)).splitlines() == FIGURE.splitlines()[:4]
 
 
 def test_other_figures():
-    assert f"{zb1p(3, 4)}\n" == ZB1P
-    assert f"{one_f_one_b(3, 2)}\n" == ONE_F_ONE_B
+    assert f"{timeline.draw(zb1p(3, 4))}\n" == ZB1P
+    assert f"{timeline.draw(one_f_one_b(3, 2))}\n" == ONE_F_ONE_B
 
 
 def test_two_digits_keep_the_columns():
-    first, *_, last = str(dualpipe(2, 24)).splitlines()
+    first, *_, last = timeline.draw(dualpipe(2, 24)).splitlines()
     assert first.startswith("rank 0 |a00b00a01B00===b01&A00==") and len(first) == len(last)
-    assert str(one_f_one_b(11, 1)).splitlines()[0].startswith("rank  0 |a0..")
+    assert timeline.draw(one_f_one_b(11, 1)).splitlines()[0].startswith("rank  0 |a0..")
 
 
 def test_the_order_of_rank_0():
