@@ -67,7 +67,7 @@ def keys() -> dict[str, object]:
 
 KEYS = keys()
 BENCHES = constant(PACKAGE / "bench/__main__.py", "NAMES")
-PLANS = tuple(constant(PACKAGE / "plan/__main__.py", "OF"))
+PLANS = tuple(constant(PACKAGE / "plan/__main__.py", "FLAGS_OF"))
 MODULES = {
     "plan": PACKAGE / "plan/__main__.py",
     "bench": PACKAGE / "bench/__main__.py",
