@@ -21,6 +21,7 @@ from deepseek_jax.parallel.pipeline.slot_pools import (
     pool,
     read,
     run_if,
+    run_work_if,
     write,
     zeros,
 )
@@ -41,18 +42,23 @@ class Stages(Protocol):
         ...
 
     def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[tuple[Any, Any, Any]]:
-        """The output, what backward needs (a list of arrays), and a pytree of sums to record."""
+        """The output, the residuals that backward needs, and a pytree of sums to record.
+
+        Residuals are a pytree with all that backward has to know of its structure. The executor
+        pools their leaves, so every trace must yield leaves of the same shapes in the same order;
+        the structure that it hands to `backward` may be another trace's.
+        """
         ...
 
     def backward(
-        self, chunk: int, kept: list[jax.Array], d_y: jax.Array, on: jax.Array
-    ) -> Steps[tuple[jax.Array, Any, list[Any]]]:
-        """The gradients of the input and of the chunk's weights, these float32; and, if the model
-        defers them, what is missing of the weights' as arrays that `rest_of_backward` wants."""
+        self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array
+    ) -> Steps[tuple[jax.Array, Any, Any]]:
+        """The gradients of the input and of the chunk's weights, these float32; and residuals, as
+        of `forward`, for the gradients of weights that are left to `rest_of_backward`."""
         ...
 
-    def rest_of_backward(self, chunk: int, later: list[Any]) -> Any:
-        """What is missing of the weights' gradients."""
+    def rest_of_backward(self, chunk: int, later: Any) -> Any:
+        """The gradients of weights that `backward` deferred."""
         ...
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
@@ -233,6 +239,6 @@ class _Tick:
             interleave(works, self.pipeline.turns)
             return out["f"], out["b"]
         return (
-            lax.cond(f_on, lambda: run_to_end(forward), lambda: zeros(self.whole[f])),
-            lax.cond(b_on, lambda: run_to_end(backward), lambda: zeros(self.back[b])),
+            run_work_if(f_on, forward, self.whole[f]),
+            run_work_if(b_on, backward, self.back[b]),
         )
