@@ -228,26 +228,22 @@ def _halves(config: Config, recompute: str) -> dict[str, Any]:
         (2, sized.batch.length, sized.model.d_model), how.recipe.activation_dtype
     )
 
-    def traced(defer: bool, weights: Any, rest: Any, x: Any) -> tuple[Stage, Any]:
-        """Stage, and the residuals of its forward."""
+    def stage(defer: bool, weights: Any, rest: Any) -> Stage:
         slot = stages.single_layer(nnx.merge(graph, weights, rest))
-        stage = stages.Stage([slot], how, sized.model.experts, jnp.float32(0), defer)
-        return stage, run_to_end(stage.forward(x, on))[1]
+        return stages.Stage([slot], how, sized.model.experts, jnp.float32(0), defer)
 
-    def kept_of(*given: Any) -> Any:
-        return traced(False, *given)[1]
+    def kept_of(weights: Any, rest: Any, x: Any) -> Any:
+        return run_to_end(stage(False, weights, rest).forward(x, on))[1]
 
-    def whole_of(kept: Any, *given: Any) -> Any:
-        return run_to_end(traced(False, *given)[0].backward(kept, given[2], on))[:2]
+    def whole_of(kept: Any, weights: Any, rest: Any, x: Any) -> Any:
+        return run_to_end(stage(False, weights, rest).backward(kept, x, on))[:2]
 
-    def inputs_of(kept: Any, *given: Any) -> Any:
-        d_x, _, later = run_to_end(traced(True, *given)[0].backward(kept, given[2], on))
+    def inputs_of(kept: Any, weights: Any, rest: Any, x: Any) -> Any:
+        d_x, _, later = run_to_end(stage(True, weights, rest).backward(kept, x, on))
         return d_x, later
 
-    def rest_of(later: Any, kept: Any, *given: Any) -> Any:
-        stage, _ = traced(True, *given)
-        jax.eval_shape(lambda kept: run_to_end(stage.backward(kept, given[2], on)), kept)
-        return stage.rest_of_backward(later)
+    def rest_of(later: Any, weights: Any, rest: Any) -> Any:
+        return stage(True, weights, rest).rest_of_backward(later)
 
     def flops(run: Any, *given: Any) -> float:
         counted: Any = jax.jit(run).lower(*given).compile().cost_analysis()
@@ -258,7 +254,7 @@ def _halves(config: Config, recompute: str) -> dict[str, Any]:
         kept = jax.eval_shape(kept_of, *given)
         later = jax.eval_shape(inputs_of, kept, *given)[1]
         whole, inputs = (flops(run, kept, *given) for run in (whole_of, inputs_of))
-        others = flops(rest_of, later, kept, *given)
+        others = flops(rest_of, later, weights, rest)
     return {
         "recompute": recompute,
         "whole": whole,

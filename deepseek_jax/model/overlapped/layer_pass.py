@@ -1,14 +1,14 @@
-"""Two micro-batches in one MoE layer: the work of one under the messages of the other.
+"""Forward and backward of a MoE layer in steps, which can be interleaved with other work.
 
-Forward and backward go in steps (attention, a hop, a matmul of the experts), and a table of turns
-says which stand side by side: here those of forward, with two hops. Backward mirrors it. What a
-step computes is what a `Block` computes; only the order is told here.
+A step is attention, a hop, or a matmul of the experts, and a table of turns says which steps stand
+side by side. Here those of two micro-batches in forward, with two hops; backward mirrors it. A step
+computes what a `Block` computes; only the order is decided here.
 
     turn       1          2         3      4      5     6       7         8
     a      attention   hop, hop  gate_up  down   hop   hop   shared
     b                 attention    hop    hop  gate_up down    hop   hop, shared
 
-Two entries of a column need nothing of one another, so a message can travel under matmuls.
+Two entries of a column are independent, so a message can travel under matmuls.
 """
 
 import dataclasses
@@ -60,244 +60,111 @@ def hops_of(how: Execution) -> int:
     return len(stepped(how).hop_axes())
 
 
+def block_modules(block: Any) -> dict[str, Any]:
+    """The modules of a MoE `Block` by name, as `layer_weights` reads them."""
+    modules = {name: getattr(block, name) for name in ("attention_norm", "attention", "feed_norm")}
+    modules |= {name: getattr(block.feed, name) for name in ("router", "experts")}
+    if block.feed.config.shared_experts:
+        modules["shared"] = block.feed.shared
+    return modules
+
+
+def layer_weights(modules: dict[str, Any]) -> dict[str, Any]:
+    """Weights by the step of a layer pass that reads them; None for a step that there is not."""
+    norm, shared = modules["feed_norm"], modules.get("shared")
+    wide = (modules["dense"],) if "dense" in modules else ()
+    return {
+        "attend": (modules["attention_norm"], modules["attention"]),
+        "gate": (norm, modules["router"]),
+        "experts": modules["experts"].weights(),
+        "shared": (norm, shared, *wide) if shared is not None or wide else None,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What a block is, where it may be known to a device only while it runs.
+    """The kind of a layer, which a device may know only at run time.
 
     Attributes:
       routed: () bool, whether tokens go to experts at all.
-      dense: () bool, whether the wide network stands in for the shared experts.
+      dense: () bool, whether the wide network of a dense layer replaces the shared experts.
     """
 
     routed: Any
     dense: Any
 
 
+MOE_LAYER = LayerKind(routed=np.True_, dense=np.False_)
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerPass:
-    """One micro-batch on its way through a block: what later steps need of earlier ones.
+    """A layer that runs in steps.
 
     Attributes:
-      entering, x: BSD, before and after attention.
-      gated, sent: what the gate made of it; routing weights and experts, (BS)K each.
-      arrived: what came to the experts that are here, as it travels.
-      summed: (BS)D, the first round's sum.
-      left: (BS)K bool, choices that the first round did not serve.
-      rounds: () float32, how many it took until all were served.
-      pulls: of each step, from its result's cotangent to those of its arguments.
+      how: recipe, dispatch and recompute policy.
+      experts: E.
+      weights: by step, see `layer_weights`.
+      kind: kind of the layer.
+      defer: whether backward leaves gradients of weights for later (zero bubble's W).
+      recompute_all: full recomputation by the pass itself. It saves only the layer's input and the
+        tokens received over the slow hop; backward recomputes attention, and resends the tokens
+        over the fast hop in one message with the output's gradients. Without it, full recomputation
+        is left to the checkpoint around the layer.
     """
 
-    entering: jax.Array
-    x: jax.Array
-    gated: Gated
-    sent: tuple[jax.Array, jax.Array]
-    arrived: Received
-    exchange: Exchange
-    summed: jax.Array
-    left: jax.Array
-    rounds: jax.Array
-    d_out: jax.Array
-    d_routing: Routing
+    how: Execution
+    experts: int
+    weights: dict[str, Any]
+    kind: LayerKind = MOE_LAYER
+    defer: bool = False
+    recompute_all: bool = False
 
-    def __init__(
-        self,
-        how: Execution,
-        experts: int,
-        weights: Any,
-        kind: LayerKind | None = None,
-        defer: bool = False,
-        recompute_all: bool = False,
-    ) -> None:
-        """One that has nothing behind it yet.
+    def forward(self, x: jax.Array) -> "ForwardPass":
+        """The forward pass of one micro-batch, x BSD."""
+        return ForwardPass(self, x)
+
+    def backward(
+        self, residuals: Residuals, d_out: jax.Array, d_routing: Routing
+    ) -> "BackwardPass":
+        """The backward pass of one micro-batch.
 
         Args:
-          defer: leave the weights' gradients to `rest_of_gradients`.
-          again: keep what entered and what crossed the slow network, and no more: backward begins
-            with attention, and has the fast hop bring the tokens beside their gradients.
+          residuals: those of its forward pass.
+          d_out: BSD, gradient of the layer's output.
+          d_routing: gradient of its routing.
         """
-        self.how, self.dispatch, self.experts, self.weights = how, stepped(how), experts, weights
-        self.kind = kind or LayerKind(routed=np.True_, dense=np.False_)
-        self.defer, self.recompute_all = defer, recompute_all
-        self.pulls: dict[str, Any] = {}
-        self.shared = self.d_shared = None
+        return BackwardPass(self, residuals, d_out, d_routing)
 
-    def kept(self) -> "Residuals":
-        """What backward needs beside the weights."""
-        resent = self.recompute_all and self.arrived.passed is not None
-        without: dict[str, Any] = {"rows" if resent else "passed": None}
-        arrived = dataclasses.replace(self.arrived, **without)
-        x = self.entering if self.recompute_all else self.x
-        kept = x, self.sent, arrived, self.left, self.rounds, self.pulls
-        return without_weights(self.weights, kept)
-
-    def restore(self, kept: "Residuals", cotangent: tuple[jax.Array, Routing]) -> "LayerPass":
-        """Ready for the way back."""
-        x, self.sent, self.arrived, self.left, self.rounds, self.pulls = with_weights(
-            self.weights, kept
-        )
-        self.entering = self.x = x
-        self.d_out, self.d_routing = cotangent
-        self.d_x = self.d_out
-        return self
-
-    # Forward.
-
-    def forward(self, x: jax.Array, *, shared: bool = False) -> Steps[None]:
-        """Up to what comes home.
+    def routing_gradient(self, like: jax.Array, d_balance: jax.Array) -> Routing:
+        """The gradient of the routing, for an objective that reads its balance alone.
 
         Args:
-          shared: whether the shared experts are a step of this work, and not one of their own.
+          like: BSD, shape and dtype of the layer's input.
         """
-        how, experts = self.how, self.weights["experts"]
-        gate_up, down = experts
-        self.entering = x = yield x
-        self.x = x = yield self._step("attend", self._attend, self.weights["attend"], x)
-        gated = self._step("gate", self._gate, self.weights["gate"], x)
-        self.gated, self.sent = gated, (gated.weights, gated.chosen)
-        every_choice = jnp.broadcast_to(self.kind.routed, gated.chosen.shape)
-        exchange = gated.exchange(experts, self.experts, every_choice)
-        sending = self.dispatch.sending(exchange)
-        self.arrived = arrived = yield from with_scope("dispatch", sending)
-        if shared:
-            yield from self.shared_forward()
-        up = yield self._into(gate_up, self._rows())
-        inputs = down, up, arrived.weights
-        if how.remat.recompute_all:
-            out = yield self._out_of(*inputs)
-        else:
-            out = yield self._step("down", self._out_of, *inputs)
-        combining = self.dispatch.combining(out, arrived.route)
-        self.summed, served = yield from with_scope("combine", combining)
-        self.exchange = exchange.after(served)
-        self.left = self.exchange.left
 
-    def shared_forward(self) -> Steps[None]:
-        self.shared = yield self._step("shared", self._beside, self.weights["shared"], self.x)
+        def nothing(leaf: Any) -> Any:
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                return jnp.zeros(leaf.shape, leaf.dtype)
+            return np.zeros(leaf.shape, jax.dtypes.float0)
 
-    def result(self) -> tuple[jax.Array, Routing]:
-        """After all turns, for further rounds may need any number of messages."""
-        routed, routing = finish(self.how, self.gated.routing, self.exchange, self.summed)
-        out, self.rounds = routed.reshape(self.x.shape), routing.traffic.rounds
-        return self.x + (out if self.shared is None else out + self.shared), routing
+        routing = jax.eval_shape(self.gate, self.weights["gate"], like).routing
+        return dataclasses.replace(jax.tree.map(nothing, routing), balance=d_balance)
 
-    # Backward: d_x is the cotangent of x, and d_ that of others.
+    # What a step computes.
 
-    def backward(self, *, shared: bool = False) -> Steps[None]:
-        arrived = self.arrived
-        if self.recompute_all:
-            self._recompute_attention()
-        d_home = self.d_out.reshape(-1, self.d_out.shape[-1])
-        gradient = self.dispatch.combine_gradient(d_home, arrived.route, arrived.passed)
-        travelled, rows = yield from with_scope("combine", gradient)
-        if rows:
-            self.arrived = dataclasses.replace(arrived, rows=rows)
-        d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
-        # No step waits for the weights' gradients: they are work for wherever there is none.
-        d_down, d_hidden = self._apart(self._pull_down, d_out)
-        d_up, d_weights = yield d_hidden
-        d_gate_up, d_rows = self._apart(self._pull_into, d_up)
-        d_rows = yield d_rows
-        gradient_sent = self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
-        d_sent = yield from with_scope("dispatch", gradient_sent)
-        self.d_experts = d_gate_up, d_down
-        first = cotangent(
-            self.experts, *d_sent, with_zeros_for_deferred(self.weights["experts"], self.d_experts)
-        )
-        d_exchange = self._with_overflow_rounds(d_home, first)
-        self.d_rounds = d_exchange.experts
-        nothing: Any = np.zeros(self.sent[1].shape, jax.dtypes.float0)
-        d_gated = Gated(d_exchange.tokens, d_exchange.weights, nothing, self.d_routing)
-        self.d_gate, d_x = self._apart(self.pulls["gate"], d_gated)
-        if shared:
-            yield from self.shared_backward()
-        self.d_attend, self.d_x = yield from self._fenced(self.pulls["attend"], self.d_x + d_x)
-
-    def shared_backward(self) -> Steps[None]:
-        self.d_shared, d_x = yield from self._fenced(self.pulls["shared"], self.d_out)
-        self.d_x = self.d_x + d_x
-
-    def gradients(self) -> dict[str, Any]:
-        """Of the weights; zeros for those that are missing yet."""
-        return with_zeros_for_deferred(
-            self.weights, {**self._all_gradients(), "experts": self.d_rounds}
-        )
-
-    def deferred(self) -> "Residuals":
-        """What `rest_of_gradients` makes the others of."""
-        return without_weights(self.weights, self._all_gradients())
-
-    def _all_gradients(self) -> dict[str, Any]:
-        return {
-            "attend": self.d_attend,
-            "gate": self.d_gate,
-            "experts": self.d_experts,
-            "shared": self.d_shared,
-        }
-
-    def _apart(self, pull: Any, cotangent: Any) -> tuple[Any, Any]:
-        """The gradients of weights, or what makes them later; and those of the inputs."""
-        return split_backward.split(lambda: pull(cotangent)) if self.defer else pull(cotangent)
-
-    def _fenced(self, pull: Any, cotangent: Any) -> Steps[tuple[Any, Any]]:
-        """The same as a step; what is left for later belongs to none."""
-        late, now = self._apart(pull, cotangent)
-        if self.defer:
-            return late, (yield now)
-        return (yield late, now)
-
-    def _recompute_attention(self) -> None:
-        """What attention made of what entered, and how to pull through what reads it."""
-        self.pulls = {}
-        attention = remat.REPORT.step(self._attend)
-        both = self.weights["attend"]
-        self.x, self.pulls["attend"] = jax.vjp(attention, both, self.entering)
-        chosen = functools.partial(self._gate, chosen=self.sent[1])
-        self.pulls["gate"] = _pull(chosen, self.weights["gate"], self.x)
-        if self.weights["shared"] is not None:
-            self.pulls["shared"] = _pull(self._beside, self.weights["shared"], self.x)
-
-    def _pull_into(self, d_up: jax.Array) -> Any:
-        gate_up, _ = self.weights["experts"]
-        return jax.vjp(self._into, gate_up, self._rows())[1](d_up)
-
-    def _pull_down(self, d_out: jax.Array) -> Any:
-        if "down" in self.pulls:
-            d_down, *d_hidden = self.pulls["down"](d_out)
-        else:
-            gate_up, down = self.weights["experts"]
-            up = self._into(gate_up, self._rows())
-            pull = jax.vjp(self._out_of, down, up, self.arrived.weights)[1]
-            d_down, *d_hidden = pull(d_out)
-        return d_down, d_hidden
-
-    def _with_overflow_rounds(self, d_home: jax.Array, first: Exchange) -> Exchange:
-        norm, _ = self.weights["gate"]
-        tokens = axes.fan_out(norm(self.x).reshape(d_home.shape), "expert_width")
-        weights, chosen = self.sent
-        exchange = Exchange(
-            tokens, weights, chosen, self.left, self.experts, self.weights["experts"]
-        )
-        return expert_rounds(self.how).rest_gradient(exchange, self.rounds, d_home, first)
-
-    def _rows(self) -> jax.Array:
-        rows: Any = self.arrived.rows  # as they travel
-        return self.dispatch.payload.decode(rows, self.x.dtype)
-
-    def _into(self, gate_up: jax.Array, rows: jax.Array) -> jax.Array:
-        return into_experts(self.how, gate_up, rows, self.arrived)
-
-    def _out_of(self, down: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
-        return out_of_experts(self.how, down, up, weights, self.arrived)
-
-    def _attend(self, weights: Any, x: jax.Array) -> jax.Array:
+    def attend(self, weights: Any, x: jax.Array) -> jax.Array:
+        """x + MLA(norm x), BSD."""
         norm, attention = weights
         return attend(norm, attention, x, self.how)
 
-    def _gate(self, weights: Any, x: jax.Array, chosen: jax.Array | None = None) -> Gated:
+    def gate(self, weights: Any, x: jax.Array, chosen: jax.Array | None = None) -> Gated:
+        """Experts of each token, or the weights of those that are `chosen` already."""
         norm, router = weights
         return gate(router, norm(x), chosen)
 
-    def _beside(self, weights: Any, x: jax.Array) -> jax.Array:
-        """What every token goes through: the shared experts, or a dense layer's wide network."""
+    def beside_experts(self, weights: Any, x: jax.Array) -> jax.Array:
+        """Output of the shared experts, or of a dense layer's wide network: BSD."""
         norm, shared, *dense = weights
         x = norm(x)
         if not dense:
@@ -305,14 +172,230 @@ class LayerPass:
         narrow = (lambda x: shared(x, self.how)) if shared is not None else jnp.zeros_like
         return jax.lax.cond(self.kind.dense, lambda x: dense[0](x, self.how), narrow, x)
 
+
+class _Pass:
+    """Values of one micro-batch on its way through a layer, forward or backward.
+
+    Attributes:
+      x: BSD, the residual stream after attention.
+      arrived: copies that this device's experts received, as they travelled.
+    """
+
+    x: jax.Array
+    arrived: Received
+
+    def __init__(self, layer: LayerPass) -> None:
+        self.layer, self.how, self.weights = layer, layer.how, layer.weights
+        self.dispatch = stepped(layer.how)
+
+    def _rows(self) -> jax.Array:
+        return self.dispatch.payload.decode(self.arrived.rows, self.x.dtype)
+
+    def _into(self, gate_up: jax.Array, rows: jax.Array) -> jax.Array:
+        return into_experts(self.how, gate_up, rows, self.arrived)
+
+    def _out_of(self, down: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
+        return out_of_experts(self.how, down, up, weights, self.arrived)
+
+
+class ForwardPass(_Pass):
+    """The forward pass of one micro-batch: first all `steps`, then `result`."""
+
+    def __init__(self, layer: LayerPass, x: jax.Array) -> None:
+        super().__init__(layer)
+        self._entering = x
+        self._pulls: dict[str, Any] = {}  # by step, from its result's gradient to its arguments'
+        self._shared: jax.Array | None = None
+
+    def steps(self, *, shared: bool = False) -> Steps[None]:
+        """All steps up to the last hop of the first round.
+
+        Args:
+          shared: whether the shared experts are a step of this work, not a work of their own.
+        """
+        layer, experts = self.layer, self.weights["experts"]
+        gate_up, down = experts
+        self._entering = x = yield self._entering
+        self.x = x = yield self._step("attend", layer.attend, self.weights["attend"], x)
+        self._gated = gated = self._step("gate", layer.gate, self.weights["gate"], x)
+        every_choice = jnp.broadcast_to(layer.kind.routed, gated.chosen.shape)
+        exchange = gated.exchange(experts, layer.experts, every_choice)
+        sending = self.dispatch.sending(exchange)
+        self.arrived = arrived = yield from with_scope("dispatch", sending)
+        if shared:
+            yield from self.shared_steps()
+        up = yield self._into(gate_up, self._rows())
+        inputs = down, up, arrived.weights
+        if self.how.remat.recompute_all:
+            out = yield self._out_of(*inputs)
+        else:
+            out = yield self._step("down", self._out_of, *inputs)
+        combining = self.dispatch.combining(out, arrived.route)
+        self._first, served = yield from with_scope("combine", combining)
+        self._exchange = exchange.after(served)
+
+    def shared_steps(self) -> Steps[None]:
+        """The shared experts, a step that needs attention alone."""
+        self._shared = yield self._step(
+            "shared", self.layer.beside_experts, self.weights["shared"], self.x
+        )
+
+    def result(self) -> tuple[jax.Array, Routing, Residuals]:
+        """The layer's output BSD, its routing, and what its backward pass needs.
+
+        Not a step, for overflow rounds may need any number of messages.
+        """
+        routed, routing = finish(self.how, self._gated.routing, self._exchange, self._first)
+        out = routed.reshape(self.x.shape)
+        out = self.x + (out if self._shared is None else out + self._shared)
+        return out, routing, self._residuals(routing.traffic.rounds)
+
+    def _residuals(self, rounds: jax.Array) -> Residuals:
+        again = self.layer.recompute_all
+        resent = again and self.arrived.passed is not None
+        without: dict[str, Any] = {"rows" if resent else "passed": None}
+        arrived = dataclasses.replace(self.arrived, **without)
+        x = self._entering if again else self.x
+        sent = self._gated.weights, self._gated.chosen
+        kept = x, sent, arrived, self._exchange.left, rounds, self._pulls
+        return without_weights(self.weights, kept)
+
     def _step(self, name: str, fn: Any, *inputs: Any) -> Any:
-        """fn(*inputs), which backward can pull a cotangent through."""
-        if self.recompute_all:
+        """fn(*inputs), through which backward can pull a gradient."""
+        if self.layer.recompute_all:
             return fn(*inputs)
-        out, self.pulls[name] = jax.vjp(self.how.remat.step(fn), *inputs)
+        out, self._pulls[name] = jax.vjp(self.how.remat.step(fn), *inputs)
         return out
 
 
+class BackwardPass(_Pass):
+    """The backward pass of one micro-batch: first all `steps`, then `gradients` and `deferred`.
+
+    Attributes:
+      d_x: BSD, gradient of the layer's input. Names with d_ are gradients of what they name.
+    """
+
+    d_x: jax.Array
+
+    def __init__(
+        self, layer: LayerPass, residuals: Residuals, d_out: jax.Array, d_routing: Routing
+    ) -> None:
+        super().__init__(layer)
+        x, self._sent, self.arrived, self._left, self._rounds, self._pulls = with_weights(
+            layer.weights, residuals
+        )
+        self._entering = self.x = x
+        self._d_out, self._d_routing = d_out, d_routing
+        self.d_x = d_out
+        self._d_shared: Any = None
+
+    def steps(self, *, shared: bool = False) -> Steps[None]:
+        """All steps.
+
+        Args:
+          shared: whether the shared experts are a step of this work, not a work of their own.
+        """
+        layer, arrived = self.layer, self.arrived
+        if layer.recompute_all:
+            self._recompute_attention()
+        d_home = self._d_out.reshape(-1, self._d_out.shape[-1])
+        gradient = self.dispatch.combine_gradient(d_home, arrived.route, arrived.passed)
+        travelled, rows = yield from with_scope("combine", gradient)
+        if rows:
+            self.arrived = dataclasses.replace(arrived, rows=rows)
+        d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
+        # No step waits for gradients of weights: they are work for wherever there is none.
+        d_down, d_hidden = self._split(self._pull_down, d_out)
+        d_up, d_weights = yield d_hidden
+        d_gate_up, d_rows = self._split(self._pull_into, d_up)
+        d_rows = yield d_rows
+        gradient_sent = self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
+        d_sent = yield from with_scope("dispatch", gradient_sent)
+        self._d_experts = d_gate_up, d_down
+        d_exchange = self._with_overflow_rounds(d_home, d_sent)
+        self._d_all_rounds = d_exchange.experts
+        nothing: Any = np.zeros(self._sent[1].shape, jax.dtypes.float0)
+        d_gated = Gated(d_exchange.tokens, d_exchange.weights, nothing, self._d_routing)
+        self._d_gate, d_x = self._split(self._pulls["gate"], d_gated)
+        if shared:
+            yield from self.shared_steps()
+        self._d_attend, self.d_x = yield from self._split_step(
+            self._pulls["attend"], self.d_x + d_x
+        )
+
+    def shared_steps(self) -> Steps[None]:
+        """The shared experts, a step that needs the output's gradient alone."""
+        self._d_shared, d_x = yield from self._split_step(self._pulls["shared"], self._d_out)
+        self.d_x = self.d_x + d_x
+
+    def gradients(self) -> dict[str, Any]:
+        """Gradients of the weights, as `layer_weights` has them; zeros where they are deferred."""
+        return with_zeros_for_deferred(
+            self.weights, {**self._first_gradients(), "experts": self._d_all_rounds}
+        )
+
+    def deferred(self) -> Residuals:
+        """Residuals of which `deferred_gradients` makes the deferred gradients."""
+        return without_weights(self.weights, self._first_gradients())
+
+    def _first_gradients(self) -> dict[str, Any]:
+        """Gradients of weights, those of the experts from the first round alone."""
+        return {
+            "attend": self._d_attend,
+            "gate": self._d_gate,
+            "experts": self._d_experts,
+            "shared": self._d_shared,
+        }
+
+    def _split(self, pull: Any, d: Any) -> tuple[Any, Any]:
+        """Gradients of weights, deferred if the pass defers them; and those of inputs."""
+        return split_backward.split(lambda: pull(d)) if self.layer.defer else pull(d)
+
+    def _split_step(self, pull: Any, d: Any) -> Steps[tuple[Any, Any]]:
+        """The same as a step, to which deferred work does not belong."""
+        late, now = self._split(pull, d)
+        if self.layer.defer:
+            return late, (yield now)
+        return (yield late, now)
+
+    def _recompute_attention(self) -> None:
+        """Attention from the layer's input, and the pulls of the steps that read its output."""
+        layer, weights = self.layer, self.weights
+        attention = remat.REPORT.step(layer.attend)
+        self.x, pull = jax.vjp(attention, weights["attend"], self._entering)
+        chosen = functools.partial(layer.gate, chosen=self._sent[1])
+        self._pulls = {"attend": pull, "gate": _pull(chosen, weights["gate"], self.x)}
+        if weights["shared"] is not None:
+            self._pulls["shared"] = _pull(layer.beside_experts, weights["shared"], self.x)
+
+    def _pull_into(self, d_up: jax.Array) -> Any:
+        gate_up, _ = self.weights["experts"]
+        return jax.vjp(self._into, gate_up, self._rows())[1](d_up)
+
+    def _pull_down(self, d_out: jax.Array) -> Any:
+        if "down" in self._pulls:
+            d_down, *d_hidden = self._pulls["down"](d_out)
+        else:
+            gate_up, down = self.weights["experts"]
+            up = self._into(gate_up, self._rows())
+            pull = jax.vjp(self._out_of, down, up, self.arrived.weights)[1]
+            d_down, *d_hidden = pull(d_out)
+        return d_down, d_hidden
+
+    def _with_overflow_rounds(
+        self, d_home: jax.Array, d_sent: tuple[jax.Array, jax.Array]
+    ) -> Exchange:
+        """Gradients of the exchange, given those of the first round's tokens and weights."""
+        layer, experts = self.layer, self.weights["experts"]
+        norm, _ = self.weights["gate"]
+        tokens = axes.fan_out(norm(self.x).reshape(d_home.shape), "expert_width")
+        weights, chosen = self._sent
+        exchange = Exchange(tokens, weights, chosen, self._left, layer.experts, experts)
+        d_experts = with_zeros_for_deferred(experts, self._d_experts)
+        first = cotangent(layer.experts, *d_sent, d_experts)
+        return expert_rounds(self.how).rest_gradient(exchange, self._rounds, d_home, first)
+
+
 def _pull(fn: Any, weights: Any, x: jax.Array) -> Any:
-    """From the cotangent of fn(weights, x), which is made again for it, to those of both."""
-    return lambda cotangent: jax.vjp(fn, weights, x)[1](cotangent)
+    """From the gradient of fn(weights, x), which is computed again for it, to those of both."""
+    return lambda d: jax.vjp(fn, weights, x)[1](d)

@@ -1,4 +1,4 @@
-"""What backward needs of a layer pass, and what it leaves for later."""
+"""Residuals of a layer pass without its weights, and gradients that it leaves for later."""
 
 import dataclasses
 from typing import Any
@@ -10,35 +10,18 @@ from deepseek_jax.parallel.pipeline.split_backward import Later
 from deepseek_jax.precision.saved import Saved, save
 
 
-def deferred_gradients(weights: Any, missing: "Residuals") -> Any:
-    """The gradients of weights that a flight which defers them left."""
-    left = with_weights(weights, missing)
-    return jax.tree.map(lambda later: later.make(), left, is_leaf=is_deferred)
-
-
-def with_zeros_for_deferred(weights: Any, gradients: Any) -> Any:
-    """The gradients, with zeros for what is to be made later."""
-
-    def one(gradient: Any, weight: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, weight) if is_deferred(gradient) else gradient
-
-    return jax.tree.map(one, gradients, weights, is_leaf=is_deferred)
-
-
-def is_deferred(x: Any) -> bool:
-    """Whether x is a gradient that is deferred, for use as `is_leaf`."""
-    return isinstance(x, Later)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """A pytree, every array in it once, without those that are weights: these are not kept.
+    """A pytree that saves each of its arrays once, and none of those that are weights.
+
+    The structure is static and complete: `with_weights` needs nothing else of the trace that made
+    it. Structures of two traces of one function differ, but each reads the other's leaves.
 
     Attributes:
-      leaves: what is kept.
-      structure: of the whole tree, and for each of its leaves (whether it is a weight, its number
-        among the weights or the kept).
+      leaves: arrays that are saved.
+      structure: treedef of the whole tree; and for each of its leaves whether it is a weight, and
+        its number among the weights or the saved arrays.
     """
 
     leaves: list[jax.Array]
@@ -46,7 +29,7 @@ class Residuals:
 
 
 def without_weights(weights: Any, tree: Any) -> Residuals:
-    """Residuals of a tree, without the arrays that are leaves of `weights`."""
+    """A tree as residuals, given the weights that need not be saved."""
     leaves, structure = jax.tree.flatten(tree)
     number = {id(weight): i for i, weight in enumerate(jax.tree.leaves(weights))}
     rest = {id(leaf): leaf for leaf in leaves if id(leaf) not in number}
@@ -55,15 +38,34 @@ def without_weights(weights: Any, tree: Any) -> Residuals:
         (True, number[id(leaf)]) if id(leaf) in number else (False, place[id(leaf)])
         for leaf in leaves
     )
-    # Named, so that recomputing the layer around it keeps it too.
-    kept = save(Saved.LAYER_PASS, list(rest.values()))
-    return Residuals(kept, (structure, which))
+    # Named, so that a checkpoint around the layer saves them too.
+    return Residuals(save(Saved.LAYER_PASS, list(rest.values())), (structure, which))
 
 
-def with_weights(weights: Any, kept: Residuals) -> Any:
-    """Tree that `without_weights` took apart, with the same weights."""
-    structure, which = kept.structure
+def with_weights(weights: Any, residuals: Residuals) -> Any:
+    """The tree that residuals were made of, with these weights in their places."""
+    structure, which = residuals.structure
     known = jax.tree.leaves(weights)
     return jax.tree.unflatten(
-        structure, [known[i] if weight else kept.leaves[i] for weight, i in which]
+        structure, [known[i] if weight else residuals.leaves[i] for weight, i in which]
     )
+
+
+def deferred_gradients(weights: Any, deferred: Residuals) -> Any:
+    """Gradients of weights that a layer pass deferred; those that it made are None."""
+    left = with_weights(weights, deferred)
+    return jax.tree.map(lambda later: later.make(), left, is_leaf=is_deferred)
+
+
+def with_zeros_for_deferred(weights: Any, gradients: Any) -> Any:
+    """Gradients of weights, with zeros where they are deferred."""
+
+    def each(gradient: Any, weight: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, weight) if is_deferred(gradient) else gradient
+
+    return jax.tree.map(each, gradients, weights, is_leaf=is_deferred)
+
+
+def is_deferred(x: Any) -> bool:
+    """Whether a gradient is deferred."""
+    return isinstance(x, Later)

@@ -1,8 +1,8 @@
-"""One stage of a pipeline: its layers' steps, forward and backward, as work that takes turns.
+"""A pipeline stage: forward and backward of its layers in steps, to be interleaved.
 
-All ranks run one program, so every slot of a stage has the code of a MoE layer. A dense layer is
-one that sends no token to experts and whose wide network stands in for the shared experts; a slot
-without a layer has zeros for weights, and changes nothing.
+All ranks run one program, so every slot of a stage has the code of a MoE layer. A dense layer sends
+no token to experts, and its wide network replaces the shared experts; a slot without a layer has
+zeros for weights, and changes nothing.
 """
 
 import dataclasses
@@ -10,20 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from deepseek_jax.model.block import Block
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.overlapped.layer_pass import LayerKind, LayerPass
+from deepseek_jax.model.overlapped.layer_pass import (
+    LayerKind,
+    LayerPass,
+    block_modules,
+    layer_weights,
+)
 from deepseek_jax.model.overlapped.residuals import Residuals, deferred_gradients
-from deepseek_jax.model.router import Routing
 from deepseek_jax.parallel.overlap import Steps, with_scope
 
 
 def turns(slots: int, hops: int) -> list[str]:
-    """A forward chunk ("f") beside a backward chunk ("b") of as many slots.
+    """The turns of a forward chunk ("f") and a backward chunk ("b") of as many slots.
 
-    One's messages are beside the other's matmuls, as in figure 4 of the report:
+    Messages of one stand beside matmuls of the other, as in figure 4 of the report:
 
         f   attention      dispatch   experts          combine
         b   combine grad.  experts    dispatch grad.   attention
@@ -34,52 +36,35 @@ def turns(slots: int, hops: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSlot:
-    """A layer of one rank's chunk.
+    """A slot for a layer in one rank's chunk.
 
     Attributes:
-      modules: those of a `Block`, by name: attention_norm, attention, feed_norm, router, experts,
-        and where there are any shared, dense.
-      kind: of the layer that is here, on this rank.
+      modules: modules of a `Block` by name: attention_norm, attention, feed_norm, router, experts,
+        and shared and dense if there are any.
+      kind: kind of the layer that this rank has in the slot.
     """
 
     modules: dict[str, Any]
     kind: LayerKind
 
 
-def single_layer(block: Block) -> LayerSlot:
-    """A MoE `Block` that is all there is in a stage."""
-    modules = {name: getattr(block, name) for name in ("attention_norm", "attention", "feed_norm")}
-    modules |= {name: getattr(block.feed, name) for name in ("router", "experts")}
-    if block.feed.config.shared_experts:
-        modules["shared"] = block.feed.shared
-    return LayerSlot(modules, LayerKind(routed=jnp.bool_(True), dense=jnp.bool_(False)))
+def single_layer(block: Any) -> LayerSlot:
+    """A MoE `Block` as the only layer of a stage."""
+    return LayerSlot(
+        block_modules(block), LayerKind(routed=jnp.bool_(True), dense=jnp.bool_(False))
+    )
 
 
-def weights(modules: dict[str, Any]) -> dict[str, Any]:
-    """As a `LayerPass` wants them."""
-    norm, shared = modules["feed_norm"], modules.get("shared")
-    wide = (modules["dense"],) if "dense" in modules else ()
-    return {
-        "attend": (modules["attention_norm"], modules["attention"]),
-        "gate": (norm, modules["router"]),
-        "experts": modules["experts"].weights(),
-        "shared": (norm, shared, *wide) if shared is not None or wide else None,
-    }
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """The layers of one chunk.
 
     Attributes:
-      slots: in order; those without a layer last.
-      how: as a model runs them.
+      slots: in order; slots without a layer last.
+      how: recipe, dispatch and recompute policy.
       experts: E.
-      balance: () what a sequence's balance loss counts in the objective.
-      defer: leave the weights' gradients to `rest_of_backward`.
-      traced: of each slot the structure of what forward keeps and the shapes of its routing: known
-        once a forward pass was traced.
-      missing: of each slot the structure of what backward leaves.
+      balance: (), weight of a layer's balance loss in the objective.
+      defer: whether backward leaves gradients of weights to `rest_of_backward`.
     """
 
     slots: list[LayerSlot]
@@ -87,86 +72,64 @@ class Stage:
     experts: int
     balance: jax.Array
     defer: bool = False
-    traced: list[Any] = dataclasses.field(default_factory=list)
-    deferred: list[Any] = dataclasses.field(default_factory=list)
 
-    def forward(self, x: jax.Array, on: jax.Array) -> Steps[tuple[jax.Array, Any, Any]]:
-        """x BSD -> BSD, what backward needs, and (load, balance, traffic) stacked over slots."""
-        kept, sums, self.traced = [], [], []
+    def forward(self, x: jax.Array, on: jax.Array) -> Steps[tuple[jax.Array, list[Residuals], Any]]:
+        """x BSD -> BSD, residuals of each slot, and (load, balance, traffic) stacked over slots."""
+        kept: list[Residuals] = []
+        sums: list[Any] = []
         for slot in self.slots:
-            flight = self._flight(slot, on)
-            work = flight.forward(x, shared=flight.weights["shared"] is not None)
-            yield from with_scope("layer", work)
-            x, routing = flight.result()
-            held = flight.kept()
-            kept.append(held.leaves)
-            shapes = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), routing
-            )
-            self.traced.append((held.structure, shapes))
+            layer = self._layer(slot, on)
+            forward = layer.forward(x)
+            steps = forward.steps(shared=layer.weights["shared"] is not None)
+            yield from with_scope("layer", steps)
+            x, routing, residuals = forward.result()
+            kept.append(residuals)
             routed = (routing.load, routing.balance, routing.traffic)
-            sent = flight.kind.routed
+            sent = layer.kind.routed
             sums.append(jax.tree.map(lambda value, sent=sent: jnp.where(sent, value, 0), routed))
         return x, kept, jax.tree.map(lambda *parts: jnp.stack(parts), *sums)
 
     def backward(
-        self, kept: Any, d_x: jax.Array, on: jax.Array
-    ) -> Steps[tuple[jax.Array, list[dict[str, Any]], list[Any]]]:
-        """The gradient of what forward returned -> that of its x, float32 ones of each slot, and
-        of what others are to be made."""
+        self, kept: list[Residuals], d_x: jax.Array, on: jax.Array
+    ) -> Steps[tuple[jax.Array, list[dict[str, Any]], list[Residuals]]]:
+        """Gradient of the output -> that of the input BSD, and of each slot's modules in float32.
+
+        Returns:
+          Both, and residuals of each slot for the gradients that `rest_of_backward` makes.
+        """
         gradients: list[Any] = []
-        later: list[Any] = []
-        self.deferred = []
-        layers = zip(self.slots, kept, self.traced, strict=True)
-        for slot, leaves, (structure, routing) in reversed(list(layers)):
-            flight = self._flight(slot, on)
-            balance = jnp.where(flight.kind.routed, self.balance, 0.0)
-            d_routing = _pull_of_balance(routing, balance)
-            flight.restore(Residuals(leaves, structure), (d_x, d_routing))
-            work = flight.backward(shared=flight.weights["shared"] is not None)
-            yield from with_scope("layer", work)
-            d_x = flight.d_x
-            gradients.append(_of_modules(slot, flight.gradients()))
+        later: list[Residuals] = []
+        for slot, residuals in reversed(list(zip(self.slots, kept, strict=True))):
+            layer = self._layer(slot, on)
+            balance = jnp.where(layer.kind.routed, self.balance, 0.0)
+            backward = layer.backward(residuals, d_x, layer.routing_gradient(d_x, balance))
+            steps = backward.steps(shared=layer.weights["shared"] is not None)
+            yield from with_scope("layer", steps)
+            d_x = backward.d_x
+            gradients.append(_of_modules(slot, backward.gradients()))
             if self.defer:
-                left = flight.deferred()
-                later.append(left.leaves)
-                self.deferred.append(left.structure)
-        return d_x, gradients[::-1], later
+                later.append(backward.deferred())
+        return d_x, gradients[::-1], later[::-1]
 
-    def rest_of_backward(self, later: list[Any]) -> list[dict[str, Any]]:
-        """The gradients that backward left, of each slot."""
-        layers = zip(reversed(self.slots), later, self.deferred, strict=True)
+    def rest_of_backward(self, later: list[Residuals]) -> list[dict[str, Any]]:
+        """The gradients that backward deferred, of each slot."""
         return [
-            _of_modules(
-                slot, deferred_gradients(weights(slot.modules), Residuals(leaves, structure))
-            )
-            for slot, leaves, structure in layers
-        ][::-1]
+            _of_modules(slot, deferred_gradients(layer_weights(slot.modules), residuals))
+            for slot, residuals in zip(self.slots, later, strict=True)
+        ]
 
-    def _flight(self, slot: LayerSlot, on: jax.Array) -> LayerPass:
-        kind = dataclasses.replace(slot.kind, routed=slot.kind.routed & on)
-        recompute_all = self.how.remat.recompute_all
+    def _layer(self, slot: LayerSlot, on: jax.Array) -> LayerPass:
         return LayerPass(
-            self.how, self.experts, weights(slot.modules), kind, self.defer, recompute_all
+            self.how,
+            self.experts,
+            layer_weights(slot.modules),
+            dataclasses.replace(slot.kind, routed=slot.kind.routed & on),
+            self.defer,
+            self.how.remat.recompute_all,
         )
 
 
 def _of_modules(slot: LayerSlot, gradients: dict[str, Any]) -> Any:
-    """Gradients of a flight's weights, as float32 ones of the modules that they are in."""
-    _, pull = jax.vjp(weights, slot.modules)
-    return _wide(pull(gradients)[0])
-
-
-def _pull_of_balance(routing: Routing, balance: jax.Array) -> Routing:
-    """What the objective asks of a layer's routing: its balance, and nothing else."""
-
-    def nothing(leaf: Any) -> Any:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        return np.zeros(leaf.shape, jax.dtypes.float0)
-
-    return dataclasses.replace(jax.tree.map(nothing, routing), balance=balance)
-
-
-def _wide(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    """Gradients of `layer_weights` -> float32 gradients of the modules that they are in."""
+    _, pull = jax.vjp(layer_weights, slot.modules)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), pull(gradients)[0])

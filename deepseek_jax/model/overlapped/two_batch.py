@@ -1,4 +1,4 @@
-"""TWO"""
+"""A MoE layer on two micro-batches: the messages of one under the matmuls of the other."""
 
 import functools
 from typing import Any
@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.overlapped.layer_pass import LayerPass, hops_of
+from deepseek_jax.model.overlapped.layer_pass import (
+    LayerPass,
+    block_modules,
+    hops_of,
+    layer_weights,
+)
 from deepseek_jax.model.router import Routing, joined
 from deepseek_jax.parallel.overlap import interleave, side_by_side, with_scope
 
@@ -15,7 +20,12 @@ MICRO_BATCHES = "ab"  # in capitals: their shared experts
 
 
 def forward_turns(hops: int, shared: str) -> list[str]:
-    """Who does a step in which turn: a letter for each step. `shared` is AB or nothing."""
+    """The turns of forward, a letter for each step that a work does in a turn.
+
+    Args:
+      hops: all-to-alls on the way to the experts.
+      shared: "AB" for shared experts, "" without any.
+    """
     a, b = "a" * hops, "b" * hops
     return [
         "aab",
@@ -27,7 +37,7 @@ def forward_turns(hops: int, shared: str) -> list[str]:
 
 
 def backward_turns(hops: int, shared: str) -> list[str]:
-    """Steps of each turn of backward, as in `forward_turns`."""
+    """The turns of backward, which mirror those of forward."""
     a, b = "a" * hops, "b" * hops
     return [
         *side_by_side(shared[::-1], b),
@@ -47,46 +57,57 @@ def layer(block: Any, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]
     feed = block.feed
     if feed.slots is not None:
         raise ValueError("redundant experts serve one micro-batch at a time: run with in_flight=1")
-    weights = {
-        "attend": (block.attention_norm, block.attention),
-        "gate": (block.feed_norm, feed.router),
-        "experts": feed.experts.weights(),
-        "shared": (block.feed_norm, feed.shared) if feed.config.shared_experts else None,
-    }
+    weights = layer_weights(block_modules(block))
     parts = tuple(jnp.split(x, len(MICRO_BATCHES)))
     done = _layer(how, feed.config.experts, weights, parts)
     return jnp.concatenate([x for x, _ in done]), joined([routing for _, routing in done])
 
 
+Parts = tuple[jax.Array, ...]  # BSD of each micro-batch
+Done = tuple[tuple[jax.Array, Routing], ...]  # output and routing of each
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _layer(how, experts, weights, xs):
-    return _layer_forward(how, experts, weights, xs)[0]
+def _layer(how: Execution, experts: int, weights: dict[str, Any], parts: Parts) -> Done:
+    return _layer_forward(how, experts, weights, parts)[0]
 
 
-def _layer_forward(how, experts, weights, xs):
-    flights = {name: LayerPass(how, experts, weights) for name in MICRO_BATCHES}
-    works = {name: flights[name].forward(x) for name, x in zip(MICRO_BATCHES, xs, strict=True)}
-    shared = MICRO_BATCHES.upper() if weights["shared"] is not None else ""
-    works |= {name: flights[name.lower()].shared_forward() for name in shared}
+def _layer_forward(
+    how: Execution, experts: int, weights: dict[str, Any], parts: Parts
+) -> tuple[Done, Any]:
+    layer = LayerPass(how, experts, weights)
+    each = {name: layer.forward(x) for name, x in zip(MICRO_BATCHES, parts, strict=True)}
+    works = {name: one.steps() for name, one in each.items()}
+    shared = _shared(weights)
+    works |= {name: each[name.lower()].shared_steps() for name in shared}
     works = {name: with_scope(f"pass_{name}", work) for name, work in works.items()}
     interleave(works, forward_turns(hops_of(how), shared))
-    done = tuple(flight.result() for flight in flights.values())
-    return done, (weights, [flight.kept() for flight in flights.values()])
+    results = [one.result() for one in each.values()]
+    done = tuple((x, routing) for x, routing, _ in results)
+    return done, (weights, [residuals for *_, residuals in results])
 
 
-def _layer_backward(how, experts, saved, cotangents):
-    weights, kept = saved
-    flights = {
-        name: LayerPass(how, experts, weights).restore(*both)
-        for name, *both in zip(MICRO_BATCHES, kept, cotangents, strict=True)
+def _layer_backward(
+    how: Execution, experts: int, saved: Any, cotangents: Done
+) -> tuple[Any, Parts]:
+    weights, residuals = saved
+    layer = LayerPass(how, experts, weights)
+    each = {
+        name: layer.backward(kept, *gradients)
+        for name, kept, gradients in zip(MICRO_BATCHES, residuals, cotangents, strict=True)
     }
-    works = {name: flight.backward() for name, flight in flights.items()}
-    shared = MICRO_BATCHES.upper() if weights["shared"] is not None else ""
-    works |= {name: flights[name.lower()].shared_backward() for name in shared}
+    works = {name: one.steps() for name, one in each.items()}
+    shared = _shared(weights)
+    works |= {name: each[name.lower()].shared_steps() for name in shared}
     works = {name: with_scope(f"pass_{name}", work) for name, work in works.items()}
     interleave(works, backward_turns(hops_of(how), shared))
-    gradients = jax.tree.map(jnp.add, *(flight.gradients() for flight in flights.values()))
-    return gradients, tuple(flight.d_x for flight in flights.values())
+    gradients = jax.tree.map(jnp.add, *(one.gradients() for one in each.values()))
+    return gradients, tuple(one.d_x for one in each.values())
 
 
 _layer.defvjp(_layer_forward, _layer_backward)
+
+
+def _shared(weights: dict[str, Any]) -> str:
+    """The works that are shared experts."""
+    return MICRO_BATCHES.upper() if weights["shared"] is not None else ""

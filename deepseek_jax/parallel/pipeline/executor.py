@@ -23,6 +23,7 @@ from deepseek_jax.parallel.pipeline.slot_pools import (
     pool,
     read,
     run_if,
+    run_work_if,
     write,
     zeros,
 )
@@ -44,18 +45,23 @@ class Stages(Protocol):
         ...
 
     def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[tuple[Any, Any, Any]]:
-        """Output, residuals (a list of arrays), and a pytree of statistics to sum."""
+        """The output, the residuals that backward needs, and a pytree of sums to record.
+
+        Residuals are a pytree with all that backward has to know of its structure. The executor
+        pools their leaves, so every trace must yield leaves of the same shapes in the same order;
+        the structure that it hands to `backward` may be another trace's.
+        """
         ...
 
     def backward(
-        self, chunk: int, kept: list[jax.Array], d_y: jax.Array, on: jax.Array
-    ) -> Steps[tuple[jax.Array, Any, list[Any]]]:
-        """Gradients of the input and, in float32, of the chunk's weights; and the arrays from which
-        `rest_of_backward` makes the deferred weight gradients, if the model defers any."""
+        self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array
+    ) -> Steps[tuple[jax.Array, Any, Any]]:
+        """The gradients of the input and of the chunk's weights, these float32; and residuals, as
+        of `forward`, for the gradients of weights that are left to `rest_of_backward`."""
         ...
 
-    def rest_of_backward(self, chunk: int, later: list[Any]) -> Any:
-        """Deferred part of the weight gradients (W of zero bubble), from arrays of `backward`."""
+    def rest_of_backward(self, chunk: int, later: Any) -> Any:
+        """The gradients of weights that `backward` deferred."""
         ...
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
@@ -239,6 +245,6 @@ class _Tick:
             interleave(works, self.pipeline.turns)
             return out["f"], out["b"]
         return (
-            lax.cond(f_on, lambda: run_to_end(forward), lambda: zeros(self.whole[f])),
-            lax.cond(b_on, lambda: run_to_end(backward), lambda: zeros(self.back[b])),
+            run_work_if(f_on, forward, self.whole[f]),
+            run_work_if(b_on, backward, self.back[b]),
         )

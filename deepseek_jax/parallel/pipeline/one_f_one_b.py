@@ -19,7 +19,13 @@ from deepseek_jax.parallel.axes import PIPE
 from deepseek_jax.parallel.overlap import Steps, run_to_end, with_scope
 from deepseek_jax.parallel.pipeline.executor import BACKWARD, FORWARD, Stages
 from deepseek_jax.parallel.pipeline.lockstep import IDLE
-from deepseek_jax.parallel.pipeline.slot_pools import accumulated, pool, read, run_if, write, zeros
+from deepseek_jax.parallel.pipeline.slot_pools import (
+    SharedPools,
+    accumulated,
+    run_if,
+    run_work_if,
+    zeros,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,7 @@ class OneFOneB:
         back = jax.eval_shape(
             lambda kept, d_y: run_to_end(stages.backward(0, kept, d_y, on)), whole[1], wait
         )
+        pools = SharedPools.of([whole[1]])
         is_first, is_last = rank == 0, rank == self.ranks - 1
         down = [(r, r + 1) for r in range(self.ranks - 1)]
         up = [(r + 1, r) for r in range(self.ranks - 1)]
@@ -91,14 +98,14 @@ class OneFOneB:
             f_micro, b_micro = jnp.where(f_on, f, IDLE), jnp.where(b_on, b, IDLE)
             x = run_if(is_first & f_on, lambda _: stages.first(f_micro), x)
             y, new, more = self._do(f_on, with_scope(FORWARD, stages.forward(0, x, f_on)), whole)
-            kept = jax.tree.map(lambda slots, leaf: write(slots, f % self.slots, leaf), kept, new)
+            kept = pools.write(kept, 0, f % self.slots, new)
             sums = accumulated(sums, 0, more, f_on)
             total, d_top = run_if(
                 is_last & f_on, lambda both: stages.last(f_micro, y, both[0]), (total, wait)
             )
             d_y = jnp.where(is_last, d_top, d_y)
             # Read after the write: the last rank's backward is of this tick's forward.
-            held = jax.tree.map(lambda slots: read(slots, b % self.slots), kept)
+            held = pools.read(kept, 0, b % self.slots)
             backward = with_scope(BACKWARD, stages.backward(0, held, d_y, b_on))
             d_x, each, _ = self._do(b_on, backward, back)  # no weight gradients are deferred
             gradients = accumulated(gradients, 0, each, b_on)
@@ -108,8 +115,7 @@ class OneFOneB:
             y, d_x = lax.ppermute(y, PIPE, down), lax.ppermute(d_x, PIPE, up)
             return y, d_x, kept, gradients, sums, total
 
-        kept = jax.tree.map(lambda leaf: pool(leaf, self.slots), whole[1])
-        start = (wait, wait, kept, [zeros(back[1])], [zeros(whole[2])], total)
+        start = (wait, wait, pools.pools(self.slots), [zeros(back[1])], [zeros(whole[2])], total)
         *_, gradients, sums, total = lax.fori_loop(0, self.ticks(count), tick, start)
         return gradients, sums, total
 
@@ -117,4 +123,4 @@ class OneFOneB:
         """Result of a chunk; with `skip`, zeros where `on` is false."""
         if not self.skip:
             return run_to_end(work)
-        return lax.cond(on, lambda: run_to_end(work), lambda: zeros(shapes))
+        return run_work_if(on, work, shapes)

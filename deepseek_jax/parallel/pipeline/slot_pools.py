@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.parallel.overlap import Steps, run_to_end
+
 
 def zeros(tree: Any) -> Any:
     """Zeros with the shapes and dtypes of a tree's leaves."""
@@ -83,6 +85,17 @@ def accumulated(totals: list[Any], chunk: int, more: Any, on: jax.Array) -> list
     """`totals` with `more` added to the chunk's; where `on` is false `more` counts as zeros."""
     sums = jax.tree.map(lambda old, new: old + jnp.where(on, new, 0), totals[chunk], more)
     return [sums if c == chunk else total for c, total in enumerate(totals)]
+
+
+def run_work_if(on: jax.Array, work: Steps[Any], like: Any) -> Any:
+    """A work's result if `on`, else zeros like it.
+
+    The branches meet as leaves: static structure of a result, as residuals have, differs from one
+    trace to the next.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    done = lax.cond(on, lambda: jax.tree.leaves(run_to_end(work)), lambda: zeros(leaves))
+    return jax.tree.unflatten(structure, done)
 
 
 def run_if(on: jax.Array, fn: Callable[[Any], Any], value: Any) -> Any:
