@@ -1,4 +1,4 @@
-"""One decoder layer: norm, attention, norm, feed-forward, each with its residual."""
+"""Decoder layer: norm, attention, norm, feed-forward, each with its residual."""
 
 from typing import Any
 

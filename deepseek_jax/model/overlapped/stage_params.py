@@ -21,7 +21,7 @@ from deepseek_jax.parallel.pipeline.stage_assignment import LayerAssignment
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One part of a slot, and the stacks of layers that it comes from.
+    """Part of a slot, and the stacks of layers that it comes from.
 
     Attributes:
       first: number of the first of these layers.
@@ -109,7 +109,7 @@ def return_gradients(
 
 
 def ends(model: Any) -> Any:
-    """What stands before the first layer and after the last, as a model without layers."""
+    """Model without its layers: embedding, final norm, head and MTP modules."""
     config = dataclasses.replace(model.config, layers=0, dense_layers=0)
     out: Any = abstract_model(config)
     for name in _ends(config):

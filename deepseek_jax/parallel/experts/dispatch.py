@@ -42,7 +42,7 @@ from deepseek_jax.precision.saved import Saved, save
 
 @dataclasses.dataclass(frozen=True)
 class Hop:
-    """One all-to-all.
+    """All-to-all of a dispatch.
 
     Attributes:
       over: mesh axes.
