@@ -30,14 +30,14 @@ class Block(nnx.Module):
 
     @jax.named_scope("layer")
     def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
-        """x BSD -> BSD, and the routing of a mixture of experts."""
+        """x BSD -> BSD, and the routing; None for a dense layer."""
         if how.in_flight > 1 and not self.dense:
             return two_batch.layer(self, x, how)
         return self._fed(attend(self.attention_norm, self.attention, x, how), how)
 
     @jax.named_scope("layer")
     def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:
-        """x BSD -> BSD, and what decoding keeps of these tokens."""
+        """x BSD -> BSD, and the cache entries of these tokens."""
         mixed, kept = self.attention.prefill(self.attention_norm(x), how)
         return self._fed(x + mixed, how)[0], kept
 

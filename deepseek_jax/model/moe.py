@@ -18,11 +18,11 @@ from deepseek_jax.parallel.experts.exchange import Exchange, Received
 from deepseek_jax.parallel.experts.overflow import Rounds
 from deepseek_jax.precision.saved import Saved, save
 
-FEW_TOKENS = 16  # of one step of decoding
+FEW_TOKENS = 16  # most tokens of a decoding step that packed weights or all experts serve
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) * up in float32 from ...(2F), gate first; ...F in the dtype it was given."""
+    """silu(gate) * up, computed in float32: ...(2F), gate first -> ...F in the input's dtype."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
 
@@ -39,7 +39,7 @@ class FeedForward(nnx.Module):
         model, std = ("model", config.d_model), config.init_std
         self.gate_up = params.weight(rngs, model, (None, 2), width, std=std)  # D2F
         self.down = params.weight(rngs, width, model, std=std)  # FD
-        self.packed: Any = None  # the same for few tokens, model/packed_weights.py
+        self.packed: Any = None  # these weights for few tokens, model/packed_weights.py
         self.axis = width[0]
 
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
@@ -50,7 +50,7 @@ class FeedForward(nnx.Module):
             return axes.fan_in(einsum("BSF,FD->BSD", hidden, self.down[...]), self.axis)
 
     def decode(self, x: jax.Array, how: Execution) -> jax.Array:
-        """The same for the tokens of one step of decoding, BSD."""
+        """The same output for the tokens of one step of decoding, BSD."""
         tokens = x.reshape(-1, x.shape[-1])  # BSD -> (BS)D
         if self.packed is None or tokens.shape[0] > FEW_TOKENS:
             return self(x, how)
@@ -58,16 +58,17 @@ class FeedForward(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts of one layer, whichever of them are here."""
+    """The routed experts of one layer; of a sharded layer, those on this device."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         experts, model = ("experts", config.experts), ("model", config.d_model)
         width, std = ("expert_width", config.d_expert), config.init_std
         self.gate_up = params.weight(rngs, experts, model, (None, 2), width, std=std)  # ED2F
         self.down = params.weight(rngs, experts, width, model, std=std)  # EFD
-        self.packed: Any = None  # the same for few tokens, model/packed_weights.py
+        self.packed: Any = None  # these weights for few tokens, model/packed_weights.py
 
     def weights(self) -> tuple[jax.Array, jax.Array]:
+        """gate_up ED2F and down EFD."""
         return self.gate_up[...], self.down[...]
 
 
@@ -145,7 +146,7 @@ class MixtureOfExperts(nnx.Module):
         self.experts = Experts(config, rngs=rngs)
         if config.shared_experts:
             self.shared = FeedForward(config, ("expert_width", config.d_shared), rngs=rngs)
-        self.slots: Any = None  # where copies of experts are, model/redundant_experts.py
+        self.slots: Any = None  # slots of copies of experts, model/redundant_experts.py
         self.config = config
 
     def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:

@@ -1,4 +1,4 @@
-"""A model cut into stages: its weights in the slots of a rank's chunks, and gradients back."""
+"""Weights of a model in the slots of a rank's chunks, and their gradients back at the masters."""
 
 import dataclasses
 import operator
@@ -24,8 +24,8 @@ class _Part:
     """Part of a slot, and the stacks of layers that it comes from.
 
     Attributes:
-      first: number of the first of these layers.
-      stacks: (module, attribute, layers) of each.
+      first: number of the first of these layers in the model.
+      stacks: (module, attribute, number of layers) of each stack.
     """
 
     first: int
@@ -33,9 +33,11 @@ class _Part:
 
     @property
     def layers(self) -> list[int]:
+        """Number of layers in each stack."""
         return [count for _, _, count in self.stacks]
 
     def rows(self, where: LayerAssignment) -> np.ndarray:
+        """[rank, chunk * slot] -> index into the stacks, one after another."""
         return where.rows(self.first, sum(self.layers))
 
 
@@ -55,7 +57,7 @@ def _parts(model: Any, config: ModelConfig) -> dict[str, _Part]:
 def fetch_stage_params(
     model: Any, where: LayerAssignment, config: ModelConfig, layout: Layout
 ) -> dict[str, Any]:
-    """Each part, with this rank's rows: chunk 0's slots, then chunk 1's if there is one."""
+    """Weights of this rank by part, stacked over the slots of chunk 0, then of chunk 1 if any."""
     return {
         name: params.to_stages(
             [getattr(owner, attribute) for owner, attribute, _ in part.stacks],
@@ -69,7 +71,7 @@ def fetch_stage_params(
 def slots(
     rows: dict[str, Any], where: LayerAssignment, chunk: int, config: ModelConfig
 ) -> list[LayerSlot]:
-    """The layers of one chunk, from what `fetch` returned."""
+    """The layers of one chunk, from what `fetch_stage_params` returned."""
     out, rank = [], lax.axis_index("pipe")
     for slot in range(where.slots):
         row, layer = chunk * where.slots + slot, where.layers[:, :, slot]  # [rank, chunk]
@@ -92,7 +94,7 @@ def return_gradients(
     config: ModelConfig,
     layout: Layout,
 ) -> nnx.State:
-    """Gradients of all chunks' slots and of the ends -> those of the masters."""
+    """Gradients of the masters, from those of all chunks' slots and of the ends."""
     slots = [slot for chunk in gradients for slot in chunk]
     for name, part in _parts(model, config).items():
         known = next(slot[name] for slot in slots if name in slot)
