@@ -1,8 +1,10 @@
-"""DeepSeek-V3 16B for one node of eight GPUs: V2-Lite's shape, V3's router and one MTP module.
+"""DeepSeek-V3 16B for one node of eight GPUs: V2-Lite's shape, V3's gate and one MTP module.
 
-The small ablation model of the report (section 4.5: 15.7B parameters, 2.4B activated, sigmoid gate,
-normalised top-k) has this form; its exact sizes are not published. Experts are split over the eight
-GPUs, all other weights by ZeRO-3. The 1.33T tokens are those of the ablation (table 4).
+The gate is V3's: sigmoid, normalised, balanced by biases. There is one group of experts, as in
+V2-Lite, so routing is not node-limited. The small ablation model of the report (section 4.5: 15.7B
+parameters, 2.4B activated, sigmoid gate, normalised top-k) has this form; its exact sizes are not
+published. Experts are split over the eight GPUs, all other weights by ZeRO-3. The 1.33T tokens are
+those of the ablation (table 4).
 """
 
 from ml_collections import ConfigDict

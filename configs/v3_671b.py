@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.precision = ConfigDict(
         dict(
             recipe="bfloat16",  # the report trains in FP8 (section 3.3)
-            dispatch="fp8",  # section 3.3.2: FP8 to the experts, BF16 back; "compute" sends no FP8
+            dispatch="fp8",  # section 3.3.3: FP8 to the experts, BF16 back; "compute" sends no FP8
         )
     )
     config.optimizer = _optimizer()
@@ -64,7 +64,7 @@ def _model() -> ConfigDict:
             top_groups=4,  # section 4.2: at most four nodes per token
             d_expert=2048,  # section 4.2
             score="sigmoid",  # equation 15
-            group_score="top2",  # section 2.1.2: sum of a node's top K_r/M affinities, 8/4 = 2
+            group_score="top2",  # section 2.1.2: sum of a group's best K_r/M, 8/4 = 2
             normalise_weights=True,  # equation 13
             routed_scale=2.5,  # released config.json: routed_scaling_factor
             mtp_depth=1,  # section 4.2

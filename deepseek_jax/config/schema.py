@@ -33,8 +33,8 @@ class ModelConfig:
       rope_theta: Base of the rotary frequencies.
       yarn_factor: Context extension by YaRN, a multiple of `yarn_original`; at least 1, 1 is off.
       yarn_original: Context length of pre-training, in tokens.
-      yarn_beta_fast: Turns in `yarn_original` above which a pair is kept; above `yarn_beta_slow`.
-      yarn_beta_slow: Turns in `yarn_original` below which a pair is slowed by `yarn_factor`.
+      yarn_beta_fast: Rotations in `yarn_original` above which a pair is kept; > `yarn_beta_slow`.
+      yarn_beta_slow: Rotations in `yarn_original` below which a pair is slowed by the factor.
       yarn_mscale: Numerator of YaRN's scale m(yarn_mscale)/m(yarn_mscale_all_dim) of cosines; >= 0.
       yarn_mscale_all_dim: Denominator of that scale; its square scales all logits; at least 0.
       experts: Routed experts of an MoE layer.
@@ -153,10 +153,10 @@ class LayoutConfig:
       ramps: Ticks that fill and drain the pipeline: "mask" computes and discards, "skip" branches.
       defer_weight_gradients: True delays weight gradients into DualPipe's bubbles, for more memory.
       cost_profile: Path of a .pbtxt of instruction costs for XLA's GPU scheduler; "" for none.
-      recompute: Policy: "none", "report" (norms, MLA up-projections, SwiGLU) or "full" (all).
+      recompute: Policy: "none", "report" (norms, up-projections, scores, SwiGLU) or "full" (all).
       attention_block: Query rows of attention that are scored at once.
       unroll: Layers compiled one after another; 1 is one loop body, the fastest to compile.
-      loss_chunk: Tokens per device whose logits exist at once.
+      loss_chunk: Rows (tokens of any head) of a chunk, whose logits a device computes together.
       rules: Table: logical axis -> mesh axes it is split over; an absent axis is not split.
     """
 
@@ -182,7 +182,7 @@ class PrecisionConfig:
 
     Attributes:
       recipe: Format of weights and matmuls in a step: "float32" or "bfloat16"; masters are float32.
-      dispatch: Format of tokens sent to experts: "compute", as they are, or "fp8" (section 3.3.2).
+      dispatch: Format of tokens sent to experts: "compute", as they are, or "fp8" (section 3.3.3).
     """
 
     recipe: str

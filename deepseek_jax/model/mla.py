@@ -204,7 +204,7 @@ def causal_attention(
     block: int,
     keep_scores: bool = False,
 ) -> jax.Array:
-    """Causal softmax(scale * query . key) value, equations 10 and 11; softmax in float32.
+    """Causal softmax(scale * query . key) value, equation 10; softmax in float32.
 
     Queries are taken in blocks of `block` rows, each with only the keys up to the block's end, so
     that most of the half that the mask removes is never computed.

@@ -81,7 +81,10 @@ def join(
     embedding: jax.Array,
     how: Execution,
 ) -> jax.Array:
-    """Input of the block, equation 21: M [norm(embedding) ; norm(hidden)], BSD."""
+    """Input of the block, BSD: equation 21 as M [norm(embedding) ; norm(hidden)].
+
+    The report has the halves the other way round; this is the order of the released weights.
+    """
     chex.assert_shape(hidden, (None, None, project.shape[-1]), custom_message="hidden: BSD")
     chex.assert_equal_shape([hidden, embedding], custom_message="hidden and embedding: BSD")
     chex.assert_type([hidden, embedding], float)

@@ -74,7 +74,10 @@ def text(compared: dict[str, Any]) -> str:
 _NOTES = (
     "Unit of time: a forward of one stage. F = I = W = 1, B = I + W = 2, F&B = 3, messages 0.",
     "Bubble: idle time of a rank. Peak live: most chunks (stage of a micro-batch) from F to W, B.",
+    "Published: by the formulas of the report (table 2) and of DualPipe's repository.",
     "DualPipe hides messages under F&B; these numbers do not include that.",
+    "All rows are of asynchronous ranks. Training runs DualPipe and DualPipeV in lockstep, with a",
+    "bubble of 20 for 8 stages and 48 for 16, or 11 and 27 with layout.defer_weight_gradients.",
 )
 
 
