@@ -240,11 +240,11 @@ def _all_sums(sums: list[Any], ends: Any, where: LayerAssignment, config: ModelC
     rows = where.rows(config.dense_layers, config.moe_layers)
     mine = jnp.asarray(rows)[lax.axis_index(AXIS)]
 
-    def at_home(value: jax.Array) -> jax.Array:
+    def at_layer(value: jax.Array) -> jax.Array:
         start = jnp.zeros((config.moe_layers + 1, *value.shape[1:]), value.dtype)
         return start.at[mine].add(value)[: config.moe_layers]
 
-    layers = jax.tree.map(at_home, (load, traffic))
+    layers = jax.tree.map(at_layer, (load, traffic))
     if config.mtp_depth:
         both = (ends.load, ends.traffic)
         layers = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), layers, both)

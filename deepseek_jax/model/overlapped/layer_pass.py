@@ -252,8 +252,8 @@ class ForwardPass(_Pass):
 
     def _residuals(self, rounds: jax.Array) -> Residuals:
         again = self.layer.recompute_all
-        resent = again and self.arrived.passed is not None
-        without: dict[str, Any] = {"rows" if resent else "passed": None}
+        resent = again and self.arrived.slow_hop_words is not None
+        without: dict[str, Any] = {"rows" if resent else "slow_hop_words": None}
         arrived = dataclasses.replace(self.arrived, **without)
         x = self._entering if again else self.x
         sent = self._gated.weights, self._gated.chosen
@@ -298,8 +298,8 @@ class BackwardPass(_Pass):
         layer, arrived = self.layer, self.arrived
         if layer.recompute_all:
             self._recompute_attention()
-        d_home = self._d_out.reshape(-1, self._d_out.shape[-1])
-        gradient = self.dispatch.combine_gradient(d_home, arrived.route, arrived.passed)
+        d_routed = self._d_out.reshape(-1, self._d_out.shape[-1])
+        gradient = self.dispatch.combine_gradient(d_routed, arrived.route, arrived.slow_hop_words)
         travelled, rows = yield from with_scope("combine", gradient)
         if rows:
             self.arrived = dataclasses.replace(arrived, rows=rows)
@@ -312,7 +312,7 @@ class BackwardPass(_Pass):
         gradient_sent = self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
         d_sent = yield from with_scope("dispatch", gradient_sent)
         self._d_experts = d_gate_up, d_down
-        d_exchange = self._with_overflow_rounds(d_home, d_sent)
+        d_exchange = self._with_overflow_rounds(d_routed, d_sent)
         self._d_all_rounds = d_exchange.experts
         nothing: Any = np.zeros(self._sent[1].shape, jax.dtypes.float0)
         d_gated = Gated(d_exchange.tokens, d_exchange.weights, nothing, self._d_routing)
@@ -383,17 +383,17 @@ class BackwardPass(_Pass):
         return d_down, d_hidden
 
     def _with_overflow_rounds(
-        self, d_home: jax.Array, d_sent: tuple[jax.Array, jax.Array]
+        self, d_routed: jax.Array, d_sent: tuple[jax.Array, jax.Array]
     ) -> Exchange:
         """Gradients of the exchange, given those of the first round's tokens and weights."""
         layer, experts = self.layer, self.weights["experts"]
         norm, _ = self.weights["gate"]
-        tokens = axes.fan_out(norm(self.x).reshape(d_home.shape), "expert_width")
+        tokens = axes.fan_out(norm(self.x).reshape(d_routed.shape), "expert_width")
         weights, chosen = self._sent
         exchange = Exchange(tokens, weights, chosen, self._left, layer.experts, experts)
         d_experts = with_zeros_for_deferred(experts, self._d_experts)
         first = cotangent(layer.experts, *d_sent, d_experts)
-        return expert_rounds(self.how).rest_gradient(exchange, self._rounds, d_home, first)
+        return expert_rounds(self.how).rest_gradient(exchange, self._rounds, d_routed, first)
 
 
 def _pull(fn: Any, weights: Any, x: jax.Array) -> Any:
