@@ -99,8 +99,8 @@ class _LayersOnly:
     def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
         return self.chunks[chunk].backward(kept, d_y, on)
 
-    def rest_of_backward(self, chunk: int, later: Any) -> Any:
-        return self.chunks[chunk].rest_of_backward(later)
+    def weight_backward(self, chunk: int, later: Any) -> Any:
+        return self.chunks[chunk].weight_backward(later)
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
         return total + y.sum(dtype=jnp.float32), jnp.ones_like(y)

@@ -71,7 +71,7 @@ def fetch_stage_params(
 def slots(
     rows: dict[str, Any], where: LayerAssignment, chunk: int, config: ModelConfig
 ) -> list[LayerSlot]:
-    """The layers of one chunk, from what `fetch_stage_params` returned."""
+    """Slots of one chunk, with this rank's weights as `fetch_stage_params` gathered them."""
     out, rank = [], lax.axis_index("pipe")
     for slot in range(where.slots):
         row, layer = chunk * where.slots + slot, where.layers[:, :, slot]  # [rank, chunk]
