@@ -131,5 +131,5 @@ class Stage:
 
 def _of_modules(slot: LayerSlot, gradients: dict[str, Any]) -> Any:
     """Gradients of `layer_weights` -> float32 gradients of the modules that they are in."""
-    _, pull = jax.vjp(layer_weights, slot.modules)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), pull(gradients)[0])
+    _, vjp = jax.vjp(layer_weights, slot.modules)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), vjp(gradients)[0])
