@@ -286,8 +286,8 @@ def measure(
             "plan step needs messages to experts, and on this layout every device has all experts; "
             "set mesh.node or mesh.gpu above 1"
         )
-    if file and file.suffix != xla_options.ENDING:
-        raise ConfigError(f"--costs={file} must end in {xla_options.ENDING}, or XLA ignores it")
+    if file and file.suffix != xla_options.SUFFIX:
+        raise ConfigError(f"--costs={file} must end in {xla_options.SUFFIX}, or XLA ignores it")
     if file and not file.absolute().parent.is_dir():
         raise ConfigError(f"--costs={file}: there is no folder {file.absolute().parent}")
     mesh, rates = cluster.mesh(config.mesh), Rates()

@@ -66,7 +66,7 @@ def make_score(
             compute = params.prepare(weights, how.recipe)
             compute = compute if per_layer else params.gather(compute, layout)
             model: Any = nnx.merge(graph, compute, bias)
-            rows = model.trunk(tokens[:, :-1], how).top.reshape(-1, config.model.d_model)
+            rows = model.trunk(tokens[:, :-1], how).hidden.reshape(-1, config.model.d_model)
             counted = valid.reshape(-1).astype(jnp.float32)
             chunk = min(config.layout.loss_chunk, rows.shape[0])
             head = params.whole(model.head).table[...]
