@@ -161,7 +161,10 @@ def _laid_out(
     text_key: str,
     say: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray, scoring.HeldOut | None]:
-    """Sequences N(S+1), mask NS of targets that count, and the text if it is known."""
+    """Packs held-out data into sequences N(S+1), with a mask NS of the targets that count.
+
+    The third value holds the byte counts of raw text, for bits per byte; None for token files.
+    """
     if files := source.token_files(data):
         return *scoring.of_tokens(files, vocab=vocab, length=length, tokens=tokens), None
     words = directory / "tokenizer.json"

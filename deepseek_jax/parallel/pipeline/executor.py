@@ -159,7 +159,7 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class _Tick:
-    """One lockstep tick of this rank.
+    """Lockstep tick of this rank.
 
     Attributes:
       forward_shapes, backward_shapes: shapes of each chunk's results, which `skip` fills with
