@@ -3,7 +3,7 @@
 The first round is unconditional and made of separate steps, so that its messages can travel under
 other work. Further rounds serve the choices that its buffers had no room for. Whether one is needed
 is a number that is equal on the whole expert-parallel group, so that no device waits for a message
-that nobody sends. A balanced router needs none.
+that no device sends. A balanced router needs none.
 """
 
 import dataclasses
