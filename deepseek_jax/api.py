@@ -120,7 +120,7 @@ def _forward(model: Transformer, tokens: jax.Array, how: Execution) -> Output:
 
 @functools.partial(jax.jit, static_argnames="how")
 def _loss(model: Transformer, tokens: jax.Array, how: Execution) -> jax.Array:
-    rows = model.trunk(tokens[:, :-1], how).top.reshape(-1, model.config.d_model)  # BSD -> (BS)D
+    rows = model.trunk(tokens[:, :-1], how).hidden.reshape(-1, model.config.d_model)  # BSD -> (BS)D
     weights = jnp.full(rows.shape[:1], 1 / rows.shape[0], jnp.float32)
     targets = tokens[:, 1:].reshape(-1)
     chunk = min(LOSS_CHUNK, rows.shape[0])

@@ -106,7 +106,7 @@ def compile_for(
         return lowered.compile(compiler_options=chosen)
     # A new path each time: JAX caches by options and does not see that a file has changed.
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"costs{xla_options.ENDING}"
+        file = Path(folder) / f"costs{xla_options.SUFFIX}"
         file.write_text(profile)
         chosen[xla_options.PROFILE] = str(file)
         return lowered.compile(compiler_options=chosen)

@@ -99,8 +99,8 @@ class _LayersOnly:
     def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
         return self.chunks[chunk].backward(kept, d_y, on)
 
-    def rest_of_backward(self, chunk: int, later: Any) -> Any:
-        return self.chunks[chunk].rest_of_backward(later)
+    def weight_backward(self, chunk: int, later: Any) -> Any:
+        return self.chunks[chunk].weight_backward(later)
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
         return total + y.sum(dtype=jnp.float32), jnp.ones_like(y)
@@ -286,8 +286,8 @@ def measure(
             "plan step needs messages to experts, and on this layout every device has all experts; "
             "set mesh.node or mesh.gpu above 1"
         )
-    if file and file.suffix != xla_options.ENDING:
-        raise ConfigError(f"--costs={file} must end in {xla_options.ENDING}, or XLA ignores it")
+    if file and file.suffix != xla_options.SUFFIX:
+        raise ConfigError(f"--costs={file} must end in {xla_options.SUFFIX}, or XLA ignores it")
     if file and not file.absolute().parent.is_dir():
         raise ConfigError(f"--costs={file}: there is no folder {file.absolute().parent}")
     mesh, rates = cluster.mesh(config.mesh), Rates()

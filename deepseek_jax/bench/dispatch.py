@@ -290,22 +290,22 @@ def _operands(config: Config, tokens: int) -> list[tuple[tuple[int, ...], Any]]:
     ]
 
 
-def _step(config: Config, layout: Layout, gate_up, down, tokens, weights, experts, pull):
+def _step(config: Config, layout: Layout, gate_up, down, tokens, weights, experts, d_out):
     """Part of one device -> gradients, and (rounds (1,), copies (1, 2), served choices MK)."""
     how, total = execution.of(config), config.model.experts
     rounds = expert_rounds(how)
 
-    def pulled(network, tokens, weights):
+    def weighted_sum(network, tokens, weights):
         everything = jnp.ones(experts.shape, jnp.bool_)
         exchange = Exchange(tokens, weights, experts, everything, total, network)
         arrived = how.dispatch.send(exchange)
         first, served = how.dispatch.combine(rounds.work(network, arrived), arrived.route)
         out, number = rounds.rest(exchange.after(served), first)
         known = number[None], crossings(arrived.route)[None], served
-        return jnp.sum((out * pull).astype(jnp.float32)), known
+        return jnp.sum((out * d_out).astype(jnp.float32)), known
 
     with axes.active(layout):
-        grad = jax.grad(pulled, (0, 1, 2), has_aux=True)
+        grad = jax.grad(weighted_sum, (0, 1, 2), has_aux=True)
         ((d_gate_up, d_down), d_tokens, d_weights), known = grad((gate_up, down), tokens, weights)
     return (d_gate_up, d_down, d_tokens, d_weights), known
 

@@ -226,15 +226,15 @@ def moves(config: Config, case: DispatchCase) -> list[DispatchPiece]:
     (slow, fast), local = route.hops, route.local
     tokens = jax.random.normal(keys[1], (case.tokens, case.width), case.dtype)
     weights = jax.random.uniform(keys[2], chosen.shape)
-    named = (chosen + 1).astype(jnp.uint16)
-    sent = [Field.of(x) for x in (*FP8_PAYLOAD.encode(tokens), weights, named)]
-    home = [Field.of(x) for x in (tokens, chosen.astype(jnp.uint8))]
+    names = (chosen + 1).astype(jnp.uint16)
+    sent = [Field.of(x) for x in (*FP8_PAYLOAD.encode(tokens), weights, names)]
+    back = [Field.of(x) for x in (tokens, chosen.astype(jnp.uint8))]
     bytes_out = sum(FP8_PAYLOAD.bytes_out(case.width, case.dtype))
-    row, row_out, row_home = tokens[0].nbytes, _row_bytes(sent), _row_bytes(home)
+    row, row_out, row_back = tokens[0].nbytes, _row_bytes(sent), _row_bytes(back)
 
     def out_slow(changes, route):
-        tokens, weights, named = changes
-        return route.hops[0].permute(message.pack((*FP8_PAYLOAD.encode(tokens), weights, named)))
+        tokens, weights, names = changes
+        return route.hops[0].permute(message.pack((*FP8_PAYLOAD.encode(tokens), weights, names)))
 
     def out_fast(words, route):
         return route.hops[1].permute(words)
@@ -242,33 +242,33 @@ def moves(config: Config, case: DispatchCase) -> list[DispatchPiece]:
     def out_local(words, route):
         return FP8_PAYLOAD.decode(permute_rows(route.local, words, sent[:-2]), case.dtype)
 
-    def home_local(out, route):
-        words = unpermute_rows(route.local, message.pack((out,)), home[0])
+    def combine_local(out, route):
+        words = unpermute_rows(route.local, message.pack((out,)), back[0])
         served = route.local.choice_sent.astype(jnp.uint8)
         return jnp.concatenate([words, message.pack((served,))], axis=1)
 
-    def home_fast(words, route):
+    def combine_fast(words, route):
         served = route.hops[1].unpermute(served_of(words))
-        words = unpermute_rows(route.hops[1], words, home[0])
+        words = unpermute_rows(route.hops[1], words, back[0])
         return jnp.concatenate([words, message.pack((served,))], axis=1)
 
-    def home_slow(words, route):
-        rows = message.unpack(unpermute_rows(route.hops[0], words, home[0]), home[:1])[0]
+    def combine_slow(words, route):
+        rows = message.unpack(unpermute_rows(route.hops[0], words, back[0]), back[:1])[0]
         return rows, route.hops[0].unpermute(served_of(words)) > 0
 
     def served_of(words):
-        return message.unpack(words[:, home[0].words :], home[1:])[0]
+        return message.unpack(words[:, back[0].words :], back[1:])[0]
 
     # (name, function, bytes to read); the bytes to write are those of the result.
     chain = [
         ("pack slow hop", out_slow, tokens.nbytes),
         ("pack fast hop", out_fast, _rows(fast.sent) * row_out),
         ("unpack for experts", out_local, _rows(local.sent) * bytes_out),
-        ("sum and pack here", home_local, _count(local.used) * row),
-        ("sum and pack in node", home_fast, _count(fast.used) * row_home),
-        ("sum at home", home_slow, _count(slow.used) * row_home),
+        ("sum and pack here", combine_local, _count(local.used) * row),
+        ("sum and pack in node", combine_fast, _count(fast.used) * row_back),
+        ("sum at home", combine_slow, _count(slow.used) * row_back),
     ]
-    pieces, given = [], (tokens, weights, named)
+    pieces, given = [], (tokens, weights, names)
     for name, run, read in chain:
         made = jax.jit(run)(given, route)
         written = sum(x.nbytes for x in jax.tree.leaves(made))

@@ -133,13 +133,13 @@ def _rows(shape: Shape, case: MatmulCase, known: Chip | None, rounds: int) -> li
     keys = jax.random.split(jax.random.key(0), 3)
     rows = jax.random.normal(keys[0], (shape.rows, shape.width), case.dtype)
     weight = jax.random.normal(keys[1], (shape.experts, shape.width, shape.out), case.dtype)
-    pull = jax.random.normal(keys[2], (shape.rows, shape.out), case.dtype)
+    d_out = jax.random.normal(keys[2], (shape.rows, shape.out), case.dtype)
 
-    def run(fn, form, rows, weight, sizes, pull):
+    def run(fn, form, rows, weight, sizes, d_out):
         if form == "forward":
             return fn(rows, weight, sizes)
-        out, back = jax.vjp(lambda rows, weight: fn(rows, weight, sizes), rows, weight)
-        return out, back(pull)
+        out, vjp = jax.vjp(lambda rows, weight: fn(rows, weight, sizes), rows, weight)
+        return out, vjp(d_out)
 
     steps: dict[tuple[str, str, str], Callable[[], Any]] = {}
     for name, fn in backends(jax.default_backend()).items():
@@ -150,7 +150,7 @@ def _rows(shape: Shape, case: MatmulCase, known: Chip | None, rounds: int) -> li
                 all_sizes = {"any": all_sizes["balanced"]}
             for kind, sizes in all_sizes.items():
                 steps[name, form, kind] = functools.partial(
-                    compiled, rows, weight, jnp.asarray(sizes), pull
+                    compiled, rows, weight, jnp.asarray(sizes), d_out
                 )
     for step in steps.values():
         jax.block_until_ready(step())

@@ -159,7 +159,7 @@ class _Counted:
         d_x = yield d_y @ self.weight.T
         return d_x, kept[0].T @ d_y, []
 
-    def rest_of_backward(self, chunk: int, later: Any) -> Any:
+    def weight_backward(self, chunk: int, later: Any) -> Any:
         raise AssertionError("no weight gradient is deferred")
 
     def last(self, micro: jax.Array, y: jax.Array, total: jax.Array) -> tuple[Any, jax.Array]:
@@ -243,7 +243,7 @@ def _halves(config: Config, recompute: str) -> dict[str, Any]:
         return d_x, later
 
     def rest_of(later: Any, weights: Any, rest: Any) -> Any:
-        return stage(True, weights, rest).rest_of_backward(later)
+        return stage(True, weights, rest).weight_backward(later)
 
     def flops(run: Any, *given: Any) -> float:
         counted: Any = jax.jit(run).lower(*given).compile().cost_analysis()

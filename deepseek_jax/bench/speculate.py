@@ -110,7 +110,7 @@ def _rows(
         seconds: dict[int, list[float]] = {0: [], drafts: []}
         for server in servers.values():
             server.run(requests[:1])  # compile
-            server.count_anew()
+            server.reset_counts()
         for _ in range(rounds):
             for number, server in servers.items():
                 seconds[number].append(_decode_seconds(server, requests))

@@ -65,8 +65,8 @@ def _rows(shape, case, tiles, rounds, interpret) -> list[dict[str, Any]]:
     keys = jax.random.split(jax.random.key(0), 3)
     rows = jax.random.normal(keys[0], (shape.rows, shape.width), case.dtype)
     weight = jax.random.normal(keys[1], (shape.experts, shape.width, shape.out), case.dtype)
-    pull = jax.random.normal(keys[2], (shape.rows, shape.out), case.dtype)
-    given = rows, weight, jnp.asarray(shape.sizes()["balanced"]), pull
+    d_out = jax.random.normal(keys[2], (shape.rows, shape.out), case.dtype)
+    given = rows, weight, jnp.asarray(shape.sizes()["balanced"]), d_out
     with ThreadPoolExecutor() as pool:  # compiling is most of the wait
         each = [
             pool.submit(_compiled, tile, product, given, interpret)
@@ -88,12 +88,12 @@ def _compiled(tile: Tile, product: str, given: Any, interpret: bool) -> Callable
     """Compiled product, ready to run; None for a tile that exceeds the chip's resources."""
     options: Any = {"tile": tile, "interpret": interpret}
 
-    def run(rows, weight, sizes, pull):
+    def run(rows, weight, sizes, d_out):
         if product == "forward":
             return grouped_triton.product(rows, weight, sizes, **options)
         if product == "rows":
-            return grouped_triton.rows_gradient((rows, weight, sizes), pull, **options)
-        return grouped_triton.weight_gradient((rows, weight, sizes), pull, **options)
+            return grouped_triton.rows_gradient((rows, weight, sizes), d_out, **options)
+        return grouped_triton.weight_gradient((rows, weight, sizes), d_out, **options)
 
     step = functools.partial(jax.jit(run), *given)
     try:

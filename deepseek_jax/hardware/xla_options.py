@@ -15,7 +15,7 @@ OPTIONS: Mapping[str, Any] = {
     "xla_gpu_enable_command_buffer": "",
 }
 PROFILE = "xla_gpu_pgle_profile_file_or_directory_path"
-ENDING = ".pbtxt"  # XLA silently ignores a profile in text form with any other ending
+SUFFIX = ".pbtxt"  # XLA silently ignores a profile in text form with any other suffix
 
 
 def options(backend: str, profile: str = "") -> dict[str, Any]:
@@ -29,9 +29,9 @@ def options(backend: str, profile: str = "") -> dict[str, Any]:
     Raises:
       ConfigError: No such file, or one that XLA would ignore.
     """
-    if profile and not (Path(profile).is_file() and profile.endswith(ENDING)):
+    if profile and not (Path(profile).is_file() and profile.endswith(SUFFIX)):
         raise ConfigError(
-            f"layout.cost_profile={profile} is not a file that ends in {ENDING}; write one with "
+            f"layout.cost_profile={profile} is not a file that ends in {SUFFIX}; write one with "
             "python -m deepseek_jax.plan step, or set layout.cost_profile=''"
         )
     if backend != "gpu":

@@ -33,13 +33,13 @@ class Block(nnx.Module):
         """x BSD -> BSD, and the routing; None for a dense layer."""
         if how.in_flight > 1 and not self.dense:
             return two_batch.layer(self, x, how)
-        return self._fed(attend(self.attention_norm, self.attention, x, how), how)
+        return self._add_feed_forward(attend(self.attention_norm, self.attention, x, how), how)
 
     @jax.named_scope("layer")
     def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:
         """x BSD -> BSD, and the cache entries of these tokens."""
         mixed, kept = self.attention.prefill(self.attention_norm(x), how)
-        return self._fed(x + mixed, how)[0], kept
+        return self._add_feed_forward(x + mixed, how)[0], kept
 
     @jax.named_scope("layer")
     def decode(
@@ -50,9 +50,9 @@ class Block(nnx.Module):
         x = x + mixed
         return x + self.feed.decode(self.feed_norm(x), how), past
 
-    def _fed(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
+    def _add_feed_forward(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
         """x + FFN(norm x)."""
         if self.dense:
             return x + self.feed(self.feed_norm(x), how), None
-        fed, routing = self.feed(self.feed_norm(x), how)
-        return x + fed, routing
+        out, routing = self.feed(self.feed_norm(x), how)
+        return x + out, routing

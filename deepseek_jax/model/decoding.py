@@ -131,7 +131,7 @@ def prefill(
         x, dense = run_layers(model.dense_layers, config.dense_layers, step, x, how.unroll)
     if config.moe_layers:
         x, moe = run_layers(model.moe_layers, config.moe_layers, step, x, how.unroll)
-    top = params.whole(model.norm)(x)
+    hidden = params.whole(model.norm)(x)
     if mtp:
         padded = jnp.pad(embedded, ((0, 0), (0, config.mtp_depth), (0, 0)))
 
@@ -139,8 +139,8 @@ def prefill(
             token = lax.dynamic_slice_in_dim(padded, number + 1, tokens.shape[1], axis=1)
             return params.whole(weights).prefill(state, token, how)
 
-        _, ahead = run_layers(model.mtp, config.mtp_depth, module, top)
-    return top, PerStack(dense, moe, ahead)
+        _, ahead = run_layers(model.mtp, config.mtp_depth, module, hidden)
+    return hidden, PerStack(dense, moe, ahead)
 
 
 def decode(

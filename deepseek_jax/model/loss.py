@@ -63,15 +63,15 @@ def entropy_of(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Ar
     """
     over, width = axes.names("vocab"), logits.shape[-1]
     here = targets - width * axes.index("vocab")
-    top = logits.max(-1)
-    top = lax.pmax(top, over) if over else top
-    normaliser = jnp.exp(logits - top[:, None]).sum(-1)
+    largest = logits.max(-1)
+    largest = lax.pmax(largest, over) if over else largest
+    normaliser = jnp.exp(logits - largest[:, None]).sum(-1)
     column = jnp.clip(here, 0, width - 1)[:, None]
     target = jnp.take_along_axis(logits, column, axis=1, mode="promise_in_bounds")[:, 0]
     if over:
         target = jnp.where((here >= 0) & (here < width), target, 0.0)
         normaliser, target = lax.psum((normaliser, target), over)
-    log_normaliser = jnp.log(normaliser) + top
+    log_normaliser = jnp.log(normaliser) + largest
     return log_normaliser - target, log_normaliser, here
 
 

@@ -79,16 +79,16 @@ class LatentAttention(nnx.Module):
         positions = jnp.arange(x.shape[1])
 
         # The non-rotary part comes first and is rotated by angle zero: no head is split.
-        turn = rotary.cos_sin(config, positions, still=config.d_nope)
-        query = rotary.rotate(self._query(x, how), *(part[None, :, None] for part in turn))
+        rotation = rotary.cos_sin(config, positions, still=config.d_nope)
+        query = rotary.rotate(self._query(x, how), *(part[None, :, None] for part in rotation))
 
         latent, key_rope = self.latent(x, how)  # BSC, BSR
         latent = axes.fan_out(self.kv_norm(latent), "heads")
         key_rope = axes.fan_out(key_rope, "heads")
         key_value = einsum("BSC,CHX->BSHX", latent, self.kv_up[...])
         key_nope, value = jnp.split(key_value, [config.d_nope], axis=-1)
-        turn = rotary.cos_sin(config, positions)
-        key_rope = rotary.rotate(key_rope, *(part[None] for part in turn))
+        rotation = rotary.cos_sin(config, positions)
+        key_rope = rotary.rotate(key_rope, *(part[None] for part in rotation))
         kept = latent, key_rope
         key_rope = broadcast(key_rope[:, :, None], (*key_nope.shape[:-1], config.d_rope))
         key = jnp.concatenate([key_nope, key_rope], axis=-1)
@@ -238,8 +238,8 @@ def _in_blocks_forward(
     if not keep_scores:
         return _in_blocks(query, key, value, scale, block, keep_scores), (query, key, value)
     blocks = _blocks(query, key, value, scale, block)
-    outs, pulls = zip(*(jax.vjp(attend, *parts) for attend, parts in blocks), strict=True)
-    return jnp.concatenate(outs, axis=1), list(pulls)
+    outs, vjps = zip(*(jax.vjp(attend, *parts) for attend, parts in blocks), strict=True)
+    return jnp.concatenate(outs, axis=1), list(vjps)
 
 
 def _in_blocks_backward(
@@ -249,22 +249,20 @@ def _in_blocks_backward(
     dtype, length = d_out.dtype, d_out.shape[1]
     starts = range(0, length, block)
     if keep_scores:
-        pulls = saved
+        vjps = saved
     else:  # without the barrier XLA reuses, and so keeps in memory, the scores of forward
         saved, d_out = jax.lax.optimization_barrier((saved, d_out))
         query, key, value = saved
         blocks = _blocks(query, key, value, scale, block)
-        pulls = [
+        vjps = [
             lambda d, attend=attend, parts=parts: jax.vjp(attend, *parts)[1](d)
             for attend, parts in blocks
         ]
     d_query: list[jax.Array] = []
     totals: list[jax.Array] = []
-    for start, pull in reversed(
-        list(zip(starts, pulls, strict=True))
-    ):  # the last block has all keys
+    for start, vjp in reversed(list(zip(starts, vjps, strict=True))):  # the last block has all keys
         end = min(start + block, length)
-        d_rows, *d_seen = pull(d_out[:, start:end])
+        d_rows, *d_seen = vjp(d_out[:, start:end])
         d_query.append(d_rows)
         wide = [part.astype(jnp.float32) for part in d_seen]
         both = zip(totals, wide, strict=True)

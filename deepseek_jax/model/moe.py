@@ -159,18 +159,18 @@ class MixtureOfExperts(nnx.Module):
         out = routed.reshape(x.shape)
         if self.config.shared_experts:
             out = out + self.shared(x, how)
-        return save(Saved.FED, out), routing
+        return save(Saved.MOE_OUTPUT, out), routing
 
     def decode(self, x: jax.Array, how: Execution) -> jax.Array:
         """The same output for the tokens of one step of decoding, BSD."""
-        if not self.read_whole(x.shape[0] * x.shape[1]):
+        if not self.runs_all_experts(x.shape[0] * x.shape[1]):
             return self(x, how)[0]
         routed = through_every_expert(how, self.experts, self.gate(x))
         out = axes.fan_in(routed, "expert_width").reshape(x.shape)
         return out + self.shared.decode(x, how) if self.config.shared_experts else out
 
-    def read_whole(self, tokens: int) -> bool:
-        """Whether so few tokens are served sooner by all experts than each by its own.
+    def runs_all_experts(self, tokens: int) -> bool:
+        """Whether all experts on so few tokens run faster than each token's own experts.
 
         True when tokens * top_k >= 2 * experts, for then 6 of 7 experts are read anyway (estimated
         for a uniform router); with packed CPU weights from experts / 2 on (measured).

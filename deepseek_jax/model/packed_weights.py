@@ -25,8 +25,8 @@ class PackedExperts(nnx.Module):
     def __init__(self, gate_up: jax.Array, down: jax.Array):
         """Packs gate_up ED2F and down EFD."""
         both = gate_up.reshape(*gate_up.shape[:2], -1)  # ED2F -> ED(2F)
-        self.gate_up = params.whole_here(packed_product.pack(both))
-        self.down = params.whole_here(packed_product.pack(down))
+        self.gate_up = params.unsharded(packed_product.pack(both))
+        self.down = params.unsharded(packed_product.pack(down))
 
     def __call__(self, tokens: jax.Array, scale: jax.Array) -> jax.Array:
         """Sum over all experts of their outputs for tokens MD, times scale EM -> MD."""
@@ -41,7 +41,7 @@ class PackedHead(nnx.Module):
 
     def __init__(self, table: jax.Array):
         """Packs table DV."""
-        self.table = params.whole_here(packed_product.pack(table[None]))
+        self.table = params.unsharded(packed_product.pack(table[None]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x ...D -> logits ...V, float32."""
@@ -57,7 +57,7 @@ class SplitKeyValueUp(nnx.Module):
     def __init__(self, kv_up: jax.Array, d_nope: int):
         """Splits kv_up CH(N+W)."""
         key, value = jnp.split(kv_up.swapaxes(0, 1), [d_nope], axis=-1)
-        self.key, self.value = params.whole_here(key), params.whole_here(value)  # HCN, HCW
+        self.key, self.value = params.unsharded(key), params.unsharded(value)  # HCN, HCW
 
 
 def pack_block(block: Any) -> None:

@@ -58,8 +58,8 @@ def table(value: jax.Array, layers: int = 1) -> Table:
     return Table(value, axes=(None,) * len(sizes), sizes=sizes, sensitive=True)
 
 
-def whole_here(value: jax.Array) -> nnx.Param:
-    """Weight derived from others, for a model on one device."""
+def unsharded(value: jax.Array) -> nnx.Param:
+    """Unsharded parameter that is derived from others, for a model on one device."""
     return nnx.Param(value, axes=(None,) * value.ndim, sizes=value.shape, sensitive=False)
 
 

@@ -15,20 +15,20 @@ from deepseek_jax.config import ModelConfig
 def frequencies(config: ModelConfig) -> np.ndarray:
     """Frequencies f_j of the pairs, float64: theta^(-2j/R), lowered by YaRN for long wavelengths.
 
-    Pairs that turn more than `yarn_beta_fast` times within the original length keep f_j. Pairs that
-    turn less than `yarn_beta_slow` times get f_j / `yarn_factor`. Between, a linear ramp.
+    Pairs that rotate more than `yarn_beta_fast` times in the original length keep f_j. Pairs that
+    rotate less than `yarn_beta_slow` times get f_j / `yarn_factor`. Between, a linear ramp.
     """
     pairs = config.d_rope // 2
     plain = config.rope_theta ** (-np.arange(pairs) / pairs)
     if config.yarn_factor == 1.0:
         return plain
 
-    def pair_that_turns(times: float) -> float:
-        turns = math.log(config.yarn_original / (2 * math.pi * times))
-        return config.d_rope * turns / (2 * math.log(config.rope_theta))
+    def pair_of_rotations(count: float) -> float:
+        ratio = math.log(config.yarn_original / (2 * math.pi * count))
+        return config.d_rope * ratio / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(pair_that_turns(config.yarn_beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(config.yarn_beta_slow)), config.d_rope - 1)
+    low = max(math.floor(pair_of_rotations(config.yarn_beta_fast)), 0)
+    high = min(math.ceil(pair_of_rotations(config.yarn_beta_slow)), config.d_rope - 1)
     ramp = np.clip((np.arange(pairs) - low) / max(high - low, 0.001), 0.0, 1.0)
     return plain * (1 - ramp) + plain / config.yarn_factor * ramp
 

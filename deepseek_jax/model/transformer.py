@@ -26,12 +26,12 @@ class Trunk:
     """Output of the main model up to the head.
 
     Attributes:
-      top: BSD, after the final norm.
+      hidden: BSD, after the final norm.
       routing: routing of the MoE layers, stacked in front; None without MoE layers.
       embedded: B(S + ahead)D, the embeddings, which MTP modules read again.
     """
 
-    top: jax.Array
+    hidden: jax.Array
     routing: Routing | None
     embedded: jax.Array
 
@@ -136,8 +136,8 @@ class Transformer(nnx.Module):
         """MTP chain on top of the main model."""
         depth = self.config.mtp_depth
         if not depth:
-            return Hidden(trunk.top[None], trunk.routing, None)
-        missing, length = max(depth - ahead, 0), trunk.top.shape[1]
+            return Hidden(trunk.hidden[None], trunk.routing, None)
+        missing, length = max(depth - ahead, 0), trunk.hidden.shape[1]
         embedded = jnp.pad(trunk.embedded, ((0, 0), (0, missing), (0, 0)))
 
         def predict(
@@ -149,8 +149,10 @@ class Transformer(nnx.Module):
             return state, (out, routing)
 
         shifts = jnp.arange(1, depth + 1)
-        _, (outs, mtp_routing) = lax.scan(how.remat.layer(predict), trunk.top, (self.mtp, shifts))
-        return Hidden(jnp.concatenate([trunk.top[None], outs]), trunk.routing, mtp_routing)
+        _, (outs, mtp_routing) = lax.scan(
+            how.remat.layer(predict), trunk.hidden, (self.mtp, shifts)
+        )
+        return Hidden(jnp.concatenate([trunk.hidden[None], outs]), trunk.routing, mtp_routing)
 
     def __call__(self, tokens: jax.Array, how: Execution) -> tuple[jax.Array, Hidden]:
         """tokens BS -> logits (1 + depth)BSV float32 of all depths, and the head's inputs."""

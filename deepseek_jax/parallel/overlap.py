@@ -50,8 +50,9 @@ def interleave(works: Mapping[str, Steps[None]], turns: Sequence[str]) -> None:
       works: name of one letter -> work.
       turns: the program. One string per turn; each letter advances that work by one step (`aab`: a
         twice, b once). A turn's steps all finish before the next turn begins. Works after a bar
-        (`a|b`) take no step now, but their next step waits for this turn. A work ends in the turn
-        that names it last; the code after its last yield is under no barrier.
+        (`a|b`) take no step now, but their next step waits for this turn. A work returns in the
+        turn that names it last. No barrier follows what it computes after its last yield, so
+        XLA schedules that freely.
 
     Raises:
       ValueError: a work has more steps than its letters in `turns`.

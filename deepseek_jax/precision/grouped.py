@@ -35,7 +35,7 @@ Backend = Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]
 
 
 def by_platform(portable: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel in programs lowered for CUDA, on whatever machine that is done."""
+    """The kernel in programs lowered for CUDA: the choice is by lowering platform, not by host."""
     return lambda *arguments: lax.platform_dependent(*arguments, cuda=kernel, default=portable)
 
 
@@ -59,11 +59,11 @@ def grouped_matmul(
     Returns:
       MF, `rows.dtype`, summed in float32; padding is zero, in the gradient too.
     """
-    share, block = _steer(min(likely, rows.shape[0]), weight.shape[0])
+    share, block = _share_and_block(min(likely, rows.shape[0]), weight.shape[0])
     return _grouped(rows, weight, sizes, share, min(block, rows.shape[0]), backend)
 
 
-def _steer(likely: int, experts: int) -> tuple[int, int]:
+def _share_and_block(likely: int, experts: int) -> tuple[int, int]:
     """Rows of a share (J) and of a block of the loop."""
     share = round(SLACK * likely / experts)
     if share >= FEW_ROWS:
@@ -83,24 +83,24 @@ def reference(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array
 
 
 def _in_shares(sizes: jax.Array, share: int, rows: int) -> tuple[jax.Array, ...]:
-    """Rows M and places (EJ) of the shares, matched both ways.
+    """Index maps from slots of the shares (EJ) to rows (M), and back.
 
     Returns:
-      EJ row of each place, EJ mask of places that hold a row, M place of each row in (EJ), M mask
-      of rows that have a place.
+      EJ row of each slot, EJ mask of slots that hold a row, M slot of each row in (EJ), M mask of
+      rows that have a slot.
     """
     ends = jnp.cumsum(sizes)
-    place = jnp.arange(share, dtype=sizes.dtype)[None]
-    row = jnp.minimum((ends - sizes)[:, None] + place, rows - 1)
+    slot = jnp.arange(share, dtype=sizes.dtype)[None]
+    row = jnp.minimum((ends - sizes)[:, None] + slot, rows - 1)
     number = jnp.arange(rows, dtype=sizes.dtype)
     expert = jnp.minimum(jnp.searchsorted(ends, number, side="right"), sizes.shape[0] - 1)
     nth = number - (ends - sizes)[expert]
     has = (nth < share) & (number < ends[-1])
-    return row, place < sizes[:, None], expert * share + jnp.minimum(nth, share - 1), has
+    return row, slot < sizes[:, None], expert * share + jnp.minimum(nth, share - 1), has
 
 
-def _beyond(sizes: jax.Array, share: int, block: int, rows: int) -> tuple[jax.Array, ...]:
-    """Blocks of the rows beyond the shares: their number, and expert and first row of each."""
+def _overflow_blocks(sizes: jax.Array, share: int, block: int, rows: int) -> tuple[jax.Array, ...]:
+    """Blocks of rows past an expert's first J: their number, and expert and first row of each."""
     experts = sizes.shape[0]
     extra = jnp.maximum(sizes - share, 0)
     blocks = (extra + block - 1) // block
@@ -126,12 +126,12 @@ def _product(
     contract = "EJF,EDF->EJD" if transpose else "EJD,EDF->EJF"
     width = weight.shape[1 if transpose else 2]
     if share:
-        row, _, place, has = _in_shares(sizes, share, rows.shape[0])
+        row, _, slot, has = _in_shares(sizes, share, rows.shape[0])
         product = exact_einsum(contract, _take(rows, row), weight).astype(rows.dtype)
-        out = _masked(has, _take(product.reshape(-1, width), place))
+        out = _masked(has, _take(product.reshape(-1, width), slot))
     else:
         out = jnp.zeros((rows.shape[0], width), rows.dtype)
-    count, experts, starts = _beyond(sizes, share, block, rows.shape[0])
+    count, experts, starts = _overflow_blocks(sizes, share, block, rows.shape[0])
     ends = jnp.cumsum(sizes)
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -187,7 +187,7 @@ def _weight_gradient(share: int, block: int, saved: Saved, d_out: jax.Array) -> 
         d_weight = exact_einsum("EJD,EJF->EDF", mine, theirs)
     else:
         d_weight = jnp.zeros(weight.shape, jnp.float32)
-    count, experts, starts = _beyond(sizes, share, block, rows.shape[0])
+    count, experts, starts = _overflow_blocks(sizes, share, block, rows.shape[0])
     ends = jnp.cumsum(sizes)
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
@@ -206,8 +206,8 @@ def _weight_gradient(share: int, block: int, saved: Saved, d_out: jax.Array) -> 
 def _gradients(
     share: int, block: int, backend: Backend, saved: Saved, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-    # The backend is chosen for forward and each gradient apart: one choice around the whole would
-    # keep the residuals of both forms, and the weight's gradient may be deferred.
+    # The backend is chosen separately for forward and each gradient: a single choice would keep the
+    # residuals of both forms, and the weight's gradient may be deferred.
     makers = (
         (_rows_gradient, grouped_triton.rows_gradient),
         (_weight_gradient, grouped_triton.weight_gradient),

@@ -1,6 +1,7 @@
 """Products of few rows with packed weights: matrices cut into strips of columns.
 
-B matrices of a batch, M rows, D width in, X width out, N strips of W columns.
+B matrices of a batch, M rows, D width in, X width out; in this module N is the number of strips
+and W the columns of one strip.
 
 A product of few rows is bound by reading the weight. XLA's matmul for CPUs walks down a block of
 columns. Where a row of the weight is longer than that block, each read is on another cache line,

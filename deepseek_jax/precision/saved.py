@@ -26,7 +26,7 @@ class Saved(enum.StrEnum):
     GATE_UP = "gate_up"  # inputs of SwiGLU
     ARRIVED = "arrived"  # tokens and routing weights at their experts
     ROUTE = "route"  # chosen experts, and the slots of their copies
-    FED = "fed"  # the output of a mixture of experts
+    MOE_OUTPUT = "moe_output"  # the output of a mixture of experts
     LAYER_PASS = "layer_pass"  # all that a `LayerPass` keeps
 
 

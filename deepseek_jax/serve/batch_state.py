@@ -47,7 +47,7 @@ class Slots:
         inside = jnp.clip(positions, 0, self.text.shape[1] - 1)
         return jnp.take_along_axis(self.text, inside, axis=1)
 
-    def guessing(self, positions: jax.Array, tokens: jax.Array) -> "Slots":
+    def with_drafts(self, positions: jax.Array, tokens: jax.Array) -> "Slots":
         """Slots with draft tokens B written at positions B and unchanged length."""
         request = jnp.arange(tokens.shape[0])
         text = self.text.at[request, positions].set(tokens, mode="drop")
@@ -145,7 +145,7 @@ def empty(
     form: str,
     dtype: jnp.dtype,
     window: int,
-    apart: bool,
+    per_layer: bool,
 ) -> State:
     """State without a request.
 
@@ -156,12 +156,12 @@ def empty(
       form: Format of the latent cache, one of `latent_cache.FORMATS`.
       dtype: Type of activations.
       window: W; 0 without speculation.
-      apart: True makes the cache of each layer an array of its own.
+      per_layer: True makes the cache of each layer an array of its own.
     """
     integers = jnp.zeros((requests,), jnp.int32)
     numbers = jnp.zeros((requests,), jnp.float32)
     settings = Settings(numbers, numbers + 1.0, jnp.zeros((requests,), jnp.uint32))
     slots = Slots(jnp.zeros((requests, length), jnp.int32), integers, integers, settings)
     hidden_window = jnp.zeros((requests, window, config.d_model), dtype)
-    cache = caches.make(config, requests, length, form, mtp=window > 0, apart=apart)
+    cache = caches.make(config, requests, length, form, mtp=window > 0, per_layer=per_layer)
     return State(slots, cache, hidden_window)

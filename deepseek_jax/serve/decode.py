@@ -53,15 +53,15 @@ def admit(
 ) -> tuple[State, StepOutput]:
     """Prefills the prompts of new requests and samples their first tokens."""
     window = state.hidden_window.shape[1]
-    top, kept = decoding.prefill(model, new.prompts, how, mtp=window > 0)
+    hidden, kept = decoding.prefill(model, new.prompts, how, mtp=window > 0)
     ends = jnp.maximum(new.lengths - 1, 0)
-    last = jnp.take_along_axis(top, ends[:, None, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
     first = sampling.choose(logits_of(model, last), new.settings, new.lengths)
 
     cache = state.cache.admit(new.rows, kept)
     slots = new.into(state.slots)
     recent = jnp.maximum(ends[:, None] + 1 - window + jnp.arange(window)[None], 0)
-    recent = jnp.take_along_axis(top, recent[..., None], axis=1)
+    recent = jnp.take_along_axis(hidden, recent[..., None], axis=1)
     hidden_window = state.hidden_window.at[new.rows].set(recent, mode="drop")
     token = jnp.zeros_like(slots.length).at[new.rows].set(first, mode="drop")
     one = jnp.zeros_like(slots.length).at[new.rows].set(1, mode="drop")
@@ -74,8 +74,8 @@ def plain_step(model: Weights, how: Execution, state: State) -> tuple[State, jax
     """Decodes one token per request; a `Step`."""
     slots = state.slots
     position = slots.last[:, None]
-    top, cache = decoding.decode(model, slots.at(position), how, state.cache, position)
-    token = sampling.choose(logits_of(model, top[:, 0]), slots.settings, slots.length)
+    hidden, cache = decoding.decode(model, slots.at(position), how, state.cache, position)
+    token = sampling.choose(logits_of(model, hidden[:, 0]), slots.settings, slots.length)
     count = jnp.ones_like(slots.length)
     return dataclasses.replace(state, cache=cache), token[:, None], count
 

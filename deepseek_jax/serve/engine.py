@@ -75,7 +75,7 @@ class Engine:
       steps: Decoding steps of one call; new requests join between calls.
 
     Attributes:
-      counts: Counters since the start or the last `count_anew`.
+      counts: Counters since the start or the last `reset_counts`.
 
     Raises:
       ConfigError: Sizes that cannot work together, before anything is compiled.
@@ -106,7 +106,7 @@ class Engine:
             )
         self.layout, self.mesh, self.slots, self.length = layout, mesh, slots, length
         self._drafts = drafts
-        self.count_anew()
+        self.reset_counts()
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._held: list[int | None] = [None] * slots
         self._added = 0
@@ -126,10 +126,10 @@ class Engine:
     ) -> None:
         """Builds the empty state, and the programs of prefill and decoding that update it."""
         config, layout, mesh, drafts = self.config, self.layout, self.mesh, self._drafts
-        apart = how.unroll > 1  # layers that are compiled one after another are not stacked
+        per_layer = how.unroll > 1  # layers that are compiled one after another are not stacked
         with jax.set_mesh(mesh):
             on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-            graph, weights, bias = split(Unstacked.of(model, on_cpu=on_cpu) if apart else model)
+            graph, weights, bias = split(Unstacked.of(model, on_cpu=on_cpu) if per_layer else model)
         batch = P(layout.mesh_axes("batch") or None)
         held = (
             params.place(weights, layout.storage),
@@ -139,7 +139,7 @@ class Engine:
 
         def fresh() -> State:
             compute = how.recipe.activation_dtype
-            return empty(config, self.slots, self.length, cache, compute, window, apart)
+            return empty(config, self.slots, self.length, cache, compute, window, per_layer)
 
         state = jax.eval_shape(fresh)
         own = State(
@@ -217,7 +217,7 @@ class Engine:
             deltas += self._deltas(output)
         return deltas
 
-    def count_anew(self) -> None:
+    def reset_counts(self) -> None:
         """Resets `counts`."""
         self.counts = Counts(np.zeros(self._drafts, np.int64))
 

@@ -138,7 +138,13 @@ class LayerCaches:
 
 
 def make(
-    config: ModelConfig, requests: int, length: int, form: str, *, mtp: bool, apart: bool = False
+    config: ModelConfig,
+    requests: int,
+    length: int,
+    form: str,
+    *,
+    mtp: bool,
+    per_layer: bool = False,
 ) -> PerStack:
     """Builds an empty cache.
 
@@ -148,7 +154,7 @@ def make(
       length: T, tokens of room for each request.
       form: Format, one of FORMATS.
       mtp: True adds a cache for the MTP modules.
-      apart: True makes the cache of each layer an array of its own.
+      per_layer: True makes the cache of each layer an array of its own.
 
     Raises:
       ConfigError: An unknown format.
@@ -160,7 +166,7 @@ def make(
     def stack(layers: int) -> Latents | LayerCaches | None:
         if not layers:
             return None
-        if apart:
+        if per_layer:
             return LayerCaches(tuple(latents(1) for _ in range(layers)))
         return latents(layers)
 

@@ -48,10 +48,10 @@ def stepper(drafts: int) -> Step:
         state, tokens, q = draft(model, how, state, drafts)
         positions = slots.last[:, None] + jnp.arange(drafts + 1)[None]
         read = jnp.concatenate([slots.at(slots.last[:, None]), tokens], axis=1)
-        top, cache = decoding.decode(model, read, how, state.cache, positions)
-        p = distribution(logits_of(model, top), slots.settings)
+        hidden, cache = decoding.decode(model, read, how, state.cache, positions)
+        p = distribution(logits_of(model, hidden), slots.settings)
         chosen, accepted = verify(p, q, tokens, slots.settings, slots.length)
-        recent = jnp.concatenate([state.hidden_window, top], axis=1)
+        recent = jnp.concatenate([state.hidden_window, hidden], axis=1)
         kept = accepted[:, None] + 1 + jnp.arange(state.hidden_window.shape[1])[None]
         hidden_window = jnp.take_along_axis(recent, kept[..., None], axis=1)
         return (
@@ -83,23 +83,23 @@ def draft(
         )
         q = distribution(logits_of(model, out[:, -1]), settings)
         token = draw(q, settings, last + draft, DRAFT)
-        return (slots.guessing(last + draft, token), cache, hidden, recent), (token, q)
+        return (slots.with_drafts(last + draft, token), cache, hidden, recent), (token, q)
 
-    def chained(carry, module, number):
+    def next_module(carry, module, number):
         return one(carry, module, number, number + 1)
 
-    def alone(carry, draft):
+    def last_module_again(carry, draft):
         slots, cache, hidden, recent = carry
         return one((slots, cache, hidden, recent + 1), final, modules - 1, draft)
 
     recent = last[:, None] - size + jnp.arange(size)[None]  # BW, positions before the last token
     carry = state.slots, state.cache, state.hidden_window, recent
-    carry, made = decoding.run_layers(model.mtp, min(drafts, modules), chained, carry)
+    carry, made = decoding.run_layers(model.mtp, min(drafts, modules), next_module, carry)
     if drafts > modules:
         final = decoding.layer_of(model.mtp, modules - 1)
         slots, cache, hidden, recent = carry
         carry = slots, cache, hidden[:, -1:], recent[:, -1:]
-        carry, more = lax.scan(alone, carry, jnp.arange(modules + 1, drafts + 1))
+        carry, more = lax.scan(last_module_again, carry, jnp.arange(modules + 1, drafts + 1))
         made = jax.tree.map(lambda *both: jnp.concatenate(both), made, more)
     tokens, q = (jnp.moveaxis(x, 0, 1) for x in made)  # DB... -> BD...
     return dataclasses.replace(state, cache=carry[1]), tokens, q
@@ -128,7 +128,7 @@ def verify(
         return uniform(settings, first + number, ACCEPT)
 
     chance = jax.vmap(chances, out_axes=1)(jnp.arange(count))
-    taken = chance * q_of < p_of
+    taken = chance * q_of < p_of  # chance < p/q, without a division by 0
     accepted = jnp.cumprod(taken.astype(jnp.int32), axis=1).sum(1)
 
     padded = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # after the last draft: a plain sample from p

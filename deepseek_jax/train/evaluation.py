@@ -66,7 +66,7 @@ def make_score(
             compute = params.prepare(weights, how.recipe)
             compute = compute if per_layer else params.gather(compute, layout)
             model: Any = nnx.merge(graph, compute, bias)
-            rows = model.trunk(tokens[:, :-1], how).top.reshape(-1, config.model.d_model)
+            rows = model.trunk(tokens[:, :-1], how).hidden.reshape(-1, config.model.d_model)
             counted = valid.reshape(-1).astype(jnp.float32)
             chunk = min(config.layout.loss_chunk, rows.shape[0])
             head = params.whole(model.head).table[...]
@@ -161,7 +161,10 @@ def _laid_out(
     text_key: str,
     say: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray, scoring.HeldOut | None]:
-    """Sequences N(S+1), mask NS of targets that count, and the text if it is known."""
+    """Packs held-out data into sequences N(S+1), with a mask NS of the targets that count.
+
+    The third value holds the byte counts of raw text, for bits per byte; None for token files.
+    """
     if files := source.token_files(data):
         return *scoring.of_tokens(files, vocab=vocab, length=length, tokens=tokens), None
     words = directory / "tokenizer.json"

@@ -88,8 +88,8 @@ class LastStage:
             _LossHead(ends.head.table[...], targets[k], each[k], self.chunk)
             for k in range(depth + 1)
         ]
-        out, pull_norm = jax.vjp(lambda norm, y: norm(y), ends.norm, y)
-        embedded, pull_embedded = jax.vjp(lambda table: table(tokens, self.how), ends.embedding)
+        out, vjp_norm = jax.vjp(lambda norm, y: norm(y), ends.norm, y)
+        embedded, vjp_embedded = jax.vjp(lambda table: table(tokens, self.how), ends.embedding)
         modules = []
         state = out
         for k in range(1, depth + 1):
@@ -105,10 +105,10 @@ class LastStage:
             d_state, more = module.backward(last.gradient(), d_state, head)
             head.rest()
             d_embedded = d_embedded + more
-        d_norm, d_y = pull_norm(heads[0].gradient() + d_state)
+        d_norm, d_y = vjp_norm(heads[0].gradient() + d_state)
 
         grads: Any = jax.tree.map(lambda leaf: leaf, ends)
-        grads.embedding, grads.norm = pull_embedded(d_embedded)[0], d_norm
+        grads.embedding, grads.norm = vjp_embedded(d_embedded)[0], d_norm
         d_table = sum(head.d_table for head in heads)
         grads.head = jax.tree.map(lambda _: d_table, ends.head)
         if modules:
@@ -209,11 +209,11 @@ class _OverlappedMTP:
     sums: Any
     gradients: Any
 
-    def __init__(self, ending: LastStage, module: Any, k: int):
-        self._how, self._module, self._k = ending.how, module, k
-        balance = ending.alpha / ending.sequences
+    def __init__(self, last_stage: LastStage, module: Any, k: int):
+        self._how, self._module, self._k = last_stage.how, module, k
+        balance = last_stage.alpha / last_stage.sequences
         experts = module.block.feed.config.experts
-        self._stage = Stage([single_layer(module.block)], ending.how, experts, balance)
+        self._stage = Stage([single_layer(module.block)], last_stage.how, experts, balance)
 
     def forward(
         self, state: jax.Array, embedded: jax.Array, head: _LossHead
@@ -229,14 +229,14 @@ class _OverlappedMTP:
           The next state and the next head's input, both BSD.
         """
         enter, weights = jax.checkpoint(self._enter, prevent_cse=False), self._module.joining()
-        x, self._pull_in = jax.vjp(enter, weights, state, embedded)
+        x, self._vjp_in = jax.vjp(enter, weights, state, embedded)
         turns = forward_turns(hops_of(self._how))
         done: dict[str, Any] = {}
         work = with_scope("mtp", self._stage.forward(x, jnp.bool_(True)))
         loss = with_scope("loss", head.steps(range(PARTS // 2)))
         interleave({"m": storing(done, "m", work), "h": loss}, turns)
         state, self._kept, self.sums = done["m"]
-        out, self._pull_out = jax.vjp(lambda norm, x: norm(x), self._module.out_norm, state)
+        out, self._vjp_out = jax.vjp(lambda norm, x: norm(x), self._module.out_norm, state)
         return state, out
 
     def backward(
@@ -251,14 +251,14 @@ class _OverlappedMTP:
         Returns:
           Gradients of the state and of the embeddings that `forward` was given.
         """
-        d_norm, d_x = self._pull_out(d_out)
+        d_norm, d_x = self._vjp_out(d_out)
         turns = backward_turns(hops_of(self._how))
         done: dict[str, Any] = {}
         work = with_scope("mtp", self._stage.backward(self._kept, d_x + d_state, jnp.bool_(True)))
         loss = with_scope("loss", head.steps(range(PARTS // 2, PARTS)))
         interleave({"m": storing(done, "m", work), "h": loss}, turns)
         d_x, (of_block,), _ = done["m"]
-        of_join, d_state, d_embedded = self._pull_in(d_x)
+        of_join, d_state, d_embedded = self._vjp_in(d_x)
         self.gradients = self._all(of_join, of_block, d_norm)
         return d_state, d_embedded
 

@@ -95,7 +95,7 @@ class Inputs:
 
     Attributes:
       tokens: [micro-batch, sequence, position + 1] int32, a global array.
-      count: micro-batches that count; the others are padding.
+      count: real micro-batches; the rest is padding.
       hyper: numbers of the schedule.
     """
 

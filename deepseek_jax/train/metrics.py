@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class Sink(Protocol):
-    """A destination of a run's report: screen, file or events."""
+    """A destination of a run's report: screen, file or TensorBoard events."""
 
     def begin(self, step: int, tokens: int) -> None: ...
     def say(self, text: str) -> None: ...

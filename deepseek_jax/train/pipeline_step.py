@@ -96,14 +96,14 @@ def make_gradients(
             ends = params.gather(stage_params.ends(model), layout)
             # Backward of an MTP module is in the same tick as its forward: its residuals live as
             # long, and "report" keeps enough of them to send no message twice.
-            ending = LastStage(
+            last_stage = LastStage(
                 dataclasses.replace(how, remat=how.remat.within_tick()),
                 config.layout.loss_chunk,
                 mtp_weight,
                 config.schedule.balance_alpha,
                 sequences,
             )
-            run = _ModelStages(chunks, ends, tokens, how, ending)
+            run = _ModelStages(chunks, ends, tokens, how, last_stage)
             shape = tokens.shape[1], tokens.shape[2] - 1, config.model.d_model
             like: Any = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
             gradients, sums, total = run_all(run, like, run.nothing(like), count)
@@ -149,14 +149,14 @@ class _ModelStages:
       ends: the model without layers: embedding, norms, head and MTP modules.
       tokens: AB(S+1).
       how: execution of the layers.
-      ending: loss and MTP modules, after the last layer.
+      last_stage: loss and MTP modules, after the last layer.
     """
 
     chunks: list[Stage]
     ends: Transformer
     tokens: jax.Array
     how: execution.Execution
-    ending: LastStage
+    last_stage: LastStage
 
     def first(self, micro: jax.Array) -> jax.Array:
         return self.ends.embedding(self._tokens(micro)[:, :-1], self.how)
@@ -167,25 +167,25 @@ class _ModelStages:
     def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
         return self.chunks[chunk].backward(kept, d_y, on)
 
-    def rest_of_backward(self, chunk: int, later: Any) -> Any:
-        return self.chunks[chunk].rest_of_backward(later)
+    def weight_backward(self, chunk: int, later: Any) -> Any:
+        return self.chunks[chunk].weight_backward(later)
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
         tokens = self._tokens(micro)
-        grads, d_y, sums = self.ending.gradients(self.ends, y, tokens)
+        grads, d_y, sums = self.last_stage.gradients(self.ends, y, tokens)
         return jax.tree.map(_add, total, (grads, sums)), d_y
 
     def first_gradient(self, micro: jax.Array, d_x: jax.Array, total: Any) -> Any:
         grads, sums = total
         tokens = self._tokens(micro)[:, :-1]
-        _, pull = jax.vjp(lambda embedding: embedding(tokens, self.how), self.ends.embedding)
-        grads.embedding = jax.tree.map(_add, grads.embedding, pull(d_x)[0])
+        _, vjp = jax.vjp(lambda embedding: embedding(tokens, self.how), self.ends.embedding)
+        grads.embedding = jax.tree.map(_add, grads.embedding, vjp(d_x)[0])
         return grads, sums
 
     def nothing(self, like: jax.Array) -> Any:
         """Total of no micro-batch: zeros in float32."""
         y = jnp.zeros(like.shape, like.dtype)
-        *_, sums = jax.eval_shape(self.ending.gradients, self.ends, y, self.tokens[0])
+        *_, sums = jax.eval_shape(self.last_stage.gradients, self.ends, y, self.tokens[0])
         grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.ends)
         return grads, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
 
@@ -209,7 +209,7 @@ def _timetable(
     which = jnp.searchsorted(jnp.asarray(numbers), count)
 
     def all_of(name: str) -> np.ndarray:
-        each = [_in_turns(t, name, n, held) for t, n in zip(tables, numbers, strict=True)]
+        each = [_alternated(t, name, n, held) for t, n in zip(tables, numbers, strict=True)]
         room = [((0, longest - len(column)), (0, 0)) for column in each]
         return np.stack([np.pad(*both) for both in zip(each, room, strict=True)])
 
@@ -221,7 +221,7 @@ def _timetable(
     return chosen, (first, end, last)
 
 
-def _in_turns(ticks: TickTables, name: str, count: int, held: BidirectionalStages) -> np.ndarray:
+def _alternated(ticks: TickTables, name: str, count: int, held: BidirectionalStages) -> np.ndarray:
     """A column of micro-batches, those of DualPipe's two directions numbered alternately.
 
     The highest numbers, which may be padding, are then the last of each direction.
@@ -230,21 +230,21 @@ def _in_turns(ticks: TickTables, name: str, count: int, held: BidirectionalStage
     if name not in MICRO or not held.mirrored:
         return column
     half = count // 2
-    turned = np.where(column < half, 2 * column, 2 * (column - half) + 1)
-    return np.where(column == IDLE, IDLE, turned).astype(np.int32)
+    alternated = np.where(column < half, 2 * column, 2 * (column - half) + 1)
+    return np.where(column == IDLE, IDLE, alternated).astype(np.int32)
 
 
 def _all_sums(sums: list[Any], ends: Any, where: LayerAssignment, config: ModelConfig) -> Any:
-    """`Sums` of this rank's chunks and ends, each layer's row at the layer's number."""
+    """`Sums` of this rank's chunks and ends, rows scattered to the global layer index."""
     load, balance, traffic = jax.tree.map(lambda *each: jnp.concatenate(each), *sums)
     rows = where.rows(config.dense_layers, config.moe_layers)
     mine = jnp.asarray(rows)[lax.axis_index(AXIS)]
 
-    def at_home(value: jax.Array) -> jax.Array:
+    def at_layer(value: jax.Array) -> jax.Array:
         start = jnp.zeros((config.moe_layers + 1, *value.shape[1:]), value.dtype)
         return start.at[mine].add(value)[: config.moe_layers]
 
-    layers = jax.tree.map(at_home, (load, traffic))
+    layers = jax.tree.map(at_layer, (load, traffic))
     if config.mtp_depth:
         both = (ends.load, ends.traffic)
         layers = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), layers, both)

@@ -52,7 +52,7 @@ def check(directory: Path, config: Config) -> None:
 
 
 def claim(directory: Path, config: Config, corpus: Corpus) -> None:
-    """Writes `config.json` and `tokenizer.json`, each by one rename: the folder is this run's."""
+    """Claims the workdir by writing `config.json` and `tokenizer.json`, each by one rename."""
     if jax.process_index() != 0:
         return
     directory.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def test_it_decodes_the_same(requests):
 
     results = []
     for on_cpu in (False, True):
-        past = latent_cache.make(model.config, requests, 8, "float32", mtp=False, apart=True)
-        apart = Unstacked.of(model, on_cpu=on_cpu)
-        results.append(jax.device_get(jax.jit(logits)(apart, tokens, past)))
+        past = latent_cache.make(model.config, requests, 8, "float32", mtp=False, per_layer=True)
+        unstacked = Unstacked.of(model, on_cpu=on_cpu)
+        results.append(jax.device_get(jax.jit(logits)(unstacked, tokens, past)))
     small.assert_close(results[1], results[0], 3e-6)

@@ -67,7 +67,7 @@ def test_redundant_experts_give_the_same_numbers(sizes, buffer):
     def local(state, tokens):
         with axes.active(layout):
             out = top(nnx.merge(graph, state), tokens, how)
-            return out.top, out.routing.traffic.rounds[None]
+            return out.hidden, out.routing.traffic.rounds[None]
 
     run = jax.shard_map(
         local, mesh=mesh, in_specs=(spec, batch), out_specs=(batch, batch), check_vma=False
@@ -75,7 +75,7 @@ def test_redundant_experts_give_the_same_numbers(sizes, buffer):
     places = jax.tree.map(lambda one: NamedSharding(mesh, one), (spec, batch))
     with jax.set_mesh(mesh):
         got, rounds = jax.device_get(jax.jit(run)(*jax.device_put((state, tokens), places)))
-    np.testing.assert_allclose(got, want.top, rtol=2e-5, atol=2e-5 * np.abs(want.top).max())
+    np.testing.assert_allclose(got, want.hidden, rtol=2e-5, atol=2e-5 * np.abs(want.hidden).max())
     assert buffer > 1 or not sizes or rounds.max() > 1  # overflow rounds use the slots too
 
 

@@ -22,16 +22,16 @@ def test_bytes_of_a_token_of_v3(form, mtp, want):
     assert latent_cache.bytes_per_token(V3, form, mtp=mtp) == want
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+@pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "per_layer"])
 @pytest.mark.parametrize("form, error", [("float32", 0), ("bfloat16", 2**-8), ("fp8", 2**-4)])
-def test_what_is_written_is_read(form, error, apart):
+def test_what_is_written_is_read(form, error, per_layer):
     """Writes change each request's own positions, and nothing where there is no room."""
     config = small.config(model_kv_latent=160).model  # a whole tile and a part of one
     rng = np.random.default_rng(0)
     kept = tuple(
         jnp.asarray(rng.normal(size=(2, 3, width)), jnp.float32) for width in (160, config.d_rope)
     )
-    empty = latent_cache.make(config, 2, 8, form, mtp=False, apart=apart).moe
+    empty = latent_cache.make(config, 2, 8, form, mtp=False, per_layer=per_layer).moe
     past = empty.write(0, jnp.array([[1, 2, 3], [6, 7, 8]]), kept)
     latent, key_rope = past.read(0, jnp.float32)
     for got, want in zip((latent, key_rope), kept, strict=True):

@@ -48,7 +48,7 @@ def spread():
 )
 def test_greedy_tokens_are_those_of_plain_decoding(make):
     own = make()
-    own.count_anew()
+    own.reset_counts()
     assert own.run(REQUESTS) == plain()
     counts = own.counts
     made = sum(request.max_tokens - 1 for request in REQUESTS)
@@ -88,7 +88,7 @@ def in_the_training_form(model, text, length, drafts):
 @functools.partial(jax.jit, static_argnums=3)
 def training_form(model, text, length, drafts):
     embedded, depth = model.embedding(text, serving.HOW), model.config.mtp_depth
-    state, last, outs = model.trunk(text, serving.HOW).top, length - 2, []
+    state, last, outs = model.trunk(text, serving.HOW).hidden, length - 2, []
     for number in range(1, drafts + 1):
         if number <= depth:
             read = state

@@ -263,7 +263,7 @@ def _copy(out: np.ndarray, values: np.ndarray) -> None:
 
     NumPy copies values of foreign dtypes one by one, so BF16 is copied as integers. Rows of 2^n
     bytes would fall into the same cache lines, so a transpose goes by blocks through a buffer whose
-    rows are `apart` values longer.
+    rows are `pad` values longer.
     """
     if values.dtype == BF16 and out.dtype == np.float32:
         values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -273,8 +273,8 @@ def _copy(out: np.ndarray, values: np.ndarray) -> None:
     if out.ndim != 2:
         out[...] = values
         return
-    rows, columns, apart = 64, 512, 32
-    spread_out = np.empty((columns, len(out) + apart), values.dtype)
+    rows, columns, pad = 64, 512, 32
+    spread_out = np.empty((columns, len(out) + pad), values.dtype)
     for column in range(0, out.shape[1], columns):
         to = out[:, column : column + columns]
         held = spread_out[: to.shape[1], : len(out)]

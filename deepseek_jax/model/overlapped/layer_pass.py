@@ -137,7 +137,7 @@ class LayerPass:
         return BackwardPass(self, residuals, d_out, d_routing)
 
     def routing_gradient(self, like: jax.Array, d_balance: jax.Array) -> Routing:
-        """The gradient of the routing, for an objective that reads its balance alone.
+        """Cotangent of the `Routing`: zero except for `balance`.
 
         Args:
           like: BSD, shape and dtype of the layer's input.
@@ -204,7 +204,7 @@ class ForwardPass(_Pass):
     def __init__(self, layer: LayerPass, x: jax.Array) -> None:
         super().__init__(layer)
         self._entering = x
-        self._pulls: dict[str, Any] = {}  # by step, from its result's gradient to its arguments'
+        self._vjps: dict[str, Any] = {}  # by step
         self._shared: jax.Array | None = None
 
     def steps(self, *, shared: bool = False) -> Steps[None]:
@@ -252,19 +252,19 @@ class ForwardPass(_Pass):
 
     def _residuals(self, rounds: jax.Array) -> Residuals:
         again = self.layer.recompute_all
-        resent = again and self.arrived.passed is not None
-        without: dict[str, Any] = {"rows" if resent else "passed": None}
+        resent = again and self.arrived.slow_hop_words is not None
+        without: dict[str, Any] = {"rows" if resent else "slow_hop_words": None}
         arrived = dataclasses.replace(self.arrived, **without)
         x = self._entering if again else self.x
         sent = self._gated.weights, self._gated.chosen
-        kept = x, sent, arrived, self._exchange.left, rounds, self._pulls
+        kept = x, sent, arrived, self._exchange.left, rounds, self._vjps
         return without_weights(self.weights, kept)
 
     def _step(self, name: str, fn: Any, *inputs: Any) -> Any:
-        """fn(*inputs), through which backward can pull a gradient."""
+        """fn(*inputs), whose VJP is kept for backward."""
         if self.layer.recompute_all:
             return fn(*inputs)
-        out, self._pulls[name] = jax.vjp(self.how.remat.step(fn), *inputs)
+        out, self._vjps[name] = jax.vjp(self.how.remat.step(fn), *inputs)
         return out
 
 
@@ -281,7 +281,7 @@ class BackwardPass(_Pass):
         self, layer: LayerPass, residuals: Residuals, d_out: jax.Array, d_routing: Routing
     ) -> None:
         super().__init__(layer)
-        x, self._sent, self.arrived, self._left, self._rounds, self._pulls = with_weights(
+        x, self._sent, self.arrived, self._left, self._rounds, self._vjps = with_weights(
             layer.weights, residuals
         )
         self._entering = self.x = x
@@ -298,34 +298,32 @@ class BackwardPass(_Pass):
         layer, arrived = self.layer, self.arrived
         if layer.recompute_all:
             self._recompute_attention()
-        d_home = self._d_out.reshape(-1, self._d_out.shape[-1])
-        gradient = self.dispatch.combine_gradient(d_home, arrived.route, arrived.passed)
+        d_routed = self._d_out.reshape(-1, self._d_out.shape[-1])
+        gradient = self.dispatch.combine_gradient(d_routed, arrived.route, arrived.slow_hop_words)
         travelled, rows = yield from with_scope("combine", gradient)
         if rows:
             self.arrived = dataclasses.replace(arrived, rows=rows)
         d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
         # No step waits for gradients of weights: they are work for wherever there is none.
-        d_down, d_hidden = self._split(self._pull_down, d_out)
+        d_down, d_hidden = self._split(self._down_vjp, d_out)
         d_up, d_weights = yield d_hidden
-        d_gate_up, d_rows = self._split(self._pull_into, d_up)
+        d_gate_up, d_rows = self._split(self._gate_up_vjp, d_up)
         d_rows = yield d_rows
         gradient_sent = self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
         d_sent = yield from with_scope("dispatch", gradient_sent)
         self._d_experts = d_gate_up, d_down
-        d_exchange = self._with_overflow_rounds(d_home, d_sent)
+        d_exchange = self._with_overflow_rounds(d_routed, d_sent)
         self._d_all_rounds = d_exchange.experts
         nothing: Any = np.zeros(self._sent[1].shape, jax.dtypes.float0)
         d_gated = Gated(d_exchange.tokens, d_exchange.weights, nothing, self._d_routing)
-        self._d_gate, d_x = self._split(self._pulls["gate"], d_gated)
+        self._d_gate, d_x = self._split(self._vjps["gate"], d_gated)
         if shared:
             yield from self.shared_steps()
-        self._d_attend, self.d_x = yield from self._split_step(
-            self._pulls["attend"], self.d_x + d_x
-        )
+        self._d_attend, self.d_x = yield from self._split_step(self._vjps["attend"], self.d_x + d_x)
 
     def shared_steps(self) -> Steps[None]:
         """The shared experts, a step that needs the output's gradient alone."""
-        self._d_shared, d_x = yield from self._split_step(self._pulls["shared"], self._d_out)
+        self._d_shared, d_x = yield from self._split_step(self._vjps["shared"], self._d_out)
         self.d_x = self.d_x + d_x
 
     def gradients(self) -> dict[str, Any]:
@@ -347,55 +345,55 @@ class BackwardPass(_Pass):
             "shared": self._d_shared,
         }
 
-    def _split(self, pull: Any, d: Any) -> tuple[Any, Any]:
+    def _split(self, vjp: Any, d: Any) -> tuple[Any, Any]:
         """Gradients of weights, deferred if the pass defers them; and those of inputs."""
-        return split_backward.split(lambda: pull(d)) if self.layer.defer else pull(d)
+        return split_backward.split(lambda: vjp(d)) if self.layer.defer else vjp(d)
 
-    def _split_step(self, pull: Any, d: Any) -> Steps[tuple[Any, Any]]:
+    def _split_step(self, vjp: Any, d: Any) -> Steps[tuple[Any, Any]]:
         """The same as a step, to which deferred work does not belong."""
-        late, now = self._split(pull, d)
+        late, now = self._split(vjp, d)
         if self.layer.defer:
             return late, (yield now)
         return (yield late, now)
 
     def _recompute_attention(self) -> None:
-        """Attention from the layer's input, and the pulls of the steps that read its output."""
+        """Attention from the layer's input, and the VJPs of the steps that read its output."""
         layer, weights = self.layer, self.weights
         attention = remat.REPORT.step(layer.attend)
-        self.x, pull = jax.vjp(attention, weights["attend"], self._entering)
+        self.x, vjp = jax.vjp(attention, weights["attend"], self._entering)
         chosen = functools.partial(layer.gate, chosen=self._sent[1])
-        self._pulls = {"attend": pull, "gate": _pull(chosen, weights["gate"], self.x)}
+        self._vjps = {"attend": vjp, "gate": _recomputing_vjp(chosen, weights["gate"], self.x)}
         if weights["shared"] is not None:
-            self._pulls["shared"] = _pull(layer.beside_experts, weights["shared"], self.x)
+            self._vjps["shared"] = _recomputing_vjp(layer.beside_experts, weights["shared"], self.x)
 
-    def _pull_into(self, d_up: jax.Array) -> Any:
+    def _gate_up_vjp(self, d_up: jax.Array) -> Any:
         gate_up, _ = self.weights["experts"]
         return jax.vjp(self._into, gate_up, self._rows())[1](d_up)
 
-    def _pull_down(self, d_out: jax.Array) -> Any:
-        if "down" in self._pulls:
-            d_down, *d_hidden = self._pulls["down"](d_out)
+    def _down_vjp(self, d_out: jax.Array) -> Any:
+        if "down" in self._vjps:
+            d_down, *d_hidden = self._vjps["down"](d_out)
         else:
             gate_up, down = self.weights["experts"]
             up = self._into(gate_up, self._rows())
-            pull = jax.vjp(self._out_of, down, up, self.arrived.weights)[1]
-            d_down, *d_hidden = pull(d_out)
+            vjp = jax.vjp(self._out_of, down, up, self.arrived.weights)[1]
+            d_down, *d_hidden = vjp(d_out)
         return d_down, d_hidden
 
     def _with_overflow_rounds(
-        self, d_home: jax.Array, d_sent: tuple[jax.Array, jax.Array]
+        self, d_routed: jax.Array, d_sent: tuple[jax.Array, jax.Array]
     ) -> Exchange:
         """Gradients of the exchange, given those of the first round's tokens and weights."""
         layer, experts = self.layer, self.weights["experts"]
         norm, _ = self.weights["gate"]
-        tokens = axes.fan_out(norm(self.x).reshape(d_home.shape), "expert_width")
+        tokens = axes.fan_out(norm(self.x).reshape(d_routed.shape), "expert_width")
         weights, chosen = self._sent
         exchange = Exchange(tokens, weights, chosen, self._left, layer.experts, experts)
         d_experts = with_zeros_for_deferred(experts, self._d_experts)
         first = cotangent(layer.experts, *d_sent, d_experts)
-        return expert_rounds(self.how).rest_gradient(exchange, self._rounds, d_home, first)
+        return expert_rounds(self.how).rest_gradient(exchange, self._rounds, d_routed, first)
 
 
-def _pull(fn: Any, weights: Any, x: jax.Array) -> Any:
-    """From the gradient of fn(weights, x), which is computed again for it, to those of both."""
+def _recomputing_vjp(fn: Any, weights: Any, x: jax.Array) -> Any:
+    """VJP of fn(weights, x) that recomputes fn when it is called."""
     return lambda d: jax.vjp(fn, weights, x)[1](d)

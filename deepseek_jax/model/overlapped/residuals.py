@@ -43,7 +43,7 @@ def without_weights(weights: Any, tree: Any) -> Residuals:
 
 
 def with_weights(weights: Any, residuals: Residuals) -> Any:
-    """The tree that residuals were made of, with these weights in their places."""
+    """Rebuilds the tree of residuals, with the weights in their places again."""
     structure, which = residuals.structure
     known = jax.tree.leaves(weights)
     return jax.tree.unflatten(

@@ -64,7 +64,7 @@ class Stage:
       how: recipe, dispatch and recompute policy.
       experts: E.
       balance: (), weight of a layer's balance loss in the objective.
-      defer: whether backward leaves gradients of weights to `rest_of_backward`.
+      defer: whether backward leaves gradients of weights to `weight_backward`.
     """
 
     slots: list[LayerSlot]
@@ -95,7 +95,7 @@ class Stage:
         """Gradient of the output -> that of the input BSD, and of each slot's modules in float32.
 
         Returns:
-          Both, and residuals of each slot for the gradients that `rest_of_backward` makes.
+          Both, and residuals of each slot for the gradients that `weight_backward` makes.
         """
         gradients: list[Any] = []
         later: list[Residuals] = []
@@ -111,7 +111,7 @@ class Stage:
                 later.append(backward.deferred())
         return d_x, gradients[::-1], later[::-1]
 
-    def rest_of_backward(self, later: list[Residuals]) -> list[dict[str, Any]]:
+    def weight_backward(self, later: list[Residuals]) -> list[dict[str, Any]]:
         """The gradients that backward deferred, of each slot."""
         return [
             _of_modules(slot, deferred_gradients(layer_weights(slot.modules), residuals))
@@ -131,5 +131,5 @@ class Stage:
 
 def _of_modules(slot: LayerSlot, gradients: dict[str, Any]) -> Any:
     """Gradients of `layer_weights` -> float32 gradients of the modules that they are in."""
-    _, pull = jax.vjp(layer_weights, slot.modules)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), pull(gradients)[0])
+    _, vjp = jax.vjp(layer_weights, slot.modules)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), vjp(gradients)[0])

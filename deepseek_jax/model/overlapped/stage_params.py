@@ -71,7 +71,7 @@ def fetch_stage_params(
 def slots(
     rows: dict[str, Any], where: LayerAssignment, chunk: int, config: ModelConfig
 ) -> list[LayerSlot]:
-    """The layers of one chunk, from what `fetch_stage_params` returned."""
+    """Slots of one chunk, with this rank's weights as `fetch_stage_params` gathered them."""
     out, rank = [], lax.axis_index("pipe")
     for slot in range(where.slots):
         row, layer = chunk * where.slots + slot, where.layers[:, :, slot]  # [rank, chunk]
@@ -100,8 +100,8 @@ def return_gradients(
         known = next(slot[name] for slot in slots if name in slot)
         each = [slot.get(name, jax.tree.map(jnp.zeros_like, known)) for slot in slots]
         stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *each)
-        home = params.from_stages(stacked, part.rows(where), part.layers, layout)
-        for (owner, attribute, _), value in zip(part.stacks, home, strict=True):
+        masters = params.from_stages(stacked, part.rows(where), part.layers, layout)
+        for (owner, attribute, _), value in zip(part.stacks, masters, strict=True):
             setattr(owner, attribute, value)
     reduced = params.reduce_gradients(end_gradients, layout, scattered=False)
     for name in _ends(config):

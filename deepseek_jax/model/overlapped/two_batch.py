@@ -37,7 +37,14 @@ def forward_turns(hops: int, shared: str) -> list[str]:
 
 
 def backward_turns(hops: int, shared: str) -> list[str]:
-    """The turns of backward, which mirror those of forward."""
+    """The turns of backward, which mirror those of forward.
+
+    With two hops, each entry the gradient of the step that it names:
+
+        turn       1           2       3       4       5       6         7          8
+        a                   shared    hop     hop     down  gate_up  hop, hop  attention
+        b      hop, shared    hop     down  gate_up   hop     hop    attention
+    """
     a, b = "a" * hops, "b" * hops
     return [
         *side_by_side(shared[::-1], b),

@@ -70,8 +70,8 @@ def place(load: np.ndarray, *, slots: int, groups: int, nodes: int, gpus: int) -
 def slots_for(experts: jax.Array, placement: Placement, first: jax.Array | int = 0) -> jax.Array:
     """Expert slot of each token's choice; all copies of an expert compute the same.
 
-    The tokens of an expert take its copies in turn. The turn counts only tokens that chose the
-    expert: counting all rows would favour one copy where, say, every second row chooses it.
+    The tokens of an expert take its copies round robin. Only tokens that chose the expert count:
+    counting all rows would favour one copy where, say, every second row chooses it.
 
     Args:
       experts: MK int32.
@@ -85,16 +85,16 @@ def slots_for(experts: jax.Array, placement: Placement, first: jax.Array | int =
     chosen = experts.reshape(-1)
     order = jnp.argsort(chosen, stable=True)
     ordered = chosen[order]
-    turn = jnp.arange(chosen.shape[0]) - jnp.searchsorted(ordered, ordered)
-    turn = jnp.zeros_like(turn).at[order].set(turn, unique_indices=True).reshape(experts.shape)
-    copy = (turn + first) % jnp.asarray(placement.copies)[experts]
+    nth = jnp.arange(chosen.shape[0]) - jnp.searchsorted(ordered, ordered)
+    nth = jnp.zeros_like(nth).at[order].set(nth, unique_indices=True).reshape(experts.shape)
+    copy = (nth + first) % jnp.asarray(placement.copies)[experts]
     return jnp.asarray(placement.slots_of_expert)[experts, copy]
 
 
 def _expert_of_slot(
     load: np.ndarray, slots: int, groups: int, nodes: int, gpus: int
 ) -> list[np.ndarray]:
-    """Experts of a layer's slots, by GPU: groups to nodes, copies there, then slots to GPUs."""
+    """Assigns groups to nodes, replicates hot experts per node, and packs slots onto GPUs."""
     members = np.arange(load.size).reshape(groups, -1)
     held: list[np.ndarray] = []
     for here in _pack(load[members].sum(1), nodes):
@@ -116,7 +116,10 @@ def _replicate(load: np.ndarray, slots: int) -> np.ndarray:
 
 
 def _pack(load: np.ndarray, packs: int) -> np.ndarray:
-    """Items of each pack, (packs, items / packs): by falling load to the lightest with room."""
+    """Items of each pack, (packs, items / packs).
+
+    Greedy: the heaviest item first, into the lightest pack that is not full.
+    """
     room = load.size // packs
     if room == 1:
         return np.arange(packs)[:, None]

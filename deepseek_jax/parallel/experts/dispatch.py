@@ -7,8 +7,8 @@ A dispatch has two steps with the experts between them, so that other work can o
 
 `two_hop` sends a token once to each chosen node, to the GPU of the sender's index in that node, and
 from there to the chosen GPUs of the node; on the way back results are summed on each GPU, then on
-each node, then at home. `flat` sends to each chosen GPU directly. The two differ in their hops
-alone: a hop is one all-to-all, in one message for all that travels. `reference`
+each node, then on the sender. `flat` sends to each chosen GPU directly. The two differ only in
+their hops: a hop is one all-to-all, in one message for all that travels. `reference`
 (`reference.py`) has every expert see every token.
 
 Buffers hold the capacity factor times the mean load. A choice without a slot is not dropped: it
@@ -101,13 +101,13 @@ class AllToAllDispatch:
     """The dispatch that sends one copy for each (token, destination) of a hop.
 
     Attributes:
-      gpu_apart: whether the `gpu` axis is a hop of its own, after all others.
+      separate_gpu_hop: whether the `gpu` axis is a hop of its own, after all others.
       capacity_factor: slots, as a multiple of those that a balanced router fills.
       most_nodes: largest number of destinations of one token on the first of two hops.
       payload: encoding in which tokens travel.
     """
 
-    gpu_apart: bool
+    separate_gpu_hop: bool
     capacity_factor: float
     most_nodes: int
     payload: Payload
@@ -115,7 +115,7 @@ class AllToAllDispatch:
     def hop_axes(self) -> list[tuple[str, ...]]:
         """Mesh axes of each hop, outermost first."""
         over = axes.names("experts")
-        fast = tuple(name for name in over if self.gpu_apart and name == "gpu")
+        fast = tuple(name for name in over if self.separate_gpu_hop and name == "gpu")
         return [group for group in (tuple(n for n in over if n not in fast), fast) if group]
 
     def plan(self, tokens: int, top_k: int, total: int) -> ExchangePlan:
@@ -160,15 +160,17 @@ class AllToAllDispatch:
         """`send` in steps. Its rows are as they travel: `payload.decode` makes numbers of them."""
         (count, top_k), total = exchange.chosen.shape, exchange.total
         plan = self.plan(count, top_k, total)
-        named = jnp.where(exchange.left, exchange.chosen + 1, NOBODY).astype(id_dtype(total))
-        sent: Any = (*self.payload.encode(exchange.tokens), exchange.weights, named)
+        expert_names = jnp.where(exchange.left, exchange.chosen + 1, NO_EXPERT).astype(
+            id_dtype(total)
+        )
+        sent: Any = (*self.payload.encode(exchange.tokens), exchange.weights, expert_names)
         fields, words = [Field.of(x) for x in sent], message.pack(sent)
-        first, span, passed = jnp.int32(0), total, None
+        first, span, slow_hop_words = jnp.int32(0), total, None
         permutations: list[Permutation] = []
         for hop in plan.hops:
             if permutations:
-                passed = words[:, : _width(fields[:-2])]
-            ids = _among(message.unpack(words, fields)[-1], first, span)
+                slow_hop_words = words[:, : _width(fields[:-2])]
+            ids = _local_ids(message.unpack(words, fields)[-1], first, span)
             span //= hop.parts
             hop_permutation = permutation.lanes(
                 jnp.where(ids < 0, hop.parts, ids // span), hop.parts, hop.slots
@@ -176,61 +178,61 @@ class AllToAllDispatch:
             words = yield from hop.exchange(hop_permutation.permute(words))
             first += lax.axis_index(hop.over) * span
             permutations.append(hop_permutation)
-        *_, weights, named = message.unpack(words, fields)
+        *_, weights, expert_names = message.unpack(words, fields)
         local, sizes = permutation.sorted_by_expert(
-            _among(named, first, span), plan.here, plan.slots
+            _local_ids(expert_names, first, span), plan.here, plan.slots
         )
         route = save(Saved.ROUTE, Route(tuple(permutations), local, plan))
         rows, weights = permute_rows(local, words, fields[:-2]), local.permute_choices(weights)
         rows, weights = save(Saved.ARRIVED, (rows, weights))
-        return Received(rows, weights, save(Saved.ROUTE, sizes), route, plan.likely, passed)
+        return Received(rows, weights, save(Saved.ROUTE, sizes), route, plan.likely, slow_hop_words)
 
     def send_gradient(
         self, d_rows: jax.Array, d_weights: jax.Array, route: Route
     ) -> Steps[tuple[jax.Array, jax.Array]]:
         """Gradients of SD and S -> those of MD and MK."""
-        return (yield from self._homeward(d_rows, route.local.unpermute_choices(d_weights), route))
+        return (
+            yield from self._reverse_hops(d_rows, route.local.unpermute_choices(d_weights), route)
+        )
 
     def combining(self, out: jax.Array, route: Route) -> Steps[tuple[jax.Array, jax.Array]]:
         """`combine` in steps."""
         # Copies of a token carry disjoint choices of it, so their sum says which were served.
         served = route.local.choice_sent.astype(jnp.uint8)
-        home, served = yield from self._homeward(out, served, route)
-        return home, served > 0
+        out, served = yield from self._reverse_hops(out, served, route)
+        return out, served > 0
 
     def combine_gradient(
-        self, d_out: jax.Array, route: Route, passed: jax.Array | None = None
+        self, d_out: jax.Array, route: Route, slow_hop_words: jax.Array | None = None
     ) -> Steps[tuple[Any, Any]]:
-        """Gradient of MD -> that of SD, and with `passed` the tokens' rows again."""
+        """Gradient of MD -> that of SD, and with `slow_hop_words` the tokens' rows again."""
         rows = self.payload.encode(d_out)
         words, fields = message.pack(rows), [Field.of(x) for x in rows]
         last = len(route.plan.hops) - 1
         for number, (hop, hop_permutation) in enumerate(
             zip(route.plan.hops, route.hops, strict=True)
         ):
-            mail = hop_permutation.permute(words)
-            if passed is not None and number == last:
-                mail, fields = (
-                    jnp.concatenate([mail, hop_permutation.permute(passed)], axis=1),
-                    2 * fields,
-                )
-            words = yield from hop.exchange(mail)
+            sent = hop_permutation.permute(words)
+            if slow_hop_words is not None and number == last:
+                again = hop_permutation.permute(slow_hop_words)
+                sent, fields = jnp.concatenate([sent, again], axis=1), 2 * fields
+            words = yield from hop.exchange(sent)
         out = permute_rows(route.local, words, fields)
         return out[: len(rows)], out[len(rows) :]
 
-    def _homeward(
+    def _reverse_hops(
         self, rows: jax.Array, numbers: jax.Array, route: Route
     ) -> Steps[tuple[jax.Array, jax.Array]]:
-        """Rows SD -> MD, and a number of each choice -> MK, summed wherever copies meet."""
+        """Reverse hops: sums rows SD to MD and per-choice values to MK at each device."""
         row, number = Field.of(rows), Field.of(numbers)
         words = unpermute_rows(route.local, message.pack((rows,)), row)
         for hop, hop_permutation in zip(
             reversed(route.plan.hops), reversed(route.hops), strict=True
         ):
-            mail = jnp.concatenate([words, message.pack((numbers,))], axis=1)
-            mail = yield from hop.exchange(mail)
-            words = unpermute_rows(hop_permutation, mail, row)
-            (numbers,) = message.unpack(mail[:, row.words :], [number])
+            sent = jnp.concatenate([words, message.pack((numbers,))], axis=1)
+            received = yield from hop.exchange(sent)
+            words = unpermute_rows(hop_permutation, received, row)
+            (numbers,) = message.unpack(received[:, row.words :], [number])
             numbers = hop_permutation.unpermute(numbers)
         return message.unpack(words, [row])[0], numbers
 
@@ -252,7 +254,7 @@ def _width(fields: list[Field]) -> int:
     return sum(field.words for field in fields)
 
 
-NOBODY = 0  # on a hop, expert e is called e + 1, so that an empty slot asks for nobody
+NO_EXPERT = 0  # expert e is named e + 1 in a message, and 0 marks an empty slot
 
 
 def id_dtype(total: int) -> np.dtype:
@@ -268,7 +270,7 @@ def _send(dispatch: AllToAllDispatch, exchange: Exchange) -> Received:
 def _send_forward(dispatch: AllToAllDispatch, exchange: Exchange) -> tuple[Received, Route]:
     arrived = run_to_end(dispatch.sending(exchange))
     rows = dispatch.payload.decode(arrived.rows, exchange.tokens.dtype)
-    return dataclasses.replace(arrived, rows=rows, passed=None), arrived.route
+    return dataclasses.replace(arrived, rows=rows, slow_hop_words=None), arrived.route
 
 
 def _send_backward(dispatch: AllToAllDispatch, route: Route, d: Received) -> tuple[Exchange]:
@@ -279,9 +281,9 @@ def _send_backward(dispatch: AllToAllDispatch, route: Route, d: Received) -> tup
 _send.defvjp(_send_forward, _send_backward)
 
 
-def _among(named: jax.Array, first: jax.Array, span: int) -> jax.Array:
-    """Numbers of experts as they travel -> int32, counted from `first`; -1 outside [0, span)."""
-    ids = named.astype(jnp.int32) - 1 - first
+def _local_ids(expert_names: jax.Array, first: jax.Array, span: int) -> jax.Array:
+    """Expert names of a message -> int32 numbers relative to `first`; -1 outside [0, span)."""
+    ids = expert_names.astype(jnp.int32) - 1 - first
     return jnp.where((ids >= 0) & (ids < span), ids, -1)
 
 
@@ -307,7 +309,7 @@ _combine.defvjp(_combine_forward, _combine_backward)
 
 # Buffers for any router at all, for a model that is not trained here.
 EXACT = AllToAllDispatch(
-    gpu_apart=False, capacity_factor=math.inf, most_nodes=1, payload=UNCHANGED_PAYLOAD
+    separate_gpu_hop=False, capacity_factor=math.inf, most_nodes=1, payload=UNCHANGED_PAYLOAD
 )
 
 

@@ -3,7 +3,7 @@
 The first round is unconditional and made of separate steps, so that its messages can travel under
 other work. Further rounds serve the choices that its buffers had no room for. Whether one is needed
 is a number that is equal on the whole expert-parallel group, so that no device waits for a message
-that nobody sends. A balanced router needs none.
+that no device sends. A balanced router needs none.
 """
 
 import dataclasses
@@ -56,9 +56,9 @@ class Rounds:
         Returns:
           MD, the sum over all choices; and () float32, the number of rounds with the first one.
         """
-        if self._one_serves_all(exchange):
+        if self._never_overflows(exchange):
             return out, jnp.ones(())
-        more, rounds = _further(self, exchange, out)
+        more, rounds = _overflow_rounds(self, exchange, out)
         return more, 1.0 + rounds
 
     @jax.named_scope("overflow_rounds")
@@ -74,17 +74,19 @@ class Rounds:
           d_out: MD.
           first: gradients of the first round.
         """
-        if self._one_serves_all(exchange):
+        if self._never_overflows(exchange):
             return first
-        return _further_gradients(self, exchange, rounds > 1, d_out, first)
+        return _overflow_rounds_gradients(self, exchange, rounds > 1, d_out, first)
 
-    def _one_serves_all(self, exchange: Exchange) -> bool:
+    def _never_overflows(self, exchange: Exchange) -> bool:
         count, top_k = exchange.chosen.shape
         return self.dispatch.complete(count, top_k, exchange.total)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further(rounds: Rounds, exchange: Exchange, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _overflow_rounds(
+    rounds: Rounds, exchange: Exchange, out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Adds rounds to `out` until nothing is left on any device of the expert-parallel group.
 
     No round saves anything for backward, which runs the same rounds again, each with its own
@@ -102,24 +104,26 @@ def _further(rounds: Rounds, exchange: Exchange, out: jax.Array) -> tuple[jax.Ar
     return total.astype(out.dtype), number
 
 
-def _further_forward(rounds: Rounds, exchange: Exchange, out: jax.Array) -> tuple[Any, Any]:
-    done = _further(rounds, exchange, out)
+def _overflow_rounds_forward(rounds: Rounds, exchange: Exchange, out: jax.Array) -> tuple[Any, Any]:
+    done = _overflow_rounds(rounds, exchange, out)
     return done, (exchange, done[1] > 0)
 
 
-def _further_backward(rounds: Rounds, saved: Any, cotangents: Any) -> tuple[Exchange, jax.Array]:
+def _overflow_rounds_backward(
+    rounds: Rounds, saved: Any, cotangents: Any
+) -> tuple[Exchange, jax.Array]:
     exchange, more = saved
     zeros = jax.tree.map(
         jnp.zeros_like,
         cotangent(exchange.total, exchange.tokens, exchange.weights, exchange.experts),
     )
-    return _further_gradients(rounds, exchange, more, cotangents[0], zeros), cotangents[0]
+    return _overflow_rounds_gradients(rounds, exchange, more, cotangents[0], zeros), cotangents[0]
 
 
-_further.defvjp(_further_forward, _further_backward)
+_overflow_rounds.defvjp(_overflow_rounds_forward, _overflow_rounds_backward)
 
 
-def _further_gradients(
+def _overflow_rounds_gradients(
     rounds: Rounds, exchange: Exchange, more: jax.Array, d_out: jax.Array, first: Exchange
 ) -> Exchange:
     """`first` and the gradients of overflow rounds, if there are any."""
@@ -132,8 +136,8 @@ def _further_gradients(
             return rounds.one(given)
 
         given = exchange.tokens, exchange.weights, exchange.experts
-        _, pull, served = jax.vjp(through, *given, has_aux=True)
-        left, each = left & ~served, cotangent(exchange.total, *pull(d_out))
+        _, vjp, served = jax.vjp(through, *given, has_aux=True)
+        left, each = left & ~served, cotangent(exchange.total, *vjp(d_out))
         return _any(left), left, jax.tree.map(jnp.add, gradients, _wide(each))
 
     start = more, exchange.left, _wide(first)

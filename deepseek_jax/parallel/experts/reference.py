@@ -28,7 +28,7 @@ class ReferenceDispatch:
         return None
 
     def send(self, exchange: Exchange) -> Received:
-        """All tokens, once for each expert: rows (EM)D."""
+        """Replicates all tokens for every expert, rows (EM)D; there is no communication plan."""
         if axes.size("experts") > 1:
             raise ConfigError(
                 "layout.dispatch=reference needs all experts on every device; set it to flat"

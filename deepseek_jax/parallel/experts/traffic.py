@@ -26,11 +26,11 @@ def message_bytes(
         per_slot = WORD_BYTES * sum(-(-size // WORD_BYTES) for size in fields)
         return [hop.parts * hop.slots * per_slot for hop in plan.hops]
 
-    out, home = payload.bytes_out(width, dtype), width * jnp.dtype(dtype).itemsize
+    encoded, summed = payload.bytes_out(width, dtype), width * jnp.dtype(dtype).itemsize
     weights, ids, served = 4 * top_k, id_dtype(plan.total).itemsize * top_k, top_k
     return {
-        "send": words(*out, weights, ids),
-        "combine": words(home, served),
-        "combine gradient": words(*out),
-        "send gradient": words(home, weights),
+        "send": words(*encoded, weights, ids),
+        "combine": words(summed, served),
+        "combine gradient": words(*encoded),
+        "send gradient": words(summed, weights),
     }

@@ -47,9 +47,9 @@ class Stages(Protocol):
     def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[tuple[Any, Any, Any]]:
         """The output, the residuals that backward needs, and a pytree of sums to record.
 
-        Residuals are a pytree with all that backward has to know of its structure. The executor
-        pools their leaves, so every trace must yield leaves of the same shapes in the same order;
-        the structure that it hands to `backward` may be another trace's.
+        Residuals are a self-describing pytree, of which only the leaves are pooled: every trace
+        must yield leaves of the same shapes in the same order, and the structure that `backward`
+        gets may be that of another trace.
         """
         ...
 
@@ -57,10 +57,10 @@ class Stages(Protocol):
         self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array
     ) -> Steps[tuple[jax.Array, Any, Any]]:
         """The gradients of the input and of the chunk's weights, these float32; and residuals, as
-        of `forward`, for the gradients of weights that are left to `rest_of_backward`."""
+        of `forward`, for the gradients of weights that are left to `weight_backward`."""
         ...
 
-    def rest_of_backward(self, chunk: int, later: Any) -> Any:
+    def weight_backward(self, chunk: int, later: Any) -> Any:
         """The gradients of weights that `backward` deferred."""
         ...
 
@@ -101,7 +101,8 @@ class Pipeline:
         """Runs all ticks.
 
         Args:
-          like: shape and dtype of the activations between stages.
+          like: array or ShapeDtypeStruct with the shape and dtype of the activations that pass
+            between stages.
           total: zeros, to which `last` and `first_gradient` add.
           tables: name -> [T, ranks], of `TickTables`; idle ticks may follow the last one.
           steady: first steady tick, end of the steady ticks, and number of ticks; all even.
@@ -112,31 +113,30 @@ class Pipeline:
         rank = lax.axis_index(PIPE)
         mine = {name: table[:, rank] for name, table in tables.items()}
         on = jnp.zeros((), jnp.bool_)
-        wait = jnp.zeros(like.shape, like.dtype)
-        whole = [
-            jax.eval_shape(lambda x, on, c=c: run_to_end(stages.forward(c, x, on)), wait, on)
+        blank = jnp.zeros(like.shape, like.dtype)
+        forward_shapes = [
+            jax.eval_shape(lambda x, on, c=c: run_to_end(stages.forward(c, x, on)), blank, on)
             for c in (0, 1)
         ]
-        back = [
+        backward_shapes = [
             jax.eval_shape(
                 lambda kept, d_y, on, c=c: run_to_end(stages.backward(c, kept, d_y, on)),
-                whole[c][1], wait, on,
+                forward_shapes[c][1], blank, on,
             )
             for c in (0, 1)
         ]  # fmt: skip
-        kept, later = (
-            SharedPools.of(kinds) for kinds in ([w[1] for w in whole], [b[2] for b in back])
-        )
+        kept = SharedPools.of([residuals for _, residuals, _ in forward_shapes])
+        later = SharedPools.of([residuals for *_, residuals in backward_shapes])
         state = {
             "x": pool(like, self.slots["x"]),
             "d_y": pool(like, self.slots["d_y"]),
             "kept": kept.pools(self.slots["kept"]),
             "later": later.pools(self.slots.get("later", 0)),
-            "sums": [zeros(w[2]) for w in whole],
-            "gradients": [zeros(b[1]) for b in back],
+            "sums": [zeros(sums) for *_, sums in forward_shapes],
+            "gradients": [zeros(gradients) for _, gradients, _ in backward_shapes],
             "total": total,
         }
-        tick = _Tick(self, stages, rank, whole, back, kept, later)
+        tick = _Tick(self, stages, rank, forward_shapes, backward_shapes, kept, later)
 
         def loop(start: Any, end: Any, skip: bool, state: Any) -> Any:
             def pair(i: jax.Array, state: Any) -> Any:
@@ -159,11 +159,20 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class _Tick:
+    """Lockstep tick of this rank.
+
+    Attributes:
+      forward_shapes, backward_shapes: shapes of each chunk's results, which `skip` fills with
+        zeros.
+      kept: pools of residuals from forward to backward.
+      later: pools of residuals for deferred weight gradients.
+    """
+
     pipeline: Pipeline
     stages: Stages
     rank: jax.Array
-    whole: list[Any]
-    back: list[Any]
+    forward_shapes: list[Any]
+    backward_shapes: list[Any]
     kept: SharedPools
     later: SharedPools
 
@@ -222,7 +231,7 @@ class _Tick:
         def add(total: Any) -> Any:
             with jax.named_scope(BACKWARD):
                 taken = self.later.read(later, chunk, now["w_from"])
-                more = self.stages.rest_of_backward(chunk, taken)
+                more = self.stages.weight_backward(chunk, taken)
             return jax.tree.map(jnp.add, total, more)
 
         return run_if((now["w_micro"] != IDLE) & (now["w_chunk"] == chunk), add, total)
@@ -245,6 +254,6 @@ class _Tick:
             interleave(works, self.pipeline.turns)
             return out["f"], out["b"]
         return (
-            run_work_if(f_on, forward, self.whole[f]),
-            run_work_if(b_on, backward, self.back[b]),
+            run_work_if(f_on, forward, self.forward_shapes[f]),
+            run_work_if(b_on, backward, self.backward_shapes[b]),
         )

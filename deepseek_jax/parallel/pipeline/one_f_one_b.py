@@ -73,7 +73,8 @@ class OneFOneB:
         """Runs all ticks.
 
         Args:
-          like: shape and dtype of the activations between stages.
+          like: array or ShapeDtypeStruct with the shape and dtype of the activations that pass
+            between stages.
           total: zeros, to which `last` and `first_gradient` add.
           count: () int, number of micro-batches.
 
@@ -81,12 +82,13 @@ class OneFOneB:
           Results as of `Pipeline.run`, for one chunk.
         """
         rank, on = lax.axis_index(PIPE), jnp.zeros((), jnp.bool_)
-        wait = jnp.zeros(like.shape, like.dtype)
-        whole = jax.eval_shape(lambda x: run_to_end(stages.forward(0, x, on)), wait)
-        back = jax.eval_shape(
-            lambda kept, d_y: run_to_end(stages.backward(0, kept, d_y, on)), whole[1], wait
-        )
-        pools = SharedPools.of([whole[1]])
+        blank = jnp.zeros(like.shape, like.dtype)
+        forward_shapes = jax.eval_shape(lambda x: run_to_end(stages.forward(0, x, on)), blank)
+        backward_shapes = jax.eval_shape(
+            lambda kept, d_y: run_to_end(stages.backward(0, kept, d_y, on)),
+            forward_shapes[1], blank,
+        )  # fmt: skip
+        pools = SharedPools.of([forward_shapes[1]])
         is_first, is_last = rank == 0, rank == self.ranks - 1
         down = [(r, r + 1) for r in range(self.ranks - 1)]
         up = [(r + 1, r) for r in range(self.ranks - 1)]
@@ -97,17 +99,19 @@ class OneFOneB:
             f_on, b_on = (f >= 0) & (f < count), (b >= 0) & (b < count)
             f_micro, b_micro = jnp.where(f_on, f, IDLE), jnp.where(b_on, b, IDLE)
             x = run_if(is_first & f_on, lambda _: stages.first(f_micro), x)
-            y, new, more = self._do(f_on, with_scope(FORWARD, stages.forward(0, x, f_on)), whole)
+            forward = with_scope(FORWARD, stages.forward(0, x, f_on))
+            y, new, more = self._do(f_on, forward, forward_shapes)
             kept = pools.write(kept, 0, f % self.slots, new)
             sums = accumulated(sums, 0, more, f_on)
             total, d_top = run_if(
-                is_last & f_on, lambda both: stages.last(f_micro, y, both[0]), (total, wait)
+                is_last & f_on, lambda both: stages.last(f_micro, y, both[0]), (total, blank)
             )
             d_y = jnp.where(is_last, d_top, d_y)
             # Read after the write: the last rank's backward is of this tick's forward.
             held = pools.read(kept, 0, b % self.slots)
             backward = with_scope(BACKWARD, stages.backward(0, held, d_y, b_on))
-            d_x, each, _ = self._do(b_on, backward, back)  # no weight gradients are deferred
+            # No weight gradients are deferred.
+            d_x, each, _ = self._do(b_on, backward, backward_shapes)
             gradients = accumulated(gradients, 0, each, b_on)
             total = run_if(
                 is_first & b_on, lambda total: stages.first_gradient(b_micro, d_x, total), total
@@ -115,7 +119,8 @@ class OneFOneB:
             y, d_x = lax.ppermute(y, PIPE, down), lax.ppermute(d_x, PIPE, up)
             return y, d_x, kept, gradients, sums, total
 
-        start = (wait, wait, pools.pools(self.slots), [zeros(back[1])], [zeros(whole[2])], total)
+        gradients, sums = [zeros(backward_shapes[1])], [zeros(forward_shapes[2])]
+        start = (blank, blank, pools.pools(self.slots), gradients, sums, total)
         *_, gradients, sums, total = lax.fori_loop(0, self.ticks(count), tick, start)
         return gradients, sums, total
 

@@ -101,6 +101,6 @@ def run_work_if(on: jax.Array, work: Steps[Any], like: Any) -> Any:
 def run_if(on: jax.Array, fn: Callable[[Any], Any], value: Any) -> Any:
     """fn(value) if `on`, else value.
 
-    A loop of 0 or 1 trips, because XLA copies the operands of `lax.cond`.
+    A conditional as a loop of 0 or 1 iterations, because XLA copies the operands of `lax.cond`.
     """
     return lax.fori_loop(0, on.astype(jnp.int32), lambda _, value: fn(value), value)

@@ -19,9 +19,9 @@ from deepseek_jax.parallel.experts.dispatch import AllToAllDispatch
 from deepseek_jax.precision.payload import FP8_PAYLOAD, UNCHANGED_PAYLOAD
 
 TWO_HOP = AllToAllDispatch(
-    gpu_apart=True, capacity_factor=math.inf, most_nodes=2, payload=UNCHANGED_PAYLOAD
+    separate_gpu_hop=True, capacity_factor=math.inf, most_nodes=2, payload=UNCHANGED_PAYLOAD
 )
-FLAT = dataclasses.replace(TWO_HOP, gpu_apart=False)
+FLAT = dataclasses.replace(TWO_HOP, separate_gpu_hop=False)
 
 
 def inputs(seed, sequences, length):

@@ -39,7 +39,9 @@ LAYOUTS = [
 
 
 def hops(two, buffer, payload=UNCHANGED_PAYLOAD):
-    return AllToAllDispatch(gpu_apart=two, capacity_factor=buffer, most_nodes=2, payload=payload)
+    return AllToAllDispatch(
+        separate_gpu_hop=two, capacity_factor=buffer, most_nodes=2, payload=payload
+    )
 
 
 def normal(*shape, seed):
@@ -280,11 +282,11 @@ def test_reference_refuses_experts_that_are_elsewhere():
 def test_the_config_names_dispatch_and_payload():
     fp8 = dispatch.of(small.config(layout_dispatch="two_hop", precision_dispatch="fp8"))
     assert fp8 == AllToAllDispatch(
-        gpu_apart=True, capacity_factor=100.0, most_nodes=2, payload=FP8_PAYLOAD
+        separate_gpu_hop=True, capacity_factor=100.0, most_nodes=2, payload=FP8_PAYLOAD
     )
     flat = dispatch.of(small.config(layout_dispatch="flat", layout_capacity_factor=2.0))
     assert flat == AllToAllDispatch(
-        gpu_apart=False, capacity_factor=2.0, most_nodes=2, payload=UNCHANGED_PAYLOAD
+        separate_gpu_hop=False, capacity_factor=2.0, most_nodes=2, payload=UNCHANGED_PAYLOAD
     )
     assert dispatch.of(small.config(layout_dispatch="reference")) == ReferenceDispatch(
         UNCHANGED_PAYLOAD

@@ -39,7 +39,7 @@ class Matmuls:
             return d_x, jnp.zeros_like(self.weights[chunk]), [kept[0], d_y]
         return d_x, kept[0].T @ d_y, []
 
-    def rest_of_backward(self, chunk, later):
+    def weight_backward(self, chunk, later):
         return later[0].T @ later[1]
 
     def last(self, micro, y, total):

@@ -36,7 +36,7 @@ class Matmuls:
         d_z = yield d_y * (1 - y**2)
         return d_z @ self.weight.T, x.T @ d_z, []
 
-    def rest_of_backward(self, chunk: int, later: list[Any]) -> Any:
+    def weight_backward(self, chunk: int, later: list[Any]) -> Any:
         raise AssertionError("nothing was left")
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> Any:
