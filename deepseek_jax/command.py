@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from deepseek_jax.config import MESH_AXES, RENAMED, Config, ConfigError, parse, renamed
+from deepseek_jax.config import MESH_AXES, RENAMED, Config, ConfigError, parse, parse_saved, renamed
 
 if TYPE_CHECKING:  # imported where it is used: JAX must not meet its devices before start-up
     from deepseek_jax.checkpoint.load import Checkpoint
@@ -31,6 +31,10 @@ def read_config(holder: Any) -> Config:
     """The checked config of a flag of `define_config_flag`; ConfigError where it was not given."""
     if holder.value is None:
         raise ConfigError("no config; pass --config=configs/v3_tiny.py or another file of configs/")
+    # `convert` makes workdirs whose config.py returns the config.json beside it, which may be old.
+    path = _config_path(sys.argv) or Path()
+    if path.name == "config.py" and path.with_name("config.json").is_file():
+        return parse_saved(holder.value.to_dict())
     return parse(holder.value)
 
 
@@ -205,10 +209,11 @@ def _check_overrides(arguments: list[str]) -> None:
 
 def _no_such_key(error: Exception) -> str:
     """Message for a ConfigDict's error about an unknown key, with the nearest key that exists."""
-    found = re.search(r"""Key \W?["'](\w+)""", str(error))
+    # Setting says 'Key "NAME" does not exist', reading "'NAME'" alone.
+    found = re.search(r"""Key \W?["'](\w+)|^\W*["'](\w+)\W*$""", str(error))
     if not found:
         return str(error)
-    name = found[1]
+    name = found[1] or found[2]
     for old in RENAMED:
         if old.endswith(f".{name}"):
             return renamed(old)

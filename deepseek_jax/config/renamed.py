@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from deepseek_jax.config.schema import ConfigError
+
 # old -> new
 RENAMED = {"layout.buffer": "layout.capacity_factor"}
 
@@ -13,11 +15,17 @@ def renamed(key: str) -> str:
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a `config.json`, with renamed keys under their new names."""
+    """Values of a `config.json`, with renamed keys under their new names.
+
+    Raises:
+      ConfigError: a key is there under both names.
+    """
     out = {name: dict(part) if isinstance(part, Mapping) else part for name, part in values.items()}
     for old, new in RENAMED.items():
         (section, name), (new_section, new_name) = old.split("."), new.split(".")
         if isinstance(out.get(section), dict) and name in out[section]:
             value = out[section].pop(name)
-            out.setdefault(new_section, {}).setdefault(new_name, value)
+            if new_name in out.setdefault(new_section, {}):
+                raise ConfigError(f"{renamed(old)}, and config.json has both; remove {old}")
+            out[new_section][new_name] = value
     return out

@@ -5,13 +5,17 @@ commit before the renames. The losses of the steps after it are those of that co
 """
 
 import json
+import runpy
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import runs
 
+from deepseek_jax import command
 from deepseek_jax.checkpoint import conversion, load
 from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError, parse, parse_saved
@@ -56,3 +60,37 @@ def test_an_old_key_is_refused_with_its_new_name(old, new):
         parse(values)
     section, name = new.split(".")
     assert getattr(getattr(parse_saved(values), section), name) == 1.25
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_a_converted_folder_that_never_ran_is_read_under_the_new_names(
+    tmp_path, monkeypatch, old, new
+):
+    """Its config.py hands the old config.json to --config."""
+    shutil.copy(FIXTURE / "config.json", tmp_path)
+    (tmp_path / "config.py").write_text(conversion._LAUNCHER)
+    values = runpy.run_path(str(tmp_path / "config.py"))["get_config"]()
+    monkeypatch.setattr(sys, "argv", ["main", f"--config={tmp_path}/config.py"])
+    config = command.read_config(types.SimpleNamespace(value=values))
+    assert config == parse_saved(json.loads((FIXTURE / "config.json").read_text()))
+    monkeypatch.setattr(sys, "argv", ["main", "--config=configs/other.py"])
+    with pytest.raises(ConfigError, match=f"{old} is now called {new}"):
+        command.read_config(types.SimpleNamespace(value=values))
+
+
+def test_a_key_under_both_names_is_refused():
+    values = json.loads((FIXTURE / "config.json").read_text())
+    values["layout"]["capacity_factor"] = 3.0
+    with pytest.raises(ConfigError, match=r"both; remove layout\.buffer"):
+        parse_saved(values)
+
+
+@pytest.mark.parametrize("use", ["config.layout.buffer = 2.0", "_ = 2 * config.layout.buffer"])
+def test_a_config_file_that_uses_an_old_key_is_refused_with_its_new_name(tmp_path, use):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"from configs import v3_tiny\ndef get_config():\n"
+        f"    config = v3_tiny.get_config()\n    {use}\n    return config\n"
+    )
+    with pytest.raises(ConfigError, match=r"layout\.buffer is now called layout\.capacity_factor"):
+        command._check_overrides(["main", f"--config={file}"])
