@@ -24,7 +24,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 }
-README_LINES = 170
+README_LINES = 176
 
 # Files of a workdir or a checkpoint, of other tools, and of placeholders in commands.
 ELSEWHERE = {
