@@ -73,7 +73,7 @@ def truth():
 @functools.cache
 def blocks(share):
     block = grouped.BLOCK_ROWS
-    return jax.jit(lambda sizes: grouped._beyond(sizes, share, block, ROWS)), block
+    return jax.jit(lambda sizes: grouped._overflow_blocks(sizes, share, block, ROWS)), block
 
 
 @pytest.mark.parametrize("likely, dtype", PATHS)
