@@ -72,11 +72,18 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Writes the trace that is under way, if any; may be called twice."""
+        """Writes the trace that is under way, if any; may be called twice.
+
+        A trace that cannot be written, as on a full disk, is no reason to end a run.
+        """
         if self._steps and self._seen <= SKIPPED and not self._tracing:
             self._say(f"no profile: this process took {self._seen} step(s)")
             self._steps = 0
         if self._tracing:
             self._tracing = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:
+                self._say(f"no profile: {self._directory} cannot be written ({error})")
+                return
             self._say(f"wrote the profile of {self._seen - SKIPPED} step(s) to {self._directory}")

@@ -45,6 +45,18 @@ def test_the_profile_follows_two_steps(tmp_path, calls, steps, profiled, want, s
     assert len(lines) == len(said) and all(a in b for a, b in zip(said, lines, strict=True))
 
 
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, calls, monkeypatch):
+    def stop():
+        raise RuntimeError("FAILED_PRECONDITION: is not a directory")
+
+    monkeypatch.setattr(profiling.jax.profiler, "stop_trace", stop)
+    lines = []
+    turns(profiling.Profiler(tmp_path, 1, lines.append), calls, 4)
+    assert calls == [1, 2, "on", 3, 4]
+    [line] = lines
+    assert "no profile" in line and "not a directory" in line
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 def test_a_profile_has_a_step(steps):
     with pytest.raises(ConfigError, match=rf"profile_steps={steps}; expected at least 1"):
