@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config.renamed import with_new_names
 from deepseek_jax.data.corpus import Corpus
 
 # Keys that a run may not change on the way, since its checkpoints and the position in its data
@@ -42,6 +43,8 @@ def check(directory: Path, config: Config) -> None:
         raise ConfigError(
             f"{kept} is not readable JSON ({error}); give another --workdir"
         ) from error
+    if isinstance(before, dict):
+        before = with_new_names(before)
     now = json.loads(config.to_json())
     for key in FIXED:
         for name, was, is_now in _differences(_at(before, key), _at(now, key), key):

@@ -4,6 +4,7 @@
 commit before the renames. The losses of the steps after it are those of that commit, too.
 """
 
+import dataclasses
 import json
 import runpy
 import shutil
@@ -20,7 +21,7 @@ from deepseek_jax.checkpoint import conversion, load
 from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError, parse, parse_saved
 from deepseek_jax.config.renamed import RENAMED
-from deepseek_jax.train import loop
+from deepseek_jax.train import loop, workdir
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "workdir_before_renames"
 NEXT = {7: (3.5950918, 3.7677615), 8: (3.5476782, 3.7243023)}  # step -> loss, MTP loss
@@ -76,6 +77,20 @@ def test_a_converted_folder_that_never_ran_is_read_under_the_new_names(
     monkeypatch.setattr(sys, "argv", ["main", "--config=configs/other.py"])
     with pytest.raises(ConfigError, match=f"{old} is now called {new}"):
         command.read_config(types.SimpleNamespace(value=values))
+
+
+def test_a_renamed_key_that_a_run_may_not_change_is_compared_under_its_new_name(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(RENAMED, "model.width", "model.d_model")
+    values = json.loads((FIXTURE / "config.json").read_text())
+    values["model"]["width"] = values["model"].pop("d_model")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = parse_saved(values)
+    workdir.check(tmp_path, config)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_model=64))
+    with pytest.raises(ConfigError, match=r"holds a run with model\.d_model=32"):
+        workdir.check(tmp_path, other)
 
 
 def test_a_key_under_both_names_is_refused():
