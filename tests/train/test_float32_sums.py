@@ -92,6 +92,7 @@ def test_experts_over_many_rounds():
 # Sums over activations between tensor-parallel ranks stay in the recipe's dtype: `axes.fan_in`.
 SUMS = {"reduce_sum", "cumsum", "scatter-add", "psum", "psum_invariant", "reduce_scatter"}
 LAYOUTS = {
+    "reference dispatch": dict(layout_dispatch="reference"),
     "recomputed, two in flight": dict(
         mesh_gpu=2, layout_recompute="full", layout_micro_batches_in_flight=2
     ),

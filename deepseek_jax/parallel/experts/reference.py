@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.exchange import Exchange, Received
+from deepseek_jax.precision.einsum import broadcast
 from deepseek_jax.precision.payload import Payload
 
 
@@ -37,7 +38,8 @@ class ReferenceDispatch:
         count = exchange.tokens.shape[0]
         weights = jnp.where(left, exchange.weights, 0.0)
         spread = jax.nn.one_hot(exchange.chosen, total) * weights[..., None]  # MKE
-        rows = jnp.tile(_travel(exchange.tokens, self.payload), (total, 1))  # (EM)D
+        tokens = _travel(exchange.tokens, self.payload)
+        rows = broadcast(tokens, (total, *tokens.shape)).reshape(-1, tokens.shape[1])  # (EM)D
         sizes = jnp.full((total,), count, jnp.int32)
         return Received(rows, spread.sum(1).T.reshape(-1), sizes, left, total * count)
 
