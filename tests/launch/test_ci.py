@@ -38,7 +38,11 @@ def test_what_fails_the_run(tmp_path, readme, python, status, said):
     stub(elsewhere / "python3.12", "exit 1")
     done = subprocess.run(
         [checkout / ".ci" / "run"],
-        env={**os.environ, "PATH": f"{elsewhere}{os.pathsep}{os.environ['PATH']}"},
+        env={
+            **os.environ,
+            "PATH": f"{elsewhere}{os.pathsep}{os.environ['PATH']}",
+            "PYENV_ROOT": str(tmp_path),  # where a Python 3.12 is looked for, too
+        },
         capture_output=True,
         text=True,
         timeout=60,
