@@ -63,7 +63,7 @@ def test_moe_rows(tiny):
 
 
 def test_load_rows(tiny):
-    found = load.measure(tiny, gigabytes=0.1, rounds=1)
+    found = load.measure(tiny, gigabytes=0.05, rounds=1)
     assert [row["onto"] for row in found["loads"]] == list(load.MESHES)
     for row in found["loads"]:
         assert row["of_cat"] == pytest.approx(row["seconds"] / found["cat_seconds"])
@@ -102,7 +102,7 @@ def test_tiles_rows(tiny):
     ((row,),) = (v for v in found.values() if type(v) is list)
     assert row["height"] == 16 and all(row[name] > 0 for name in tiles.PRODUCTS)
     assert tiles.candidates()[0] == grouped_triton.BFLOAT16_TILE
-    with pytest.raises(configs.ConfigError, match="no GPU"):
+    with pytest.raises(configs.ConfigError, match="kernels of a GPU, and this machine has none"):
         tiles.measure(tiny)
 
 

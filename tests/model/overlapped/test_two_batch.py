@@ -44,7 +44,7 @@ def pulled(how, sizes, sequences=8, length=6):
 @pytest.mark.parametrize(
     "sizes, way, recompute",
     [
-        ({"replica": 2}, TWO_HOP, "none"),
+        pytest.param({"replica": 2}, TWO_HOP, "none", marks=pytest.mark.slow),
         ({"gpu": 2}, dataclasses.replace(FLAT, payload=FP8_PAYLOAD), "full"),
         (
             {"node": 2, "gpu": 2, "tensor": 2},
