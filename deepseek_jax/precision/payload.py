@@ -1,6 +1,6 @@
 """Encoding of rows in messages: tokens go to their experts in BF16 or FP8, outputs return in BF16.
 
-FP8 (sections 3.2.2 and 3.3.2) is E4M3 in tiles of 1x128, sent beside power-of-two scales. Backward
+FP8 (sections 3.2.2 and 3.3.3) is E4M3 in tiles of 1x128, sent beside power-of-two scales. Backward
 mirrors this: gradients of the experts' outputs are dispatched in the payload of tokens, gradients
 of their inputs return in that of outputs.
 """

@@ -59,7 +59,7 @@ class LastStage:
 
     Attributes:
       how: execution of the MTP modules.
-      chunk: rows whose logits are held at once.
+      chunk: rows of one part; the logits of two parts are held at once.
       mtp_weight, alpha, sequences: as in `objective`.
     """
 
