@@ -26,6 +26,16 @@ def tiny(text: Path, **sections: dict) -> Config:
     return configs.parse(config)
 
 
+def documents(folder: Path) -> Path:
+    """A new folder of thirty documents, each of 120 words drawn from one sentence."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = "the loss of a token is what the next one costs when it surprises us".split()  # noqa: SIM905
+    for number in range(30):
+        (folder / f"{number:02}.txt").write_text(" ".join(rng.choice(words, 120)))
+    return folder
+
+
 def arguments(config: Config, workdir: Path) -> list[str]:
     """Command-line arguments that run `config`."""
     out = [f"--config={TINY}", f"--workdir={workdir}"]

@@ -24,10 +24,9 @@ from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.hardware import xla_options
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.overlapped.layer_pass import hops_of
-from deepseek_jax.model.overlapped.stage import Stage, single_layer, turns
+from deepseek_jax.model.overlapped.stage import Stage, StageChunks, single_layer, turns
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.parallel.overlap import Steps
 from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.executor import BACKWARD, FORWARD, LAST, TICKS, Pipeline
 from deepseek_jax.parallel.pipeline.lockstep import BidirectionalStages, lockstep
@@ -84,23 +83,13 @@ def lower_alone(config: Config, mesh: Mesh) -> jax.stages.Lowered:
 
 
 @dataclasses.dataclass(frozen=True)
-class _LayersOnly:
+class _LayersOnly(StageChunks):
     """Stages of MoE layers whose first input is zeros and whose loss is the sum of the outputs."""
 
-    chunks: list[Stage]
     like: Any
 
     def first(self, micro: jax.Array) -> jax.Array:
         return jnp.zeros(self.like.shape, self.like.dtype)
-
-    def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[Any]:
-        return self.chunks[chunk].forward(x, on)
-
-    def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
-        return self.chunks[chunk].backward(kept, d_y, on)
-
-    def weight_backward(self, chunk: int, later: Any) -> Any:
-        return self.chunks[chunk].weight_backward(later)
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
         return total + y.sum(dtype=jnp.float32), jnp.ones_like(y)

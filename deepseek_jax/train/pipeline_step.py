@@ -16,12 +16,11 @@ from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.overlapped import stage_params
 from deepseek_jax.model.overlapped.layer_pass import hops_of
-from deepseek_jax.model.overlapped.stage import Stage, turns
+from deepseek_jax.model.overlapped.stage import Stage, StageChunks, turns
 from deepseek_jax.model.params import split
 from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
-from deepseek_jax.parallel.overlap import Steps
 from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.executor import AXIS, Pipeline
 from deepseek_jax.parallel.pipeline.lockstep import IDLE, BidirectionalStages, TickTables, lockstep
@@ -141,18 +140,16 @@ def _executor(config: Config) -> Callable[..., Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _ModelStages:
+class _ModelStages(StageChunks):
     """This model as the executor's `Stages`; a total is (gradients of the ends, Sums).
 
     Attributes:
-      chunks: this rank's layers, one `Stage` for each of its chunks.
       ends: the model without layers: embedding, norms, head and MTP modules.
       tokens: AB(S+1).
       how: execution of the layers.
       last_stage: loss and MTP modules, after the last layer.
     """
 
-    chunks: list[Stage]
     ends: Transformer
     tokens: jax.Array
     how: execution.Execution
@@ -160,15 +157,6 @@ class _ModelStages:
 
     def first(self, micro: jax.Array) -> jax.Array:
         return self.ends.embedding(self._tokens(micro)[:, :-1], self.how)
-
-    def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[Any]:
-        return self.chunks[chunk].forward(x, on)
-
-    def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
-        return self.chunks[chunk].backward(kept, d_y, on)
-
-    def weight_backward(self, chunk: int, later: Any) -> Any:
-        return self.chunks[chunk].weight_backward(later)
 
     def last(self, micro: jax.Array, y: jax.Array, total: Any) -> tuple[Any, jax.Array]:
         tokens = self._tokens(micro)

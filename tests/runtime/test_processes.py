@@ -20,13 +20,7 @@ MESH = {"replica": 2, "node": 2, "gpu": 2}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus") / "text"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    words = "the loss of a token is what the next one costs when it surprises us".split()  # noqa: SIM905
-    for number in range(30):
-        (folder / f"{number:02}.txt").write_text(" ".join(rng.choice(words, 120)))
-    return folder
+    return runs.documents(tmp_path_factory.mktemp("corpus") / "text")
 
 
 def test_two_processes_are_one(text, tmp_path):

@@ -129,6 +129,26 @@ class Stage:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class StageChunks:
+    """The part of an executor's `Stages` that runs the layers of this rank's chunks.
+
+    Attributes:
+      chunks: one stage for each chunk.
+    """
+
+    chunks: list[Stage]
+
+    def forward(self, chunk: int, x: jax.Array, on: jax.Array) -> Steps[Any]:
+        return self.chunks[chunk].forward(x, on)
+
+    def backward(self, chunk: int, kept: Any, d_y: jax.Array, on: jax.Array) -> Steps[Any]:
+        return self.chunks[chunk].backward(kept, d_y, on)
+
+    def weight_backward(self, chunk: int, later: Any) -> Any:
+        return self.chunks[chunk].weight_backward(later)
+
+
 def _of_modules(slot: LayerSlot, gradients: dict[str, Any]) -> Any:
     """Gradients of `layer_weights` -> float32 gradients of the modules that they are in."""
     _, vjp = jax.vjp(layer_weights, slot.modules)
