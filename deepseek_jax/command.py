@@ -202,7 +202,7 @@ def _check_overrides(arguments: list[str]) -> None:
     except (AttributeError, KeyError) as error:  # ConfigDict's, for a key that it does not have
         raise ConfigError(f"--config={path}: {_no_such_key(error)}") from error
     for argument in arguments[1:]:
-        name = argument.lstrip("-").partition("=")[0]
+        name = argument.lstrip("-").partition("=")[0].removeprefix("no")  # --noconfig.KEY is False
         if argument.startswith("-") and name.startswith("config."):
             _check_key(make(), name.removeprefix("config."))
 

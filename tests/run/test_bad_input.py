@@ -104,6 +104,10 @@ def test_broken_checkpoints_are_not_overwritten(refused, text, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (
+            ["--noconfig.layout.buffer"],
+            "--config.layout.buffer is now called layout.capacity_factor",
+        ),
         (["--config.model.layer=3"], "did you mean --config.model.layers?"),
         (["--config.model.layers=three"], "model.layers"),
         (["--config.model=3"], "section"),
