@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.config import MESH_AXES, RENAMED, Config, ConfigError, parse, parse_saved, renamed
+from deepseek_jax.errors import RunError
 
 if TYPE_CHECKING:  # imported where it is used: JAX must not meet its devices before start-up
     from deepseek_jax.checkpoint.load import Checkpoint
@@ -122,7 +123,7 @@ def start_processes() -> None:
 
 
 def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
-    """Runs a command; bad input ends it with one message and exit code 2, without a traceback.
+    """Runs a command; ConfigError and RunError end it with one line and exit code 2 or 1.
 
     Args:
       names: values of the one positional argument, which `main` is given; empty for a `main`
@@ -146,9 +147,9 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
     try:
         _check_overrides(sys.argv)
         app.run(guarded, flags_parser=_parse_flags)
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 # glibc's heap uses huge pages and keeps freed memory for the next step: blocks up to 32 MiB (the

@@ -36,11 +36,7 @@ def main() -> None:
         config = loop.check_devices(config)
         with command.naming({"profile_steps": "--profile"}):
             profiling.check(config, PROFILE.value)
-    try:
-        summary = loop.train(config, directory, profile_steps=PROFILE.value)
-    except loop.NotFinite as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    summary = loop.train(config, directory, profile_steps=PROFILE.value)
     if summary["stopped"]:
         sys.exit(STOP_CODE.value)
 

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "deepseek_jax"
 
 FLOORS = (
-    ("config", "table"),
+    ("config", "errors", "table"),
     ("hardware", "kernels", "data", "runtime"),
     ("precision",),
     ("parallel",),

@@ -20,6 +20,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.data.scoring import held_out
+from deepseek_jax.errors import RunError
 from deepseek_jax.hardware import xla_options
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import Layout
@@ -40,7 +41,7 @@ from deepseek_jax.train.step import make_ema, make_step, tokens_spec
 from deepseek_jax.train.token_schedule import Hyper
 
 
-class NotFinite(RuntimeError):
+class NotFinite(RunError):
     """A loss, gradient or weight that is NaN or infinite; the message names the last good step."""
 
 
