@@ -28,7 +28,7 @@ NEXT = {7: (3.5950918, 3.7677615), 8: (3.5476782, 3.7243023)}  # step -> loss, M
 SCHEDULE = dict(tokens=2000, decay_start=1024, decay_end=1200, final_start=1400, warmup_steps=2)
 
 
-def test_it_resumes(tmp_path):
+def test_it_resumes(tmp_path, one_device):
     shutil.copytree(FIXTURE, tmp_path / "run")
     config = runs.tiny(
         FIXTURE / "text.txt",

@@ -46,6 +46,7 @@ CASES = {
             "layout_zero": 0,
             "layout_capacity_factor": 0.6,  # tokens need overflow rounds
             "layout_recompute": "full",
+            "layout_defer_weight_gradients": True,
         },
     ),
     "8 ranks": (
@@ -76,6 +77,8 @@ CASES = {
 }
 
 
+SLOW = {"8 ranks"}  # eight stages compile for most of a minute
+
 GIVEN = {
     "batch_sequences": 144,
     "batch_ramp_sequences": 64,
@@ -97,7 +100,13 @@ def unpiped(node=1, gpu=1, tensor=1, **changes):
     return gradients(config, sizes, drawn(config))
 
 
-@pytest.mark.parametrize("sizes, changes", CASES.values(), ids=CASES)
+GRADIENTS = [
+    pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+    for name, case in CASES.items()
+]
+
+
+@pytest.mark.parametrize("sizes, changes", GRADIENTS)
 def test_gradients(sizes, changes):
     config = small.config(**(GIVEN | changes))
     grads, sums = gradients(config, sizes, drawn(config))
