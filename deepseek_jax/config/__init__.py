@@ -22,6 +22,7 @@ from deepseek_jax.config.schema import (
     PrecisionConfig,
     ScheduleConfig,
 )
+from deepseek_jax.config.stages import layers_per_stage, stage_count
 
 __all__ = [
     "DATA_AXES",
@@ -45,8 +46,10 @@ __all__ = [
     "buffer_slots",
     "check",
     "from_json",
+    "layers_per_stage",
     "most_nodes",
     "parse",
     "parse_saved",
     "renamed",
+    "stage_count",
 ]

@@ -1,9 +1,13 @@
 """Helpers of the config's error messages."""
 
 import difflib
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from deepseek_jax.config.schema import ConfigError
+
+_LONGEST = 60  # characters of a value in a message
 
 
 def need(holds: bool, message: str) -> None:
@@ -14,5 +18,21 @@ def need(holds: bool, message: str) -> None:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Question with the known name nearest to `name`, to end a message; empty if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name[:_LONGEST], list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and a long one without its middle."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, or too deep a table
+        text = f"{'an' if isinstance(value, int) else 'a'} {type(value).__name__}, too long to show"
+    text = re.sub(r"\s+", " ", text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 12]}...{text[-8:]}"
+
+
+def name_shown(name: Any) -> str:
+    """A name as a message shows it: without quotes where it is printable and short."""
+    text = str(name) if isinstance(name, str) else shown(name)
+    return text if text.isprintable() and len(text) <= _LONGEST else shown(name)

@@ -99,7 +99,7 @@ def unpiped(node=1, gpu=1, tensor=1, **changes):
 
 @pytest.mark.parametrize("sizes, changes", CASES.values(), ids=CASES)
 def test_gradients(sizes, changes):
-    config = small.config(**(GIVEN | changes))
+    config = small.config(mesh_pipe=sizes["pipe"], **(GIVEN | changes))
     grads, sums = gradients(config, sizes, drawn(config))
     others = {name: size for name, size in sizes.items() if name != "pipe"}
     rest = {key: value for key, value in changes.items() if key not in OF_PIPELINES}
