@@ -1,7 +1,7 @@
 """The config of a run: one ConfigDict in, frozen dataclasses checked as a whole out."""
 
 from deepseek_jax.config.capacity import buffer_slots, most_nodes
-from deepseek_jax.config.parse import check, from_json, parse, parse_saved
+from deepseek_jax.config.parse import check, from_json, load_json, parse, parse_saved
 from deepseek_jax.config.renamed import RENAMED, renamed
 from deepseek_jax.config.schema import (
     DATA_AXES,
@@ -47,6 +47,7 @@ __all__ = [
     "check",
     "from_json",
     "layers_per_stage",
+    "load_json",
     "most_nodes",
     "parse",
     "parse_saved",

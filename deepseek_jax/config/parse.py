@@ -41,11 +41,14 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Config:
 
 def from_json(text: str) -> Config:
     """`parse_saved` for the text of a `config.json`."""
-    return parse_saved(load_json(text))
+    return parse_saved(load_json(text, "config.json"))
 
 
-def load_json(text: str) -> dict[str, Any]:
-    """The object that the text of a JSON file holds.
+def load_json(text: str, source: str) -> dict[str, Any]:
+    """The object in the text of a JSON file.
+
+    Args:
+      source: path of the file, for messages.
 
     Raises:
       ConfigError: No JSON, another value than an object, or a key that is there twice.
@@ -56,19 +59,16 @@ def load_json(text: str) -> dict[str, Any]:
         if len(held) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"the key {name_shown(twice)} is there twice; remove one of them")
+            raise ValueError(f"the key {name_shown(twice)} is there twice")
         return held
 
     try:
         values = json.loads(text, object_pairs_hook=once)
-    except RecursionError:
-        raise ConfigError("it is no JSON that can be read: too many nested brackets") from None
-    except ConfigError:
-        raise
-    except ValueError as error:  # with the text in a few of its messages
-        raise ConfigError(f"it is no JSON that can be read: {str(error)[:100]}") from None
+    except (ValueError, RecursionError) as error:
+        why = "too deeply nested" if isinstance(error, RecursionError) else str(error)[:100]
+        raise ConfigError(f"{source} is not readable JSON ({why})") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"it holds {shown(values)}; expected an object of keys")
+        raise ConfigError(f"{source} holds {shown(values)}; expected an object of keys")
     return values
 
 

@@ -114,17 +114,13 @@ def check_layout(config: Config) -> None:
     )
     for axis, over in config.layout.rules.items():
         key = f"layout.rules.{name_shown(axis)}"
-        need(
-            axis in LOGICAL_AXES,
-            f"{key}: there is no logical axis {shown(axis)}"
-            + (did_you_mean(str(axis), LOGICAL_AXES) or f"; known: {', '.join(LOGICAL_AXES)}"),
-        )
+        if axis not in LOGICAL_AXES:
+            hint = did_you_mean(str(axis), LOGICAL_AXES) or f"; known: {', '.join(LOGICAL_AXES)}"
+            need(False, f"{key}: there is no logical axis {shown(axis)}{hint}")
         for name in over:
-            need(
-                name in MESH_AXES,
-                f"{key}: there is no mesh axis {shown(name)}"
-                + (did_you_mean(name, MESH_AXES) or f"; known: {', '.join(MESH_AXES)}"),
-            )
+            if name not in MESH_AXES:
+                hint = did_you_mean(name, MESH_AXES) or f"; known: {', '.join(MESH_AXES)}"
+                need(False, f"{key}: there is no mesh axis {shown(name)}{hint}")
             allowed, given = SPLITS[axis], f"{key}={_listed(over)}"
             need(
                 name in allowed,

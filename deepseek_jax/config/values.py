@@ -91,10 +91,10 @@ def check_values(config: Config) -> None:
     """
     for key, value in leaves(config):
         if key in _CHOICES:
-            choices = ", ".join(map(str, _CHOICES[key]))
-            hint = did_you_mean(str(value), map(str, _CHOICES[key]))
-            found = f"{key} is {shown(value)}"
-            need(value in _CHOICES[key], f"{found}; it must be one of {choices}{hint}")
+            if value not in _CHOICES[key]:
+                choices = ", ".join(map(str, _CHOICES[key]))
+                hint = did_you_mean(value if isinstance(value, str) else "", _CHOICES[key])
+                need(False, f"{key} is {shown(value)}; it must be one of {choices}{hint}")
         elif isinstance(value, str):
             _check_text(key, value)
         elif type(value) in (int, float):
