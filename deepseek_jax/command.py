@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from deepseek_jax.config import MESH_AXES, RENAMED, Config, ConfigError, parse, parse_saved, renamed
+from deepseek_jax.config.hints import one_line
 from deepseek_jax.errors import RunError
 
 if TYPE_CHECKING:  # imported where it is used: JAX must not meet its devices before start-up
@@ -174,7 +175,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except (flags.Error, TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(one_line(str(error))) from error
 
 
 def _config_path(arguments: list[str]) -> Path | None:

@@ -21,7 +21,7 @@ from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.model import params
+from deepseek_jax.model import least_memory, params
 from deepseek_jax.model.params import Weight
 from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.parallel.axes import Layout
@@ -106,6 +106,8 @@ class Checkpoint:
         """
 
         def loaded() -> Transformer:
+            least_memory.check_weights(self.model, recipe, layout)
+
             def where(weight: Weight) -> Sharding:
                 return place(weight, layout, mesh)
 

@@ -1,7 +1,7 @@
 """The config of a run: one ConfigDict in, frozen dataclasses checked as a whole out."""
 
 from deepseek_jax.config.capacity import buffer_slots, most_nodes
-from deepseek_jax.config.parse import check, from_json, parse, parse_saved
+from deepseek_jax.config.parse import check, from_json, load_json, parse, parse_saved
 from deepseek_jax.config.renamed import RENAMED, renamed
 from deepseek_jax.config.schema import (
     DATA_AXES,
@@ -22,6 +22,7 @@ from deepseek_jax.config.schema import (
     PrecisionConfig,
     ScheduleConfig,
 )
+from deepseek_jax.config.stages import layers_per_stage, stage_count
 
 __all__ = [
     "DATA_AXES",
@@ -45,8 +46,11 @@ __all__ = [
     "buffer_slots",
     "check",
     "from_json",
+    "layers_per_stage",
+    "load_json",
     "most_nodes",
     "parse",
     "parse_saved",
     "renamed",
+    "stage_count",
 ]

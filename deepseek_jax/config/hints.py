@@ -1,9 +1,13 @@
 """Helpers of the config's error messages."""
 
 import difflib
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from deepseek_jax.config.schema import ConfigError
+
+_LONGEST = 60  # characters of a value in a message
 
 
 def need(holds: bool, message: str) -> None:
@@ -12,7 +16,29 @@ def need(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[Any]) -> str:
     """Question with the known name nearest to `name`, to end a message; empty if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name[:_LONGEST], map(str, known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def shown(value: Any, longest: int = _LONGEST) -> str:
+    """A value as a message shows it: on one line, and a long one without its middle."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, or too deep a table
+        text = f"{'an' if isinstance(value, int) else 'a'} {type(value).__name__}, too long to show"
+    text = re.sub(r"\s+", " ", text)
+    return text if len(text) <= longest else f"{text[: longest - 12]}...{text[-8:]}"
+
+
+def name_shown(name: Any) -> str:
+    """A name as a message shows it: without quotes where it is printable and short."""
+    text = str(name) if isinstance(name, str) else shown(name)
+    return text if text.isprintable() and len(text) <= _LONGEST else shown(name)
+
+
+def one_line(text: str, longest: int = 250) -> str:
+    """A message of another library on one printable line, a long one without its middle."""
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return line if len(line) <= longest else f"{line[: longest - 63]}...{line[-60:]}"

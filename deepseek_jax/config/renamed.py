@@ -25,7 +25,10 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
         (section, name), (new_section, new_name) = old.split("."), new.split(".")
         if isinstance(out.get(section), dict) and name in out[section]:
             value = out[section].pop(name)
-            if new_name in out.setdefault(new_section, {}):
+            held = out.setdefault(new_section, {})
+            if not isinstance(held, dict):
+                continue  # refused as no section by `parse`
+            if new_name in held:
                 raise ConfigError(f"{renamed(old)}, and config.json has both; remove {old}")
-            out[new_section][new_name] = value
+            held[new_name] = value
     return out

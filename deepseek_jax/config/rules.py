@@ -3,7 +3,7 @@
 import math
 
 from deepseek_jax.config.capacity import buffer_slots, most_nodes
-from deepseek_jax.config.hints import did_you_mean, need
+from deepseek_jax.config.hints import did_you_mean, name_shown, need, shown
 from deepseek_jax.config.schema import (
     DATA_AXES,
     LOGICAL_AXES,
@@ -13,6 +13,12 @@ from deepseek_jax.config.schema import (
     Config,
     ConfigError,
 )
+from deepseek_jax.config.stages import layers_per_stage, stage_count
+
+# Blocks of query rows are compiled one by one, forward and backward.
+_MOST_BLOCKS = 1024
+
+_TRIED = 10_000  # divisors that are tried for a hint
 
 
 def check_model(config: Config) -> None:
@@ -80,13 +86,23 @@ def check_schedule(config: Config) -> None:
             f"tokens); set schedule.{late}={start}",
         )
     # Steps only grow along the ramp, so this is the least that a step of the warm-up consumes.
-    per_step = min(batch.sequences, batch.ramp_sequences) * batch.length
+    sequences = min(batch.sequences, batch.ramp_sequences)
+    per_step = sequences * batch.length
     steps = schedule.decay_start // per_step
     need(
         schedule.warmup_steps <= steps,
+        f"a first step has {sequences} sequences of batch.length={batch.length}, so that the "
         f"schedule.warmup_steps={schedule.warmup_steps} steps of at least {per_step} tokens end "
         f"after schedule.decay_start={schedule.decay_start}; set schedule.warmup_steps={steps}",
     )
+    decay = config.optimizer.weight_decay
+    for key in ("learning_rate", "decayed_learning_rate", "final_learning_rate"):
+        rate = getattr(schedule, key)
+        need(
+            rate * decay < 1,
+            f"schedule.{key}={rate} times optimizer.weight_decay={decay} is {rate * decay:.3g}, "
+            "and a step with 1 or more leaves nothing of the weights before it; lower one of them",
+        )
 
 
 def check_layout(config: Config) -> None:
@@ -97,32 +113,28 @@ def check_layout(config: Config) -> None:
         f"{' and '.join(free)} are both -1; only one axis can take all remaining devices",
     )
     for axis, over in config.layout.rules.items():
-        key, shown = f"layout.rules.{axis}", f"({', '.join(over)})"
-        need(
-            axis in LOGICAL_AXES,
-            f"{key}: there is no logical axis {axis!r}"
-            + (did_you_mean(axis, LOGICAL_AXES) or f"; known: {', '.join(LOGICAL_AXES)}"),
-        )
+        key = f"layout.rules.{name_shown(axis)}"
+        if axis not in LOGICAL_AXES:
+            hint = did_you_mean(str(axis), LOGICAL_AXES) or f"; known: {', '.join(LOGICAL_AXES)}"
+            need(False, f"{key}: there is no logical axis {shown(axis)}{hint}")
         for name in over:
-            need(
-                name in MESH_AXES,
-                f"{key}: there is no mesh axis {name!r}"
-                + (did_you_mean(name, MESH_AXES) or f"; known: {', '.join(MESH_AXES)}"),
-            )
-            allowed = SPLITS[axis]
+            if name not in MESH_AXES:
+                hint = did_you_mean(name, MESH_AXES) or f"; known: {', '.join(MESH_AXES)}"
+                need(False, f"{key}: there is no mesh axis {shown(name)}{hint}")
+            allowed, given = SPLITS[axis], f"{key}={_listed(over)}"
             need(
                 name in allowed,
-                f"{key}={shown}: {axis} can only be split over "
+                f"{given}: {axis} can only be split over "
                 f"({', '.join(allowed)}), not over {name}; "
                 "remove it (layout.zero=3 shards any weight over the data axes)"
                 if allowed
-                else f"{key}={shown}: {axis} cannot be split; remove the rule (layout.zero=3 "
+                else f"{given}: {axis} cannot be split; remove the rule (layout.zero=3 "
                 "shards any weight over the data axes)",
             )
         ordered = tuple(name for name in MESH_AXES if name in over)
         need(
             tuple(over) == ordered,
-            f"{key}={shown}: name each mesh axis once, outermost first: ({', '.join(ordered)})",
+            f"{key}={_listed(over)}: name each mesh axis once, outermost first: {_listed(ordered)}",
         )
     # Gradients are summed over every data axis, so the batch has to be split over each of them.
     over = config.layout.rules.get("batch", ())
@@ -142,6 +154,14 @@ def check_batch(config: Config) -> None:
         model.mtp_depth < batch.length,
         f"model.mtp_depth={model.mtp_depth} predicts past batch.length={batch.length} tokens; set "
         f"model.mtp_depth={batch.length - 1}",
+    )
+    blocks = -(-batch.length // config.layout.attention_block)
+    need(
+        blocks <= _MOST_BLOCKS,
+        f"batch.length={batch.length} in blocks of layout.attention_block="
+        f"{config.layout.attention_block} rows makes {blocks} blocks, each compiled by itself, and "
+        f"{_MOST_BLOCKS} are the most; set layout.attention_block="
+        f"{-(-batch.length // _MOST_BLOCKS)}",
     )
     reach = model.yarn_original * model.yarn_factor
     if model.yarn_factor > 1 and batch.length > reach:
@@ -236,9 +256,14 @@ def check_dispatch(config: Config) -> None:
 
 
 def check_pipeline(config: Config) -> None:
-    """Checks the layout for a pipeline; `stage_assignment.py` checks `layout.stage_layers`."""
+    """Checks the layout for a pipeline, and `layout.stage_layers` for any number of ranks."""
     pipe, layout, model = config.mesh.pipe, config.layout, config.model
-    if pipe in (1, -1):
+    if pipe == -1:
+        return
+    if layout.stage_layers:
+        stages = stage_count(layout.pipeline, pipe)
+        layers_per_stage(model.layers, stages, layout.stage_layers)
+    if pipe == 1:
         return
     need(
         layout.pipeline != "dualpipe" or pipe % 2 == 0,
@@ -295,10 +320,17 @@ def _fitting_batch(batch: BatchConfig, parts: int) -> str:
     return ", ".join(f"batch.{k}={v}" for k, v in want.items() if v != getattr(batch, k))
 
 
+def _listed(names: tuple[str, ...]) -> str:
+    """Mesh axes as a message shows them, such as "(node, gpu)"."""
+    return f"({', '.join(names)})" if len(names) <= len(MESH_AXES) else shown(names)
+
+
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
 def _divisor(value: int, near: int) -> int:
-    """Largest divisor of `value` that is at most `near`."""
-    return next(d for d in range(min(value, near), 0, -1) if value % d == 0)
+    """Largest divisor of `value` that is at most `near`, or one that both share if that is far."""
+    first = min(value, near)
+    close = (d for d in range(first, max(first - _TRIED, 0), -1) if value % d == 0)
+    return next(close, math.gcd(value, near))

@@ -1,10 +1,13 @@
 """Allowed range or choices of each config value by itself."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from deepseek_jax.config.hints import did_you_mean, need
+import numpy as np
+
+from deepseek_jax.config.hints import did_you_mean, need, shown
 from deepseek_jax.config.schema import MESH_AXES, Config
 
 _Range = tuple[str, Callable[[float], bool]]
@@ -13,28 +16,46 @@ _COUNT: _Range = ("at least 1", lambda x: x >= 1)
 
 _POSITIVE: _Range = ("above 0", lambda x: x > 0)
 
-_DEVICES: _Range = ("at least 1, or -1 for all that are left", lambda x: x == -1 or x >= 1)
+_NOT_NEGATIVE: _Range = ("at least 0", lambda x: x >= 0)
 
-# Every integer must be at least 1 and every other number above 0, except these.
+_DEVICES: _Range = (
+    "at least 1, or -1 for all that are left, and at most 1048576",
+    lambda x: x == -1 or 1 <= x <= 2**20,
+)
+
+# Every integer must be at least 1 and every other number above 0, except these. A float outside its
+# range here trains nothing, or makes numbers that are not finite in float32.
 _RANGES: dict[str, _Range] = {
     **dict.fromkeys((f"mesh.{axis}" for axis in MESH_AXES), _DEVICES),
     **dict.fromkeys(
         (
-            "model.dense_layers", "model.q_latent", "model.shared_experts", "model.yarn_mscale",
-            "model.yarn_mscale_all_dim", "optimizer.weight_decay", "schedule.warmup_steps",
-            "schedule.decay_start", "schedule.decay_end", "schedule.final_start",
-            "schedule.bias_speed", "schedule.bias_stop", "schedule.balance_alpha",
-            "schedule.mtp_weight", "schedule.late_mtp_weight", "schedule.mtp_switch",
-            "batch.ramp_tokens", "evaluation.tokens",
+            "model.dense_layers", "model.q_latent", "model.shared_experts",
+            "optimizer.weight_decay", "schedule.warmup_steps", "schedule.decay_start",
+            "schedule.decay_end", "schedule.final_start", "schedule.bias_stop",
+            "schedule.mtp_switch", "batch.ramp_tokens", "evaluation.tokens",
         ),
-        ("at least 0", lambda x: x >= 0),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        (
+            "model.yarn_mscale", "model.yarn_mscale_all_dim", "schedule.bias_speed",
+            "schedule.balance_alpha", "schedule.mtp_weight", "schedule.late_mtp_weight",
+        ),
+        ("at least 0 and at most 1000", lambda x: 0 <= x <= 1000),
     ),
     "seed": ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+    "model.rope_theta": ("above 1", lambda x: x > 1),
     "model.yarn_factor": ("at least 1, where 1 is off", lambda x: x >= 1),
     "model.mtp_depth": ("from 0 to 4", lambda x: 0 <= x <= 4),
+    "model.routed_scale": ("above 0 and at most 1000", lambda x: 0 < x <= 1000),
+    "model.norm_eps": ("above 0, from 1e-20 to 1", lambda x: 1e-20 <= x <= 1),
+    "model.init_std": ("above 0, from 1e-12 to 100", lambda x: 1e-12 <= x <= 100),
     "optimizer.b1": ("at least 0 and below 1", lambda x: 0 <= x < 1),
     "optimizer.b2": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "optimizer.eps": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "optimizer.clip": ("above 0, from 1e-12 on", lambda x: x >= 1e-12),
     "optimizer.ema_decay": ("at least 0 and below 1, where 0 is off", lambda x: 0 <= x < 1),
+    "schedule.learning_rate": ("above 0, from 1e-12 on", lambda x: x >= 1e-12),
     "batch.length": ("at least 2: a token and the one after it", lambda x: x >= 2),
     "data.fim_rate": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "data.held_out": ("above 0 and below 1", lambda x: 0 < x < 1),
@@ -55,22 +76,72 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "optimizer.moments": ("float32", "bfloat16"),
 }
 
+_EMPTY_MEANS = ("data.path", "data.cache", "layout.cost_profile")  # keys where "" has a meaning
+
+_LONGEST_TEXT = 4096  # bytes of a path on Linux
+
+_SMALLEST = float(np.finfo(np.float32).tiny)  # 1.2e-38; hardware takes smaller ones for 0
+
 
 def check_values(config: Config) -> None:
     """Checks each value by itself against its range or its choices.
 
     Raises:
-      ConfigError: The first value outside; the message names the key and what is allowed.
+      ConfigError: The first value outside; the message names the key and the bound that it broke.
     """
     for key, value in leaves(config):
         if key in _CHOICES:
-            choices = ", ".join(map(str, _CHOICES[key]))
-            hint = did_you_mean(str(value), map(str, _CHOICES[key]))
-            need(value in _CHOICES[key], f"{key} is {value!r}; it must be one of {choices}{hint}")
+            if value not in _CHOICES[key]:
+                choices = ", ".join(map(str, _CHOICES[key]))
+                hint = did_you_mean(value if isinstance(value, str) else "", _CHOICES[key])
+                need(False, f"{key} is {shown(value)}; it must be one of {choices}{hint}")
+        elif isinstance(value, str):
+            _check_text(key, value)
         elif type(value) in (int, float):
-            words, holds = _RANGES.get(key, _COUNT if type(value) is int else _POSITIVE)
-            finite = abs(value) < 2**63  # false for NaN as well
-            need(finite and holds(value), f"{key} is {value}; it must be {words}")
+            _check_number(key, value)
+
+
+def _check_number(key: str, value: float) -> None:
+    """Checks a number against its range, and against what float32 or int64 can hold."""
+    words, holds = _RANGES.get(key, _COUNT if type(value) is int else _POSITIVE)
+    found = f"{key} is {shown(value)}; it must be"
+    need(not math.isnan(value) if type(value) is float else True, f"{found} a number, {words}")
+    need(holds(value), f"{found} {words}")
+    need(value < 2**63, f"{found} below 2**63, about 9.2e18")
+    if type(value) is int:
+        return
+    need(
+        value == 0 or value >= _SMALLEST,
+        f"{found} at least 1.2e-38, because float32 takes a smaller number for 0",
+    )
+    below_one = holds(0.5) and not holds(1.0)
+    need(
+        not below_one or bool(np.float32(value) < 1),
+        f"{found} at most 0.99999994, because float32 rounds it to 1",
+    )
+
+
+def _check_text(key: str, value: str) -> None:
+    """Checks a string: a name or a path, which a message can show on one line."""
+    found = f"{key} is {shown(value)}"
+    if not value.strip():
+        hint = " or ''" if key in _EMPTY_MEANS else ""
+        need(
+            not value and key in _EMPTY_MEANS,
+            f"{found}, and nothing in it can be seen; give a name or a path{hint}",
+        )
+    need(
+        len(value) <= _LONGEST_TEXT,
+        f"{found} of {len(value)} characters; it must have at most {_LONGEST_TEXT}",
+    )
+    need(
+        not any(ord(letter) < 32 or ord(letter) == 127 for letter in value),
+        f"{found} and has a control character; give a name or a path without one",
+    )
+    need(
+        not any(0xD800 <= ord(letter) < 0xE000 for letter in value),
+        f"{found} and has bytes that are not UTF-8; give a name or a path in UTF-8",
+    )
 
 
 def leaves(section: Any, path: str = "") -> Iterable[tuple[str, Any]]:

@@ -1,10 +1,12 @@
 """Parameter counts of the abstract model; nothing is allocated."""
 
 import dataclasses
+import functools
 import math
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
+from deepseek_jax.model.params import Weight
 from deepseek_jax.model.transformer import abstract_model
 
 
@@ -25,10 +27,16 @@ class Count:
     mtp: int
 
 
+@functools.lru_cache(maxsize=64)
+def weights(config: ModelConfig) -> tuple[Weight, ...]:
+    """Descriptions of all parameters; their shapes cost the same to find at any size."""
+    return tuple(params.describe(abstract_model(config)))
+
+
 def count(config: ModelConfig) -> Count:
     """Counts the parameters of a model; DeepSeek-V3 has 671,026,419,200."""
     total = active = table = mtp = 0
-    for weight in params.describe(abstract_model(config)):
+    for weight in weights(config):
         size = math.prod(weight.shape)
         if weight.path.startswith("mtp."):
             mtp += size

@@ -94,6 +94,15 @@ class Layout:
             parts[dim] = names
         return P(*parts)
 
+    def local(self, spec: P, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape on one device of an array of `shape` that is placed by `spec`."""
+        parts = (*spec, *(None,) * (len(shape) - len(spec)))
+        names = [(part,) if isinstance(part, str) else part or () for part in parts]
+        return tuple(
+            size // math.prod(self.sizes[name] for name in over)
+            for size, over in zip(shape, names, strict=True)
+        )
+
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import Any
 
-from deepseek_jax.config import MESH_AXES, Config, check
+from deepseek_jax.config import MESH_AXES, Config, check, layers_per_stage
 from deepseek_jax.model.count import count
 from deepseek_jax.model.flops import training_flops_per_token
 from deepseek_jax.parallel import mesh
@@ -90,7 +90,7 @@ def _pipeline(config: Config) -> dict[str, Any]:
     if config.mesh.pipe == 1:
         return {"pipeline": None, "stage_layers": [layers], "empty_slots": 0}
     held = stage_assignment.stage_map(config)
-    each = stage_assignment.layers_per_stage(layers, held.stages, layout.stage_layers)
+    each = layers_per_stage(layers, held.stages, layout.stage_layers)
     return {
         "pipeline": layout.pipeline,
         "stage_layers": list(each),

@@ -6,16 +6,14 @@ pipeline, so that the estimate equals the allocation.
 
 import collections
 import dataclasses
+import itertools
 import math
 
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import Config
-from deepseek_jax.model import params
-from deepseek_jax.model.transformer import abstract_model
+from deepseek_jax.config import Config, layers_per_stage
+from deepseek_jax.model.count import weights
 from deepseek_jax.parallel import mesh
-from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.parallel.pipeline import stage_assignment
 from deepseek_jax.precision.recipes import recipe
 
@@ -75,21 +73,21 @@ def memory(config: Config) -> Memory:
     """
     layout, float32 = mesh.layout(config), 4
     per_layer = layout.zero == 3
-    assignment = stage_assignment.assign_layers(config) if config.mesh.pipe > 1 else None
+    rows = _stage_rows(config) if config.mesh.pipe > 1 else {}
     prepared_bytes = recipe(config.precision.recipe).prepared_bytes
     moment = jnp.dtype(config.optimizer.moments).itemsize
     stored = bias = compute = gradients = reduced = 0
     gathered: dict[str, int] = collections.defaultdict(int)
-    for weight in params.describe(abstract_model(config.model)):
+    for weight in weights(config.model):
         layers = weight.shape[0] if "layer" in weight.axes else 1
-        mine_shape = local_shape(weight.shape, layout.storage(weight.axes, weight.shape), layout)
-        whole_shape = local_shape(weight.shape, layout.spec(weight.axes), layout)
+        mine_shape = layout.local(layout.storage(weight.axes, weight.shape), weight.shape)
+        whole_shape = layout.local(layout.spec(weight.axes), weight.shape)
         mine, whole = math.prod(mine_shape), math.prod(whole_shape)
         prepared = prepared_bytes(whole_shape, sensitive=weight.sensitive)
         stored += mine if weight.trained else 0
         bias += 0 if weight.trained else float32 * whole
-        if assignment and (rows := _rows(config, assignment, weight.path)):
-            fetched, summed = rows
+        if held := rows.get(_kind(weight.path)):
+            fetched, summed = held
             compute += fetched * prepared // layers
             gradients += summed * float32 * whole // layers
             reduced += float32 * mine if weight.trained else 0
@@ -102,7 +100,7 @@ def memory(config: Config) -> Memory:
             reduced += float32 * mine if kept != mine else 0
             if per_layer and whole != mine:
                 gathered[weight.path.split(".")[0]] += prepared // layers
-        elif assignment:  # the executor's gradient sums include zeros for router biases
+        elif rows:  # the executor's gradient sums include zeros for router biases
             gradients += float32 * whole
     return Memory(
         masters=float32 * stored,
@@ -117,33 +115,32 @@ def memory(config: Config) -> Memory:
     )
 
 
-def _rows(
-    config: Config, assignment: stage_assignment.LayerAssignment, path: str
-) -> tuple[int, int] | None:
-    """(layers of a weight that a pipeline rank fetches, layers that it sums gradients of).
-
-    None for a weight outside the layers. Every layer slot has the weights of an MoE layer, whose
-    norms and attention a dense layer uses too. Gradients of dense networks are summed only in the
-    slots of a chunk that hold a dense layer on some rank.
-    """
+def _kind(path: str) -> str:
+    """Layers that a weight belongs to, as `_stage_rows` names them; "" outside the layers."""
     top, part, *_ = path.split(".")
-    every = assignment.chunks * assignment.slots
-    if top == "moe_layers":
-        return every, every
-    if top != "dense_layers":
-        return None
-    if part != "feed":
-        return 0, 0  # counted with the weights of the MoE layers
-    layers = assignment.layers
-    dense = (layers != stage_assignment.NOTHING) & (layers < config.model.dense_layers)
-    return every, int(dense.any(axis=0).sum())
+    if top == "dense_layers":
+        return "dense" if part == "feed" else "shared"
+    return "moe" if top == "moe_layers" else ""
 
 
-def local_shape(shape: tuple[int, ...], spec: P, layout: Layout) -> tuple[int, ...]:
-    """Shape on one device of an array of `shape` that is placed by `spec`."""
-    parts = (*spec, *(None,) * (len(shape) - len(spec)))
-    names = [(part,) if isinstance(part, str) else part or () for part in parts]
-    return tuple(
-        size // math.prod(layout.sizes[name] for name in over)
-        for size, over in zip(shape, names, strict=True)
+def _stage_rows(config: Config) -> dict[str, tuple[int, int]]:
+    """(layers of a weight that a pipeline rank fetches, layers that it sums gradients of), by kind.
+
+    Every layer slot has the weights of an MoE layer, whose norms and attention a dense layer uses
+    too ("shared"). Gradients of dense networks are summed only in the slots of a chunk that hold a
+    dense layer on some rank.
+    """
+    held = stage_assignment.stage_map(config)
+    given = config.layout.stage_layers
+    counts = layers_per_stage(config.model.layers, held.stages, given)
+    starts = itertools.accumulate(counts, initial=0)
+    dense = [
+        min(max(config.model.dense_layers - start, 0), count)
+        for start, count in zip(starts, counts, strict=False)
+    ]
+    every = held.chunks * max(counts)
+    summed = sum(
+        max(dense[held.stage(rank, chunk)] for rank in range(held.ranks))
+        for chunk in range(held.chunks)
     )
+    return {"moe": (every, every), "dense": (every, summed), "shared": (0, 0)}

@@ -22,10 +22,12 @@ from deepseek_jax.data.loader import TrainData
 from deepseek_jax.data.scoring import held_out
 from deepseek_jax.errors import RunError
 from deepseek_jax.hardware import xla_options
+from deepseek_jax.model import least_memory
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.parallel.pipeline import stage_assignment
 from deepseek_jax.runtime import processes
+from deepseek_jax.runtime.agreement import raise_together
 from deepseek_jax.train import (
     evaluation,
     optimizer,
@@ -258,6 +260,7 @@ def check_devices(config: Config) -> Config:
     mesh = meshes.resolve(config.mesh, jax.device_count())
     config = dataclasses.replace(config, mesh=mesh)
     configs.check(config)
+    raise_together(lambda: least_memory.check_training(config))
     if mesh.pipe > 1:
         stage_assignment.assign_layers(config)
     xla_options.options(jax.default_backend(), config.layout.cost_profile)

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config, ConfigError, load_json
+from deepseek_jax.config.hints import shown
 from deepseek_jax.config.renamed import with_new_names
 from deepseek_jax.data.corpus import Corpus
 
@@ -20,6 +21,8 @@ FIXED = (
     "seed", "model", "data.tokenizer", "data.text_key", "data.fim_rate", "data.held_out",
     "batch.length", "optimizer.moments",
 )  # fmt: skip
+
+_LONGEST = 200  # characters of a value in a message
 
 
 def check(directory: Path, config: Config) -> None:
@@ -37,21 +40,32 @@ def check(directory: Path, config: Config) -> None:
                 "are; give another folder"
             )
         return
-    try:
-        before = json.loads(kept.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{kept} is not readable JSON ({error}); give another --workdir"
-        ) from error
-    if isinstance(before, dict):
-        before = with_new_names(before)
+    before = _kept(kept)
     now = json.loads(config.to_json())
     for key in FIXED:
         for name, was, is_now in _differences(_at(before, key), _at(now, key), key):
+            kept_value, new_value = shown(was, _LONGEST), shown(is_now, _LONGEST)
             raise ConfigError(
-                f"--workdir={directory} holds a run with {name}={was!r}, and this config has "
-                f"{is_now!r}; give another --workdir, or set --config.{name}={was!r} to go on"
+                f"--workdir={directory} holds a run with {name}={kept_value}, and this config has "
+                f"{new_value}; give another --workdir, or set --config.{name}={kept_value} to go on"
             )
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    """Content of the `config.json` of a run, under the names of today."""
+    try:
+        values = with_new_names(load_json(file.read_text(), str(file)))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        why = str(error) if isinstance(error, ConfigError) else f"{file} is not readable ({error})"
+        raise ConfigError(f"{why}; give another --workdir") from error
+    sections = sorted({key.split(".")[0] for key in FIXED} - {"seed"})
+    for name in sections:
+        if not isinstance(values.get(name), dict):
+            raise ConfigError(
+                f"{file} is not the config of a run: {name} is {shown(values.get(name))}, expected "
+                "a section; give another --workdir"
+            )
+    return values
 
 
 def claim(directory: Path, config: Config, corpus: Corpus) -> None:

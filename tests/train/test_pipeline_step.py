@@ -108,7 +108,7 @@ GRADIENTS = [
 
 @pytest.mark.parametrize("sizes, changes", GRADIENTS)
 def test_gradients(sizes, changes):
-    config = small.config(**(GIVEN | changes))
+    config = small.config(mesh_pipe=sizes["pipe"], **(GIVEN | changes))
     grads, sums = gradients(config, sizes, drawn(config))
     others = {name: size for name, size in sizes.items() if name != "pipe"}
     rest = {key: value for key, value in changes.items() if key not in OF_PIPELINES}

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config, ConfigError, layers_per_stage, stage_count
 from deepseek_jax.parallel.axes import PIPE
-from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.lockstep import BidirectionalStages
 from deepseek_jax.parallel.pipeline.one_f_one_b import LinearStages
 
@@ -28,32 +27,12 @@ def stage_map(config: Config) -> BidirectionalStages | LinearStages:
     Raises:
       ConfigError: DualPipe with an odd number of ranks.
     """
-    ranks = config.mesh.pipe
-    made = schedule.BY_NAME[config.layout.pipeline](ranks, 2 * ranks)
-    return (
-        LinearStages(ranks) if made.kind == "1f1b" else BidirectionalStages(made.ranks, made.stages)
-    )
-
-
-def layers_per_stage(layers: int, stages: int, given: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Number of layers of each stage: equal, but fewer in the last ones, which also run the head.
-
-    Args:
-      given: layout.stage_layers, used instead unless empty.
-
-    Raises:
-      ConfigError: `given` has not one number for each stage, or they do not add up to `layers`.
-    """
-    if not given:
-        each = -(-layers // stages)
-        return tuple(max(0, min(each, layers - each * stage)) for stage in range(stages))
-    if len(given) != stages or sum(given) != layers or min(given) < 0:
-        fitting = layers_per_stage(layers, stages)
-        raise ConfigError(
-            f"layout.stage_layers={given} must be {stages} numbers, one for each stage, that add "
-            f"up to model.layers={layers}; set layout.stage_layers={fitting}, or () for these"
-        )
-    return given
+    ranks, pipeline = config.mesh.pipe, config.layout.pipeline
+    if pipeline == "dualpipe" and ranks % 2:
+        raise ConfigError(f"dualpipe needs an even mesh.pipe; found mesh.pipe={ranks}")
+    if pipeline == "1f1b":
+        return LinearStages(ranks)
+    return BidirectionalStages(ranks, stage_count(pipeline, ranks))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import small
 
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, layers_per_stage
 from deepseek_jax.parallel.pipeline import stage_assignment
 from deepseek_jax.parallel.pipeline.lockstep import BidirectionalStages
 from deepseek_jax.parallel.pipeline.one_f_one_b import LinearStages
-from deepseek_jax.parallel.pipeline.stage_assignment import NOTHING, layers_per_stage
+from deepseek_jax.parallel.pipeline.stage_assignment import NOTHING
 
 
 @pytest.mark.parametrize(
