@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -171,7 +170,7 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
         main(*chosen)
 
     sys.excepthook = sys.__excepthook__  # that of `startup` has done its work
-    code, line, lonely = 0, "", False
+    code, line, at_once = 0, "", False
     try:
         signals.working()
         environment.check()
@@ -181,8 +180,8 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
         code = stop.code if isinstance(stop.code, int) else 0
     except BaseException as error:
         code, line = endings.of(error, _workdir())
-        lonely = not isinstance(error, ConfigError) and jax.distributed.is_initialized()
-    endings.leave(code, line, lonely=lonely)
+        at_once = endings.at_once(error)
+    endings.leave(code, line, at_once=at_once)
 
 
 def _workdir() -> Path | None:

@@ -96,11 +96,22 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def leave(code: int, line: str = "", *, lonely: bool = False) -> None:
+def at_once(error: BaseException) -> bool:
+    """Whether to leave out what libraries do at the exit after this error.
+
+    JAX would wait there for processes that are gone or go on. And an import that a signal broke off
+    can leave a library in a state in which its end crashes (seen with jax 0.10.2).
+    """
+    if isinstance(error, signals.Stopped | KeyboardInterrupt):
+        return True
+    return jax.distributed.is_initialized() and not isinstance(error, ConfigError)
+
+
+def leave(code: int, line: str = "", *, at_once: bool = False) -> None:
     """Ends this process: the line to standard error, all output flushed, no failing flush later.
 
     Args:
-      lonely: whether to leave without the other processes, for which JAX would wait at the exit.
+      at_once: whether to leave out what libraries do at the exit.
     """
     signals.ended()
     try:
@@ -116,7 +127,7 @@ def leave(code: int, line: str = "", *, lonely: bool = False) -> None:
         pass
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(line, file=sys.stderr, end="\n" if line else "", flush=True)
-    if code and lonely:
-        os._exit(code)  # the orderly way out waits for all of them
+    if at_once:
+        os._exit(code)
     if code:
         sys.exit(code)
