@@ -1,5 +1,10 @@
 """DeepSeek-V3 in JAX and Flax, sharded from the first line."""
 
+# ruff: noqa: E402
+from deepseek_jax.runtime import startup
+
+startup.of_command()  # before JAX and others are looked for on sys.path
+
 import ctypes
 import importlib.util
 import pkgutil

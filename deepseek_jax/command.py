@@ -1,12 +1,7 @@
 """Shared parts of the command modules: flags, start-up, and one clear message for bad input."""
 
 import contextlib
-import dataclasses
-import difflib
-import importlib
-import os
 import re
-import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from deepseek_jax.config import MESH_AXES, RENAMED, Config, ConfigError, parse, parse_saved, renamed
+from deepseek_jax import config_file, config_keys, endings
+from deepseek_jax.config import MESH_AXES, Config, ConfigError, parse, parse_saved
 from deepseek_jax.config.hints import one_line
-from deepseek_jax.errors import RunError
+from deepseek_jax.runtime import environment, signals
+
+LONGEST_NAME = 255  # bytes, on every file system in use
+LONGEST_PATH = 3840  # bytes: the 4,096 of Linux, less the names of a run's files
 
 if TYPE_CHECKING:  # imported where it is used: JAX must not meet its devices before start-up
     from deepseek_jax.checkpoint.load import Checkpoint
@@ -26,7 +25,9 @@ if TYPE_CHECKING:  # imported where it is used: JAX must not meet its devices be
 
 def define_config_flag() -> Any:
     """Defines --config=FILE.py with overrides --config.any.key=value, to pass to `read_config`."""
-    return config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
+    holder = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
+    flags.FLAGS["config"].parser = _ConfigParser()
+    return holder
 
 
 def read_config(holder: Any) -> Config:
@@ -34,19 +35,15 @@ def read_config(holder: Any) -> Config:
     if holder.value is None:
         raise ConfigError("no config; pass --config=configs/v3_tiny.py or another file of configs/")
     # `convert` makes workdirs whose config.py returns the config.json beside it, which may be old.
-    path = _config_path(sys.argv) or Path()
-    if path.name == "config.py" and path.with_name("config.json").is_file():
+    file = _config_path(sys.argv) or Path()
+    if file.name == "config.py" and file.with_name("config.json").is_file():
         return parse_saved(holder.value.to_dict())
     return parse(holder.value)
 
 
 def default_config() -> Config:
-    """Config of configs/v3_tiny.py in the working directory, else in the folder of this package."""
-    for folder in (Path.cwd(), Path(__file__).resolve().parents[1]):
-        if (folder / "configs" / "v3_tiny.py").is_file():
-            sys.path.insert(0, str(folder))
-            return parse(importlib.import_module("configs.v3_tiny").get_config())
-    raise ConfigError("no configs/v3_tiny.py here; pass --config=FILE")
+    """Config of this project's v3_tiny.py."""
+    return parse(config_file.load(config_file.published() / "v3_tiny.py"))
 
 
 def config_of(checkpoint: "Checkpoint", given: Config | None, dtype: str | None) -> Config:
@@ -76,11 +73,33 @@ def parse_mesh(parts: list[str]) -> dict[str, int]:
     return sizes
 
 
+def path(name: str, value: str) -> Path:
+    """The path that --NAME=VALUE gives, with ~ resolved; ConfigError for what cannot be a path."""
+    given = f"--{name}={value if len(value) < 100 else value[:60] + '...'}"
+    if not value:
+        raise ConfigError(f"--{name} is empty; give a path")
+    try:
+        raw = value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--{name}={value!r} is not UTF-8; give another path") from error
+    if b"\0" in raw:
+        raise ConfigError(f"--{name}={value!r} has a null character; give another path")
+    if len(raw) > LONGEST_PATH or max(map(len, raw.split(b"/"))) > LONGEST_NAME:
+        raise ConfigError(
+            f"{given} is too long: names have up to {LONGEST_NAME} bytes, paths {LONGEST_PATH:,}"
+        )
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{given}: {error}; write the path out, from /") from error
+
+
 def folder(flag: Any) -> Path:
     """The existing folder that a flag names; ConfigError if it is none."""
-    if not Path(flag.value).is_dir():
+    found = path(flag.name, flag.value)
+    if not found.is_dir():
         raise ConfigError(f"--{flag.name}={flag.value} is not a folder")
-    return Path(flag.value)
+    return found
 
 
 @contextlib.contextmanager
@@ -103,8 +122,8 @@ def naming(flag_of: Mapping[str, str]) -> Iterator[None]:
 
 def config_name() -> str:
     """Name of the run: the file name of --config without its ending, else "run"."""
-    path = _config_path(sys.argv)
-    return path.stem if path else "run"
+    file = _config_path(sys.argv)
+    return file.stem if file else "run"
 
 
 def define_process_flags() -> None:
@@ -113,6 +132,7 @@ def define_process_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.")
     flags.DEFINE_integer("processes", None, "How many processes there are.")
     flags.DEFINE_integer("process", None, "The number of this process, from 0.")
+    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the other processes.")
 
 
 def start_processes() -> None:
@@ -120,11 +140,17 @@ def start_processes() -> None:
     from deepseek_jax.runtime import processes
 
     values = flags.FLAGS
-    processes.start(values.coordinator, values.processes, values.process, values.emulate_devices)
+    processes.start(
+        values.coordinator,
+        values.processes,
+        values.process,
+        values.emulate_devices,
+        join_timeout=values.join_timeout,
+    )
 
 
 def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
-    """Runs a command; ConfigError and RunError end it with one line and exit code 2 or 1.
+    """Runs a command; every error ends it with one line and the exit code of `endings`.
 
     Args:
       names: values of the one positional argument, which `main` is given; empty for a `main`
@@ -144,100 +170,80 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         main(*chosen)
 
-    _tune_memory()
+    sys.excepthook = sys.__excepthook__  # that of `startup` has done its work
+    code, line, at_once = 0, "", False
     try:
+        signals.working()
+        environment.check()
         _check_overrides(sys.argv)
         app.run(guarded, flags_parser=_parse_flags)
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except SystemExit as stop:  # of absl, or the exit code of `main`
+        code = stop.code if isinstance(stop.code, int) else 0
+    except BaseException as error:
+        code, line = endings.of(error, _workdir())
+        at_once = endings.at_once(error)
+    endings.leave(code, line, at_once=at_once)
 
 
-# glibc's heap uses huge pages and keeps freed memory for the next step: blocks up to 32 MiB (the
-# most that it allows), 1 GiB in all.
-_MALLOC = {"hugetlb": 1, "mmap_threshold": 32 << 20, "trim_threshold": 1 << 30}
+def _workdir() -> Path | None:
+    """Folder of --workdir, for a command that has this flag and was given it."""
+    given = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
+    return Path(given) if given else None
 
 
-def _tune_memory() -> None:
-    """Starts this program again, once, with glibc's heap set up for a step's temporaries.
+class _ConfigParser(flags.ArgumentParser):
+    """Takes the config that `_check_overrides` has read, so that a file runs once."""
 
-    XLA's CPU client and its matmuls allocate temporaries anew each time. In fresh pages of 4 KiB a
-    quarter of a small model's step goes into page faults (measured: `bench train` with and without
-    an empty GLIBC_TUNABLES). glibc reads these settings at start-up only.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in _MALLOC.items())
-        environment = os.environ | {"GLIBC_TUNABLES": tunables}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    read: ConfigDict | None = None
+
+    def parse(self, argument: str) -> ConfigDict:
+        config, _ConfigParser.read = _ConfigParser.read, None
+        return config_file.load(path("config", argument)) if config is None else config
+
+    def flag_type(self) -> str:
+        return "config file"
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
-    except (flags.Error, TypeError, ValueError) as error:
+    except (flags.Error, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(one_line(str(error))) from error
 
 
 def _config_path(arguments: list[str]) -> Path | None:
+    """The file of --config; ConfigError where it is empty or given twice."""
+    found = []
     for position, argument in enumerate(arguments[1:], 1):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "config":
             following = arguments[position + 1 : position + 2]
-            return Path(value if equals else "".join(following))
-    return None
+            found.append(value if equals else "".join(following))
+    if len(found) > 1:
+        raise ConfigError(f"--config is given {len(found)} times; give one file")
+    return path("config", found[0]) if found else None
 
 
 def _check_overrides(arguments: list[str]) -> None:
-    """Checks that the config file has every overridden key; absl's errors name neither."""
-    path = _config_path(arguments)
-    if path is None:
-        return
-    if not path.is_file():
-        raise ConfigError(f"--config={path}: no such file; see configs/")
-    # A config file may import its neighbours as `configs.NAME` from any working directory.
-    sys.path.insert(0, str(path.resolve().parent.parent))
-    make = runpy.run_path(str(path)).get("get_config")
-    if make is None:
-        raise ConfigError(f"--config={path}: no get_config() in it; configs/v3_tiny.py shows one")
+    """Reads the config file and checks that it has every overridden key; absl names neither."""
     try:
-        make()
-    except (AttributeError, KeyError) as error:  # ConfigDict's, for a key that it does not have
-        raise ConfigError(f"--config={path}: {_no_such_key(error)}") from error
-    for argument in arguments[1:]:
-        name = argument.lstrip("-").partition("=")[0].removeprefix("no")  # --noconfig.KEY is False
-        if argument.startswith("-") and name.startswith("config."):
-            _check_key(make(), name.removeprefix("config."))
-
-
-def _no_such_key(error: Exception) -> str:
-    """Message for a ConfigDict's error about an unknown key, with the nearest key that exists."""
-    # Setting says 'Key "NAME" does not exist', reading "'NAME'" alone.
-    found = re.search(r"""Key \W?["'](\w+)|^\W*["'](\w+)\W*$""", str(error))
-    if not found:
-        return str(error)
-    name = found[1] or found[2]
-    for old in RENAMED:
-        if old.endswith(f".{name}"):
-            return renamed(old)
-    sections = [field.type for field in dataclasses.fields(Config)]
-    parts = [part for part in sections if dataclasses.is_dataclass(part)]
-    known = sorted({field.name for part in parts for field in dataclasses.fields(part)})
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"there is no key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-
-
-def _check_key(config: ConfigDict, key: str) -> None:
-    here: Any = config
-    *sections, last = key.split(".")
-    for depth, part in enumerate([*sections, last]):
-        if not isinstance(here, ConfigDict) or part not in here:
-            known = list(here.keys()) if isinstance(here, ConfigDict) else []
-            if message := renamed(key):
-                raise ConfigError(f"--config.{message}")
-            near = difflib.get_close_matches(part, known, n=1)
-            path = ".".join([*sections[:depth], near[0]]) if near else ", ".join(known)
-            hint = f"did you mean --config.{path}?" if near else f"known here: {path}"
-            raise ConfigError(f"unknown key --config.{key}; {hint}")
-        here = here[part]
-    if isinstance(here, ConfigDict):
-        raise ConfigError(f"--config.{key} is a section; set one of {', '.join(here.keys())}")
+        arguments = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)
+    except (flags.Error, OSError, ValueError) as error:
+        raise ConfigError(f"--flagfile: {error}") from error
+    file = _config_path(arguments)
+    overrides = [
+        name.removeprefix("config.")
+        for argument in arguments[1:]
+        if argument.startswith("-")
+        # --noconfig.KEY is False
+        for name in [argument.lstrip("-").partition("=")[0].removeprefix("no")]
+        if name.startswith("config.")
+    ]
+    if file is None:
+        if overrides:
+            raise ConfigError(f"--config.{overrides[0]} changes a config; give --config=FILE, too")
+        return
+    config = config_file.load(file)
+    for key in overrides:
+        config_keys.check(config, key)
+    _ConfigParser.read = config

@@ -5,8 +5,6 @@ A Hugging Face directory becomes a workdir on which `main` trains on, with the t
 --format, a Hugging Face directory becomes another one.
 """
 
-import signal
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -25,14 +23,13 @@ SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Size of its largest file, in 10^
 
 def main() -> None:
     """Converts a checkpoint as the flags say."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing half made
     if not SOURCE.value or not TARGET.value:
         raise ConfigError("convert needs --source=DIR and --target=DIR")
     if not 0 < SHARD_GB.value < 2**63:
         raise ConfigError(f"--shard_gb={SHARD_GB.value}; expected a number above 0")
     from deepseek_jax.checkpoint import conversion
 
-    source, target = command.folder(SOURCE), Path(TARGET.value)
+    source, target = command.folder(SOURCE), command.path("target", TARGET.value)
     with command.naming({"target": "--target", "data.tokenizer": "--source"}):
         conversion.check_target(target)
         _convert(source, target)

@@ -4,15 +4,18 @@ A run is one process, or many under `jax.distributed`. Flags name the processes 
 Kubernetes), or the environment of SLURM or Open MPI does.
 """
 
-import os
 import signal
-import sys
 from types import FrameType
 
 import jax
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.runtime import joining, launchers, signals
+
+_LONGEST_WAIT = 7 * 24 * 3600  # seconds
+_MOST_EMULATED = 1024
 
 
 def start(
@@ -20,6 +23,7 @@ def start(
     processes: int | None = None,
     process: int | None = None,
     emulate_devices: int | None = None,
+    join_timeout: int = 300,
 ) -> None:
     """Joins this process to its run; call it before anything asks JAX for a device.
 
@@ -28,12 +32,18 @@ def start(
       processes: number of processes.
       process: index of this process, in [0, processes).
       emulate_devices: number of virtual CPU devices in this process; None for the real devices.
+      join_timeout: seconds to wait for the other processes.
 
     Raises:
       ConfigError: the flags contradict one another, JAX has started already, or other processes
         were not found.
     """
     explicit = _explicit(coordinator, processes, process)
+    if not 1 <= join_timeout <= _LONGEST_WAIT:
+        raise ConfigError(f"--join_timeout={join_timeout}; expected 1 to {_LONGEST_WAIT:,} seconds")
+    launched = launchers.tasks()
+    if not explicit and launched == 1:
+        launchers.refuse_lone_starts()
     if emulate_devices is not None:
         _emulate(emulate_devices)
     if jax.distributed.is_initialized():
@@ -41,14 +51,18 @@ def start(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if explicit:
         # Without "deactivate" JAX would also read the environment of SLURM, and take one GPU only.
-        _join(
-            coordinator_address=coordinator,
-            num_processes=processes,
-            process_id=process,
-            cluster_detection_method="deactivate",
-        )
-    elif _tasks() > 1:
-        _join()
+        whom = f"process {process} waits for the {processes} processes of its run at {coordinator}"
+        with joining.waiting(whom, join_timeout):
+            joining.join(
+                coordinator_address=coordinator,
+                num_processes=processes,
+                process_id=process,
+                cluster_detection_method="deactivate",
+            )
+    elif launched > 1:
+        with joining.waiting(f"waiting for the {launched} processes of the run", join_timeout):
+            joining.join()
+    _find_devices()
 
 
 def is_primary() -> bool:
@@ -57,15 +71,21 @@ def is_primary() -> bool:
 
 
 class StopSignal:
-    """SIGTERM to any process, which stops all processes after the same step."""
+    """SIGTERM or Ctrl-C to any process, which stops all processes after the same step."""
 
     def __init__(self) -> None:
         self._heard = False
 
     def install(self) -> None:
-        """Handles SIGTERM from now on; under `jax.distributed` JAX handles it already."""
-        if not jax.distributed.is_initialized():
+        """Lets signals wait for the end of a step from now on; call it before the second step.
+
+        Under `jax.distributed` JAX takes SIGTERM from here on, and tells the other processes.
+        """
+        if jax.distributed.is_initialized():
+            _let_jax_hear()
+        elif not signals.of_command():
             signal.signal(signal.SIGTERM, self._hear)
+        signals.stepping()
 
     def reached(self, step: int) -> bool:
         """Whether to save and stop after this step; call it after every step, in order.
@@ -73,12 +93,32 @@ class StopSignal:
         The answer is the same on all processes. With more than one, it becomes true up to a second
         after the signal, at a step that no process has passed.
         """
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._heard
+        heard = self._heard or signals.heard() is not None
+        if not jax.distributed.is_initialized():
+            return heard
+        if heard and not self._heard:  # Ctrl-C, which JAX does not know
+            self._heard = True
+            signal.raise_signal(signal.SIGTERM)
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def steps_are_over(self, stopped: bool) -> None:
+        """Lets signals end the command at once again; `stopped` if one has ended the steps."""
+        signals.steps_are_over(stopped)
 
     def _hear(self, signum: int, frame: FrameType | None) -> None:
         self._heard = True
+
+
+def _let_jax_hear() -> None:
+    """Starts JAX's preemption service, which replaces the handler of SIGTERM.
+
+    JAX would start it with the connection, and SIGTERM would then have no effect before the first
+    step is compiled.
+    """
+    state = distributed.global_state
+    if state.preemption_sync_manager is None:
+        jax.config.update("jax_enable_preemption_service", True)
+        state.initialize_preemption_sync_manager()
 
 
 def _explicit(coordinator: str | None, processes: int | None, process: int | None) -> bool:
@@ -92,20 +132,18 @@ def _explicit(coordinator: str | None, processes: int | None, process: int | Non
             f"missing {' and '.join(missing)}; a run of many processes needs --coordinator, "
             "--processes and --process together, one process alone needs none of them"
         )
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0")
     if processes < 1 or not 0 <= process < processes:
         raise ConfigError(
             f"--process={process} of --processes={processes}; expected 0 <= process < processes"
         )
+    joining.check_address(coordinator, here=process == 0)
     return True
 
 
 def _emulate(devices: int) -> None:
     """Replaces the real devices by virtual CPU devices."""
-    if devices < 1:
-        raise ConfigError(f"--emulate_devices={devices}; expected at least one device")
+    if not 1 <= devices <= _MOST_EMULATED:
+        raise ConfigError(f"--emulate_devices={devices}; expected 1 to {_MOST_EMULATED:,} devices")
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
@@ -117,32 +155,13 @@ def _emulate(devices: int) -> None:
             ) from error
 
 
-def _tasks() -> int:
-    """Number of processes that srun or mpirun started; 1 without either."""
-    names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    return max(int(os.environ.get(name, "1")) for name in names)
-
-
-def _join(**how: str | int | None) -> None:
-    """Connects to the other processes."""
-    _mute_gloo()
+def _find_devices() -> None:
+    """Starts JAX's backend; ConfigError where there is none of the platforms that were chosen."""
     try:
-        jax.distributed.initialize(**how)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"this process could not join its run: {error}; "
-            "give --coordinator=HOST:PORT --processes=N --process=I"
-        ) from error
-
-
-def _mute_gloo() -> None:
-    """Hides the line per process that gloo writes to file descriptor 1; Python's output remains."""
-    try:
-        ours = os.dup(sys.stdout.fileno())
-    except (AttributeError, OSError, ValueError):  # no standard output, or one that is no file
-        return
-    sys.stdout.flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    sys.stdout = os.fdopen(ours, "w", buffering=1)
+        jax.local_devices()
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if jax.errors.JaxRuntimeError is type(error) or "backend" not in said:
+            raise
+        chosen = jax.config.values["jax_platforms"]
+        raise ConfigError(f"JAX_PLATFORMS={chosen}: {said}; unset it or name another") from error

@@ -149,7 +149,6 @@ class Run:
         Returns:
           step, tokens, stopped, and the system's fields over all steps of this process.
         """
-        self._stop.install()
         self._report.begin(self.steps, self.tokens)
         self._report.say(_headline(self._config, self._data))
         self._system.start()
@@ -170,6 +169,7 @@ class Run:
         summary = self._system.summary()
         self._store.wait()
         stopped = stopped and self.tokens < self._config.schedule.tokens
+        self._stop.steps_are_over(stopped)
         return {"step": self.steps, "tokens": self.tokens, "stopped": stopped, **summary}
 
     def data(self) -> Inputs:
@@ -193,6 +193,7 @@ class Run:
             self._report.say("compiling the training step")
             with self._system.compiling():
                 self._compile(arguments)
+            self._stop.install()  # before this step there is nothing to save
         moved, metrics = self._compiled_step(*arguments)  # which donates the state
         ema = None if self.state.ema is None else self._move_ema(self.state.ema, moved.params)
         self.state = dataclasses.replace(moved, ema=ema)

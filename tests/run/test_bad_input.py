@@ -135,8 +135,6 @@ def typed(arguments, monkeypatch, capsys, folder):
     """(exit code, stderr) of the training command, in this process; nothing may be written."""
     given = ["main.py", f"--workdir={folder / 'run'}", *arguments]
     monkeypatch.setattr(sys, "argv", given)
-    monkeypatch.setattr(command, "_tune_memory", lambda: None)
-    monkeypatch.setattr(main.signal, "signal", lambda *_: None)  # pytest keeps its own
     monkeypatch.setattr(app, "run", lambda run, flags_parser: run(flags_parser(sys.argv)))
     with pytest.raises(SystemExit) as stop:
         try:

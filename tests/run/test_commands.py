@@ -43,10 +43,8 @@ def typed(monkeypatch, capsys):
         module = f"deepseek_jax.{name}"
         monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        monkeypatch.setattr(command, "_tune_memory", lambda: None)
         monkeypatch.setattr(command, "start_processes", lambda: None)  # pytest keeps its devices
         monkeypatch.setattr(app, "run", lambda run, flags_parser: run(flags_parser(sys.argv)))
-        monkeypatch.setattr("signal.signal", lambda *_: None)
         monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back later
         swap({**fresh, "__flags": dict(fresh["__flags"])})
         code = 0
