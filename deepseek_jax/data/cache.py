@@ -192,8 +192,8 @@ def _writing(root: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise ConfigError(
-            f"the cache folder {shown(root)} cannot be written ({reason(error)}); set data.cache to "
-            "a writable folder with room for the tokens"
+            f"the cache folder {shown(root)} cannot be written ({reason(error)}); set data.cache "
+            "to a writable folder with room for the tokens"
         ) from error
 
 

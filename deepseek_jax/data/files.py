@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -117,18 +117,14 @@ class Content:
         """Makes the unpacked bytes the content of a compressed file."""
         with self._reading(), os.fdopen(open_regular(self.path), "rb") as stream:
             try:
-                unpacked = _UNPACK[self.packed](stream, self.name)
+                unpacked = _unpacker(self.packed, stream, self.name)
             except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
                 raise ConfigError(
                     f"data.path: {self.name} is damaged {self.packed} data ({reason(error)}); "
                     "copy it again"
                 ) from error
-            plain: Any = tempfile.TemporaryFile()
-            try:
-                _copy(unpacked, plain, self.name, self.packed)
-            except BaseException:
-                plain.close()
-                raise
+            plain = _scratch_file()
+            _copy(unpacked, plain, self.name, self.packed)
         self._plain = plain
         self.size = os.fstat(plain.fileno()).st_size
         self.head = self.read(0, HEAD)
@@ -154,7 +150,7 @@ class Content:
         """Yields the lines, with their ends."""
         with self._open() as stream:
             stream.seek(0)
-            yield from stream
+            yield from iter(stream.readline, b"")  # an iterator that ends leaves the file open
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[BinaryIO]:
@@ -213,7 +209,19 @@ def _copy(source: Any, target: BinaryIO, name: str, packed: str) -> None:
             ) from error
 
 
-def _zstd(stream: BinaryIO, name: str) -> Any:
+def _scratch_file() -> Any:
+    """Unnamed file, which is gone when it is closed or the process ends."""
+    return tempfile.TemporaryFile()
+
+
+def _unpacker(packed: str, stream: BinaryIO, name: str) -> Any:
+    """Stream of the unpacked bytes."""
+    if packed == "gzip":
+        return gzip.GzipFile(fileobj=stream)
+    if packed == "bzip2":
+        return bz2.BZ2File(stream)
+    if packed == "xz":
+        return lzma.LZMAFile(stream)
     try:
         import pyarrow
     except ImportError as error:
@@ -229,12 +237,6 @@ _MAGIC = {
     "bzip2": b"BZh",  # and a digit, and the first block
     "xz": b"\xfd7zXZ\0",
     "Zstandard": b"\x28\xb5\x2f\xfd",
-}
-_UNPACK: dict[str, Callable[[BinaryIO, str], Any]] = {
-    "gzip": lambda stream, name: gzip.open(stream),
-    "bzip2": lambda stream, name: bz2.open(stream),
-    "xz": lambda stream, name: lzma.open(stream),
-    "Zstandard": _zstd,
 }
 
 

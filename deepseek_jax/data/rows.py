@@ -122,6 +122,8 @@ class Parquet:
             columns = list(self._parquet.schema_arrow.names)
             meta = self._parquet.metadata
             rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+            if sum(rows) != meta.num_rows:
+                raise ValueError("its footer tells of two numbers of rows")
         except Exception as error:  # the library has errors of many kinds for damaged files
             raise ConfigError(
                 f"data.path: {content.name} is not a Parquet file that can be read "
@@ -137,7 +139,10 @@ class Parquet:
 
     def _read_group(self, group: int) -> Any:
         self._content.read(0, 0)  # the file is still the one that was hashed
-        return self._parquet.read_row_group(group, columns=[self._key]).column(0)
+        column = self._parquet.read_row_group(group, columns=[self._key]).column(0)
+        if len(column) != self._starts[group + 1] - self._starts[group]:
+            raise ValueError("its footer tells of another number of rows")
+        return column
 
     def __len__(self) -> int:
         return self._starts[-1]

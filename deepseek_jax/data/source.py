@@ -155,7 +155,7 @@ def _folder(
                 rows = _rows(content, text_key)
                 if rows is None and _is_json(content):
                     other_json.append(content.name)
-                parts.append(rows or TextFile(content, whole_below))
+                parts.append(TextFile(content, whole_below) if rows is None else rows)
                 read_bytes += content.size
             except _NotTextError as error:
                 skipped.append(str(error))
@@ -207,7 +207,7 @@ def _alone(file: Path, text_key: str, whole_below: int) -> Source:
             if rows
             else f"{where} is empty; set data.path to files with text"
         )
-    source = source or TextFile(content, whole_below)
+    source = TextFile(content, whole_below) if source is None else source
     if not len(source):
         raise ConfigError(f"data.path: {content.name} is empty; set data.path to files with text")
     return source

@@ -116,11 +116,12 @@ def _layout(descriptor: int, file: Path, size: int, vocab: int) -> tuple[np.dtyp
         )
     last = os.pread(descriptor, 1, max(0, size - 1))
     is_pickle = head[:1] == b"\x80" and head[1:2] <= b"\5" and last == b"."
-    if (seen := formats.foreign(head)) or is_pickle or formats.is_printable(head):
+    if formats.foreign(head) or formats.is_parquet(head) or formats.is_printable(head):
         raise ConfigError(
-            f"data.path: {name} holds no bare ids; it looks like "
-            f"{seen or ('a Python pickle' if is_pickle else formats.looks_like(head))}"
+            f"data.path: {name} holds no bare ids; it looks like {formats.looks_like(head)}"
         )
+    if is_pickle:
+        raise ConfigError(f"data.path: {name} holds no bare ids; it looks like a Python pickle")
     first = np.frombuffer(head[:12].ljust(12), "<i4")
     if first[0] in _LLM_C and 0 < first[1] < 100:
         width, count = _LLM_C[int(first[0])], int(first[2])
@@ -231,7 +232,7 @@ def hashes(shards: Sequence[Shard], spans: np.ndarray) -> np.ndarray:
             if document % 4096 == 0:
                 shard.check()
             ids = shard.ids[start:stop].astype(f"<u{widest}", copy=False)
-            digest = hashlib.blake2b(ids, digest_size=8).digest()
+            digest = hashlib.blake2b(ids.data, digest_size=8).digest()
             out[document] = int.from_bytes(digest, "little", signed=True)
             document += 1
         offset += len(shard.ids)
