@@ -143,30 +143,24 @@ def _root(cache: str) -> Path:
 
 def _make(root: Path, folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     """Makes an entry; that of another process is kept if it came first."""
-    with _writing(root):
+    with _writing(root), contextlib.ExitStack() as undone:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-        lock = _locked(scratch)
-    try:
-        with _writing(root):
-            facts = build(scratch)
-            files = {}
-            for file in sorted(scratch.iterdir()):
-                if file.name != _LOCK:
-                    files[file.name] = _written(file)
-            meta = {"facts": facts, "files": files, "hash": _hash_of(facts, files)}
-            (scratch / "meta.json").write_text(json.dumps(meta))
-            (scratch / _LOCK).unlink()
-            scratch.chmod(0o755)  # readable for other users of a shared cache
-            try:
-                scratch.rename(folder)
-            except OSError:
-                if not os.path.lexists(folder):  # else another process was first
-                    raise
-    finally:
-        os.close(lock)
-        remove_tree(scratch)
+        undone.callback(remove_tree, scratch)
+        undone.callback(os.close, _locked(scratch))
+        facts = build(scratch)
+        names = sorted({file.name for file in scratch.iterdir()} - {_LOCK})
+        files = {name: _written(scratch / name) for name in names}
+        meta = {"facts": facts, "files": files, "hash": _hash_of(facts, files)}
+        (scratch / "meta.json").write_text(json.dumps(meta))
+        (scratch / _LOCK).unlink()
+        scratch.chmod(0o755)  # readable for other users of a shared cache
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not os.path.lexists(folder):  # else another process was first
+                raise
 
 
 def _written(file: Path) -> str:
