@@ -1,32 +1,32 @@
 """Corpus: tokenised documents, memory-mapped, with a held-out share.
 
-Text is tokenised once into `data.cache`, in a folder whose name is a hash of the content of the
-documents, the tokenizer and the held-out share. A folder appears by an atomic rename, so that any
-number of processes may start at once and share the first complete one. Token files stay in place;
-the cache has only the index of their documents.
+Text is tokenised once into `data.cache` (`cache.py`), in a folder whose name is a hash of the
+content of the documents, the tokenizer and the held-out share. Token files stay in place; the cache
+has only the index of their documents, under a hash of their content. All tokens are therefore read
+and hashed once by each process at its start, on all cores.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deepseek_jax.config import ConfigError, DataConfig
-from deepseek_jax.data import token_files, tokenizer
+from deepseek_jax.data import cache, token_files, tokenizer
+from deepseek_jax.data import split as splits
+from deepseek_jax.data.files import shown
 from deepseek_jax.data.source import Source, open_source
 from deepseek_jax.data.source import token_files as find_token_files
+from deepseek_jax.data.split import split
+from deepseek_jax.data.token_files import Shard
 from deepseek_jax.data.tokenizer import Marks, Tokenizer
+from deepseek_jax.errors import RunError
 
-FORMAT = 1  # version of the cache, part of every key
-_SPLIT_SEED = 20241226  # the same split in every run: a held-out document stays held out
-_SAMPLE = 1 << 16  # tokens that a digest covers
+_SLOW = 1 << 30  # bytes of token files whose check is announced
+_SAMPLE = 1 << 16  # tokens that the digest of older runs covers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +55,20 @@ class Corpus:
     """D tokenised documents, by number.
 
     Attributes:
-      shards: Ids of one stream, in one or more memory-mapped arrays.
+      shards: Ids of one stream, in one or more memory-mapped files.
       spans: [D, 2] int64, start and stop of each document in the stream, without marks.
       training: Numbers of the documents to train on.
       held_out: Numbers of the held-out documents.
       marks: Ids of the marks around documents.
       tokenizer: Tokenizer; None for token files without a known tokenizer.
       text: Document number -> UTF-8 bytes, or stored ids without a tokenizer.
-      digest: Hash that changes with the training stream.
+      digest: Hash of the content of the tokens, their documents, their split and their marks.
+      older_digest: Hash that older runs kept, of lengths, of the first tokens and of the marks.
+      apart: True if the rule of older runs would split equal documents, and this one does not.
       facts: Counts.
     """
 
-    shards: tuple[np.ndarray, ...]
+    shards: tuple[Shard, ...]
     spans: np.ndarray
     training: np.ndarray
     held_out: np.ndarray
@@ -74,15 +76,22 @@ class Corpus:
     tokenizer: Tokenizer | None
     text: Callable[[int], bytes]
     digest: str
+    older_digest: str
+    apart: bool
     facts: Facts
 
     def body(self, document: int) -> np.ndarray:
-        """Tokens of a document, [N], without marks; a view, not a copy."""
+        """Tokens of a document, [N], without marks; a view, not a copy.
+
+        Raises:
+          RunError: The file became shorter.
+        """
         start, stop = self.spans[document]
         for shard in self.shards:
-            if start < len(shard):
-                return shard[start:stop]
-            start, stop = start - len(shard), stop - len(shard)
+            if start < len(shard.ids):
+                shard.check()
+                return shard.ids[start:stop]
+            start, stop = start - len(shard.ids), stop - len(shard.ids)
         raise IndexError(document)
 
     @property
@@ -92,7 +101,11 @@ class Corpus:
 
 
 def prepare(
-    config: DataConfig, *, vocab: int, say: Callable[[str], None] = lambda text: None
+    config: DataConfig,
+    *,
+    vocab: int,
+    say: Callable[[str], None] = lambda text: None,
+    rule: int = splits.RULE,
 ) -> Corpus:
     """Opens the corpus of a config, and builds it first if the cache does not have it.
 
@@ -100,6 +113,7 @@ def prepare(
       config: Data section of the config.
       vocab: `model.vocab`, above all ids.
       say: Receives a line on each slow operation and on skipped files.
+      rule: Rule of the held-out split; 1 for a run that began under it.
 
     Raises:
       ConfigError: Bad data, a bad tokenizer or a bad cache.
@@ -109,9 +123,9 @@ def prepare(
     if not 0 <= config.fim_rate <= 1:
         raise ConfigError(f"data.fim_rate={config.fim_rate}; expected a probability, from 0 to 1")
     if files := find_token_files(config.path):
-        corpus = _from_tokens(config, files, vocab, say)
+        corpus = _from_tokens(config, files, vocab, say, rule)
     else:
-        corpus = _from_text(config, vocab, say)
+        corpus = _from_text(config, vocab, say, rule)
     if config.fim_rate and corpus.marks.fim is None:
         raise ConfigError(
             f"data.fim_rate={config.fim_rate}, but {corpus.facts.tokenizer} has no "
@@ -120,44 +134,100 @@ def prepare(
     return corpus
 
 
-def _from_text(config: DataConfig, vocab: int, say: Callable[[str], None]) -> Corpus:
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """Documents of a corpus, as the cache keeps them.
+
+    Attributes:
+      spans: [D, 2], start and stop of each document in the stream.
+      equal: [D], the same number for equal documents.
+      rows: [D], row of the source; empty for token files.
+    """
+
+    spans: np.ndarray
+    equal: np.ndarray
+    rows: np.ndarray
+
+
+def _write_index(folder: Path, index: _Index) -> None:
+    columns = [index.spans[:, 0], index.spans[:, 1], index.equal]
+    columns += [index.rows] if len(index.rows) else []
+    np.save(folder / "documents.npy", np.stack(columns, axis=1).astype(np.int64))
+
+
+def _read_index(entry: cache.Entry, tokens: int, rows: int) -> _Index:
+    """Reads the documents of an entry; raises Damaged if they cannot be those of its tokens.
+
+    Args:
+      entry: The entry.
+      tokens: Tokens of the stream.
+      rows: Rows of the source; 0 for token files.
+    """
+    table = entry.array("documents.npy")
+    if table.ndim != 2 or table.shape[1] != 3 + bool(rows) or table.dtype != np.int64:
+        raise cache.Damaged(f"documents.npy has {table.dtype} of shape {table.shape}")
+    starts, stops = table[:, 0], table[:, 1]
+    inside = not len(table) or (starts[0] >= 0 and stops[-1] <= tokens)
+    if not inside or (starts > stops).any() or (stops[:-1] > starts[1:]).any():
+        raise cache.Damaged("documents.npy has spans outside the tokens")
+    row = table[:, 3] if rows else np.zeros(0, np.int64)
+    if len(row) and (row[0] < 0 or row[-1] >= rows or (row[:-1] >= row[1:]).any()):
+        raise cache.Damaged("documents.npy has rows outside the source")
+    return _Index(np.ascontiguousarray(table[:, :2]), table[:, 2], row)
+
+
+def _from_text(config: DataConfig, vocab: int, say: Callable[[str], None], rule: int) -> Corpus:
     source = open_source(config.path, config.text_key, say)
     made_of = [source.digest, tokenizer.identity(config.tokenizer, vocab), str(config.held_out)]
+    made_of += [] if rule == splits.RULE else [f"rule {rule}"]
 
-    def build(folder: Path) -> None:
-        _tokenise(source, config, vocab, folder, say)
+    def build(folder: Path) -> dict[str, Any]:
+        return _tokenise(source, config, vocab, folder, say, rule)
 
-    folder = _cached(config.cache, made_of, build)
-    with _reading(folder):
-        meta = json.loads((folder / "meta.json").read_text())
-        size, description = meta["bytes"], meta["tokenizer"]
-        words = tokenizer.read(folder / "tokenizer.json")
-        documents = np.load(folder / "documents.npy")  # [D, 3]: start, stop, row of the source
-        tokens = np.memmap(folder / "tokens.bin", meta["dtype"], "r").view(np.ndarray)
-        if len(tokens) != documents[-1, 1]:
-            raise ValueError(f"{len(tokens)} tokens, not {documents[-1, 1]}")
-    words.description = description
+    def read(entry: cache.Entry) -> tuple[Shard, _Index, Tokenizer, str, int]:
+        facts = entry.facts
+        with entry.open("tokens.bin") as descriptor:
+            name = shown(entry.folder / "tokens.bin")
+            tokens = Shard(descriptor, name, np.dtype(facts["dtype"]))
+        index = _read_index(entry, len(tokens.ids), len(source))
+        if len(tokens.ids) != index.spans[-1, 1] or tokens.ids.max() > facts["largest"]:
+            raise cache.Damaged("tokens.bin has other tokens")
+        words = tokenizer.read(entry.folder / "tokenizer.json")
+        words.description = facts["tokenizer"]
+        return tokens, index, words, entry.hash_of("tokens.bin"), facts["bytes"]
+
+    tokens, index, words, content, size = cache.entry(config.cache, made_of, build, read, say)
     tokenizer.fitting(words, vocab)
-    rows = documents[:, 2]
+
+    def text(document: int) -> bytes:
+        try:
+            return source[int(index.rows[document])].encode()
+        except ConfigError as error:
+            raise RunError(f"the text went away after the start: {error}") from error
+
     return _corpus(
-        (tokens,),
-        documents[:, :2],
-        words.marks,
-        words,
-        lambda document: source[int(rows[document])].encode(),
-        share=config.held_out,
-        size=size,
-        description=words.description,
-    )
+        (tokens,), [content], index, words.marks, words, text, config.held_out, size,
+        words.description, rule, say,
+    )  # fmt: skip
 
 
 def _tokenise(
-    source: Source, config: DataConfig, vocab: int, folder: Path, say: Callable[[str], None]
-) -> None:
+    source: Source,
+    config: DataConfig,
+    vocab: int,
+    folder: Path,
+    say: Callable[[str], None],
+    rule: int,
+) -> dict[str, Any]:
     """Writes a folder of the cache; a tokenizer is trained on the training documents only."""
-    sizes = [len(source[row].encode()) for row in range(len(source))]
+    sizes, found = [], []
+    for row in range(len(source)):
+        text = source[row].encode()
+        sizes.append(len(text))
+        found.append(hashlib.blake2b(text, digest_size=8).digest())
     rows = np.flatnonzero(sizes)
-    training, _ = split(len(rows), config.held_out)
+    equal = np.frombuffer(b"".join(found), "<i8")[rows]
+    training, _ = split(len(rows), config.held_out, equal, rule=rule)
     if config.tokenizer == "bpe":
         say(f"data: training a tokenizer on {len(training):,} documents")
     words = tokenizer.make(
@@ -165,20 +235,30 @@ def _tokenise(
     )
     say(f"data: tokenising {sum(sizes) / 1e6:,.1f} MB with {words.description}")
     dtype = "<u2" if words.size <= 1 << 16 else "<u4"
-    lengths = []
+    lengths, largest = [], 0
     with (folder / "tokens.bin").open("wb") as stream:
         for ids in words.encode(source[int(row)] for row in rows):
             stream.write(ids.astype(dtype).tobytes())
             lengths.append(len(ids))
+            largest = max(largest, int(ids.max(initial=0)))
+    if not sum(lengths):
+        raise ConfigError(
+            f"data.tokenizer: {words.description} has no token for any text of data.path; set "
+            "data.tokenizer to another one"
+        )
     stops = np.cumsum(lengths)
-    np.save(folder / "documents.npy", np.stack([stops - lengths, stops, rows], axis=1))
+    _write_index(folder, _Index(np.stack([stops - lengths, stops], axis=1), equal, rows))
     words.save(folder / "tokenizer.json")
-    meta = {"dtype": dtype, "bytes": sum(sizes), "tokenizer": words.description}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    return {
+        "dtype": dtype,
+        "bytes": sum(sizes),
+        "tokenizer": words.description,
+        "largest": largest,
+    }
 
 
 def _from_tokens(
-    config: DataConfig, files: list[Path], vocab: int, say: Callable[[str], None]
+    config: DataConfig, files: list[Path], vocab: int, say: Callable[[str], None], rule: int
 ) -> Corpus:
     """Opens token files.
 
@@ -189,35 +269,25 @@ def _from_tokens(
     if config.tokenizer != "bpe":
         words = tokenizer.make(config.tokenizer, vocab=vocab, texts=())
         marks = words.marks
-    shards = tuple(token_files.open_shard(file, vocab) for file in files)
-    made_of = [f"{marks.eos} {marks.bos}"]
-    for file, ids in zip(files, shards, strict=True):
-        stat = file.stat()
-        made_of.append(f"{file.absolute()} {ids.dtype} {stat.st_size} {stat.st_mtime_ns}")
+    if (size := sum(file.stat().st_size for file in files)) > _SLOW:
+        say(f"data: checking {size / 1e9:,.1f} GB of tokens")
+    opened = [token_files.open_shard(file, vocab) for file in files]
+    shards, contents = tuple(shard for shard, _ in opened), [content for _, content in opened]
 
-    def build(folder: Path) -> None:
-        say(f"data: looking for documents in {sum(map(len, shards)):,} tokens")
+    def build(folder: Path) -> dict[str, Any]:
+        say(f"data: looking for documents in {sum(len(s.ids) for s in shards):,} tokens")
         found = token_files.scan(shards, eos=marks.eos, bos=marks.bos)
-        np.save(folder / "documents.npy", found.spans)
-        meta = {"largest": found.largest, "has_bos": found.has_bos}
-        (folder / "meta.json").write_text(json.dumps(meta))
+        equal = token_files.hashes(shards, found.spans)
+        _write_index(folder, _Index(found.spans, equal, np.zeros(0)))
+        return {"largest": found.largest, "has_bos": found.has_bos}
 
-    folder = _cached(config.cache, made_of, build)
-    with _reading(folder):
-        meta = json.loads((folder / "meta.json").read_text())
-        used, has_bos = meta["largest"] + 1, meta["has_bos"]
-        spans = np.load(folder / "documents.npy")
-    if used > vocab:
-        raise ConfigError(
-            f"model.vocab={vocab} is too small for data.path={config.path!r}, whose ids reach "
-            f"{used - 1}; set model.vocab to at least {used}, or data.path to other tokens"
-        )
-    if words is not None and used > words.size:
-        raise ConfigError(
-            f"data.path={config.path!r} has ids up to {used - 1}, and data.tokenizer "
-            f"({words.description}) ends at {words.size - 1}; set data.tokenizer to the one "
-            "that wrote the files"
-        )
+    def read(entry: cache.Entry) -> tuple[_Index, int, bool]:
+        index = _read_index(entry, sum(len(shard.ids) for shard in shards), 0)
+        return index, entry.facts["largest"] + 1, entry.facts["has_bos"]
+
+    made_of = [f"{marks.eos} {marks.bos}", *contents]
+    index, used, has_bos = cache.entry(config.cache, made_of, build, read, say)
+    _check_ids(config, used, vocab, words)
     if words is None:
         if config.fim_rate:
             marks = dataclasses.replace(marks, fim=_unused_ids(config, used, vocab))
@@ -229,17 +299,27 @@ def _from_tokens(
         ids = corpus.body(document)
         return ids.tobytes() if words is None else words.decode(ids).encode()
 
+    size = sum(shard.ids.nbytes for shard in shards)
+    description = words.description if words else "token files of an unnamed tokenizer"
     corpus = _corpus(
-        shards,
-        spans,
-        marks,
-        words,
-        text,
-        share=config.held_out,
-        size=sum(ids.nbytes for ids in shards),
-        description=words.description if words else "token files of an unnamed tokenizer",
+        shards, contents, index, marks, words, text, config.held_out, size, description, rule, say
     )
     return corpus
+
+
+def _check_ids(config: DataConfig, used: int, vocab: int, words: Tokenizer | None) -> None:
+    """Raises ConfigError if token files have ids that the model or the tokenizer has not."""
+    if used > vocab:
+        raise ConfigError(
+            f"model.vocab={vocab} is too small for data.path={shown(config.path)!r}, whose ids "
+            f"reach {used - 1}; set model.vocab to at least {used}, or data.path to other tokens"
+        )
+    if words is not None and used > words.size:
+        raise ConfigError(
+            f"data.path={shown(config.path)!r} has ids up to {used - 1}, and data.tokenizer "
+            f"({words.description}) ends at {words.size - 1}; set data.tokenizer to the one "
+            "that wrote the files"
+        )
 
 
 def _unused_ids(config: DataConfig, used: int, vocab: int) -> tuple[int, int, int]:
@@ -248,7 +328,7 @@ def _unused_ids(config: DataConfig, used: int, vocab: int) -> tuple[int, int, in
     if first + 3 > vocab:
         raise ConfigError(
             f"data.fim_rate={config.fim_rate} needs three unused ids, and the ids of "
-            f"data.path={config.path!r} leave too few below model.vocab={vocab}; set "
+            f"data.path={shown(config.path)!r} leave too few below model.vocab={vocab}; set "
             f"data.fim_rate=0, model.vocab to at least {first + 3}, or data.tokenizer to the "
             "tokenizer.json that wrote them"
         )
@@ -256,22 +336,36 @@ def _unused_ids(config: DataConfig, used: int, vocab: int) -> tuple[int, int, in
 
 
 def _corpus(
-    shards: tuple[np.ndarray, ...],
-    spans: np.ndarray,
+    shards: tuple[Shard, ...],
+    contents: list[str],
+    index: _Index,
     marks: Marks,
     words: Tokenizer | None,
     text: Callable[[int], bytes],
-    *,
     share: float,
     size: int,
     description: str,
+    rule: int,
+    say: Callable[[str], None],
 ) -> Corpus:
-    training, held_out = split(len(spans), share)
+    spans = index.spans
+    training, held_out = split(len(spans), share, index.equal, rule=rule)
+    _, older = split(len(spans), share)
+    if twins := len(spans) - len(np.unique(index.equal)):
+        both = int(np.isin(index.equal[held_out], index.equal[training]).sum())
+        say(
+            f"data: {twins:,} documents equal an earlier one; {both or 'no'} held-out documents "
+            f"equal one that is trained on{', and their score tells little' if both else ''}"
+        )
     around = 1 + (marks.bos is not None)
     lengths = spans[:, 1] - spans[:, 0]
     hasher = hashlib.blake2b(f"{marks} {share}".encode(), digest_size=16)
+    whole = hasher.copy()
     hasher.update(lengths.astype("<i8").tobytes())
-    hasher.update(shards[0][:_SAMPLE].astype("<u4").tobytes())
+    hasher.update(shards[0].ids[:_SAMPLE].astype("<u4").tobytes())
+    whole.update("\n".join(contents).encode())
+    whole.update(spans.astype("<i8").tobytes())
+    whole.update(held_out.astype("<i8").tobytes())
     facts = Facts(
         documents=len(spans),
         held_out_documents=len(held_out),
@@ -280,64 +374,7 @@ def _corpus(
         tokenizer=description,
         eos=marks.eos,
     )
-    return Corpus(shards, spans, training, held_out, marks, words, text, hasher.hexdigest(), facts)
-
-
-def split(documents: int, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Splits document numbers -> (training, in order; held out, shuffled).
-
-    A positive share holds out at least one document, and the same ones in every run over as many
-    documents.
-
-    Raises:
-      ConfigError: Too few documents to hold out some and train on others.
-    """
-    count = max(1, round(share * documents)) if share else 0
-    if documents <= count:
-        raise ConfigError(
-            f"data.path holds {documents} documents, too few to hold out data.held_out={share} of "
-            "them and train on the rest; add documents, or set data.held_out=0"
-        )
-    order = np.random.default_rng([_SPLIT_SEED, documents]).permutation(documents)
-    return np.sort(order[count:]), order[:count]
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Turns errors of reading a folder of the cache into a ConfigError."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"data.cache: {folder} is damaged ({reason}); delete it to build it again"
-        ) from error
-
-
-def _cached(cache: str, made_of: Sequence[str], build: Callable[[Path], None]) -> Path:
-    """Cache folder whose key is a hash of `made_of`; `build` fills it if it does not exist."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "deepseek_jax")
-    root = Path(cache or root).expanduser()
-    key = hashlib.blake2b("\n".join([str(FORMAT), *made_of]).encode(), digest_size=16).hexdigest()
-    folder = root / key
-    if folder.is_dir():
-        return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
-    except OSError as error:
-        raise ConfigError(
-            f"the cache folder {root} cannot be written ({error.strerror}); set data.cache to a "
-            "writable folder"
-        ) from error
-    try:
-        build(scratch)
-        scratch.chmod(0o755)  # readable for other users of a shared cache
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with an equal folder
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    return Corpus(
+        shards, spans, training, held_out, marks, words, text, whole.hexdigest(),
+        hasher.hexdigest(), not np.array_equal(older, held_out), facts,
+    )  # fmt: skip

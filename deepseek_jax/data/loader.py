@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.config import ConfigError, DataConfig
+from deepseek_jax.data import split
 from deepseek_jax.data.corpus import Corpus, Facts, prepare
 from deepseek_jax.data.packing import Stream
 
@@ -63,7 +64,9 @@ class TrainData:
                 f"batch.micro_sequences={micro_sequences} does not split over {process_count} "
                 f"processes; set batch.micro_sequences to a multiple of {process_count}"
             )
-        self.corpus = corpus or prepare(config, vocab=vocab, say=say)
+        self._prepare = lambda rule: prepare(config, vocab=vocab, say=say, rule=rule)
+        self._rule = split.RULE
+        self.corpus = corpus or self._prepare(self._rule)
         self._stream = Stream(self.corpus, length=length, seed=seed, fim_rate=config.fim_rate)
         self._micro, self._rows = micro_sequences, micro_sequences // process_count
         self._first_row = process_index * self._rows
@@ -95,8 +98,13 @@ class TrainData:
           ConfigError: A state of another stream: other documents, tokenizer, seed, length or
             fill-in-the-middle rate.
         """
+        rule = state.get("split", 1)
+        if rule != self._rule and self.corpus.apart:
+            self._take(rule)
         for key, now in self._identity().items():
-            if state.get(key) != now:
+            if key == "digest" and "split" not in state:
+                now = self.corpus.older_digest
+            if key != "split" and state.get(key) != now:
                 raise ConfigError(
                     f"{_KEYS[key]} changed since the checkpoint: the data's {key} was "
                     f"{state.get(key)!r} and is {now!r}; change it back, or start in a new workdir"
@@ -109,10 +117,17 @@ class TrainData:
         """Stops prefetching."""
         self._batches.close()
 
+    def _take(self, rule: int) -> None:
+        """Continues with the corpus as an older rule split it."""
+        self.corpus, self._rule = self._prepare(rule), rule
+        old = self._stream
+        self._stream = Stream(self.corpus, length=old.length, seed=old.seed, fim_rate=old.fim_rate)
+
     def _identity(self) -> dict[str, Any]:
         stream = self._stream
         return {
             "digest": self.corpus.digest,
+            "split": self._rule,
             "seed": stream.seed,
             "length": stream.length,
             "fim_rate": stream.fim_rate,

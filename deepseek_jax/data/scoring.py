@@ -14,6 +14,7 @@ import numpy as np
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import token_files
 from deepseek_jax.data.corpus import Corpus
+from deepseek_jax.data.files import shown
 from deepseek_jax.data.source import Source
 from deepseek_jax.data.tokenizer import Marks, Tokenizer
 
@@ -83,7 +84,16 @@ def of_text(source: Source, words: Tokenizer, *, length: int, tokens: int) -> He
 
 
 def _packed(bodies: Sequence[np.ndarray], text: bytes, marks: Marks, length: int) -> HeldOut:
-    """Packs the tokens of documents with marks, and counts the bytes of `text`."""
+    """Packs the tokens of documents with marks, and counts the bytes of `text`.
+
+    Raises:
+      ConfigError: No text, of which bits per byte would be infinite.
+    """
+    if not text:
+        raise ConfigError(
+            "the documents to score hold no text; set data.path to other ones, or data.tokenizer "
+            "to the one that wrote the ids"
+        )
     bos = [] if marks.bos is None else [marks.bos]
     # The first token of the stream is no target: BOS, or the EOS of a preceding document.
     stream = [] if bos else [np.array([marks.eos])]
@@ -127,33 +137,39 @@ def of_tokens(
     Raises:
       ConfigError: A file without token ids, or ids that the model does not have.
     """
-    if table := _table(files):
-        parts = [table]
+    table = _table(files)
+    if table is not None:
+        streams = [table]
     else:
-        shards = [token_files.open_shard(file, vocab) for file in files]
-        longest = max(map(len, shards)) - 1
-        if not longest:
-            raise ConfigError(f"{files[0]} holds one token; expected at least two")
-        length = min(length, longest)
-        parts = [_rows(ids[: tokens + 1], length, 0) for ids in shards if len(ids) > 1]
-    sequences, valid = (np.concatenate(part) for part in zip(*parts, strict=True))
-    lowest, highest = int(sequences.min()), int(sequences.max())
+        streams = [token_files.open_shard(file, vocab)[0].ids[: tokens + 1] for file in files]
+    lowest, highest = min(int(x.min()) for x in streams), max(int(x.max()) for x in streams)
     if lowest < 0 or highest >= vocab:
         raise ConfigError(
-            f"{files[0].parent if len(files) > 1 else files[0]} holds ids from {lowest} to "
+            f"{shown(files[0].parent if len(files) > 1 else files[0])} holds ids from {lowest} to "
             f"{highest}; the model's go from 0 to {vocab - 1}"
         )
+    if table is not None:
+        sequences, valid = table.astype(np.int32), np.ones((len(table), table.shape[1] - 1), bool)
+    else:
+        longest = max(map(len, streams)) - 1
+        if not longest:
+            raise ConfigError(f"{shown(files[0])} holds one token; expected at least two")
+        length = min(length, longest)
+        parts = [_rows(ids, length, 0) for ids in streams if len(ids) > 1]
+        sequences, valid = (np.concatenate(part) for part in zip(*parts, strict=True))
     return sequences, valid & (np.cumsum(valid).reshape(valid.shape) <= tokens)
 
 
-def _table(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Sequences and valid of a single `.npy` file with a table of ids; None for other files."""
-    if len(files) > 1 or files[0].suffix.lower() != ".npy":
+def _table(files: Sequence[Path]) -> np.ndarray | None:
+    """Ids of a single `.npy` file with a table; None for other files."""
+    if len(files) > 1:
         return None
     try:
         ids = np.load(files[0], mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError):
-        return None  # opening the file as a stream reports the error
-    if ids.ndim != 2 or ids.dtype.kind not in "ui" or not ids.size or ids.shape[1] < 2:
+    except Exception:  # of any kind; opening the file as a stream reports the error
         return None
-    return ids.astype(np.int32), np.ones((len(ids), ids.shape[1] - 1), bool)
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "ui":
+        return None
+    if not ids.size or ids.shape[1] < 2:
+        return None
+    return ids

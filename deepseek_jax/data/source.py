@@ -1,34 +1,41 @@
-"""Text documents as a random-access sequence, from text, JSONL and Parquet files.
+"""Text documents as a random-access sequence, from text, JSON and Parquet files.
 
 A document is one of:
-  - the field `data.text_key` of a JSONL or Parquet row;
+  - the field `data.text_key` of a row: a line of JSON lines, an object of a JSON array, or a row of
+    Parquet;
   - a UTF-8 file of a folder; hidden and binary files are skipped;
   - a piece of a text file that is given by itself or has at least 1 MiB: the text between
     `<|endoftext|>` marks or, without such marks, paragraphs of about 4 KiB together.
 
-An empty path gives the source files of Python's standard library. Files are read when a document is
-requested; every error in them is a `ConfigError`.
+The content of a file tells its format, and whether it is compressed with gzip, bzip2, xz or
+Zstandard; its name may only promise one. An empty path gives the source files of Python's standard
+library. Files are read when a document is requested; every error in them is a `ConfigError`.
 """
 
 import bisect
-import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data import files as listing
+from deepseek_jax.data import formats
+from deepseek_jax.data.files import Content, reason, resolve, shown
+from deepseek_jax.data.rows import JsonArray, JsonLines, Parquet, first_lines, parse_array
 
 TEXT_MARK = b"<|endoftext|>"
 DOCUMENT_BYTES = 4096  # target size of a piece of text without marks
 WHOLE_FILE_BYTES = 1 << 20  # a smaller file of a folder is one document
 WHOLE = 1 << 62  # more bytes than any file has
 TOKEN_SUFFIXES = (".npy", ".bin")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+TABLE_SUFFIXES = (".csv", ".tsv")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 NOT_LIBRARY = (
     "test", "tests", "idlelib", "lib2to3", "ensurepip", "site-packages", "dist-packages",
 )  # fmt: skip
@@ -66,27 +73,43 @@ def open_source(
     """
     if not path:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [file for file in folder_files(root, NOT_LIBRARY) if file.suffix == ".py"]
-        return _folder(files, f"{root}, the standard library of data.path='',", "", say)
+        found, _ = listing.under(root, NOT_LIBRARY)
+        found = [file for file in found if file.suffix == ".py"]
+        return _folder(found, [], f"{root}, the standard library of data.path='',", "", say)
     root = existing(path)
-    files = [root]
-    if root.is_dir():
-        files = folder_files(root)
-    if len(files) == 1:
-        return _open_file(files[0], text_key, WHOLE if whole else 0)
-    return _folder(
-        files, f"the folder data.path={path!r}", text_key, say, WHOLE if whole else WHOLE_FILE_BYTES
-    )
+    if not root.is_dir():
+        return _alone(root, text_key, WHOLE if whole else 0)
+    found, left_out = listing.under(root)
+    if len(found) == 1 and not left_out:
+        return _alone(found[0], text_key, WHOLE if whole else 0)
+    where = f"the folder data.path={shown(path)!r}"
+    return _folder(found, left_out, where, text_key, say, WHOLE if whole else WHOLE_FILE_BYTES)
 
 
 def token_files(path: str) -> list[Path]:
-    """Token files (`.npy`, `.bin`) at `data.path`; none unless all files are such."""
+    """Token files (`.npy`, `.bin`, or NumPy arrays) at `data.path`; none unless all are such.
+
+    Raises:
+      ConfigError: A file or folder that cannot be read, or an entry of a folder that is no file,
+        such as a broken link to a token file.
+    """
     if not path:
         return []
     root = existing(path)
-    files = [root] if root.is_file() else folder_files(root)
-    tokens = [file for file in files if _suffix(file) in TOKEN_SUFFIXES]
-    return tokens if len(tokens) == len(files) else []
+    found, left_out = listing.under(root) if root.is_dir() else ([root], [])
+    if not found or not all(map(_has_tokens, found)):
+        return []
+    if left_out:
+        raise ConfigError(
+            f"data.path={shown(path)!r} holds token files, and {left_out[0]}; remove it, or "
+            "repair it"
+        )
+    return found
+
+
+def _has_tokens(file: Path) -> bool:
+    """Whether a file is one of ids: by its name, which is checked later, or by its content."""
+    return _suffix(file) in TOKEN_SUFFIXES or Content(file).head.startswith(formats.NPY)
 
 
 def existing(path: str) -> Path:
@@ -95,27 +118,22 @@ def existing(path: str) -> Path:
     Raises:
       ConfigError: Neither a file nor a folder.
     """
-    root = Path(path).expanduser()
-    if not (root.is_file() or root.is_dir()):
+    root = resolve("data.path", path)
+    try:
+        if root.is_file() or root.is_dir():
+            return root
         found = "is neither a file nor a folder" if root.exists() else "does not exist"
-        raise ConfigError(
-            f"data.path={path!r} {found} (looked for {root.absolute()}); give a text, JSONL, "
-            "Parquet or token file, or a folder of them"
-        )
-    return root
-
-
-def folder_files(root: Path, skip: Collection[str] = ()) -> list[Path]:
-    """Files under a folder, sorted, without hidden ones and without folders named in `skip`."""
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f not in (*skip, "__pycache__"))
-        found += (Path(folder, name) for name in sorted(names) if name[0] != ".")
-    return [file for file in found if file.is_file()]
+    except OSError as error:
+        found = f"cannot be read ({reason(error)})"
+    raise ConfigError(
+        f"data.path={shown(path)!r} {found} (looked for {shown(root.absolute())}); give a text, "
+        "JSONL, Parquet or token file, or a folder of them"
+    )
 
 
 def _folder(
-    files: list[Path],
+    found: list[Path],
+    left_out: list[str],
     where: str,
     text_key: str,
     say: Callable[[str], None],
@@ -123,32 +141,134 @@ def _folder(
 ) -> Source:
     """Documents of several files; files that are not text are skipped and reported."""
     parts: list[Source] = []
-    skipped: list[str] = []
-    for file in files:
-        if _suffix(file) in _ROWS:
-            parts.append(_ROWS[_suffix(file)](file, text_key))
-        elif _suffix(file) in TOKEN_SUFFIXES:
-            skipped.append(f"{file} is not text; token files need a folder without other files")
-        elif file.stat().st_size:
+    skipped, other_json = list(left_out), []
+    token_bytes = read_bytes = 0
+    for file in found:
+        content = Content(file)
+        if _suffix(file) in TOKEN_SUFFIXES or content.head.startswith(formats.NPY):
+            token_bytes += content.size
+            skipped.append(
+                f"{content.name} is not text; token files need a folder without other files"
+            )
+        elif content.size:
             try:
-                parts.append(TextFile(file, whole_below))
+                rows = _rows(content, text_key)
+                if rows is None and _is_json(content):
+                    other_json.append(content.name)
+                parts.append(TextFile(content, whole_below) if rows is None else rows)
+                read_bytes += content.size
             except _NotTextError as error:
                 skipped.append(str(error))
     if not any(len(part) for part in parts):
-        reason = f"; the first skipped file: {skipped[0]}" if skipped else ""
-        raise ConfigError(f"{where} holds no text{reason}; set data.path to files with text")
-    if skipped:
-        say(f"data: skipped {len(skipped)} files; the first: {skipped[0]}")
+        reasons = f"; the first skipped file: {skipped[0]}" if skipped else ""
+        raise ConfigError(f"{where} holds no text{reasons}; set data.path to files with text")
+    if token_bytes > read_bytes:
+        raise ConfigError(
+            f"{where} holds {token_bytes:,} bytes of token files beside {read_bytes:,} bytes of "
+            "text; put the token files into a folder of their own"
+        )
+    _report(where, parts, skipped, other_json, text_key, say)
     return Joined(parts)
 
 
-def _open_file(file: Path, text_key: str, whole_below: int) -> Source:
+def _report(
+    where: str,
+    parts: list[Source],
+    skipped: list[str],
+    other_json: list[str],
+    text_key: str,
+    say: Callable[[str], None],
+) -> None:
+    """Says what of a folder is not read, or not as rows; ConfigError if that is all of it."""
+    if other_json and len(other_json) == len(parts):
+        raise ConfigError(
+            f"{where} holds JSON files without rows that have data.text_key={shown(text_key)!r}; "
+            f"the first: {other_json[0]}. Set data.text_key to the field that holds the text"
+        )
+    if other_json:
+        say(
+            f"data: {len(other_json)} JSON files have no rows with the field "
+            f"{shown(text_key)!r} and are read as plain text; the first: {other_json[0]}"
+        )
+    if skipped:
+        say(f"data: skipped {len(skipped)} files; the first: {skipped[0]}")
+
+
+def _alone(file: Path, text_key: str, whole_below: int) -> Source:
     """Documents of a file that is given by itself; ConfigError if there are none."""
-    rows = _ROWS.get(_suffix(file))
-    source = rows(file, text_key) if rows else TextFile(file, whole_below)
+    content = Content(file)
+    source = _rows(content, text_key)
+    if source is None and _is_json(content):
+        where = f"data.path: {content.name}"
+        rows = parse_array(content)
+        raise ConfigError(
+            f"{where} is JSON, but no row of it has the field data.text_key={shown(text_key)!r}; "
+            "data.path needs one JSON object per line, or an array of objects"
+            if rows
+            else f"{where} is empty; set data.path to files with text"
+        )
+    source = TextFile(content, whole_below) if source is None else source
     if not len(source):
-        raise ConfigError(f"data.path: {file} is empty; set data.path to files with text")
+        raise ConfigError(f"data.path: {content.name} is empty; set data.path to files with text")
     return source
+
+
+def _rows(content: Content, text_key: str) -> Source | None:
+    """Rows of a file, by its content and by what its name promises; None for plain text.
+
+    Raises:
+      ConfigError: Rows that cannot be read, or a file that is not what its name promises.
+      _NotTextError: A file of another format.
+    """
+    if content.packed:
+        content.unpack()
+        if formats.is_parquet(content.head) or content.head.startswith(formats.NPY):
+            seen = formats.looks_like(content.head)
+            raise _NotTextError(
+                f"data.path: {content.name} is {seen} inside {content.packed} data; unpack it"
+            )
+    suffix = _suffix(content.path)
+    if formats.is_parquet(content.head) or suffix == ".parquet":
+        return Parquet(content, text_key)
+    if message := formats.refused(content):
+        raise _NotTextError(f"{message}; set data.path to other files")
+    lines = first_lines(content)
+    if any(isinstance(row, dict) and text_key in row for row in lines[:1]):
+        return JsonLines(content, text_key)
+    array = _array(content, text_key, suffix)
+    if array is None and (suffix in LINE_SUFFIXES or (suffix == ".json" and len(lines) == 2)):
+        return JsonLines(content, text_key)  # whose first row names what is wrong
+    if suffix in TABLE_SUFFIXES:
+        _check_table(content, text_key)
+    return array
+
+
+def _array(content: Content, text_key: str, suffix: str) -> Source | None:
+    """Rows of a JSON array, or of the one object of a `.json` file; None for anything else."""
+    start = content.head.removeprefix(formats.BOM).lstrip()[:1]
+    if start != b"[" and (start != b"{" or suffix != ".json"):
+        return None
+    try:
+        rows = parse_array(content)
+    except ConfigError:
+        return None  # one that is given by itself is parsed again, and the error told
+    if suffix in LINE_SUFFIXES or any(isinstance(row, dict) and text_key in row for row in rows):
+        return JsonArray(content, text_key, rows)
+    return None
+
+
+def _check_table(content: Content, text_key: str) -> None:
+    """Refuses a table with a column of text, which is no plain text."""
+    header = content.head.removeprefix(formats.BOM).partition(b"\n")[0].decode(errors="replace")
+    if text_key in (name.strip(' \t\r"') for name in re.split("[,;\t]", header)):
+        raise ConfigError(
+            f"data.path: {content.name} is a table with the column {shown(text_key)!r}; write it "
+            "as JSONL or Parquet"
+        )
+
+
+def _is_json(content: Content) -> bool:
+    return _suffix(content.path) == ".json" and bool(content.all().strip())
 
 
 class _NotTextError(ConfigError):
@@ -158,48 +278,43 @@ class _NotTextError(ConfigError):
 class TextFile:
     """UTF-8 file: one document if it is smaller than `whole_below` bytes, else its pieces."""
 
-    def __init__(self, file: Path, whole_below: int):
-        self._file = file
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise _NotTextError(f"data.path: {file} cannot be read: {error.strerror}") from error
+    def __init__(self, content: Content, whole_below: int):
+        self._content = content
+        data = content.all()
         if (zero := data.find(b"\0")) >= 0:
             raise _NotTextError(
-                f"{file} is a binary file (byte {zero} is zero); data.path needs UTF-8 text, "
-                "JSONL, Parquet, or tokens in .npy or .bin files"
+                f"data.path: {content.name} is a binary file (byte {zero} is zero); data.path "
+                "needs UTF-8 text, JSONL, Parquet, or tokens in .npy or .bin files"
             )
         try:
             data.decode()
         except UnicodeDecodeError as error:
             raise _NotTextError(
-                f"{file} is not UTF-8 (byte {error.start} is {data[error.start]:#04x}); convert "
-                "it, or set data.path to other files"
+                f"data.path: {content.name} is not UTF-8 (byte {error.start} is "
+                f"{data[error.start]:#04x}); convert it, or set data.path to other files"
             ) from error
-        self.digest = _digest(data)
-        self._spans = [(0, len(data))] if len(data) < whole_below else _pieces(data)
-        if not data.strip():
+        self.digest = digest(data)
+        first = len(formats.BOM) if data.startswith(formats.BOM) else 0
+        self._spans = [(first, len(data))] if len(data) < whole_below else _pieces(data, first)
+        if not data[first:].strip():
             self._spans = []
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> str:
-        start, stop = self._spans[index]
-        with self._file.open("rb") as stream:
-            stream.seek(start)
-            return stream.read(stop - start).decode()
+        return self._content.read(*self._spans[index]).decode()
 
 
-def _pieces(data: bytes) -> list[tuple[int, int]]:
-    """Spans of the documents of a text, in bytes."""
+def _pieces(data: bytes, first: int) -> list[tuple[int, int]]:
+    """Spans of the documents of a text from byte `first` on."""
     if TEXT_MARK in data:
         marks = [match.span() for match in re.finditer(re.escape(TEXT_MARK), data)]
-        starts = [0, *(stop for _, stop in marks)]
+        starts = [first, *(stop for _, stop in marks)]
         stops = [*(start for start, _ in marks), len(data)]
         return [(a, b) for a, b in zip(starts, stops, strict=True) if data[a:b].strip()]
     aim = min(DOCUMENT_BYTES, max(1, len(data) // 64))  # a short text has documents to hold out too
-    cuts = [0]
+    cuts = [first]
     while cuts[-1] + aim < len(data):
         cuts.append(_cut(data, cuts[-1] + aim, min(cuts[-1] + 4 * aim, len(data))))
     if cuts[-1] < len(data):
@@ -219,95 +334,13 @@ def _cut(data: bytes, first: int, last: int) -> int:
     return last
 
 
-class JsonLines:
-    """JSONL file: one JSON object per line; blank lines are not rows."""
-
-    def __init__(self, file: Path, text_key: str):
-        self._file, self._key = file, text_key
-        self._lines: list[tuple[int, int]] = []  # (offset in bytes, line number from 1)
-        hasher, offset = hashlib.blake2b(digest_size=16), 0
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    self._lines.append((offset, number))
-                hasher.update(line)
-                offset += len(line)
-        self.digest = f"{hasher.hexdigest()} {text_key}"
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> str:
-        offset, number = self._lines[index]
-        with self._file.open("rb") as stream:
-            stream.seek(offset)
-            line = stream.readline()
-        where = f"{self._file} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # encoding or JSON
-            raise ConfigError(
-                f"{where} is not JSON ({error}); data.path needs one JSON object per line"
-            ) from error
-        if not isinstance(row, dict) or self._key not in row:
-            keys = f"keys {', '.join(map(repr, row))}" if isinstance(row, dict) else "no keys"
-            raise ConfigError(
-                f"{where} has no field data.text_key={self._key!r}; it has {keys}: set "
-                "data.text_key to the field that holds the text"
-            )
-        return _as_text(row[self._key], where, self._key)
-
-
-class Parquet:
-    """Parquet file; the last row group read is cached."""
-
-    def __init__(self, file: Path, text_key: str):
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ConfigError(
-                f"data.path has the Parquet file {file}, which needs pyarrow: "
-                "pip install 'deepseek_jax[parquet]'"
-            ) from error
-        self._file, self._key = file, text_key
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, hashlib.blake2b).hexdigest()
-        self.digest = f"{content} {text_key}"
-        try:
-            self._parquet = pyarrow.parquet.ParquetFile(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ConfigError(f"data.path: {file} is not a Parquet file ({error})") from error
-        columns = self._parquet.schema_arrow.names
-        if text_key not in columns:
-            raise ConfigError(
-                f"{file} has no column data.text_key={text_key!r}; it has {', '.join(columns)}: "
-                "set data.text_key to the column that holds the text"
-            )
-        meta = self._parquet.metadata
-        rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
-        self._starts = [0, *itertools.accumulate(rows)]
-        self._group = functools.lru_cache(maxsize=1)(self._read_group)
-
-    def _read_group(self, group: int) -> Any:
-        return self._parquet.read_row_group(group, columns=[self._key]).column(0)
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, index: int) -> str:
-        group = bisect.bisect_right(self._starts, index) - 1
-        value = self._group(group)[index - self._starts[group]].as_py()
-        return _as_text(value, f"{self._file} row {index + 1}", self._key)
-
-
 class Joined:
     """Concatenation of several sources."""
 
     def __init__(self, parts: Sequence[Source]):
         self._parts = parts
         self._starts = [0, *itertools.accumulate(len(part) for part in parts)]
-        self.digest = _digest("\n".join(part.digest for part in parts).encode())
+        self.digest = digest("\n".join(part.digest for part in parts).encode(errors="replace"))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -317,35 +350,12 @@ class Joined:
         return self._parts[part][index - self._starts[part]]
 
 
-_ROWS: dict[str, Callable[[Path, str], Source]] = {
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
-    ".parquet": Parquet,
-}
-
-
-def _as_text(value: Any, where: str, key: str) -> str:
-    """Text of a row; null is an empty document."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"{where}: data.text_key={key!r} holds {type(value).__name__}, not text; set "
-            "data.text_key to a field with text"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{where}: data.text_key={key!r} has half a surrogate pair at character "
-            f"{error.start}, which is not text; repair the row or set data.path to another file"
-        ) from error
-    return value
-
-
 def _suffix(file: Path) -> str:
-    return file.suffix.lower()
+    """Ending of a file's name, in lower case and without that of a compression."""
+    name, last = os.path.splitext(file.name.lower())
+    return os.path.splitext(name)[1] if last in PACKED_SUFFIXES else last
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
+    """Hash of some bytes, for keys of the cache."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -6,6 +6,7 @@ three of fill-in-the-middle. As in V3 (section 4.1), the pre-tokenizer joins pun
 line break after it; here also with the next line's indentation, as source code is the default data.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data.files import read_all, reason, resolve, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,14 +39,16 @@ FIM_NAMES = (
 )
 
 SMALLEST_BPE = len(OWN_MARKS) + 256
-_INDENT = r"[\r\n]+[ \t]*(?=[ \t]\S)"
+_INDENT = r"[\r\n][ \t]*(?=[ \t]\S)"  # one line break: `+` takes quadratic time in `\s*[\r\n]+`
 WORDS = (
     r"\p{N}{1,3}|[^\r\n\p{L}\p{N}]?\p{L}+"
-    rf"| ?[^\s\p{{L}}\p{{N}}]+(?:{_INDENT}|[\r\n]+)?"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+(?:[\r\n]*{_INDENT}|[\r\n]+)?"
     rf"|\s*{_INDENT}|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LONGEST_WORD = 1024  # characters that training counts as one word; its time grows faster than them
 LONGEST_TOKEN = 32  # bytes; without a limit, repetitive text without spaces becomes a few tokens
 _BATCH_CHARACTERS = 1 << 20
+_LARGEST_FILE = 1 << 30  # bytes of a tokenizer.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,9 @@ class Tokenizer:
         core.encode_special_tokens = True  # the spelling of a mark inside a document is plain text
         self._core = core
         self.description = description
-        self.size = max(core.get_vocab(with_added_tokens=True).values()) + 1
+        self.size = max(core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.size:
+            raise ConfigError(f"data.tokenizer: {description} has no tokens; give another one")
         eos = self._first(EOS_NAMES)
         if eos is None:
             raise ConfigError(
@@ -106,12 +112,15 @@ class Tokenizer:
         yield from self._encode(batch)
 
     def _encode(self, batch: list[str]) -> Iterator[np.ndarray]:
-        for encoding in self._core.encode_batch_fast(batch, add_special_tokens=False):
+        with _library(f"data.tokenizer: {self.description} cannot encode the text"):
+            encodings = self._core.encode_batch_fast(batch, add_special_tokens=False)
+        for encoding in encodings:
             yield np.array(encoding.ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of some ids, without marks."""
-        return self._core.decode([int(i) for i in ids])
+        with _library(f"data.tokenizer: {self.description} cannot decode its tokens"):
+            return self._core.decode([int(i) for i in ids])
 
     def save(self, file: Path) -> None:
         """Writes a `tokenizer.json` that `read` reads."""
@@ -124,7 +133,28 @@ def identity(name: str, vocab: int) -> str:
         return f"bpe {vocab} {LONGEST_TOKEN} {WORDS} {OWN_MARKS}"
     if name == "byte":
         return f"byte {OWN_MARKS}"
-    return hashlib.blake2b(_file(name).read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(_content(_file(name)), digest_size=16).hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    """Bytes of a `tokenizer.json`."""
+    try:
+        return read_all(file, _LARGEST_FILE)
+    except OSError as error:
+        raise ConfigError(
+            f"data.tokenizer: {shown(file)} cannot be read: {reason(error)}; give another one"
+        ) from error
+
+
+@contextlib.contextmanager
+def _library(words: str) -> Iterator[None]:
+    """Turns errors of the library, which raises plain Exception, into a ConfigError."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"{words} ({reason(error)}); give another tokenizer.json") from error
 
 
 def make(name: str, *, vocab: int, texts: Iterable[str]) -> Tokenizer:
@@ -153,17 +183,17 @@ def read(file: Path) -> Tokenizer:
     """
     import tokenizers
 
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+    data = _content(file)
+    with _library(f"data.tokenizer: {shown(file)} is not a tokenizer.json"):
+        content = json.loads(data.decode())
         # V3 does not flag its fill-in-the-middle marks as special, so documents could contain them.
         marks = {*BOS_NAMES, *EOS_NAMES, *itertools.chain(*FIM_NAMES)}
         for token in content.get("added_tokens", []):
             if token["content"] in marks:
                 token["special"] = True
         core = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises plain Exception
-        raise ConfigError(f"data.tokenizer: {file} is not a tokenizer.json ({error})") from error
-    return Tokenizer(core, f"{file.name} of {core.get_vocab_size()} entries")
+        description = f"{shown(file.name, 80)} of {core.get_vocab_size()} entries"
+    return Tokenizer(core, description)
 
 
 def fitting(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
@@ -193,14 +223,18 @@ def _file(name: str) -> Path:
             ) from error
         # The file alone: the Python code of the package is another, slow tokenizer.
         return next(Path(str(f.locate())) for f in files if f.name == "tokenizer.json")
-    file = Path(name).expanduser()
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
-        raise ConfigError(
-            f"data.tokenizer={name!r} is neither 'bpe', 'byte' or 'deepseek' nor a tokenizer.json "
-            f"(looked for {file.absolute()})"
-        )
-    return file
+    file = resolve("data.tokenizer", name)
+    try:
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if file.is_file():
+            return file
+        seen = f"looked for {shown(file.absolute())}"
+    except OSError as error:
+        seen = f"{shown(file.absolute())} cannot be read: {reason(error)}"
+    raise ConfigError(
+        f"data.tokenizer={shown(name)!r} is neither 'bpe', 'byte' or 'deepseek' nor a "
+        f"tokenizer.json ({seen})"
+    )
 
 
 def _train(texts: Iterable[str], vocab: int) -> Tokenizer:
@@ -215,7 +249,8 @@ def _train(texts: Iterable[str], vocab: int) -> Tokenizer:
         )
     core = Core(models.BPE())
     words = pre_tokenizers.Split(Regex(WORDS), "isolated")
-    _byte_level(core, words)
+    short = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), "isolated")
+    _byte_level(core, words, short)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         special_tokens=list(OWN_MARKS),
@@ -224,6 +259,7 @@ def _train(texts: Iterable[str], vocab: int) -> Tokenizer:
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
+    _byte_level(core, words)  # encoding takes linear time in a long word
     return Tokenizer(core, f"byte-level BPE of {core.get_vocab_size()} entries")
 
 

@@ -26,8 +26,8 @@ def config(tmp_path) -> DataConfig:
 def corpus_of(config, tmp_path):
     """Makes a corpus of some texts: `corpus_of(texts, fim_rate=0.0)`."""
 
-    def make(texts: list[str], **changes):
+    def make(texts: list[str], say=lambda line: None, **changes):
         path = write_jsonl(tmp_path / "texts.jsonl", texts)
-        return prepare(dataclasses.replace(config, path=path, **changes), vocab=VOCAB)
+        return prepare(dataclasses.replace(config, path=path, **changes), vocab=VOCAB, say=say)
 
     return make

@@ -133,9 +133,9 @@ def test_bad_rows_name_their_line(tmp_path, line, message):
         ("a.txt", b" \n\n", "is empty.*data.path"),
         ("a.jsonl", b"\n", "is empty.*data.path"),
         ("a.txt", b"text\0text", "binary file.*data.path"),
-        ("a.gz", b"\x1f\x8b\x08\0", "binary file.*data.path"),
+        ("a.gz", b"\x1f\x8b\x08\0", "data.path.*damaged gzip data"),
         ("a.txt", "naïve".encode("latin-1"), "not UTF-8 .byte 2 is 0xef.*data.path"),
-        ("a.txt", "naïve".encode("utf-16"), "binary file|not UTF-8"),
+        ("a.txt", "naïve".encode("utf-16"), "data.path.* is UTF-16 text.*iconv"),
         ("a.parquet", b"not parquet at all", "data.path.*is not a Parquet file"),
     ],
 )

@@ -1,0 +1,283 @@
+"""Files that a user names: found, opened and shown without surprises.
+
+Only regular files are opened, and without waiting, so that a pipe or a device never blocks. A file
+that changes after it was opened first is an error, since its documents are read more than once.
+"""
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import os
+import shutil
+import stat
+import tempfile
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from deepseek_jax.config import ConfigError
+
+LONGEST_SHOWN = 160  # characters of a path or value in a message
+HEAD = 1 << 16  # bytes that tell what a file is
+
+
+def shown(value: object, most: int = LONGEST_SHOWN) -> str:
+    """Printable form of a path or value on one line, cut in the middle to `most` characters."""
+    text = str(value)
+    if len(text) > most:
+        text = f"{text[: most * 2 // 3]}...{text[-most // 3 + 3 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def reason(error: BaseException) -> str:
+    """Short cause of an error on one line: that of the system, or the library's words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return shown(" ".join(str(error).split()) or type(error).__name__, 120)
+
+
+def resolve(key: str, value: str) -> Path:
+    """Path of a config value, with `~` replaced.
+
+    Raises:
+      ConfigError: A home folder that does not exist, or a value that cannot be a path.
+    """
+    try:
+        path = Path(value).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{key}={shown(value)!r} names a home folder that is unknown; write the path in full"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key}={shown(value)!r} is no path that can be opened ({reason(error)}); set {key} "
+            "to another one"
+        ) from error
+    return path
+
+
+def open_regular(path: Path, *, follow: bool = True) -> int:
+    """Descriptor of a regular file, open for reading; the caller closes it.
+
+    Args:
+      path: The file.
+      follow: False refuses a link.
+
+    Raises:
+      OSError: No such file, no permission, or something that is no regular file.
+    """
+    link = 0 if follow else os.O_NOFOLLOW
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | link)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "it is not a regular file")
+    return descriptor
+
+
+def read_all(path: Path, most: int) -> bytes:
+    """Content of a regular file of at most `most` bytes.
+
+    Raises:
+      OSError: A file that cannot be read, or a longer one.
+    """
+    with os.fdopen(open_regular(path), "rb") as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise OSError(0, f"it has more than {most:,} bytes")
+    return data
+
+
+class Content:
+    """Bytes of a file; those of a compressed one are unpacked into an unnamed temporary file.
+
+    Attributes:
+      path: The file.
+      name: Its path in messages.
+      size: Number of bytes.
+      head: The first ones.
+      packed: Name of the compression, or "".
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, shown(path)
+        self._plain: BinaryIO | None = None
+        with self._reading(), os.fdopen(open_regular(path), "rb") as stream:
+            self._identity = _identity(stream.fileno())
+            self.size = self._identity[2]
+            self.head = stream.read(HEAD)
+            self.packed = compression(self.head)
+
+    def unpack(self) -> None:
+        """Makes the unpacked bytes the content of a compressed file."""
+        with self._reading(), os.fdopen(open_regular(self.path), "rb") as stream:
+            try:
+                unpacked = _unpacker(self.packed, stream, self.name)
+            except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+                raise ConfigError(
+                    f"data.path: {self.name} is damaged {self.packed} data ({reason(error)}); "
+                    "copy it again"
+                ) from error
+            plain = _scratch_file()
+            _copy(unpacked, plain, self.name, self.packed)
+        self._plain = plain
+        self.size = os.fstat(plain.fileno()).st_size
+        self.head = self.read(0, HEAD)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes from `start` to `stop`, or to the end.
+
+        Raises:
+          ConfigError: The file is gone, or is another one than at first.
+        """
+        with self._open() as stream:
+            parts = []
+            while start < stop and (part := os.pread(stream.fileno(), stop - start, start)):
+                parts.append(part)
+                start += len(part)
+        return b"".join(parts)
+
+    def all(self) -> bytes:
+        """All bytes."""
+        return self.read(0, self.size)
+
+    def lines(self) -> Iterator[bytes]:
+        """Yields the lines, with their ends."""
+        with self._open() as stream:
+            stream.seek(0)
+            yield from iter(stream.readline, b"")  # an iterator that ends leaves the file open
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        with self._reading():
+            if self._plain is not None:
+                yield self._plain
+                return
+            with os.fdopen(open_regular(self.path), "rb") as stream:
+                if _identity(stream.fileno()) != self._identity:
+                    raise OSError(0, "it changed while it was in use")
+                yield stream
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"data.path: {self.name} cannot be read: {reason(error)}; repair it, or set "
+                "data.path to other files"
+            ) from error
+
+
+def compression(head: bytes) -> str:
+    """Name of the compression of a file; "" without."""
+    name = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), "")
+    if name == "bzip2" and head[4:10] not in (b"1AY&SY", b"\x17rE8P\x90"):
+        return ""  # a text that begins with these letters
+    return name
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    """Numbers that a file keeps while nobody changes it."""
+    now = os.fstat(descriptor)
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+
+
+def _copy(source: Any, target: BinaryIO, name: str, packed: str) -> None:
+    """Copies unpacked bytes; errors of the two sides have different cures."""
+    while True:
+        try:
+            part = source.read(1 << 20)
+        except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"data.path: {name} is damaged {packed} data ({reason(error)}); copy it again"
+            ) from error
+        if not part:
+            break
+        try:
+            target.write(part)
+            target.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"data.path: {name} cannot be unpacked into {shown(tempfile.gettempdir())} "
+                f"({reason(error)}); unpack it yourself, or set TMPDIR to a folder with room"
+            ) from error
+
+
+def _scratch_file() -> Any:
+    """Unnamed file, which is gone when it is closed or the process ends."""
+    return tempfile.TemporaryFile()
+
+
+def _unpacker(packed: str, stream: BinaryIO, name: str) -> Any:
+    """Stream of the unpacked bytes."""
+    if packed == "gzip":
+        return gzip.GzipFile(fileobj=stream)
+    if packed == "bzip2":
+        return bz2.BZ2File(stream)
+    if packed == "xz":
+        return lzma.LZMAFile(stream)
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ConfigError(
+            f"data.path: {name} is Zstandard data, which needs pyarrow: "
+            "pip install 'deepseek_jax[parquet]'"
+        ) from error
+    return pyarrow.input_stream(stream, compression="zstd")
+
+
+_MAGIC = {
+    "gzip": b"\x1f\x8b\x08",
+    "bzip2": b"BZh",  # and a digit, and the first block
+    "xz": b"\xfd7zXZ\0",
+    "Zstandard": b"\x28\xb5\x2f\xfd",
+}
+
+
+def under(root: Path, skip: Collection[str] = ()) -> tuple[list[Path], list[str]]:
+    """Regular files under a folder, sorted, and words on each entry that is left out.
+
+    Hidden ones and folders named in `skip` are neither.
+
+    Raises:
+      ConfigError: A folder that cannot be listed.
+    """
+    found: list[Path] = []
+    left_out: list[str] = []
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(
+            f"data.path: the folder {shown(error.filename)} cannot be read: {reason(error)}; set "
+            "data.path to another one"
+        ) from error
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = sorted(f for f in folders if f[0] != "." and f not in (*skip, "__pycache__"))
+        for name in folders:
+            if os.path.islink(os.path.join(folder, name)):
+                left_out.append(f"{shown(Path(folder, name))} is a link to a folder")
+        for name in sorted(names):
+            if name[0] == ".":
+                continue
+            path = Path(folder, name)
+            try:
+                kind = path.stat().st_mode
+            except OSError as error:
+                left_out.append(f"{shown(path)} cannot be found: {reason(error)}")
+                continue
+            if stat.S_ISREG(kind):
+                found.append(path)
+            else:
+                left_out.append(f"{shown(path)} is neither a file nor a folder")
+    return found, left_out
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder of ours as far as possible, and never what a link points to."""
+    shutil.rmtree(folder, ignore_errors=True)
