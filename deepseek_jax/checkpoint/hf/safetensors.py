@@ -118,29 +118,36 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ConfigError if the file does not hold one."""
+    return json_object(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of a small file; ConfigError if it cannot be read."""
     try:
-        with open(path, "rb", opener=_regular) as stream:
+        with open(_regular(path), "rb") as stream:
             text = stream.read(LONGEST_HEADER + 1)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if len(text) > LONGEST_HEADER:
         raise ConfigError(f"{path} has more than {LONGEST_HEADER:,} bytes; expected a JSON object")
-    return _object(text, str(path))
+    return text
 
 
-def _regular(path: str, flags: int) -> int:
-    """Opens a regular file, as `opener` of `open`: a pipe or a device could block for ever."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
+def _regular(path: Path) -> int:
+    """A descriptor of a regular file, to read: a pipe or a device could block for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISREG(kind):
         return descriptor
     os.close(descriptor)
     if stat.S_ISDIR(kind):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    raise OSError(errno.EINVAL, "it is no regular file", path)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
-def _object(text: bytes, source: str) -> dict[str, Any]:
+def json_object(text: bytes, source: str) -> dict[str, Any]:
+    """The JSON object that a text spells; ConfigError, which names `source`, for another text."""
+
     def once(pairs):
         values: dict[str, Any] = {}
         for name, value in pairs:
@@ -191,7 +198,7 @@ def _check_name(file: Path, name: str) -> None:
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
-        with open(file, "rb", opener=_regular) as stream:
+        with open(_regular(file), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             # An empty file cannot be mapped.
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else None
@@ -203,7 +210,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             f"{file} has {size} bytes, which do not hold a safetensors header; it is truncated, or "
             "not a safetensors file"
         )
-    header = _object(content[8 : 8 + length], f"the header of {file}")
+    header = json_object(content[8 : 8 + length], f"the header of {file}")
     header.pop("__metadata__", None)
     first, available = 8 + length, size - 8 - length
     for name, entry in header.items():
