@@ -27,11 +27,11 @@ def main() -> None:
         raise ConfigError("convert needs --source=DIR and --target=DIR")
     if not 0 < SHARD_GB.value < 2**63:
         raise ConfigError(f"--shard_gb={SHARD_GB.value}; expected a number above 0")
-    from deepseek_jax.checkpoint import conversion
+    from deepseek_jax.checkpoint import new_folder
 
     source, target = command.folder(SOURCE), command.path("target", TARGET.value)
     with command.naming({"target": "--target", "data.tokenizer": "--source"}):
-        conversion.check_target(target)
+        new_folder.check_target(target)
         _convert(source, target)
 
 
@@ -42,7 +42,9 @@ def _convert(source: Path, target: Path) -> None:
     checkpoint = open_checkpoint(source)
     if checkpoint.run is None and FORMAT.value is None:
         base = command.read_config(CONFIG) if CONFIG.value is not None else command.default_config()
-        conversion.to_run(checkpoint, target, base)
+        config = conversion.to_run(checkpoint, target, base)
+        if config.schedule.bias_speed != base.schedule.bias_speed:
+            print("schedule.bias_speed is 0 there: the published form has no router biases")
         print(
             f"{target} is a workdir; python -m deepseek_jax.main --config={target}/config.py "
             f"--workdir={target} trains on"

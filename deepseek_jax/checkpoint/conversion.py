@@ -1,22 +1,22 @@
 """Conversion of a Hugging Face directory to a workdir, back, or to another published format.
 
 A converted workdir holds weights and router biases alone, as step 0; training starts with fresh
-moments and averages. Files beside the weights (tokenizer, generation settings) are copied.
+moments and averages. Files beside the weights go with them (`checkpoint/carried.py`). All that can
+be refused without reading a value is refused before one is read.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
+import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deepseek_jax.checkpoint import load
+from deepseek_jax import config as configs
+from deepseek_jax.checkpoint import carried, load, new_folder
 from deepseek_jax.checkpoint.hf import config_json, export, names, reader
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.checkpoint.store import Store
@@ -25,10 +25,6 @@ from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.precision.fp8_tiles import E4M3
 
-CARRIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-    "chat_template.jinja",
-)  # fmt: skip
 _MARKS = ("bos_token_id", "eos_token_id")
 WEIGHTS_ONLY = {"weights_only": True, "tokens": 0}  # `meta` of the step that training starts at
 _LAUNCHER = '''"""The config of this folder: edit it, or set any of its keys on the command line."""
@@ -61,22 +57,41 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
         raise ConfigError(
             f"{source.directory} is a workdir already; expected a Hugging Face directory"
         )
-    with _appears(target) as folder:
-        data = base.data
-        if (source.directory / "tokenizer.json").exists():
-            data = dataclasses.replace(data, tokenizer=str(target.absolute() / "tokenizer.json"))
-        config = dataclasses.replace(base, model=found.config, data=data)
-        read, like = reader.parts_of(found), load.leaves_of(found.config)
-        store = Store(folder / "checkpoints", keep=1)
+    _check_place(source.directory, target)
+    beside = carried.files(source.directory, is_run=False)
+    config = _run_config(found, target, base, own_tokenizer="tokenizer.json" in beside)
+    configs.check(config)
+    like = load.leaves_of(found.config)
+    masters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in like.values())
+    with new_folder.appearing(target) as folder:
+        new_folder.check_space(folder, target, masters + 2 * carried.size(beside))
+        found.compare_copies()
+        read, store = reader.parts_of(found), Store(folder / "checkpoints", keep=1)
         try:
             store.save_parts(0, like, lambda name, part: read(like[name], part), WEIGHTS_ONLY)
         finally:
             store.close()
         (folder / "config.json").write_text(config.to_json() + "\n")
         (folder / "config.py").write_text(_LAUNCHER)
-        _carry(source.directory, folder)
+        used = {name: path for name, path in beside.items() if name in carried.USED}
+        rest = {name: path for name, path in beside.items() if name not in used}
+        kept = folder / carried.KEPT
+        kept.mkdir()
+        carried.copy(used, (folder, kept), _read_before(source, used))
+        carried.copy(rest, (kept,), {})
+        (kept / "config.json").write_text(json.dumps(dict(source.settings), indent=2) + "\n")
         _write_marks(folder, {key: source.settings.get(key) for key in _MARKS})
     return config
+
+
+def _run_config(found: reader.Published, target: Path, base: Config, own_tokenizer: bool) -> Config:
+    """The recipe `base` for a checkpoint's model and tokenizer."""
+    data, schedule = base.data, base.schedule
+    if own_tokenizer:
+        data = dataclasses.replace(data, tokenizer=str(target.absolute() / "tokenizer.json"))
+    if not found.biased:  # the way back has no place for biases that are not zero
+        schedule = dataclasses.replace(schedule, bias_speed=0.0)
+    return dataclasses.replace(base, model=found.config, data=data, schedule=schedule)
 
 
 def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) -> None:
@@ -91,17 +106,90 @@ def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) 
       ConfigError: values that loading refuses, a model without a published form, or a target that
         cannot be written.
     """
-    with _appears(target) as folder:
-        if source.published is not None:
-            described, values = dict(source.settings), _of_folder(source.published)
-        else:
-            described = config_json.published(source.model)
-            values = _of_run(source.directory, source.model, described)
-        _carry(source.directory, folder)
-        marks = _marks(source, described)
+    _check_place(source.directory, target)
+    is_run = source.run is not None
+    described = (
+        described_run(source.directory, source.model)
+        if is_run
+        else _described(source.settings, source.model)
+    )
+    beside = carried.files(source.directory, is_run)
+    marks = _marks(source, described)
+    described = carried.without_absent_code({**described, **marks}, beside)
+    described = config_json.in_format(described, form)
+    biased = config_json.topk_method(described) == "noaux_tc"
+    needed = export.most_bytes(source.model, biased, form) + carried.size(beside)
+    with new_folder.appearing(target) as folder:
+        new_folder.check_space(folder, target, needed)
+        carried.copy(beside, (folder,), _read_before(source, beside))
+        if is_run and "tokenizer.json" in beside and "tokenizer_config.json" not in beside:
+            assert source.tokenizer is not None
+            (folder / "tokenizer_config.json").write_text(source.tokenizer.settings_for_readers())
         _write_marks(folder, marks)
-        described = config_json.in_format({**described, **marks}, form)
+        if source.published is not None:
+            source.published.compare_copies()
+            values = _of_folder(source.published)
+        else:
+            values = _of_run(source.directory, source.model, described)
         export.write(folder, described, values, form, shard_bytes)
+
+
+def described_run(workdir: Path, model: ModelConfig) -> dict[str, Any]:
+    """Published settings for the model of a run: those that its weights came with, if they fit.
+
+    Raises:
+      ConfigError: a model without a published form.
+    """
+    kept = carried.settings(workdir)
+    if kept is not None:
+        source = workdir / carried.KEPT / "config.json"
+        found = config_json.model_config(kept, source=source)
+        if dataclasses.replace(found, mtp_depth=model.mtp_depth) == model:
+            return _described(kept, model)
+    return config_json.published(model)
+
+
+def _described(settings: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """The same settings, with the number of MTP layers that the model has."""
+    key = "num_nextn_predict_layers"
+    if (settings.get(key) or 0) == model.mtp_depth:
+        return dict(settings)
+    return {**settings, key: model.mtp_depth}
+
+
+def obstacle(workdir: Path, config: Config) -> str | None:
+    """The reason why `convert` would refuse the run when it is trained; None if it would not."""
+    try:
+        described = described_run(workdir, config.model)
+    except ConfigError as error:
+        return f"this run will have no published form: {error}"
+    schedule, model = config.schedule, config.model
+    moves = schedule.bias_speed and schedule.bias_stop and model.moe_layers + model.mtp_depth
+    if moves and config_json.topk_method(described) != "noaux_tc":
+        return (
+            f"this run will have no published form: {described['model_type']} has no router "
+            "biases; schedule.bias_speed=0 keeps them at zero"
+        )
+    return None
+
+
+def _check_place(source: Path, target: Path) -> None:
+    """Refuses a target among the source's saved steps, where its name could be a step's."""
+    steps = os.path.realpath(source / "checkpoints")
+    if os.path.commonpath([steps, os.path.realpath(target)]) == steps:
+        raise ConfigError(
+            f"target={target} lies among the checkpoints of {source}; give another one"
+        )
+
+
+def _read_before(source: Checkpoint, beside: Mapping[str, Path]) -> dict[str, bytes]:
+    """Contents of files that the checkpoint has read, so that each is opened once."""
+    texts = {
+        name: source.text_of(name)
+        for name, path in beside.items()
+        if name in carried.USED and path.parent == source.directory
+    }
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _of_folder(found: reader.Published) -> export.WeightSource:
@@ -145,12 +233,6 @@ def _of_run(workdir: Path, config: ModelConfig, described: dict[str, Any]) -> ex
     return export.WeightSource(config, biased, read)
 
 
-def _carry(source: Path, folder: Path) -> None:
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
 def _marks(source: Checkpoint, described: Mapping[str, Any]) -> dict[str, Any]:
     """Ids of the marks around a text: from the settings beside the weights, or the tokenizer."""
     for known in (described, source.generation):
@@ -167,61 +249,3 @@ def _write_marks(folder: Path, marks: dict[str, Any]) -> None:
     file = folder / "generation_config.json"
     if any(mark is not None for mark in marks.values()) and not file.exists():
         file.write_text(json.dumps({"_from_model_config": True, **marks}, indent=2) + "\n")
-
-
-def check_target(target: Path) -> None:
-    """Raises ConfigError unless the target is absent or an empty folder."""
-    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"target={target} exists and is not an empty folder; give another one")
-
-
-@contextlib.contextmanager
-def _appears(target: Path) -> Iterator[Path]:
-    """Gives a folder beside the target to fill, and renames it to the target at the end.
-
-    The folder's name follows from the target's, so that a later process finds and uses again what a
-    killed one left. A lock keeps it from the folder of a process that still runs.
-    """
-    check_target(target)
-    folder = target.parent / f".{target.name}.converting"
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"target={target} cannot be written ({error.strerror})") from error
-    try:
-        _lock(lock, folder, target)
-        try:
-            _clear(folder)
-            yield folder
-            os.replace(folder, target)
-        except BaseException as error:  # while the lock is held: later the name may be another's
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # one of them holds another process's file
-                for path in made[1:]:
-                    path.rmdir()
-            if isinstance(error, OSError):
-                raise ConfigError(f"target={target} cannot be written ({error})") from error
-            raise
-    finally:
-        os.close(lock)  # releases the lock
-
-
-def _lock(lock: int, folder: Path, target: Path) -> None:
-    """Locks the folder; ConfigError if another process has it, or may have it."""
-    wait = f"another process is making target={target}; wait for it or give another one"
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(wait) from error
-    except OSError as error:  # a file system without locks
-        if any(folder.iterdir()):
-            raise ConfigError(f"{wait}; if there is none, remove {folder}") from error
-    if not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
-        raise ConfigError(wait)  # it was renamed or removed between opening and locking
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()

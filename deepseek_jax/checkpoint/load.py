@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint.hf import inference, reader
-from deepseek_jax.checkpoint.hf.safetensors import read_json
+from deepseek_jax.checkpoint.hf.safetensors import json_object, read_bytes, read_json, shown
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
+from deepseek_jax.data import marks
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import least_memory, params
@@ -48,6 +49,18 @@ class Checkpoint:
     settings: Mapping[str, Any]
     run: Config | None
     published: reader.Published | None
+    _read: dict[str, bytes | None] = dataclasses.field(default_factory=dict, repr=False)
+
+    def text_of(self, name: str) -> bytes | None:
+        """Content of a small file of the directory, read once; None where there is none."""
+        if name not in self._read:
+            file = self.directory / name
+            self._read[name] = read_bytes(file) if file.is_file() else None
+        return self._read[name]
+
+    def _object_of(self, name: str) -> Mapping[str, Any]:
+        text = self.text_of(name)
+        return {} if text is None else json_object(text, str(self.directory / name))
 
     @property
     def model(self) -> ModelConfig:
@@ -72,14 +85,27 @@ class Checkpoint:
     @functools.cached_property
     def generation(self) -> Mapping[str, Any]:
         """Content of generation_config.json; empty where there is none."""
-        file = self.directory / "generation_config.json"
-        return read_json(file) if file.is_file() else {}
+        found = self._object_of("generation_config.json")
+        self._check_ids(found, "generation_config.json")
+        return found
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of tokenizer.json; None where there is none."""
-        file = self.directory / "tokenizer.json"
-        return tokenizers.read(file) if file.is_file() else None
+        text = self.text_of("tokenizer.json")
+        if text is None:
+            return None
+        beside = [self._object_of(marks.FILES[0]), self.generation, self.settings]
+        return tokenizers.read(self.directory / "tokenizer.json", text, beside)
+
+    def _check_ids(self, settings: Mapping[str, Any], name: str) -> None:
+        for key in ("bos_token_id", "eos_token_id"):
+            value = settings.get(key)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(one) is int for one in ids):
+                raise ConfigError(
+                    f"{self.directory / name}: {key} is {shown(value)}; expected ids, or null"
+                )
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -131,7 +157,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         settings = read_json(directory / "config.json")
         if isinstance(settings.get("model"), dict):
             return Checkpoint(directory, settings, configs.parse_saved(settings), None)
-        return Checkpoint(directory, settings, None, reader.open_folder(directory, settings))
+        found = Checkpoint(directory, settings, None, reader.open_folder(directory, settings))
+        found._check_ids(settings, "config.json")
+        return found
 
     return raise_together(opened)
 

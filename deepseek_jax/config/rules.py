@@ -35,9 +35,14 @@ def check_model(config: Config) -> None:
         f"model.d_rope={model.d_rope + 1}",
     )
     need(
-        model.yarn_beta_fast > model.yarn_beta_slow,
-        f"model.yarn_beta_fast={model.yarn_beta_fast} must be above "
+        model.yarn_beta_fast >= model.yarn_beta_slow,
+        f"model.yarn_beta_fast={model.yarn_beta_fast} must be at least "
         f"model.yarn_beta_slow={model.yarn_beta_slow}; the report has 32 and 1",
+    )
+    need(
+        model.yarn_factor == 1 or model.rope_theta != 1,
+        f"model.rope_theta=1.0 with model.yarn_factor={model.yarn_factor}: YaRN divides by the "
+        "logarithm of theta; the report has model.rope_theta=10000",
     )
     need(
         model.experts % model.groups == 0,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data import marks as stated_marks
 from deepseek_jax.data.files import read_all, reason, resolve, shown
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 OWN_MARKS = (BOS, EOS, PAD, *FIM)
 
-# Names of the same marks in other tokenizers; the first one that a tokenizer has is used.
+# Names of the same marks in other tokenizers; the first one that a tokenizer has is used where the
+# settings beside it state none (`data/marks.py`).
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<s>")
 EOS_NAMES = (EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")
 FIM_NAMES = (
@@ -67,7 +69,7 @@ class Marks:
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` whose marks are looked up by name.
+    """A `tokenizers.Tokenizer` whose marks are those that are stated, or looked up by name.
 
     Attributes:
       size: Largest id plus one, the least `model.vocab`.
@@ -75,7 +77,12 @@ class Tokenizer:
       description: Short description for messages.
     """
 
-    def __init__(self, core: "tokenizers.Tokenizer", description: str):
+    def __init__(
+        self,
+        core: "tokenizers.Tokenizer",
+        description: str,
+        beside: stated_marks.Settings = ({},),
+    ):
         core.no_padding()
         core.no_truncation()
         core.encode_special_tokens = True  # the spelling of a mark inside a document is plain text
@@ -84,20 +91,24 @@ class Tokenizer:
         self.size = max(core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not self.size:
             raise ConfigError(f"data.tokenizer: {description} has no tokens; give another one")
-        eos = self._first(EOS_NAMES)
+        eos = self._mark("eos", beside, EOS_NAMES)
         if eos is None:
             raise ConfigError(
-                f"data.tokenizer: {description} has no end-of-text mark; it needs a token called "
-                f"one of {', '.join(EOS_NAMES)}"
+                f"data.tokenizer: {description} has no end-of-text mark; it needs eos_token in a "
+                f"tokenizer_config.json beside it, or a token called one of {', '.join(EOS_NAMES)}"
             )
+        bos = None
+        if not stated_marks.without_bos(beside):
+            bos = self._mark("bos", beside, BOS_NAMES)
         fim = next((ids for names in FIM_NAMES if None not in (ids := self._ids(names))), None)
-        self.marks = Marks(eos, self._first(BOS_NAMES), fim)  # type: ignore[arg-type]
+        self.marks = Marks(eos, bos, fim)  # type: ignore[arg-type]
 
     def _ids(self, names: Sequence[str]) -> tuple[int | None, ...]:
         return tuple(self._core.token_to_id(name) for name in names)
 
-    def _first(self, names: Sequence[str]) -> int | None:
-        return next((i for i in self._ids(names) if i is not None), None)
+    def _mark(self, kind: str, beside: stated_marks.Settings, names: Sequence[str]) -> int | None:
+        known = [*stated_marks.stated(beside, kind), *names]
+        return stated_marks.find(known, self._core.token_to_id, self._core.id_to_token)
 
     def encode(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Yields the ids of each text, int32, without BOS and EOS; encodes batches on all cores."""
@@ -123,8 +134,21 @@ class Tokenizer:
             return self._core.decode([int(i) for i in ids])
 
     def save(self, file: Path) -> None:
-        """Writes a `tokenizer.json` that `read` reads."""
+        """Writes a `tokenizer.json` that `read` reads, and the names of its marks beside it.
+
+        A `tokenizer_config.json` that is there already stays.
+        """
         file.write_text(self._core.to_str(), encoding="utf-8")
+        settings = file.with_name(stated_marks.FILES[0])
+        if not settings.exists():
+            settings.write_text(self.settings_for_readers(), encoding="utf-8")
+
+    def settings_for_readers(self) -> str:
+        """A `tokenizer_config.json` with which other readers give the same ids, BOS and EOS."""
+        bos = None if self.marks.bos is None else self._core.id_to_token(self.marks.bos)
+        pad = None if self._core.token_to_id(PAD) is None else PAD
+        values = stated_marks.for_readers(bos, str(self._core.id_to_token(self.marks.eos)), pad)
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def identity(name: str, vocab: int) -> str:
@@ -133,7 +157,13 @@ def identity(name: str, vocab: int) -> str:
         return f"bpe {vocab} {LONGEST_TOKEN} {WORDS} {OWN_MARKS}"
     if name == "byte":
         return f"byte {OWN_MARKS}"
-    return hashlib.blake2b(_content(_file(name)), digest_size=16).hexdigest()
+    file = _file(name)
+    beside = stated_marks.beside(file)
+    known = [stated_marks.stated(beside, kind) for kind in stated_marks.KINDS]
+    content = _content(file)
+    if any(known) or stated_marks.without_bos(beside):
+        content += repr((known, stated_marks.without_bos(beside))).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _content(file: Path) -> bytes:
@@ -175,25 +205,33 @@ def make(name: str, *, vocab: int, texts: Iterable[str]) -> Tokenizer:
     return fitting(read(_file(name)), vocab)
 
 
-def read(file: Path) -> Tokenizer:
+def read(
+    file: Path, content: bytes | None = None, beside: stated_marks.Settings | None = None
+) -> Tokenizer:
     """Reads a `tokenizer.json`.
+
+    Args:
+      content: Its bytes, where they were read before.
+      beside: Contents of the settings beside it, where they were read before.
 
     Raises:
       ConfigError: Another kind of file, or a tokenizer without end-of-text mark.
     """
     import tokenizers
 
-    data = _content(file)
+    beside = stated_marks.beside(file) if beside is None else beside
+    data = _content(file) if content is None else content
     with _library(f"data.tokenizer: {shown(file)} is not a tokenizer.json"):
-        content = json.loads(data.decode())
+        values = json.loads(data)
         # V3 does not flag its fill-in-the-middle marks as special, so documents could contain them.
-        marks = {*BOS_NAMES, *EOS_NAMES, *itertools.chain(*FIM_NAMES)}
-        for token in content.get("added_tokens", []):
-            if token["content"] in marks:
+        marks: set[str | int] = {*BOS_NAMES, *EOS_NAMES, *itertools.chain(*FIM_NAMES)}
+        marks |= {mark for kind in stated_marks.KINDS for mark in stated_marks.stated(beside, kind)}
+        for token in values.get("added_tokens", []):
+            if token["content"] in marks or token["id"] in marks:
                 token["special"] = True
-        core = tokenizers.Tokenizer.from_str(json.dumps(content))
+        core = tokenizers.Tokenizer.from_str(json.dumps(values))
         description = f"{shown(file.name, 80)} of {core.get_vocab_size()} entries"
-    return Tokenizer(core, description)
+    return Tokenizer(core, description, beside)
 
 
 def fitting(tokenizer: Tokenizer, vocab: int) -> Tokenizer:
@@ -278,11 +316,14 @@ def _bytes() -> Tokenizer:
 
 def _byte_level(core: "tokenizers.Tokenizer", *before: Any) -> None:
     """Makes a tokenizer byte-level, after other pre-tokenizers."""
-    from tokenizers import decoders, pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers, processors
 
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.pre_tokenizer = pre_tokenizers.Sequence([*before, to_bytes])
     core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.TemplateProcessing(  # for other readers: `encode` adds no BOS
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, OWN_MARKS.index(BOS))]
+    )
 
 
 def _letters() -> dict[int, str]:

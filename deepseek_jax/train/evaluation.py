@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data import scoring, source, tokenizer
+from deepseek_jax.data import scoring, source
 from deepseek_jax.model import execution, params, remat
 from deepseek_jax.model.loss import head_loss
 from deepseek_jax.model.params import split
@@ -131,9 +130,7 @@ def score_checkpoint(
       ConfigError: a checkpoint or data that cannot be read, or a layout that does not fit.
     """
     model = checkpoint.model
-    sequences, valid, text = _laid_out(
-        checkpoint.directory, data, model.vocab, length, tokens, text_key, say
-    )
+    sequences, valid, text = _laid_out(checkpoint, data, model.vocab, length, tokens, text_key, say)
     config = forward_config(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
@@ -153,7 +150,7 @@ def score_checkpoint(
 
 
 def _laid_out(
-    directory: Path,
+    checkpoint: Checkpoint,
     data: str,
     vocab: int,
     length: int,
@@ -167,18 +164,17 @@ def _laid_out(
     """
     if files := source.token_files(data):
         return *scoring.of_tokens(files, vocab=vocab, length=length, tokens=tokens), None
-    words = directory / "tokenizer.json"
-    if not words.is_file():
+    tokens_of, directory = checkpoint.tokenizer, checkpoint.directory
+    if tokens_of is None:
         raise ConfigError(
             f"{directory} has no tokenizer.json to read the text of --data={data} with; expected "
             "one there, or a token file (.npy or .bin) for --data"
         )
     documents = source.open_source(data, text_key, say, whole=True)
-    tokens_of = tokenizer.read(words)
     if tokens_of.size > vocab:
         raise ConfigError(
-            f"{words} has ids up to {tokens_of.size - 1}, and the model beside it knows 0 to "
-            f"{vocab - 1}; expected the tokenizer that it was trained with"
+            f"{directory / 'tokenizer.json'} has ids up to {tokens_of.size - 1}, and the model "
+            f"beside it knows 0 to {vocab - 1}; expected the tokenizer that it was trained with"
         )
     text = scoring.of_text(documents, tokens_of, length=length, tokens=tokens)
     return text.sequences, text.valid, text

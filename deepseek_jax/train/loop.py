@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax import config as configs
+from deepseek_jax.checkpoint import conversion
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config
 from deepseek_jax.data.corpus import Corpus
@@ -74,6 +75,8 @@ def train(
     report = Report(directory, total_tokens=config.schedule.tokens, screen=screen, primary=primary)
     profiler = profiling.Profiler(directory, (profile_steps or 0) if primary else 0, report.say)
     with contextlib.closing(report):
+        if obstacle := conversion.obstacle(directory, config):
+            report.say(obstacle)
         mesh, layout = meshes.build(config.mesh), meshes.layout(config)
         data = _open_data(config, layout, mesh, report)
         store = Store(directory / "checkpoints", keep=config.checkpoint.keep)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.checkpoint import carried
 from deepseek_jax.config import Config, ConfigError, load_json
 from deepseek_jax.config.hints import shown
 from deepseek_jax.config.renamed import with_new_names
@@ -32,6 +33,7 @@ def check(directory: Path, config: Config) -> None:
         raise ConfigError(f"--workdir={directory}: {existing} is no folder; give another one")
     if jax.process_index() == 0:
         _try_to_write(directory)
+    carried.check_tokenizer(directory, config.data)
     kept = directory / "config.json"
     if not kept.exists():
         if (directory / "checkpoints").exists() and any((directory / "checkpoints").iterdir()):
@@ -42,7 +44,10 @@ def check(directory: Path, config: Config) -> None:
         return
     before = _kept(kept)
     now = json.loads(config.to_json())
-    for key in FIXED:
+    fixed = [
+        key for key in FIXED if key != "data.tokenizer" or not _may_set_tokenizer(directory, before)
+    ]
+    for key in fixed:
         for name, was, is_now in _differences(_at(before, key), _at(now, key), key):
             kept_value, new_value = shown(was, _LONGEST), shown(is_now, _LONGEST)
             raise ConfigError(
@@ -97,6 +102,12 @@ def _try_to_write(directory: Path) -> None:
         for folder in reversed(made):
             with contextlib.suppress(OSError):  # another run may have started in it
                 folder.rmdir()
+
+
+def _may_set_tokenizer(directory: Path, before: Any) -> bool:
+    """Whether a workdir of `convert` waits for a tokenizer that the weights came without."""
+    waits = _at(before, "data.tokenizer") in carried.MADE_ANEW
+    return waits and carried.began_from_weights(directory)
 
 
 def _at(values: Any, key: str) -> Any:

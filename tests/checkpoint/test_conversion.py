@@ -189,9 +189,9 @@ def test_nothing_partial_is_left(tmp_path):
 WRITER = """
 import sys, time
 from pathlib import Path
-from deepseek_jax.checkpoint import conversion
+from deepseek_jax.checkpoint import new_folder
 
-with conversion._appears(Path(sys.argv[1])) as folder:
+with new_folder.appearing(Path(sys.argv[1])) as folder:
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "half").write_text("a tens")
     print(folder.name, flush=True)

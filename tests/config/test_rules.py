@@ -143,7 +143,7 @@ RULES = [
     # The model.
     ({"model.dense_layers": 5}, r"model\.dense_layers=5 is more than model\.layers=4"),
     ({"model.d_rope": 15}, r"model\.d_rope=15 is odd.* set model\.d_rope=16"),
-    ({"model.yarn_beta_fast": 1.0}, r"model\.yarn_beta_fast=1\.0 .* model\.yarn_beta_slow"),
+    ({"model.yarn_beta_fast": 0.5}, r"model\.yarn_beta_fast=0\.5 .* model\.yarn_beta_slow"),
     ({"model.groups": 5}, r"model\.experts=16 .* model\.groups=5 .* set model\.groups=4"),
     ({"model.top_groups": 5}, r"model\.top_groups=5 is more than model\.groups=4"),
     ({"model.top_k": 9}, r"model\.top_k=9 .* 8 experts that model\.top_groups=2"),

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.checkpoint.hf.safetensors import shown
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.precision.fp8_tiles import BLOCK
 
 FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",  # V3, R1, Moonlight
     "deepseek_v2": "DeepseekV2ForCausalLM",  # V2, V2-Lite
+    "kimi_k2": "DeepseekV3ForCausalLM",  # Kimi K2: V3 under another name
 }
 # Published counts that must be there -> ours.
 _COUNTS = {
@@ -30,6 +32,8 @@ _FIXED = {
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu",
     "moe_layer_freq": 1, "rope_interleave": True,
 }  # fmt: skip
+# Lists of modules that a quantization_config leaves as they are, by the names of its writers.
+UNQUANTISED = ("modules_to_not_convert", "ignored_layers", "ignore")
 _GROUP_SCORE = {"noaux_tc": "top2", "group_limited_greedy": "max", "greedy": "max"}
 
 
@@ -45,8 +49,9 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
     """
     found = _Settings(settings, source)
     family = found.one_of("model_type", FAMILIES)
-    v3 = family == "deepseek_v3"
-    found.need("architectures", [FAMILIES[family]], default=[FAMILIES[family]])
+    v3 = family != "deepseek_v2"
+    if settings.get("architectures"):  # null where a config was saved without a model
+        found.need("architectures", [FAMILIES[family]], default=None)
     for key, value in _FIXED.items():
         found.need(key, value, default=value)
 
@@ -149,6 +154,7 @@ def in_format(settings: Mapping[str, Any], form: str) -> dict[str, Any]:
     out["torch_dtype"] = "float32" if form == "float32" else "bfloat16"
     if form == "fp8":
         out["quantization_config"] = {
+            **(settings.get("quantization_config") or {}),  # such as scale_fmt
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "quant_method": "fp8",
@@ -159,7 +165,7 @@ def in_format(settings: Mapping[str, Any], form: str) -> dict[str, Any]:
 
 def topk_method(settings: Mapping[str, Any]) -> str:
     """The value of `topk_method`, or the one that its absence means."""
-    v3 = settings.get("model_type") == "deepseek_v3"
+    v3 = settings.get("model_type") != "deepseek_v2"
     return settings.get("topk_method") or ("noaux_tc" if v3 else "greedy")
 
 
@@ -179,13 +185,17 @@ def _check_relations(config: ModelConfig, found: "_Settings") -> None:
         found.refuse("n_group", f"two or more of n_routed_experts={config.experts} in each")
     if config.top_k > (held := per_group * config.top_groups):
         found.refuse("num_experts_per_tok", f"at most the {held} experts of topk_group groups")
-    quantised = found.values.get("quantization_config") or {}
+    quantised = found.below("quantization_config").values
     for key, value in {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}.items():
         if quantised and quantised.get(key) != value:
             raise ConfigError(
-                f"{found.source}: quantization_config.{key} is {quantised.get(key)!r}; expected "
-                f"{value!r}"
+                f"{found.source}: quantization_config.{key} is {shown(quantised.get(key))}; "
+                f"expected {value!r}"
             )
+    for key in UNQUANTISED:
+        names = quantised.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            found.below("quantization_config").refuse(key, "names of modules, or null")
 
 
 def _rotary(found: "_Settings") -> dict[str, Any]:
@@ -211,7 +221,9 @@ def _rotary(found: "_Settings") -> dict[str, Any]:
     rope.need("truncate", True, default=True)
     values |= {  # defaults of the published code where a key is absent
         "yarn_factor": rope.number("factor"),
-        "yarn_original": rope.count("original_max_position_embeddings"),
+        "yarn_original": rope.count(
+            "original_max_position_embeddings", absent=values["yarn_original"]
+        ),
         "yarn_beta_fast": rope.number("beta_fast", absent=32.0),
         "yarn_beta_slow": rope.number("beta_slow", absent=1.0),
         "yarn_mscale": rope.number("mscale", absent=1.0, zero=True),
@@ -219,8 +231,10 @@ def _rotary(found: "_Settings") -> dict[str, Any]:
     }
     if values["yarn_factor"] < 1:
         rope.refuse("factor", "at least 1")
-    if values["yarn_beta_fast"] <= values["yarn_beta_slow"]:
-        rope.refuse("beta_fast", f"above beta_slow={values['yarn_beta_slow']}")
+    if values["yarn_beta_fast"] < values["yarn_beta_slow"]:
+        rope.refuse("beta_fast", f"at least beta_slow={values['yarn_beta_slow']}")
+    if values["yarn_factor"] > 1 and values["rope_theta"] == 1:
+        theta.refuse("rope_theta", "another number than 1, whose logarithm YaRN divides by")
     return values
 
 
@@ -241,7 +255,7 @@ class _Settings:
 
     def refuse(self, key: str, expected: str) -> None:
         """Raises ConfigError with the value of the key and what was expected."""
-        found = repr(self.values[key]) if key in self.values else "missing"
+        found = shown(self.values[key]) if key in self.values else "missing"
         raise ConfigError(f"{self.source}: {self.path}{key} is {found}; expected {expected}")
 
     def need(self, key: str, value: Any, *, default: Any) -> None:
@@ -271,7 +285,7 @@ class _Settings:
         value = self.values.get(key)
         value = absent if value is None else value
         number = -1.0
-        if isinstance(value, int | float) and type(value) is not bool:
+        if isinstance(value, int | float) and type(value) is not bool and abs(value) < 2**64:
             number = float(value)
         if not (0 < number < 2**63 or (zero and number == 0)):
             self.refuse(key, "a number from 0 on" if zero else "a number above 0")

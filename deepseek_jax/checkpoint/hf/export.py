@@ -21,12 +21,14 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.checkpoint.hf import fp8_blocks, safetensors
+from deepseek_jax.checkpoint.hf.config_json import UNQUANTISED
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3
 
 FORMATS = ("bfloat16", "float32", "fp8")
 BF16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+_NOT_BF16 = np.float32(1 / 3)  # a value that BF16 does not hold
 
 Read = Callable[[Piece], np.ndarray]
 
@@ -59,18 +61,26 @@ def write(
       shard_bytes: a file is closed before it would grow past this; one tensor may be larger.
     """
     (folder / "config.json").write_text(json.dumps(dict(settings), indent=2) + "\n")
-    shards = _shards(_groups(source, form), shard_bytes)
+    quantised = settings.get("quantization_config") or {}
+    shards = _shards(_groups(source, form, _unquantised(quantised)), shard_bytes)
+    powers_of_two = quantised.get("scale_fmt") == "ue8m0"
     files = [safetensors.SINGLE] if len(shards) == 1 else _names(len(shards))
     where: dict[str, str] = {}
     total = 0
     for file, shard in zip(files, shards, strict=True):
         expected = {name: kind for group in shard for name, kind in group.tensors.items()}
-        safetensors.write(folder / file, expected, _values(shard, source))
+        safetensors.write(folder / file, expected, _values(shard, source, powers_of_two))
         where |= dict.fromkeys(expected, file)
         total += sum(map(_bytes, shard))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def most_bytes(config: ModelConfig, biased: bool, form: str) -> int:
+    """Size of the files of `write`; that of norms and routers, which depends on values, at most."""
+    unread = WeightSource(config, biased, lambda piece: np.full(piece.shape, _NOT_BF16))
+    return sum(map(_bytes, _groups(unread, form, ())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +97,16 @@ class _Group:
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 
-def _groups(source: WeightSource, form: str) -> Iterator[_Group]:
+def _unquantised(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modules that a `quantization_config` leaves as they are."""
+    return tuple(name for key in UNQUANTISED for name in settings.get(key) or ())
+
+
+def _groups(source: WeightSource, form: str, unquantised: tuple[str, ...]) -> Iterator[_Group]:
     for name, piece in _with_copies(source.config, source.biased):
         dtype = _dtype(piece, source.read, form)
+        if dtype == E4M3 and any(f".{module}." in f".{name}" for module in unquantised):
+            dtype = BF16
         tensors = {name: (dtype, piece.shape)}
         if dtype == E4M3:
             tensors[name + SCALE] = (FLOAT32, tuple(-(-size // BLOCK) for size in piece.shape))
@@ -144,15 +161,16 @@ def _names(count: int) -> list[str]:
     return [f"model-{number + 1:05}-of-{count:06}.safetensors" for number in range(count)]
 
 
-def _values(shard: Iterable[_Group], source: WeightSource) -> Iterator[tuple[str, np.ndarray]]:
+def _values(
+    shard: Iterable[_Group], source: WeightSource, powers_of_two: bool
+) -> Iterator[tuple[str, np.ndarray]]:
     for group in shard:
         dtype, _ = group.tensors[group.name]
         if dtype == E4M3:
             pair = source.stored(group.name)
             if pair is None:
-                pair = fp8_blocks.quantise_blocks(
-                    source.read(group.piece).astype(np.float32, copy=False)
-                )
+                wide = source.read(group.piece).astype(np.float32, copy=False)
+                pair = fp8_blocks.quantise_blocks(wide, powers_of_two=powers_of_two)
             yield from zip((group.name, group.name + SCALE), pair, strict=True)
         else:
             yield group.name, source.read(group.piece).astype(dtype, copy=False)

@@ -19,7 +19,9 @@ _NEIGHBOURS = (0, -1, 1, -2, 2)  # float32 steps away from largest / top
 _SAMPLE = 61  # stride of the values that are tried first; they exclude nearly every wrong scale
 
 
-def quantise_blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise_blocks(
+    matrix: np.ndarray, *, powers_of_two: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """E4M3 values and float32 scales whose products in float32 approximate the matrix.
 
     A block that is such a product already is reproduced exactly, in every bit of float32; values
@@ -28,6 +30,8 @@ def quantise_blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
       matrix: float32 [out, in], finite.
+      powers_of_two: whether scales are powers of two (`scale_fmt` "ue8m0" of published settings):
+        the least one that keeps the largest value in range, where none is exact.
 
     Returns:
       values [out, in] float8_e4m3fn, and scales [ceil(out / 128), ceil(in / 128)].
@@ -40,7 +44,7 @@ def quantise_blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         band = matrix[start : start + BLOCK]
         padded = np.pad(band, ((0, 0), (0, -columns % BLOCK))).reshape(len(band), across, BLOCK)
         blocks = np.ascontiguousarray(padded.transpose(1, 0, 2)).reshape(across, -1)
-        scales[number] = _scales(blocks)
+        scales[number] = _scales(blocks, powers_of_two)
         stored = _stored(blocks, scales[number]).reshape(across, len(band), BLOCK)
         values[start : start + BLOCK] = stored.transpose(1, 0, 2).reshape(len(band), -1)[
             :, :columns
@@ -48,17 +52,23 @@ def quantise_blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values, scales
 
 
-def _scales(blocks: np.ndarray) -> np.ndarray:
+def _scales(blocks: np.ndarray, powers_of_two: bool) -> np.ndarray:
     """Scale of each row of float32 values, a row being one block."""
     largest = np.abs(blocks).max(1)
     scales = np.where(largest > 0, largest / np.float32(LARGEST), np.float32(1))
+    if powers_of_two:
+        fractions, exponents = np.frexp(scales)  # scale = fraction 2^exponent, 1/2 <= fraction < 1
+        scales = np.ldexp(np.float32(1), exponents - (fractions == 0.5)).astype(np.float32)
     left = np.flatnonzero(largest)
     for top, steps in itertools.product(_TOPS, _NEIGHBOURS):
         if not len(left):
             break
         guess = (largest[left] / np.float32(top)).view(np.int32) + steps
         guess = guess.astype(np.int32).view(np.float32)
-        likely = np.flatnonzero(_is_product(blocks[left, ::_SAMPLE], guess))
+        fits = _is_product(blocks[left, ::_SAMPLE], guess)
+        if powers_of_two:
+            fits &= np.frexp(guess)[0] == 0.5
+        likely = np.flatnonzero(fits)
         exact = likely[_is_product(blocks[left[likely]], guess[likely])]
         scales[left[exact]] = guess[exact]
         left = np.delete(left, exact)

@@ -5,7 +5,8 @@ matrix is [out, in]; ours are laid out as the einsums of `model/` read them, so 
 of a published matrix is a reshape of ours.
 
 Two kinds of tensors are checked and not used: an MTP layer's copies of embedding and head (all
-depths share the main model's), and tables of rotary frequencies, which follow from the settings.
+depths share the main model's, so a copy that differs is refused), and tables of rotary frequencies,
+which follow from the settings. MTP layers beyond those that the settings count are left out.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import functools
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from deepseek_jax.checkpoint.hf import safetensors
+from deepseek_jax.checkpoint.hf import safetensors, stacked
 from deepseek_jax.checkpoint.hf.config_json import model_config, topk_method
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
 from deepseek_jax.checkpoint.hf.safetensors import Tensor
@@ -39,6 +41,12 @@ Slices = tuple[slice, ...]  # start and stop along each dimension
 HOST = ("cpu",)  # platforms whose devices keep arrays in host memory
 
 BF16 = safetensors.DTYPES["BF16"]
+
+# An MTP layer's copies of shared tables -> the shared tables.
+COPIES = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "shared_head.head.weight": "lm_head.weight",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +71,46 @@ class Published:
         FP8 blocks are multiplied by their scales into float32; other values stay as stored.
 
         Raises:
-          ConfigError: some of these values are not finite.
+          ConfigError: some of these values are not finite, or another in an MTP layer's copy.
         """
         tensor = self.tensors[name]
         index = tuple(slice(0, size) for size in tensor.shape) if index is None else index
-        value = tensor.array[index]
-        if tensor.dtype == E4M3:
-            with np.errstate(invalid="ignore"):  # values that are not finite are refused below
-                value = value.astype(np.float32) * self._scales(name, index)
+        value = self._values(name, index)
         bad = not_finite(value)
         if bad:
             raise ConfigError(
                 f"{tensor.file}: {name} holds {bad} values of {value.size} that are not finite, "
                 "expected none"
             )
+        for copy in self._copies(name):
+            if not _same(value, self._values(copy, index)):
+                raise ConfigError(
+                    f"{self.tensors[copy].file}: {copy} differs from {name}, and an MTP module of "
+                    "this model has no table of its own; set num_nextn_predict_layers=0 in "
+                    "config.json to leave the MTP layers out"
+                )
+            self.release(copy)
+        return value
+
+    def compare_copies(self) -> None:
+        """Raises ConfigError where an MTP layer's copy of a table is none."""
+        for name in COPIES.values():
+            if self._copies(name):
+                self.read(name)
+                self.release(name)
+
+    def _copies(self, name: str) -> list[str]:
+        layers = range(self.config.layers, self.config.layers + self.config.mtp_depth)
+        own = [copy for copy, table in COPIES.items() if table == name]
+        names = (f"model.layers.{layer}.{copy}" for layer in layers for copy in own)
+        return [copy for copy in names if copy in self.tensors]
+
+    def _values(self, name: str, index: Slices) -> np.ndarray:
+        tensor = self.tensors[name]
+        value = tensor.array[index]
+        if tensor.dtype == E4M3:
+            with np.errstate(invalid="ignore"):  # values that are not finite are refused later
+                value = value.astype(np.float32) * self._scales(name, index)
         return value
 
     def _scales(self, name: str, index: Slices) -> np.ndarray:
@@ -107,10 +141,51 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> Published:
     config = model_config(settings, source=folder / "config.json")
     if not any(name.startswith(f"model.layers.{config.layers}.") for name in tensors):
         config = dataclasses.replace(config, mtp_depth=0)  # left out when it was saved
+    tensors = stacked.single_experts(
+        folder, config, _without_uncounted_mtp(folder, config, tensors)
+    )
+    _check_count(folder, config, len(tensors))
     biased = topk_method(settings) == "noaux_tc"
     table = tuple(pieces(config, biased=biased))
     _check_tensors(folder, config, tensors, table)
     return Published(config, biased, table, tensors)
+
+
+def _without_uncounted_mtp(
+    folder: Path, config: ModelConfig, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors without MTP layers beyond those of the settings, as other readers take them."""
+    layer_of = {name: re.match(r"model\.layers\.(\d{1,9})\.", name) for name in tensors}
+    own = (
+        found[0] for name, found in layer_of.items() if found and name.endswith(".eh_proj.weight")
+    )
+    counted = config.layers + config.mtp_depth
+    extra = {layer for layer in own if int(layer.split(".")[2]) >= counted}
+    if not extra:
+        return tensors
+    if jax.process_index() == 0:
+        warnings.warn(
+            f"{folder} holds {len(extra)} more MTP layers than config.json counts "
+            f"(num_nextn_predict_layers={config.mtp_depth}); they are left out",
+            stacklevel=2,
+        )
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (found := layer_of[name]) or found[0] not in extra
+    }
+
+
+def _check_count(folder: Path, config: ModelConfig, found: int) -> None:
+    """Refuses sizes that so few tensors cannot have, before a table of them is made."""
+    mixtures = config.moe_layers + config.mtp_depth
+    least = config.layers + 3 * config.experts * mixtures
+    if found < least:
+        raise ConfigError(
+            f"{folder} does not hold the model of its config.json: num_hidden_layers="
+            f"{config.layers} and n_routed_experts={config.experts} need {least} tensors or more "
+            f"(found {found})"
+        )
 
 
 def load(source: Published, recipe: Recipe, place: Place) -> Transformer:
@@ -295,6 +370,18 @@ def not_finite(values: np.ndarray) -> int:
     return bad
 
 
+def _same(values: np.ndarray, others: np.ndarray) -> bool:
+    """Whether two arrays hold the same values; compared some rows at a time to bound memory."""
+    rows = max(1, (1 << 18) // max(1, math.prod(values.shape[1:])))
+    return all(
+        np.array_equal(
+            values[start : start + rows].astype(np.float32),
+            others[start : start + rows].astype(np.float32),
+        )
+        for start in range(0, len(values), rows)
+    )
+
+
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array at an address that a CPU device takes over without a copy."""
     size = math.prod(shape) * dtype.itemsize
@@ -323,9 +410,13 @@ def _check_tensors(
     wrong = []
     for name in sorted(expected.keys() | tensors.keys()):
         found, shape = tensors.get(name), expected.get(name)
-        # FP8 is for matrices, which come with scales, and scales do not come in FP8.
-        plain = name.endswith(SCALE) or len(shape or ()) != 2
-        if found is None or found.shape != shape or (found.dtype == E4M3 and plain):
+        # E4M3 is for matrices, which come with scales; E8M0 is for scales.
+        scale = name.endswith(SCALE)
+        plain = scale or len(shape or ()) != 2
+        narrow = found is not None and (
+            (found.dtype == E4M3 and plain) or (found.dtype == safetensors.E8M0 and not scale)
+        )
+        if found is None or found.shape != shape or narrow:
             kind = "a float" if plain else "a float or FP8 "
             need = "nothing" if shape is None else f"{kind}{list(shape)}"
             wrong.append(f"{name} (found {found or 'nothing'}, expected {need})")

@@ -9,9 +9,12 @@ bytes one after another. A folder holds `model.safetensors`, or several files an
 """
 
 import dataclasses
+import errno
 import json
 import math
 import mmap
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,17 @@ import numpy as np
 from deepseek_jax.config import ConfigError
 from deepseek_jax.precision.fp8_tiles import E4M3
 
+E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)  # powers of two; a dtype of scales alone
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": E4M3,
+    "F8_E8M0": E8M0,
 }
-LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit, here also that of a JSON file
+_LONGEST_NAME = 500  # characters of a tensor's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,24 +118,47 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ConfigError if the file does not hold one."""
+    return json_object(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of a small file; ConfigError if it cannot be read."""
     try:
-        return _object(path.read_bytes(), str(path))
+        with open(_regular(path), "rb") as stream:
+            text = stream.read(LONGEST_HEADER + 1)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    if len(text) > LONGEST_HEADER:
+        raise ConfigError(f"{path} has more than {LONGEST_HEADER:,} bytes; expected a JSON object")
+    return text
 
 
-def _object(text: bytes, source: str) -> dict[str, Any]:
+def _regular(path: Path) -> int:
+    """A descriptor of a regular file, to read: a pipe or a device could block for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def json_object(text: bytes, source: str) -> dict[str, Any]:
+    """The JSON object that a text spells; ConfigError, which names `source`, for another text."""
+
     def once(pairs):
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"{source} names {twice} twice; expected once")
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                raise ConfigError(f"{source} names {shown(name)} twice; expected once")
+            values[name] = value
         return values
 
     try:
         value = json.loads(text, object_pairs_hook=once)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise ConfigError(f"{source} is not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{source} is {str(value)[:40]!r}; expected a JSON object")
@@ -141,19 +170,36 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(where, dict) or not where:
         raise ConfigError(f"{index} has no weight_map; expected tensor name -> file name")
     for name, file in where.items():
+        _check_name(index, name)
         plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
+        plain = plain and file.isprintable() and len(file.encode()) < 256
         if not plain or file in ("", ".", ".."):
             raise ConfigError(
-                f"{index} puts {name} in {file!r}; expected the name of a file beside it, without "
-                "a path"
+                f"{index} puts {name} in {shown(file)}; expected the name of a file beside it, "
+                "without a path"
             )
     return where
 
 
+def shown(value: Any) -> str:
+    """Python's spelling of a value, cut to the length of a message's line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_name(file: Path, name: str) -> None:
+    """Raises ConfigError for a tensor's name that does not fit into the line of a message."""
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ConfigError(
+            f"{file} names a tensor {shown(name)}; expected at most {_LONGEST_NAME} printable "
+            "characters"
+        )
+
+
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
-        with file.open("rb") as stream:
-            size = file.stat().st_size
+        with open(_regular(file), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
             # An empty file cannot be mapped.
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else None
     except OSError as error:
@@ -164,10 +210,11 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             f"{file} has {size} bytes, which do not hold a safetensors header; it is truncated, or "
             "not a safetensors file"
         )
-    header = _object(content[8 : 8 + length], f"the header of {file}")
+    header = json_object(content[8 : 8 + length], f"the header of {file}")
     header.pop("__metadata__", None)
     first, available = 8 + length, size - 8 - length
     for name, entry in header.items():
+        _check_name(file, name)
         _check_entry(file, name, entry)
     position = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -199,12 +246,13 @@ def _check_entry(file: Path, name: str, entry: Any) -> None:
     )
     if shape is None or offsets is None or len(offsets) != 2:
         raise ConfigError(
-            f"{file}: the header says {str(entry)[:80]} of {name}; expected dtype, shape and "
+            f"{file}: the header says {shown(entry)} of {name}; expected dtype, shape and "
             "data_offsets"
         )
     if not isinstance(fields.get("dtype"), str) or fields["dtype"] not in DTYPES:
         raise ConfigError(
-            f"{file}: {name} is {fields.get('dtype')}{shape}; expected one of {', '.join(DTYPES)}"
+            f"{file}: {name} is {repr(str(fields.get('dtype')))[1:-1][:40]}{shown(shape)}; "
+            f"expected one of {', '.join(DTYPES)}"
         )
 
 

@@ -122,7 +122,6 @@ def test_a_training_run_is_loaded(tmp_path):
         ({"topk_method": "random"}, ("topk_method is 'random'", "noaux_tc")),
         ({"scoring_func": "tanh"}, ("scoring_func is 'tanh'", "sigmoid")),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, ("rope_scaling.type is 'linear'",)),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, ("original_max_position_embeddings",)),
         ({"n_group": 3}, ("n_group is 3", "divisor of n_routed_experts=16")),
         ({"topk_group": 5}, ("topk_group is 5", "at most n_group=4")),
         ({"num_experts_per_tok": 9}, ("num_experts_per_tok is 9", "at most the 8")),
