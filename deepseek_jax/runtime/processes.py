@@ -67,6 +67,13 @@ class StopSignal:
         if not jax.distributed.is_initialized():
             signal.signal(signal.SIGTERM, self._hear)
 
+    def request(self) -> None:
+        """Asks all processes to stop, as a signal to this one would."""
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it and tells the other processes
+        else:
+            self._heard = True
+
     def reached(self, step: int) -> bool:
         """Whether to save and stop after this step; call it after every step, in order.
 
