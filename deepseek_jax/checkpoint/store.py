@@ -60,7 +60,8 @@ class Store:
         self._held: set[int] = set()  # steps that this store has saved or restored
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self._writing = -1  # the step of the newest save
+        self._writing, self._bytes = -1, 0  # step and size of the newest save
+        self._why = ""  # the newest step cannot be used
         _silence()
 
     def __enter__(self) -> "Store":
@@ -115,7 +116,7 @@ class Store:
             for (name, leaf), seen in zip(leaves.items(), looks, strict=True)
         }
         record = manifest.sealed({"step": step, "meta": meta, "leaves": described})
-        self._writing = step
+        self._writing, self._bytes = step, sum(leaf.nbytes for leaf in leaves.values())
         raise_together(self._make_ready)
         self._broken.clear()
         try:
@@ -268,8 +269,8 @@ class Store:
                 yield step, record
         if self._broken:
             raise ConfigError(
-                f"{self._directory} holds {len(self._broken)} checkpoints and none can be used; "
-                "repair or remove them, or choose another workdir"
+                f"{self._directory} holds {len(self._broken)} checkpoints and none can be used "
+                f"(the newest {self._why}); repair or remove them, or choose another workdir"
             )
 
     def _attempt(self, step: int, read: Callable[[], T]) -> T | None:
@@ -284,6 +285,7 @@ class Store:
         if all_true(value is not None):
             return value
         self._broken.add(step)
+        self._why = self._why or f"{what}: {why}"
         if jax.process_index() == 0:
             path = self._directory / str(step)
             _log.warning("checkpoint %s %s, trying an older one (%s)", path, what, why)
@@ -354,7 +356,7 @@ class Store:
         if jax.process_count() == 1:  # other processes may still be writing
             self._remove_leftovers()
         if why == os.strerror(errno.ENOSPC):
-            why += f", {free / 1e6:,.1f} MB free"
+            why += f": {free / 1e6:,.1f} MB free for a checkpoint of {self._bytes / 1e6:,.1f} MB"
         if why == os.strerror(errno.ENOENT):
             cure = "Put the folder back"
         else:

@@ -95,16 +95,18 @@ class Lock:
     def release(self) -> None:
         """Releases the lock; may be called twice."""
         self._end.set()
+        ours = self._file is None
         if self._file is not None:
             file, self._file = self._file, None
             with contextlib.suppress(OSError):
-                if self._path.read_text(errors="replace") == self._text:
+                ours = self._path.read_text(errors="replace") == self._text
+                if ours:
                     self._path.unlink()  # while the lock is held: later it may be another's
             os.close(file)
-        for folder in reversed(self._made):
+        made, self._made = self._made, []
+        for folder in reversed(made if ours else []):
             with contextlib.suppress(OSError):  # it holds a run now
                 folder.rmdir()
-        self._made = []
 
     def _make_folders(self) -> None:
         paths = (self.directory, *self.directory.absolute().parents)
