@@ -3,6 +3,18 @@
 `ConfigError` (`config/schema.py`) is the other error that ends a command with one line.
 """
 
+import errno
+import os
+
+# Errors of a file system that libraries in C++ pass on as text alone.
+_SYSTEM = tuple(
+    os.strerror(number)
+    for number in (
+        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM,
+        errno.ESTALE, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
+    )
+)  # fmt: skip
+
 
 class RunError(RuntimeError):
     """A run that had to stop: a full disk, a lost process, a loss that is not finite.
@@ -10,3 +22,21 @@ class RunError(RuntimeError):
     The message is one line that says what happened, what is kept and how to go on. A command ends
     with it and exit code 1.
     """
+
+
+def reason(error: BaseException) -> str:
+    """Cause of an error in a few words: the operating system's own if it is at the bottom of it."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for found in causes:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+    texts = [" ".join(str(found).split()) for found in causes]
+    for text in texts:
+        for words in _SYSTEM:
+            if words in text:
+                return words
+    return f"{type(error).__name__}: {texts[0]}"[:200]

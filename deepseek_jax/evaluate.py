@@ -40,6 +40,7 @@ def main() -> None:
     from deepseek_jax.checkpoint.load import open_checkpoint
     from deepseek_jax.runtime import processes
     from deepseek_jax.train import evaluation
+    from deepseek_jax.train.metrics import plain
 
     with command.naming(FLAG_OF):
         checkpoint = open_checkpoint(directory)
@@ -54,7 +55,8 @@ def main() -> None:
             say=print if processes.is_primary() and not JSON.value else lambda line: None,
         )
     if processes.is_primary():
-        print(json.dumps(found, indent=2) if JSON.value else text(found))
+        kept = {key: plain(value) for key, value in found.items()}  # JSON has no infinity
+        print(json.dumps(kept, indent=2, allow_nan=False) if JSON.value else text(found))
 
 
 if __name__ == "__main__":

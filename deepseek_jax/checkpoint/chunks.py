@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore
 
 CHUNK_BYTES = 1 << 25  # of a chunk at most
 _ROW_BYTES = 1 << 20  # layers or experts of at least this size get chunks of their own
 _AT_ONCE = 4  # chunks that are decoded or written at once
+_LOOK = 1 << 20  # elements that `finite` looks at together
 _KEPT_BYTES = 1 << 26  # of decoded chunks that are kept: the next part may lie in the same ones
 _CODEC = {"driver": "zarr3", "codecs": [{"name": "zstd", "configuration": {"level": 3}}]}
 
@@ -81,6 +83,15 @@ def write(state: Path, name: str, like: Any, part_of: Callable[[Index], np.ndarr
 def bits(part: np.ndarray) -> int:
     """Sum of the elements' bits, read as unsigned integers, modulo 2**32."""
     return int(part.view(f"u{part.itemsize}").sum(dtype=np.uint32))
+
+
+def finite(part: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite; looks at some at a time to bound memory."""
+    if not jax.dtypes.issubdtype(part.dtype, np.inexact):
+        return True
+    flat = part.reshape(-1)
+    some = (flat[start : start + _LOOK] for start in range(0, flat.size, _LOOK))
+    return all(bool(np.isfinite(each).all()) for each in some)
 
 
 class Leaves:

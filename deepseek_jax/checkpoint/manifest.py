@@ -1,5 +1,6 @@
 """Record of a saved step: dtype, shape and bit sum of each leaf, under a checksum of its own."""
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -29,35 +30,70 @@ def describe(leaf: Any) -> str:
     return f"{leaf.dtype.name}{list(leaf.shape)}"
 
 
-def bit_sums(leaves: dict[str, jax.Array]) -> list[int]:
-    """Bit sum of each leaf (`chunks.bits`), which is the same for every sharding.
+class NotFinite(ValueError):
+    """A state with NaN or infinite values; the message names the leaves that hold some."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What one look at a leaf's values tells.
+
+    Attributes:
+      bits: bit sum (`chunks.bits`), which is the same for every sharding.
+      finite: whether no value is NaN or infinite.
+    """
+
+    bits: int
+    finite: bool
+
+
+def look(leaves: dict[str, jax.Array]) -> list[Look]:
+    """A look at each leaf, in all processes.
 
     Computed on the host: to compile this for the devices takes a laptop longer than a save.
     """
-    sums = np.array([_local_bits(leaf) for leaf in leaves.values()], np.uint32)
+    local = np.array([_local(leaf) for leaf in leaves.values()], np.uint32).reshape(-1, 2)
     if jax.process_count() > 1:
-        sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
-    return sums.tolist()
+        local = multihost_utils.process_allgather(local).sum(0, dtype=np.uint32)
+    return [Look(int(bits), not bad) for bits, bad in local]
 
 
-def _local_bits(leaf: jax.Array) -> int:
-    """Bit sum of this process's shards; one of several replicas counts."""
+def _local(leaf: jax.Array) -> tuple[int, int]:
+    """Bit sum, and number of parts that are not finite, of this process's shards.
+
+    One of several replicas counts.
+    """
     parts = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
-    return sum(map(files.bits, parts)) % 2**32
+    return sum(map(files.bits, parts)) % 2**32, sum(not files.finite(part) for part in parts)
 
 
-def sums_on_disk(leaves: Leaves, names: Iterable[str]) -> Iterator[int]:
-    """Bit sums of leaves on disk, each read once, a chunk at a time."""
-    return (sum(map(files.bits, leaves.chunks(name))) % 2**32 for name in names)
+def look_on_disk(leaves: Leaves, names: Iterable[str]) -> Iterator[Look]:
+    """A look at leaves on disk, each read once, a chunk at a time."""
+    for name in names:
+        bits, finite = 0, True
+        for chunk in leaves.chunks(name):
+            bits, finite = bits + files.bits(chunk), finite and files.finite(chunk)
+        yield Look(bits % 2**32, finite)
+
+
+def require_finite(names: Iterable[str], looks: Iterable[Look]) -> None:
+    """Raises NotFinite where a leaf is not."""
+    bad = [name for name, found in zip(names, looks, strict=True) if not found.finite]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NotFinite(f"{', '.join(bad[:3])}{more}")
 
 
 def verify(
-    names: Collection[str], sums: Callable[[Any], Iterable[int]], record: dict[str, Any]
+    names: Collection[str], looks: Callable[[Any], Iterable[Look]], record: dict[str, Any]
 ) -> bool:
-    """Compares the bit sums of leaves with the record: True, or ValueError if one differs."""
-    for name, bits in zip(names, sums(names), strict=True):
-        if bits != record["leaves"][name][1]:
+    """Compares leaves with the record: True, or ValueError if one differs or is not finite."""
+    found = []
+    for name, seen in zip(names, looks(names), strict=True):
+        if seen.bits != record["leaves"][name][1]:
             raise ValueError(f"{name} is not what was saved: its bits do not add up")
+        found.append(seen)
+    require_finite(names, found)
     return True
 
 

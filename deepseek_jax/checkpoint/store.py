@@ -3,17 +3,20 @@
 A step gets its number by one rename after its last byte is written, and loses it by one rename
 before its first file is deleted. So a directory with a number was complete once, whenever the
 process is killed. Later damage (a lost file, a flipped bit) is found on reading, by orbax or by the
-bit sum of each leaf, and the step before is taken. No other module imports orbax.
+bit sum of each leaf, and the step before is taken. A step with NaN or infinite values is neither
+saved nor taken. No other module imports orbax.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +29,8 @@ from deepseek_jax.checkpoint import chunks as files
 from deepseek_jax.checkpoint import manifest
 from deepseek_jax.checkpoint.chunks import Leaves
 from deepseek_jax.config import ConfigError
-from deepseek_jax.runtime.agreement import all_true, from_primary
+from deepseek_jax.errors import RunError, reason
+from deepseek_jax.runtime.agreement import all_true, from_primary, raise_together
 
 PyTree = Any
 T = TypeVar("T")
@@ -37,12 +41,13 @@ _log = logging.getLogger(__name__)
 class Store:
     """Saved steps of one run. All processes call every method with the same arguments."""
 
-    def __init__(self, directory: Path, *, keep: int):
+    def __init__(self, directory: Path, *, keep: int, check: Callable[[], None] = lambda: None):
         """Reads and writes `directory/STEP`; nothing is written before the first `save`.
 
         Args:
           directory: on a file system that all processes share.
           keep: how many of the newest steps stay.
+          check: called by process 0 before a save; raises RunError if it may not write here.
 
         Raises:
           ConfigError: `keep` is below one.
@@ -50,11 +55,31 @@ class Store:
         if keep < 1:
             raise ConfigError(f"checkpoint.keep is {keep}; expected at least 1")
         self._directory = Path(directory).absolute()
-        self._keep = keep
+        self._keep, self._check = keep, check
         self._broken: set[int] = set()  # unreadable steps, renamed by the next save
         self._held: set[int] = set()  # steps that this store has saved or restored
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self._writing, self._bytes = -1, 0  # step and size of the newest save
+        self._why = ""  # the newest step cannot be used
+        _silence()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Closes the store; an error on the way out is not hidden by that of a save."""
+        try:
+            self.close()
+        except RunError as failed:
+            if error is None:
+                raise
+            _log.warning("%s", failed)
+
+    @property
+    def newest(self) -> int:
+        """The newest step that this store has restored, or has written to its end; 0 if none."""
+        return max(self._held, default=0)
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
         """Writes a step in the background, once the write of the step before has ended.
@@ -70,9 +95,11 @@ class Store:
 
         Raises:
           ConfigError: the directory holds this step or a later one, which was not restored.
-          Exception: the write of the step before failed, on a full disk for example.
+          RunError: the write of the step before failed, on a full disk for example, or this one
+            cannot begin; in all processes.
+          manifest.NotFinite: a leaf holds NaN or infinite values; nothing is written.
         """
-        self.wait()
+        raise_together(self.wait)
         if step in self._held:
             return
         newest = from_primary(max(self.steps(), default=-1))
@@ -82,21 +109,22 @@ class Store:
                 "resume from it or choose another workdir"
             )
         leaves = manifest.named(state)
-        described = zip(
-            leaves, map(manifest.describe, leaves.values()), manifest.bit_sums(leaves), strict=True
-        )
-        record = {
-            "step": step,
-            "meta": meta,
-            "leaves": {name: [kind, bits] for name, kind, bits in described},
+        looks = manifest.look(leaves)
+        manifest.require_finite(leaves, looks)
+        described = {
+            name: [manifest.describe(leaf), seen.bits]
+            for (name, leaf), seen in zip(leaves.items(), looks, strict=True)
         }
-        if jax.process_index() == 0:
-            self._tidy()
+        record = manifest.sealed({"step": step, "meta": meta, "leaves": described})
+        self._writing, self._bytes = step, sum(leaf.nbytes for leaf in leaves.values())
+        raise_together(self._make_ready)
         self._broken.clear()
-        with _quiet(), _in_chunks():
-            response = ocp.save_async(
-                self._directory / str(step), leaves, custom_metadata=manifest.sealed(record)
-            )
+        try:
+            with _in_chunks():
+                path = self._directory / str(step)
+                response = ocp.save_async(path, leaves, custom_metadata=record)
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise self._failed(error) from error
         self._pending = self._worker.submit(self._finish, step, response)
 
     def save_parts(
@@ -115,8 +143,7 @@ class Store:
         assert jax.process_count() == 1 and not self.steps()
         directory = self._directory / str(step)
         self._directory.mkdir(parents=True, exist_ok=True)
-        with _quiet():
-            ocp.save(directory, {name: np.zeros((), leaf.dtype) for name, leaf in like.items()})
+        ocp.save(directory, {name: np.zeros((), leaf.dtype) for name, leaf in like.items()})
         # Orbax records neither shapes nor values, so another array may replace that of a leaf. The
         # step counts as damaged until our own record is beside it.
         written = {}
@@ -130,14 +157,19 @@ class Store:
         file.write_text(json.dumps(kept))
 
     def restore(
-        self, abstract: PyTree | Callable[[dict[str, Any]], PyTree], *, partial: bool = False
+        self,
+        abstract: PyTree | Callable[[dict[str, Any], Collection[str]], PyTree],
+        *,
+        partial: bool = False,
+        spare: str = "",
     ) -> tuple[int, PyTree, dict[str, Any]] | None:
-        """Reads the newest step that is not damaged, in the shardings of `abstract`.
+        """Reads the newest step that is neither damaged nor NaN, in the shardings of `abstract`.
 
         Args:
           abstract: jax.ShapeDtypeStruct leaves with shardings, on any mesh; or a function that
-            gives them for the `meta` of a step.
+            gives them for the `meta` of a step and the paths of the leaves that it holds.
           partial: whether to read only these leaves, where the step may hold others.
+          spare: the part of the state that a step may hold although `abstract` does not.
 
         Returns:
           (step, state, meta), or None where nothing was ever saved.
@@ -147,13 +179,16 @@ class Store:
         """
         self.wait()
         for step, record in self._readable():
-            like = abstract(record["meta"]) if callable(abstract) else abstract
+            held = record["leaves"].keys()
+            like = abstract(record["meta"], held) if callable(abstract) else abstract
             wanted = manifest.named(like)
-            self._compare(step, record, wanted, partial)
-            leaves = self._attempt(step, functools.partial(self._load, step, wanted, partial))
+            others = {name for name in held - wanted.keys() if name.split(".")[0] == spare}
+            self._compare(step, record, wanted, held if partial else others)
+            some = partial or bool(others)
+            leaves = self._attempt(step, functools.partial(self._load, step, wanted, some))
             if leaves is None:
                 continue
-            verify = functools.partial(manifest.verify, leaves, manifest.bit_sums, record)
+            verify = functools.partial(manifest.verify, leaves, manifest.look, record)
             if not self._attempt(step, verify):
                 continue
             self._held.add(step)
@@ -177,10 +212,10 @@ class Store:
         """
         names = manifest.named(wanted)
         for step, record in self._readable():
-            self._compare(step, record, names, partial=True)
+            self._compare(step, record, names, record["leaves"].keys())
             leaves = Leaves(self._directory / str(step) / "state")
-            sums = functools.partial(manifest.sums_on_disk, leaves)
-            if self._attempt(step, functools.partial(manifest.verify, names, sums, record)):
+            looks = functools.partial(manifest.look_on_disk, leaves)
+            if self._attempt(step, functools.partial(manifest.verify, names, looks, record)):
                 return leaves
         return None
 
@@ -198,16 +233,31 @@ class Store:
         found = {int(path.name) for path in paths if path.name.isdigit() and path.is_dir()}
         return sorted(found - self._broken)
 
+    def failure(self) -> RunError | None:
+        """The error that ended the write in the background, once; waits for nothing."""
+        if self._pending is None or not self._pending.done():
+            return None
+        try:
+            self.wait()
+        except RunError as error:
+            return error
+        return None
+
     def wait(self) -> None:
-        """Waits for the write in the background, and raises the exception that ended it, if any."""
+        """Waits for the write in the background; RunError if it failed."""
         pending, self._pending = self._pending, None
         if pending:
-            pending.result()
+            try:
+                pending.result()
+            except Exception as error:  # orbax and tensorstore raise many kinds
+                raise self._failed(error) from error
 
     def close(self) -> None:
         """Waits for the write in the background; the store cannot save any more."""
-        self.wait()
-        self._worker.shutdown()
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
 
     def _readable(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Steps with a readable record, newest first; ConfigError if all steps are damaged."""
@@ -219,24 +269,26 @@ class Store:
                 yield step, record
         if self._broken:
             raise ConfigError(
-                f"{self._directory} holds {len(self._broken)} checkpoints and none can be read; "
-                "repair or remove them, or choose another workdir"
+                f"{self._directory} holds {len(self._broken)} checkpoints and none can be used "
+                f"(the newest {self._why}); repair or remove them, or choose another workdir"
             )
 
     def _attempt(self, step: int, read: Callable[[], T]) -> T | None:
         """The result of `read`; None, after one warning, if it fails in any process."""
-        value, reason = None, "another process cannot read it"
+        value, what, why = None, "cannot be read", "another process cannot read it"
         try:
-            with _quiet():
-                value = read()
+            value = read()
+        except manifest.NotFinite as error:
+            what, why = "holds NaN or infinite values", str(error)
         except Exception as error:  # orbax raises bare Exception for a lost data file
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if all_true(value is not None):
             return value
         self._broken.add(step)
+        self._why = self._why or f"{what}: {why}"
         if jax.process_index() == 0:
             path = self._directory / str(step)
-            _log.warning("checkpoint %s cannot be read, trying an older one (%s)", path, reason)
+            _log.warning("checkpoint %s %s, trying an older one (%s)", path, what, why)
         return None
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -248,16 +300,19 @@ class Store:
         return record
 
     def _compare(
-        self, step: int, record: dict[str, Any], wanted: dict[str, Any], partial: bool
+        self, step: int, record: dict[str, Any], wanted: dict[str, Any], others: Collection[str]
     ) -> None:
-        """Raises ConfigError, in one line where orbax has pages, for a step of another model."""
+        """Raises ConfigError, in one line where orbax has pages, for a step of another model.
+
+        Args:
+          others: leaves that the step may hold although they are not wanted.
+        """
         found = {name: kind for name, (kind, _) in record["leaves"].items()}
         expected = {name: manifest.describe(leaf) for name, leaf in wanted.items()}
-        names = expected if partial else {**expected, **found}
         differ = [
             f"{name} (found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')})"
-            for name in names
-            if found.get(name) != expected.get(name)
+            for name in {**expected, **found}
+            if found.get(name) != expected.get(name) and (name in expected or name not in others)
         ]
         if differ:
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
@@ -282,22 +337,70 @@ class Store:
         response.result()
         self._held.add(step)
         if jax.process_index() == 0:
+            self._check()
             for old in self.steps()[: -self._keep]:
                 gone = self._directory / f"{old}.deleted"
                 (self._directory / str(old)).rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
 
+    def _failed(self, error: Exception) -> RunError:
+        """The error of a save, in one line; makes room by removing what the save has left."""
+        try:
+            if jax.process_index() == 0:
+                self._check()
+        except RunError as gone:
+            self._take_back()
+            return gone
+        why = reason(error)
+        free = shutil.disk_usage(self._directory).free if self._directory.is_dir() else 0
+        if jax.process_count() == 1:  # other processes may still be writing
+            self._remove_leftovers()
+        if why == os.strerror(errno.ENOSPC):
+            why += f": {free / 1e6:,.1f} MB free for a checkpoint of {self._bytes / 1e6:,.1f} MB"
+        if why == os.strerror(errno.ENOENT):
+            cure = "Put the folder back"
+        else:
+            cure = "Make room there" if "space" in why or "quota" in why else "Make it writable"
+        kept = f"the newest checkpoint is step {self.newest}, from which the same command goes on"
+        if not self._held:
+            kept = "there is no checkpoint yet, so the same command starts again"
+        path = self._directory / str(self._writing)
+        return RunError(f"checkpoint {path} cannot be written ({why}). {cure}; {kept}")
+
+    def _take_back(self) -> None:
+        """Removes the step that was being written where the folder is not this run's any more."""
+        for path in self._directory.glob(f"{self._writing}*"):
+            if path.name in (str(self._writing), f"{self._writing}.orbax-checkpoint-tmp"):
+                shutil.rmtree(path, ignore_errors=True)
+        for folder in (self._directory, self._directory.parent):
+            with contextlib.suppress(OSError):  # gone, or with files of another
+                folder.rmdir()
+
+    def _make_ready(self) -> None:
+        """Checks and tidies the directory before a save, on process 0."""
+        if jax.process_index() == 0:
+            self._check()
+            try:
+                self._tidy()
+            except OSError as error:
+                raise self._failed(error) from error
+
     def _tidy(self) -> None:
         """Renames damaged steps and removes the leftovers of killed processes, before a save."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.deleted", "*.orbax-checkpoint-tmp*"):
-            for path in self._directory.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+        if not self._held:  # else the directory is there, or was removed and is not made again
+            self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.stat()
+        self._remove_leftovers()
         for step in self._broken:
             path, aside = self._directory / str(step), self._directory / f"{step}.broken"
             if path.exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
+
+    def _remove_leftovers(self) -> None:
+        for pattern in ("*.deleted", "*.orbax-checkpoint-tmp*"):
+            for path in self._directory.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -317,21 +420,14 @@ def _in_chunks() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences orbax's log on the way to an exception, which is reported in one line instead."""
-    _forget_abandoned_reads()
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
 @functools.cache
-def _forget_abandoned_reads() -> None:
-    """Silences Python's reports of reads that orbax abandons when the read of one leaf fails."""
+def _silence() -> None:
+    """Silences what orbax logs on the way to an exception, which is told in one line instead.
+
+    It logs from threads of its own, at any time until a save ends. Python's reports of reads that
+    orbax abandons when the read of one leaf fails are silenced, too.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(
         lambda record: "exception was never retrieved" not in record.getMessage()
     )

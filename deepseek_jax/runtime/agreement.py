@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.errors import RunError
 
 T = TypeVar("T")
 
@@ -19,6 +20,7 @@ def raise_together(attempt: Callable[[], T]) -> T:
 
     Raises:
       ConfigError: `attempt` failed in some process; has the message of the first such process.
+      RunError: the same, where that process's own error is a RunError.
     """
     if jax.process_count() == 1:
         return attempt()
@@ -29,11 +31,13 @@ def raise_together(attempt: Callable[[], T]) -> T:
         failure = error
     text = np.zeros(_LONGEST, np.uint8)
     if failure is not None:
-        message = (str(failure) or type(failure).__name__).encode()[:_LONGEST]
+        kind = b"R" if isinstance(failure, RunError) else b"C"
+        message = kind + (str(failure) or type(failure).__name__).encode()[: _LONGEST - 1]
         text[: len(message)] = np.frombuffer(message, np.uint8)
     for row in multihost_utils.process_allgather(text):
         if row.any():
-            raise ConfigError(row.tobytes().rstrip(b"\0").decode(errors="ignore")) from failure
+            said = row.tobytes().rstrip(b"\0").decode(errors="ignore")
+            raise (RunError if said[0] == "R" else ConfigError)(said[1:]) from failure
     return value
 
 

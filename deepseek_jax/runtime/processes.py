@@ -87,6 +87,13 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._hear)
         signals.stepping()
 
+    def request(self) -> None:
+        """Asks all processes to stop, as a signal to this one would."""
+        if jax.distributed.is_initialized():
+            signal.raise_signal(signal.SIGTERM)  # JAX handles it and tells the other processes
+        else:
+            self._heard = True
+
     def reached(self, step: int) -> bool:
         """Whether to save and stop after this step; call it after every step, in order.
 

@@ -43,6 +43,12 @@ class Score:
         return self.nats / math.log(2) / text_bytes
 
 
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where that is beyond every float64."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(loss)))
+
+
 def make_score(
     config: Config, layout: Layout, mesh: Mesh
 ) -> Callable[[nnx.State, nnx.State, np.ndarray, np.ndarray], Score]:
@@ -141,7 +147,7 @@ def score_checkpoint(
     loss = score.nats / score.targets
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": score.bits_per_byte(text.bytes) if text else None,
         "gzip_bits_per_byte": 8 * text.gzip_bytes / text.bytes if text else None,
         "tokens": score.targets,

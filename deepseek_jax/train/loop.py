@@ -1,27 +1,28 @@
 """A training run from start to end.
 
-One turn of the loop, in this order: data, step, check, log, save, stop.
+One turn of the loop, in this order: data, step, check, stop, log, save.
 """
 
 import contextlib
 import dataclasses
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import conversion
+from deepseek_jax.checkpoint import conversion, manifest
 from deepseek_jax.checkpoint.store import Store
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.loader import TrainData
-from deepseek_jax.data.scoring import held_out
-from deepseek_jax.errors import RunError
+from deepseek_jax.data.scoring import HeldOut, held_out
+from deepseek_jax.errors import RunError, reason
 from deepseek_jax.hardware import xla_options
 from deepseek_jax.model import least_memory
 from deepseek_jax.parallel import mesh as meshes
@@ -31,6 +32,7 @@ from deepseek_jax.runtime import processes
 from deepseek_jax.runtime.agreement import raise_together
 from deepseek_jax.train import (
     evaluation,
+    lock,
     optimizer,
     profiling,
     state,
@@ -42,6 +44,8 @@ from deepseek_jax.train.metrics import Row
 from deepseek_jax.train.report import Report
 from deepseek_jax.train.step import make_ema, make_step, tokens_spec
 from deepseek_jax.train.token_schedule import Hyper
+
+_log = logging.getLogger(__name__)
 
 
 class NotFinite(RunError):
@@ -64,34 +68,52 @@ def train(
       there are no held-out scores.
 
     Raises:
-      ConfigError: before anything is compiled or written.
+      ConfigError: before anything is compiled or written; another run has the workdir, for example.
       NotFinite: a loss, gradient norm or weight is NaN or infinite.
+      RunError: the workdir is full or was removed, or another reason outside the config.
     """
     config = check_devices(config)
     if profile_steps is not None:
         profiling.check(config, profile_steps)
-    workdir.check(directory, config)
-    primary = processes.is_primary()
-    report = Report(directory, total_tokens=config.schedule.tokens, screen=screen, primary=primary)
-    profiler = profiling.Profiler(directory, (profile_steps or 0) if primary else 0, report.say)
-    with contextlib.closing(report):
-        if obstacle := conversion.obstacle(directory, config):
-            report.say(obstacle)
-        mesh, layout = meshes.build(config.mesh), meshes.layout(config)
-        data = _open_data(config, layout, mesh, report)
-        store = Store(directory / "checkpoints", keep=config.checkpoint.keep)
-        with contextlib.closing(data), contextlib.closing(store), jax.set_mesh(mesh):
-            run = Run(config, mesh, layout, data, store, report)
-            workdir.claim(directory, config, data.corpus)  # checkpoints and data fit one another
+    with lock.held(directory) as own:
+        raise_together(lambda: workdir.check(directory, config))
+        primary = processes.is_primary()
+        report = Report(
+            directory, total_tokens=config.schedule.tokens, screen=screen, primary=primary
+        )
+        traced = (profile_steps or 0) if primary else 0
+        profiler = profiling.Profiler(directory, traced, report.say)
+        with contextlib.closing(report):
+            if obstacle := conversion.obstacle(directory, config):
+                report.say(obstacle)
+            return _train(config, own, report, profiler)
+
+
+def _train(
+    config: Config, own: lock.Lock, report: Report, profiler: profiling.Profiler
+) -> dict[str, Any]:
+    """Trains in a workdir that this run has to itself."""
+    mesh, layout = meshes.build(config.mesh), meshes.layout(config)
+    kept = config.checkpoint.keep
+    with Store(own.directory / workdir.CHECKPOINTS, keep=kept, check=own.check) as store:
+        meta = store.newest_meta()
+        raise_together(lambda: workdir.check_library(config, meta))
+        data = raise_together(lambda: _open_data(config, layout, mesh, report))
+        with contextlib.closing(data), jax.set_mesh(mesh):
+            text = raise_together(lambda: _held_out(config, data.corpus))
+            run = Run(config, mesh, layout, data, store, report, own)
+            # Checkpoints and data fit one another.
+            raise_together(lambda: workdir.claim(own.directory, config, data.corpus))
             with contextlib.closing(profiler):
                 summary = run.to_the_end(profiler)
-            if not summary["stopped"]:
+            if not summary["stopped"] and text is not None:
                 report.say("scoring held-out text")
-                summary |= _held_out(config, layout, mesh, run.state, data.corpus)
-        if summary["stopped"]:
-            report.say(f"stopped after step {summary['step']}; the same command goes on from there")
-        else:
-            report.finish(summary)
+                summary |= _scores(config, layout, mesh, run.state, text)
+    if summary["stopped"]:
+        report.say(f"stopped after step {summary['step']}; the same command goes on from there")
+        report.settle()
+    else:
+        report.finish(summary)
     return summary
 
 
@@ -116,7 +138,6 @@ class Run:
     Attributes:
       state: the training state after the last step that was taken.
       steps, tokens: taken and consumed since the start of the run, in earlier processes too.
-      saved: step of the newest checkpoint; 0 without one.
     """
 
     def __init__(
@@ -127,13 +148,15 @@ class Run:
         data: TrainData,
         store: Store,
         report: Report,
+        own: lock.Lock,
     ):
         """Restores the newest checkpoint of `store` and the data's position, or starts afresh."""
         self._config, self._data, self._store, self._report = config, data, store, report
+        self._own = own
         adam = optimizer.build(config.optimizer)
         places = state.shardings(config, layout, mesh, adam)
         self.state, self.tokens = _start(config, places, adam, store, data, report)
-        self.steps = self.saved = int(self.state.step)
+        self.steps = int(self.state.step)
         self._tokens_place = NamedSharding(mesh, tokens_spec(layout))
         self._jitted_step = jax.jit(
             make_step(config, layout, mesh, adam),
@@ -142,35 +165,41 @@ class Run:
         )
         self._compiled_step: Any = None
         self._move_ema: Any = make_ema(config, places)
-        self._all_finite: Any = jax.jit(_all_finite)
         self._stop = processes.StopSignal()
+        self._problem: RunError | None = None  # of this process, which the others may not have
         self._system = system_metrics.of(config)
 
     def to_the_end(self, profiler: profiling.Profiler) -> dict[str, Any]:
         """Takes the steps that are left; SIGTERM ends the run early, after a checkpoint.
 
+        Raises:
+          RunError: in all processes, after the same step.
+
         Returns:
           step, tokens, stopped, and the system's fields over all steps of this process.
         """
-        self._report.begin(self.steps, self.tokens)
+        raise_together(lambda: self._report.begin(self.steps, self.tokens))
         self._report.say(_headline(self._config, self._data))
         self._system.start()
         stopped = False
         while self.tokens < self._config.schedule.tokens and not stopped:
             with self._system.excluded():
                 profiler.before_step()
-            with profiler.step(self.steps + 1):  # data, step, check, log, save, stop
+            with profiler.step(self.steps + 1):  # data, step, check, stop, log, save
                 inputs = self.data()
                 values = self.step(inputs)
             self.check(values)
             with self._system.excluded():
                 profiler.after_step()
+            self.watch()
             stopped = self._stop.reached(self.steps)
+            if stopped:
+                raise_together(self._raise_problem)
             last = stopped or self.tokens >= self._config.schedule.tokens
             self.log(values, inputs, last)
             self.save(last)
         summary = self._system.summary()
-        self._store.wait()
+        raise_together(self._store.wait)
         stopped = stopped and self.tokens < self._config.schedule.tokens
         self._stop.steps_are_over(stopped)
         return {"step": self.steps, "tokens": self.tokens, "stopped": stopped, **summary}
@@ -211,11 +240,33 @@ class Run:
         loss, norm = values["loss"], values["grad_norm"]
         if not np.isfinite([loss, norm]).all():
             said = f"step {self.steps} has loss {loss}, gradient norm {norm}"
-            raise NotFinite(_not_finite(said, self.saved))
+            raise NotFinite(self._not_finite(said))
+
+    def watch(self) -> None:
+        """Looks for a save that failed, and for a workdir that is gone where a row is due.
+
+        One process may see what the others do not, so it asks all of them to stop, as a signal
+        would: after the same step all of them raise its error.
+        """
+        try:
+            if failed := self._store.failure():
+                raise failed
+            if processes.is_primary() and self._row_is_due():
+                workdir.watch(self._own, self._store.newest, self._config, self._data.corpus)
+        except RunError as error:
+            self._problem = self._problem or error
+            self._stop.request()
+
+    def _raise_problem(self) -> None:
+        if self._problem:
+            raise self._problem
+
+    def _row_is_due(self) -> bool:
+        return self.steps == 1 or self.steps % self._config.log.every_steps == 0
 
     def log(self, values: dict[str, Any], inputs: Inputs, last: bool) -> None:
         """Reports the first step, every `log.every_steps`-th and the last."""
-        if self.steps == 1 or self.steps % self._config.log.every_steps == 0 or last:
+        if self._row_is_due() or last:
             with self._system.row() as system:
                 self._report.step({**self._row(values, inputs), **system})
 
@@ -223,17 +274,28 @@ class Run:
         """Saves every `checkpoint.every_steps`-th step and the last.
 
         Raises:
-          NotFinite: a weight is no number. The loss of this step is that of the weights before it,
-            so no metric has shown it yet.
+          NotFinite: a weight, moment or average is no number. The loss of this step is that of the
+            weights before it, so no metric has shown it yet.
+          RunError: it cannot be written, or the one before could not.
         """
         if self.steps % self._config.checkpoint.every_steps and not last:
             return
-        if not self._all_finite(self.state.params, self.state.bias):
-            said = f"step {self.steps} made weights that are NaN or infinite"
-            raise NotFinite(_not_finite(said, self.saved))
         meta = {"tokens": self.tokens, "data": self._data.state()}
-        self._store.save(self.steps, state.to_dict(self.state), meta)
-        self.saved = self.steps
+        meta |= workdir.of_this_python(self._config)
+        try:
+            self._store.save(self.steps, state.to_dict(self.state), meta)
+        except manifest.NotFinite as error:
+            said = f"step {self.steps} made values that are NaN or infinite ({error})"
+            raise NotFinite(self._not_finite(said)) from error
+
+    def _not_finite(self, said: str) -> str:
+        """Message of NotFinite, with the checkpoint that a save may just be writing."""
+        with contextlib.suppress(RunError):
+            self._store.wait()
+        good = "there is no checkpoint yet"
+        if self._store.newest:
+            good = f"the last good checkpoint is step {self._store.newest}"
+        return f"{said}; {good}. Lower schedule.learning_rate, or look at the data of this step"
 
     def _compile(self, arguments: tuple[Any, ...]) -> None:
         """Compiles all that a turn of the loop runs, so that no later step has it in its time."""
@@ -242,7 +304,6 @@ class Run:
         lowered = self._jitted_step.lower(*arguments)
         self._compiled_step = lowered.compile(compiler_options=options)
         now = self.state
-        self._all_finite = self._all_finite.lower(now.params, now.bias).compile()
         if now.ema is not None:
             self._move_ema = self._move_ema.lower(now.ema, now.params).compile()
 
@@ -299,21 +360,44 @@ def _start(
     A checkpoint of weights alone is a fresh start from these weights.
     """
     abstract = state.abstract(config, places, adam)
+    averaged = False  # whether the checkpoint holds an average
 
-    def held(meta: dict[str, Any]) -> dict[str, Any]:
-        alone = meta.get("weights_only")
-        return state.weights_only(abstract) if alone else state.to_dict(abstract)
+    def held(meta: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+        nonlocal averaged
+        averaged = any(name.startswith("ema.") for name in names)
+        if meta.get("weights_only"):
+            return state.weights_only(abstract)
+        wanted = state.to_dict(abstract)
+        return wanted if averaged else {name: wanted[name] for name in wanted if name != "ema"}
 
-    restored = store.restore(held)
+    restored = store.restore(held, spare="ema")
     if restored is None:
         return state.initialise(config, places, adam), 0
     step, values, meta = restored
     if meta.get("weights_only"):
         report.say("starting from the weights of another checkpoint")
         return state.begin(config, abstract, adam, values), 0
-    data.restore(meta["data"])
+    _restore_data(data, meta, config)
     report.say(f"resumed from step {step}, {meta['tokens']:,} tokens in")
+    if abstract.ema is None and averaged:
+        report.say("optimizer.ema_decay=0: the checkpoint's average of the weights is left out")
+    if abstract.ema is not None and not averaged:
+        report.say(f"the checkpoint has no average of the weights; it begins at step {step}")
+        values = state.begin_average(abstract, values)
     return state.from_dict(abstract, values), int(meta["tokens"])
+
+
+def _restore_data(data: TrainData, meta: dict[str, Any], config: Config) -> None:
+    try:
+        data.restore(meta["data"])
+    except ConfigError as error:
+        if config.data.path:
+            raise
+        # Before checkpoints kept the version, nothing said which Python's library it was.
+        raise ConfigError(
+            f"{error}. data.path='' is the running Python's library: resume with the Python that "
+            "made this run, or begin a new workdir with --config.data.path=FOLDER"
+        ) from error
 
 
 def _rows(place: NamedSharding, config: Config) -> tuple[int, int]:
@@ -345,31 +429,40 @@ def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) ->
     return jax.make_array_from_callback(shape, place, part)
 
 
-def _not_finite(said: str, saved: int) -> str:
-    good = f"the last good checkpoint is step {saved}" if saved else "there is no checkpoint yet"
-    return f"{said}; {good}. Lower schedule.learning_rate, or look at the data of this step"
+def _held_out(config: Config, corpus: Corpus) -> HeldOut | None:
+    """The text to score at the end, read now: nothing that happens to the files costs it."""
+    if not config.evaluation.tokens:
+        return None
+    return held_out(corpus, length=config.batch.length, tokens=config.evaluation.tokens)
 
 
-def _all_finite(*trees: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trees)]).all()
+def _scores(
+    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: HeldOut
+) -> dict[str, Any]:
+    """Scores on held-out text; without them, after a warning, where scoring fails.
+
+    The run is trained by now: its summary, pictures and checkpoint are not lost with them.
+    """
+    try:
+        return _scored(config, layout, mesh, now, text)
+    except RunError:
+        raise
+    except Exception as error:
+        _log.warning("no score on held-out text (%s); the same command scores again", reason(error))
+        return {}
 
 
-def _held_out(
-    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, corpus: Corpus
+def _scored(
+    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: HeldOut
 ) -> dict[str, Any]:
     """Bits per byte of the weights, and of their average, on text outside the training data."""
-    if not config.evaluation.tokens:
-        return {}
-    text = held_out(corpus, length=config.batch.length, tokens=config.evaluation.tokens)
     score = evaluation.make_score(config, layout, mesh)
     scored = score(now.params, now.bias, text.sequences, text.valid)
-    out = {
-        "held_out_loss": scored.nats / scored.targets,
-        "held_out_bits_per_byte": scored.bits_per_byte(text.bytes),
-        "gzip_bits_per_byte": 8 * text.gzip_bytes / text.bytes,
-        "held_out_bytes": text.bytes,
-    }
-    if now.ema is not None:
+    out = {"held_out_loss": scored.nats / scored.targets, "held_out_bytes": text.bytes}
+    if text.bytes:  # token files may hold marks alone
+        out["held_out_bits_per_byte"] = scored.bits_per_byte(text.bytes)
+        out["gzip_bits_per_byte"] = 8 * text.gzip_bytes / text.bytes
+    if now.ema is not None and text.bytes:
         on_device = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), now.ema)
         average = jax.device_put(now.ema, on_device)
         scored = score(average, now.bias, text.sequences, text.valid)

@@ -1,13 +1,18 @@
-"""Rows of `metrics.jsonl`: writing and reading."""
+"""Rows of `metrics.jsonl`: writing and reading.
+
+A row that cannot be written, as on a full disk, is kept in memory and written with the next ones.
+"""
 
 import json
 import math
 import os
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+
+from deepseek_jax.train.append import AppendedFile
 
 METRICS = "metrics.jsonl"
 
@@ -17,7 +22,17 @@ Row = dict[str, Any]
 
 
 class Sink(Protocol):
-    """A destination of a run's report: screen, file or TensorBoard events."""
+    """A destination of a run's report: screen, file or TensorBoard events.
+
+    A method that raises OSError may be called again.
+
+    Attributes:
+      name: its name in a warning.
+      lost: what becomes of a row that it cannot write, in the words of a warning.
+    """
+
+    name: str
+    lost: str
 
     def begin(self, step: int, tokens: int) -> None: ...
     def say(self, text: str) -> None: ...
@@ -54,28 +69,43 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: an object per logged step, in the file as soon as `step` returns."""
+    """`metrics.jsonl`: an object per logged step, in the file as soon as `step` returns.
+
+    Attributes:
+      waiting: steps whose rows could not be written yet.
+    """
+
+    lost = "its rows wait in memory until it can"
 
     def __init__(self, path: Path):
-        self._path = path
-        self._file: IO[str] | None = None
+        self.name = str(path)
+        self.waiting: list[int] = []
+        self._path, self._file = path, AppendedFile(path)
+        self._lines: list[str] = []
 
     def begin(self, step: int, tokens: int) -> None:
         text = "".join(_line(row) for row in read_metrics(self._path) if row["step"] <= step)
         if not self._path.exists() or self._path.read_text(errors="replace") != text:
             replace_file(self._path, text)
-        self._file = self._path.open("a")
 
     def say(self, text: str) -> None:
         pass
 
     def step(self, row: Row) -> None:
-        assert self._file, "begin comes first"
-        self._file.write(_line(row))
-        self._file.flush()
+        self.waiting.append(row["step"])
+        self._lines.append(_line(row))
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows that wait; OSError if they have to wait on."""
+        if self.waiting:
+            self._file.append("".join(self._lines).encode())
+            self.waiting, self._lines = [], []
 
     def close(self) -> None:
-        if self._file:
+        try:
+            self.flush()
+        finally:
             self._file.close()
 
 
@@ -89,8 +119,12 @@ def _line(row: Row) -> str:
 def replace_file(path: Path, text: str) -> None:
     """Writes a whole file, so that a reader finds either the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

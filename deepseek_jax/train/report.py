@@ -1,16 +1,26 @@
 """The report of a run: screen, `metrics.jsonl`, TensorBoard events, summary and pictures.
 
-All of it goes through `Report`, which does nothing on every process but process 0.
+All of it goes through `Report`, which does nothing on every process but process 0. What cannot be
+written costs one warning and is tried again at the next row; training goes on. Events, pictures and
+lines of the screen are dropped meanwhile; rows wait in memory, and a run that ends without all of
+its rows or its summary on disk ends with a RunError.
 """
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.config import ConfigError
+from deepseek_jax.errors import RunError, reason
+from deepseek_jax.train.events import Events
 from deepseek_jax.train.metrics import METRICS, SUMMARY, MetricsFile, Row, Sink, plain, replace_file
 from deepseek_jax.train.screens import screen_for
 
 EVENTS = "tensorboard"
+
+_log = logging.getLogger(__name__)
 
 
 class Report:
@@ -28,9 +38,13 @@ class Report:
         """
         self._workdir = Path(workdir)
         self._screen = screen_for(total_tokens) if screen and primary else None
-        self._sinks: list[Sink] = [self._screen] if self._screen else []
+        self._rows = MetricsFile(self._workdir / METRICS)
+        self._sinks: list[Sink] = []
         if primary:
-            self._sinks += [MetricsFile(self._workdir / METRICS), Events(self._workdir / EVENTS)]
+            self._sinks += [self._rows, Events(self._workdir / EVENTS)]
+        if self._screen:  # last: where nobody reads it any more, the row is in the file
+            self._sinks.append(self._screen)
+        self._failing: set[str] = set()  # names of sinks that could not write their last row
 
     def begin(self, step: int, tokens: int) -> None:
         """Opens the files in `workdir`, which exists, and the progress on the screen.
@@ -38,14 +52,23 @@ class Report:
         Args:
           step, tokens: steps and tokens of the restored state, 0 for a new run. Rows of later
             steps, which an interrupted run wrote after its last checkpoint, are dropped.
+
+        Raises:
+          ConfigError: `metrics.jsonl` cannot be read or written.
         """
         for sink in self._sinks:
-            sink.begin(step, tokens)
+            try:
+                sink.begin(step, tokens)
+            except OSError as error:
+                if sink is self._rows:
+                    raise ConfigError(
+                        f"--workdir={self._workdir}: {METRICS} cannot be written ({reason(error)})"
+                    ) from error
+                self._warn(sink, error)
 
     def say(self, text: str) -> None:
         """Prints a line; on a terminal it stays above the progress."""
-        for sink in self._sinks:
-            sink.say(text)
+        self._each(lambda sink: sink.say(text))
 
     def step(self, metrics: Row) -> None:
         """Reports a step: at least `step` and `tokens`, both counted from the start of the run.
@@ -54,8 +77,8 @@ class Report:
         routed tokens, is rounded and goes to the file alone.
         """
         row = {key: plain(value) for key, value in metrics.items()}
-        for sink in self._sinks:
-            sink.step(row)
+        fine = self._each(lambda sink: sink.step(row))
+        self._failing -= fine
 
     def finish(self, summary: Row) -> None:
         """Writes `summary.json` and the pictures, and prints the result.
@@ -63,30 +86,93 @@ class Report:
         Args:
           summary: fields to keep. `held_out_bits_per_byte`, `gzip_bits_per_byte`, `held_out_bytes`
             and `ema_bits_per_byte` are printed too, and `held_out_loss` is drawn.
+
+        Raises:
+          RunError: the summary or rows of `metrics.jsonl` cannot be written.
         """
         if not self._sinks:
             return
-        from deepseek_jax.train import plots
-
         values = {key: plain(value) for key, value in summary.items()}
-        replace_file(self._workdir / SUMMARY, json.dumps(values, indent=2, allow_nan=False) + "\n")
-        plots.draw(self._workdir)
+        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+        failed = self._attempt(SUMMARY, lambda: replace_file(self._workdir / SUMMARY, text))
+        self._attempt("the pictures", self._draw)
         if self._screen:  # the progress stays, and the result is printed below it
-            self._screen.close()
+            self._each(lambda sink: sink.close() if sink is self._screen else None)
         self.say(last_word(values))
-        names = sorted(p.name + "/" * p.is_dir() for p in self._workdir.iterdir())
-        self.say(f"in {self._workdir}: {', '.join(n for n in names if not n.startswith('.'))}")
+        self._attempt("the list of files", self._name_files)
+        self.settle()
+        if failed:
+            raise RunError(
+                f"{self._workdir / SUMMARY} cannot be written ({failed}); the run is at its end "
+                "and its checkpoint is saved. Make room: the same command scores again"
+            )
+
+    def settle(self) -> None:
+        """Writes the rows that wait; RunError if they cannot be written."""
+        try:
+            self._rows.flush()
+        except OSError as error:
+            raise RunError(
+                f"{self._lacking()} ({reason(error)}); its checkpoint is saved"
+            ) from error
 
     def close(self) -> None:
         """Restores the terminal and closes the files; may be called twice."""
-        for sink in reversed(self._sinks):
-            sink.close()
-        self._sinks = []
+        sinks, self._sinks = self._sinks, []
+        for sink in reversed(sinks):
+            try:
+                sink.close()
+            except OSError as error:
+                if sink is self._rows:
+                    _log.warning("%s (%s)", self._lacking(), reason(error))
+
+    def _each(self, act: Callable[[Sink], None]) -> set[str]:
+        """Names of the sinks with which `act` succeeds; one warning where it begins to fail."""
+        fine = set()
+        for sink in self._sinks:
+            try:
+                act(sink)
+                fine.add(sink.name)
+            except BrokenPipeError:  # nobody reads the screen any more, which ends a command
+                raise
+            except OSError as error:
+                self._warn(sink, error)
+        return fine
+
+    def _warn(self, sink: Sink, error: OSError) -> None:
+        if sink.name not in self._failing:
+            self._failing.add(sink.name)
+            _log.warning("%s cannot be written (%s); %s", sink.name, reason(error), sink.lost)
+
+    def _attempt(self, what: str, act: Callable[[], Any]) -> str:
+        """Calls `act`; returns the reason for its failure, after a warning, or an empty text."""
+        try:
+            act()
+        except Exception as error:  # of matplotlib's, any
+            _log.warning("%s cannot be written (%s)", what, reason(error))
+            return reason(error)
+        return ""
+
+    def _draw(self) -> None:
+        from deepseek_jax.train import plots
+
+        plots.draw(self._workdir)
+
+    def _name_files(self) -> None:
+        names = sorted(path.name + "/" * path.is_dir() for path in self._workdir.iterdir())
+        self.say(f"in {self._workdir}: {', '.join(n for n in names if not n.startswith('.'))}")
+
+    def _lacking(self) -> str:
+        steps = self._rows.waiting
+        span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        return f"{self._rows.name} lacks {len(steps)} rows of {span}"
 
 
 def last_word(summary: Row) -> str:
     """Result in a line, as "held-out 2.31 bits per byte (gzip -9: 2.36) on 412,345 bytes"."""
     ours, gzip = summary.get("held_out_bits_per_byte"), summary.get("gzip_bits_per_byte")
+    if "held_out_bits_per_byte" in summary and ours is None:
+        return "finished; the loss on held-out text is not finite"
     if ours is None or gzip is None:
         return "finished; there is no score on held-out text"
     text = f"held-out {ours:.2f} bits per byte (gzip -9: {gzip:.2f})"
@@ -95,32 +181,3 @@ def last_word(summary: Row) -> str:
     if summary.get("ema_bits_per_byte") is not None:
         text += f"; averaged weights: {summary['ema_bits_per_byte']:.2f}"
     return text
-
-
-class Events:
-    """TensorBoard scalars; a resumed run hides those of steps after its checkpoint."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._writer: Any = None
-
-    def begin(self, step: int, tokens: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        purge = step + 1 if self._folder.exists() else None
-        suffix = f".{step}"  # the rest of the name is the second in which the file was made
-        self._writer = SummaryWriter(
-            str(self._folder), purge_step=purge, filename_suffix=suffix, flush_secs=10
-        )
-
-    def say(self, text: str) -> None:
-        pass
-
-    def step(self, row: Row) -> None:
-        for key, value in row.items():
-            if isinstance(value, int | float) and key != "step":
-                self._writer.add_scalar(key, value, row["step"])
-
-    def close(self) -> None:
-        if self._writer:
-            self._writer.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 from deepseek_jax.train.metrics import Row, Sink
 
+SCREEN, DROPPED = "standard output", "lines are dropped until it can"
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
 
 # A metric, its name on the screen, and how its value is written.
@@ -88,6 +89,8 @@ def screen_for(total_tokens: int) -> Sink:
 class PlainScreen:
     """Single lines for a log file or a pipe: the first step, the last, and some between them."""
 
+    name, lost = SCREEN, DROPPED
+
     def __init__(self, progress: Progress, clock: Callable[[], float] = time.monotonic):
         self._progress, self._clock = progress, clock
         self._next = -math.inf
@@ -120,6 +123,8 @@ class PlainScreen:
 
 class LiveScreen:
     """A terminal: lines scroll above, and one region below is redrawn in place."""
+
+    name, lost = SCREEN, DROPPED
 
     def __init__(self, progress: Progress, console: Any):
         self._progress, self._console, self._began = progress, console, 0.0

@@ -130,6 +130,13 @@ def begin(
     return build(_renamed(like.params, values["params"]), _renamed(like.bias, values["bias"]))
 
 
+def begin_average(like: TrainState, values: dict[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint without an average, with one that begins at its weights."""
+    where = _named(jax.tree.map(lambda leaf: leaf.sharding, like.ema))
+    copy = jax.jit(lambda weights: jax.tree.map(jnp.copy, weights), out_shardings=where)
+    return {**values, "ema": copy(values["params"])}
+
+
 def to_dict(state: TrainState) -> dict[str, Any]:
     """Content of a checkpoint: the state as nested dictionaries of arrays under plain names."""
     adam = next(part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))

@@ -1,9 +1,9 @@
 """The folder of a run: checks before anything is written, and the files that mark it."""
 
-import contextlib
 import json
+import logging
 import os
-import tempfile
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,13 @@ from deepseek_jax.config import Config, ConfigError, load_json
 from deepseek_jax.config.hints import shown
 from deepseek_jax.config.renamed import with_new_names
 from deepseek_jax.data.corpus import Corpus
+from deepseek_jax.errors import RunError, reason
+from deepseek_jax.train.lock import Lock
+from deepseek_jax.train.metrics import METRICS
+
+CHECKPOINTS = "checkpoints"
+
+_log = logging.getLogger(__name__)
 
 # Keys that a run may not change on the way, since its checkpoints and the position in its data
 # would mean something else. The text is compared with the checkpoint, so its path may change.
@@ -27,16 +34,11 @@ _LONGEST = 200  # characters of a value in a message
 
 
 def check(directory: Path, config: Config) -> None:
-    """Raises ConfigError where `directory` is another run's or not writable; changes nothing."""
-    existing = next(p for p in (directory, *directory.absolute().parents) if os.path.lexists(p))
-    if not existing.is_dir():
-        raise ConfigError(f"--workdir={directory}: {existing} is no folder; give another one")
-    if jax.process_index() == 0:
-        _try_to_write(directory)
+    """Raises ConfigError where `directory` is another run's; changes nothing."""
     carried.check_tokenizer(directory, config.data)
     kept = directory / "config.json"
     if not kept.exists():
-        if (directory / "checkpoints").exists() and any((directory / "checkpoints").iterdir()):
+        if any(path.name.isdigit() for path in (directory / CHECKPOINTS).glob("*")):
             raise ConfigError(
                 f"--workdir={directory} holds checkpoints but no config.json to tell whose they "
                 "are; give another folder"
@@ -73,35 +75,75 @@ def _kept(file: Path) -> dict[str, Any]:
     return values
 
 
+def of_this_python(config: Config) -> dict[str, str]:
+    """What a checkpoint keeps of the running Python: its version, where its library is the text."""
+    return {} if config.data.path else {"python": platform.python_version()}
+
+
+def check_library(config: Config, meta: dict[str, Any] | None) -> None:
+    """Raises ConfigError where the text of data.path='' was the library of another Python.
+
+    Args:
+      meta: of the newest checkpoint, if there is one.
+    """
+    made, now = (meta or {}).get("python"), of_this_python(config).get("python")
+    if made and now and made != now:
+        raise ConfigError(
+            f"data.path='' is the running Python's library; this run was made with Python {made}, "
+            f"and this is Python {now}. Resume it with Python {made}, or begin a new workdir, with "
+            "--config.data.path=FOLDER for a text that is the same under every Python"
+        )
+
+
 def claim(directory: Path, config: Config, corpus: Corpus) -> None:
     """Claims the workdir by writing `config.json` and `tokenizer.json`, each by one rename."""
     if jax.process_index() != 0:
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    if corpus.tokenizer is not None:
-        corpus.tokenizer.save(directory / "tokenizer.json.new")
-        os.replace(directory / "tokenizer.json.new", directory / "tokenizer.json")
-    (directory / "config.json.new").write_text(config.to_json() + "\n")
-    os.replace(directory / "config.json.new", directory / "config.json")
-
-
-def _try_to_write(directory: Path) -> None:
-    """Writes a file and removes it: permissions do not tell of full disks and read-only mounts."""
-    made: list[Path] = []
     try:
-        for folder in reversed((directory, *directory.parents)):
-            if not folder.is_dir():
-                folder.mkdir(exist_ok=True)
-                made.append(folder)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={directory} cannot be written ({error.strerror}); give another folder"
-        ) from error
-    finally:
-        for folder in reversed(made):
-            with contextlib.suppress(OSError):  # another run may have started in it
-                folder.rmdir()
+        if corpus.tokenizer is not None:
+            corpus.tokenizer.save(directory / "tokenizer.json.new")
+            os.replace(directory / "tokenizer.json.new", directory / "tokenizer.json")
+        (directory / "config.json.new").write_text(config.to_json() + "\n")
+        os.replace(directory / "config.json.new", directory / "config.json")
+    except Exception as error:  # the tokenizers library raises bare Exception
+        for name in ("tokenizer.json.new", "config.json.new"):
+            (directory / name).unlink(missing_ok=True)
+        raise ConfigError(f"--workdir={directory} cannot be written ({reason(error)})") from error
+
+
+def watch(lock: Lock, saved: int, config: Config, corpus: Corpus) -> None:
+    """Sees that the folder is still whole, before the run writes to it; for process 0.
+
+    A `config.json` or `tokenizer.json` that is gone is written again.
+
+    Args:
+      saved: the newest checkpoint; 0 without one.
+
+    Raises:
+      RunError: the folder, its rows or its checkpoints are gone.
+    """
+    lock.check()
+    for name in (METRICS, CHECKPOINTS) if saved else (METRICS,):
+        if _is_gone(lock.directory / name):
+            raise RunError(
+                f"{lock.directory / name} was removed while this run went on, so it stops and "
+                "writes nothing more. Put it back, and the same command goes on from the newest "
+                "checkpoint; or start again in another --workdir"
+            )
+    names = ["config.json"] + ["tokenizer.json"] * (corpus.tokenizer is not None)
+    if gone := [name for name in names if _is_gone(lock.directory / name)]:
+        claim(lock.directory, config, corpus)
+        _log.warning("%s: wrote %s again, which was removed", lock.directory, " and ".join(gone))
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # says nothing about the file
+        pass
+    return False
 
 
 def _may_set_tokenizer(directory: Path, before: Any) -> bool:

@@ -1,5 +1,10 @@
 """Checkpoint store: steps that are saved, restored onto any mesh, kept, and refused."""
 
+import errno
+import re
+import shutil
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +13,7 @@ from stored import META, abstract, assert_same, example, reopened, written
 
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
+from deepseek_jax.errors import RunError
 
 
 def test_nothing_saved_is_none_and_writes_nothing(store):
@@ -109,17 +115,97 @@ def test_another_model_is_named_leaf_by_leaf(store):
     assert "and 2 more" in message
 
 
-class FullDisk:
-    def result(self):
-        raise OSError("No space left on device")
+def test_a_part_that_is_not_wanted_any_more_is_left_out(store):
+    written(store, 1)
+    wanted = abstract(example())
+    del wanted["average"]
+    step, state, _ = reopened(store).restore(wanted, spare="average")
+    assert step == 1 and "average" not in state
+    del wanted["moments"]
+    with pytest.raises(ConfigError, match=r"moments\.0 \(found bfloat16\[64, 128\], expected noth"):
+        reopened(store).restore(wanted, spare="average")
 
 
-def test_a_save_that_failed_is_reported_and_can_be_repeated(store, monkeypatch):
+# What tensorstore and Python say of a disk, and what a run says of it.
+DISKS = {
+    "full": (
+        ValueError('RESOURCE_EXHAUSTED: Failed writing: "x": No space left on device'),
+        r"No space left on device: [\d,.]+ MB free for a checkpoint of 0\.1 MB\). Make room there",
+    ),
+    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), r"Disk quota exceeded\). Make room th"),
+    "read-only": (OSError(errno.EROFS, "Read-only file system"), r"Read-only file system\). Make it wr"),
+    "permission": (PermissionError(errno.EACCES, "Permission denied"), r"Permission denied\). Make it writ"),
+}
+
+
+def break_saves(monkeypatch, error):
+    """Makes the next saves fail in the background, as orbax does."""
+
+    class Broken:
+        def result(self):
+            raise error
+
+    monkeypatch.setattr("orbax.checkpoint.v1.save_async", lambda *args, **kwargs: Broken())
+
+
+@pytest.mark.parametrize("error, words", DISKS.values(), ids=DISKS)
+def test_a_save_that_failed_is_reported_and_can_be_repeated(store, monkeypatch, error, words):
     written(store, 1)
     with monkeypatch.context() as patch:
-        patch.setattr("orbax.checkpoint.v1.save_async", lambda *args, **kwargs: FullDisk())
+        break_saves(patch, error)
         store.save(2, example(2), {})
-    with pytest.raises(OSError, match="No space left"):
-        store.save(3, example(3), {})
+        store._worker.submit(int).result()  # the write has ended
+        told = str(store.failure())
+    assert store.failure() is None  # told once
+    path = store._directory / "2"
+    assert re.match(rf"checkpoint {path} cannot be written \({words}", told), told
+    assert told.endswith("the newest checkpoint is step 1, from which the same command goes on")
     written(store, 2, 3)
     assert store.steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "close"])
+def test_a_save_that_failed_is_not_forgotten(store, monkeypatch, call):
+    with monkeypatch.context() as patch:
+        break_saves(patch, OSError(errno.ENOSPC, "No space left on device"))
+        store.save(2, example(2), {})
+    arguments = (3, example(3), {}) if call == "save" else ()
+    words = r"No space left.* there is no checkpoint yet, so the same command starts again$"
+    with pytest.raises(RunError, match=words):
+        getattr(store, call)(*arguments)
+
+
+def test_a_failed_save_does_not_hide_the_error_of_the_run(tmp_path, monkeypatch, caplog):
+    with pytest.raises(ZeroDivisionError), Store(tmp_path / "checkpoints", keep=1) as store:
+        break_saves(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+        store.save(2, example(2), {})
+        raise ZeroDivisionError
+    [said] = caplog.messages
+    assert "No space left on device" in said
+
+
+def test_a_directory_that_was_removed_is_not_made_again(store):
+    directory = written(store, 1)
+    shutil.rmtree(directory)
+    with pytest.raises(
+        RunError, match=r"/2 cannot .* \(No such file .*Put the folder back"
+    ):
+        store.save(2, example(2), {})
+    assert not directory.exists()
+
+
+def test_a_step_that_ends_in_a_removed_workdir_is_taken_back(tmp_path):
+    """The workdir is removed while a write goes on, which makes its folders again."""
+
+    def check():
+        if gone:
+            raise RunError("the workdir was removed")
+
+    gone = []
+    store = Store(tmp_path / "run" / "checkpoints", keep=1, check=check)
+    store._worker.submit(time.sleep, 0.2)  # until then the end of the write is not looked at
+    store.save(1, example(1), {})
+    gone.append(True)
+    with pytest.raises(RunError, match=r"^the workdir was removed$"):
+        store.close()
+    assert list(tmp_path.iterdir()) == []

@@ -96,7 +96,7 @@ def test_broken_checkpoints_are_not_overwritten(refused, text, tmp_path):
     (other / "checkpoints" / "3").mkdir(parents=True)
     before = runs.tiny(text, mesh={"gpu": 1}).to_json()
     (other / "config.json").write_text(before)
-    assert "none can be read" in refused(other)
+    assert "none can be used" in refused(other)
     assert (other / "config.json").read_text() == before
     assert [path.name for path in (other / "checkpoints").iterdir()] == ["3"]
 
@@ -143,8 +143,3 @@ def typed(arguments, monkeypatch, capsys, folder):
             flags.FLAGS.unparse_flags()
     assert not (folder / "run").exists()
     return stop.value.code, capsys.readouterr().err
-
-
-def test_weights_that_are_no_numbers_are_not_saved():
-    bad = {"a": np.ones(3), "b": np.array([1.0, np.inf])}
-    assert not loop._all_finite(bad) and loop._all_finite({"a": bad["a"]})

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from reports import row, rows_of, run, steps_of
 
+from deepseek_jax.config import ConfigError
 from deepseek_jax.train import metrics
 
 
@@ -72,6 +73,6 @@ def test_the_old_file_survives_a_crash_while_it_is_rewritten(tmp_path, monkeypat
         raise OSError("killed")
 
     monkeypatch.setattr(metrics.Path, "replace", crash)
-    with pytest.raises(OSError, match="killed"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written \(OSError: killed\)"):
         run(tmp_path, [], first=1, screen=False)
     assert (tmp_path / "metrics.jsonl").read_text() == before

@@ -1,11 +1,15 @@
-"""The report of a run: files of the first process alone, TensorBoard, and the last word."""
+"""The report of a run: files of the first process alone, full disks, and the last word."""
 
+import errno
 import json
+import os
 
 import pytest
+from disks import full
 from reports import LAST_WORD, SUMMARY, row, run, steps_of
 
-from deepseek_jax.train import report
+from deepseek_jax.errors import RunError
+from deepseek_jax.train import plots, report, screens
 from deepseek_jax.train.report import Report
 
 
@@ -26,14 +30,77 @@ def test_only_the_first_process_prints_and_writes(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_tensorboard_reads_the_scalars_and_forgets_the_interrupted_ones(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(tmp_path, range(1, 6), screen=False).close()
-    run(tmp_path, range(4, 8), first=3, screen=False).close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [scalar.step for scalar in events.Scalars("loss")] == list(range(1, 8))
-    assert events.Scalars("loss")[1].value == pytest.approx(4.0)
-    assert "expert_load" not in events.Tags()["scalars"]
+@pytest.mark.parametrize("room", [0, 100])
+def test_a_full_disk_costs_a_warning_for_each_file_and_no_row(tmp_path, caplog, room):
+    going = run(tmp_path, [1, 2], screen=False)
+    with full(str(tmp_path), room):
+        for step in range(3, 40):  # more than any queue takes
+            going.step(row(step))
+    assert [message.split(str(tmp_path))[1] for message in caplog.messages] == [
+        "/metrics.jsonl cannot be written (No space left on device); its rows wait in memory until "
+        "it can",
+        "/tensorboard cannot be written (No space left on device); its events are dropped until it "
+        "can",
+    ]
+    assert steps_of(tmp_path) == [1, 2]
+    going.step(row(40))
+    assert steps_of(tmp_path) == list(range(1, 41))
+    with full(str(tmp_path)):
+        going.step(row(41))
+    assert len(caplog.messages) == 4  # it is told again
+    going.close()
+    assert steps_of(tmp_path) == list(range(1, 42))
+
+
+def test_rows_that_find_no_room_are_told_at_the_end(tmp_path, caplog):
+    going = run(tmp_path, [1], screen=False)
+    with full("metrics.jsonl"):
+        for step in (2, 3):
+            going.step(row(step))
+        words = r"metrics\.jsonl lacks 2 rows of steps 2 to 3 \(No space left on device\)"
+        for end in (lambda: going.finish(SUMMARY), going.settle):
+            with pytest.raises(RunError, match=words):
+                end()
+        going.close()
+    assert "lacks 2 rows" in caplog.messages[-1]
+    assert (tmp_path / "summary.json").exists() and (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("broken", ["pictures", "summary"])
+def test_an_end_that_cannot_be_written_whole(tmp_path, caplog, monkeypatch, broken):
+    def fails(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    done = run(tmp_path, [1], screen=False)
+    with monkeypatch.context() as patch:
+        if broken == "pictures":
+            patch.setattr(plots, "draw", fails)
+            done.finish(SUMMARY)
+        else:
+            patch.setattr(report, "replace_file", fails)
+            with pytest.raises(RunError, match=r"summary\.json cannot be written \(Disk quota exc"):
+                done.finish(SUMMARY)
+    [said] = caplog.messages
+    assert said.endswith("cannot be written (Disk quota exceeded)")
+    assert (tmp_path / "summary.json").exists() == (broken == "pictures")
+    assert (tmp_path / "loss.png").exists() == (broken == "summary")
+    done.close()
+
+
+def test_a_screen_on_a_full_disk_costs_a_warning(tmp_path, caplog, monkeypatch):
+    going = run(tmp_path, [])
+
+    def fails(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(screens, "print", fails, raising=False)
+    for step in (1, 2):
+        going.say("a line")
+        going.step(row(step))
+    going.close()
+    [said] = caplog.messages
+    assert said.startswith("standard output cannot be written (No space left on device); lines are")
+    assert steps_of(tmp_path) == [1, 2]
 
 
 def test_news_comes_in_order(capsys, tmp_path):
@@ -61,6 +128,16 @@ def test_the_last_word(tmp_path, capsys):
 
 def test_the_last_word_has_the_average_s_score_too():
     assert report.last_word(SUMMARY | {"ema_bits_per_byte": 2.2}).endswith("averaged weights: 2.20")
+
+
+def test_a_loss_that_is_not_finite_is_told(tmp_path):
+    bad = {"held_out_loss": float("inf"), "held_out_bits_per_byte": float("nan")}
+    done = run(tmp_path, [1], screen=False)
+    done.finish(SUMMARY | bad)
+    done.close()
+    kept = json.loads((tmp_path / "summary.json").read_text())
+    assert kept == SUMMARY | dict.fromkeys(bad)
+    assert report.last_word(kept) == "finished; the loss on held-out text is not finite"
 
 
 def test_a_run_without_held_out_text_or_steps_ends_too(tmp_path, capsys):
