@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+COLDEST = 1e-6  # float32 logits have rounding errors of this size: a lower temperature is 0
+HOTTEST = 1e30  # the inverse of a higher one is no normal number; all tokens are equal long before
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Settings:
     """Sampling settings of B requests.
 
     Attributes:
-      temperature: B float32; 0 takes the most likely token.
+      temperature: B float32, from 0 to HOTTEST; below COLDEST it takes the most likely token.
       top_p: B float32 in (0, 1]; samples from the fewest tokens whose probability reaches it.
       seed: B uint32; seed and position determine every random number of a request, so that its
         sample does not depend on other requests.
@@ -26,29 +29,45 @@ class Settings:
     top_p: jax.Array
     seed: jax.Array
 
+    @property
+    def random(self) -> jax.Array:
+        """B bool, True for a request whose tokens are drawn, False for the most likely ones."""
+        return self.temperature >= COLDEST
+
 
 def distribution(logits: jax.Array, settings: Settings) -> jax.Array:
-    """Probabilities B...V to sample from, which sum to one, of logits B...V float32."""
-    best = jax.nn.one_hot(most_likely(logits), logits.shape[-1], dtype=jnp.float32)
-    temperature = _beside(settings.temperature, logits)
+    """Probabilities B...V to sample from, of logits B...V float32.
+
+    They sum to one. All are NaN where the largest logit is not finite.
+    """
+    best = most_likely(logits)[..., None]
+    number = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    one_hot = (number == best).astype(jnp.float32)
+    greedy = jnp.where(best < logits.shape[-1], one_hot, jnp.nan)
+    random = _beside(settings.random, logits)
 
     def drawn() -> jax.Array:
-        heat = jnp.where(temperature > 0, temperature, 1.0)
-        warm = jax.nn.softmax(logits / heat, axis=-1)
+        heat = jnp.clip(_beside(settings.temperature, logits), COLDEST, HOTTEST)
+        # The largest is subtracted first: it becomes exactly 0, and stays that at any temperature.
+        shares = jnp.exp((logits - logits.max(-1, keepdims=True)) / heat)
+        warm = shares / shares.sum(-1, keepdims=True)
         cut = lax.cond((settings.top_p < 1).any(), lambda: _nucleus(warm, settings), lambda: warm)
-        return jnp.where(temperature > 0, cut, best)
+        return jnp.where(random, cut, greedy)
 
-    return lax.cond((settings.temperature > 0).any(), drawn, lambda: best)
+    return lax.cond(settings.random.any(), drawn, lambda: greedy)
 
 
 def _nucleus(probabilities: jax.Array, settings: Settings) -> jax.Array:
     """Renormalised probabilities of the fewest tokens that reach `top_p`, ties of the last kept."""
     falling = -jnp.sort(-probabilities, axis=-1)
     before = jnp.cumsum(falling, axis=-1) - falling
-    inside = before < _beside(settings.top_p, probabilities)
+    top_p = _beside(settings.top_p, probabilities)
+    # A share below the least normal number counts as 0 on some devices; the first token is kept.
+    inside = before < jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
     least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
     kept = jnp.where(probabilities >= least, probabilities, 0.0)
-    return kept / kept.sum(-1, keepdims=True)
+    # A sum that rounds to more than 1 must not cut a request that asks for no cut.
+    return jnp.where(top_p < 1, kept / kept.sum(-1, keepdims=True), probabilities)
 
 
 def _beside(setting: jax.Array, x: jax.Array) -> jax.Array:
@@ -62,7 +81,8 @@ def draw(
     """Draws one token per request -> B int32.
 
     Args:
-      chances: BV, probabilities up to a factor; a token of probability 0 is never drawn.
+      chances: BV, probabilities up to a factor; a token of probability 0 is never drawn. Where one
+        is not finite, the token is V, which no vocabulary has.
       settings: Sampling settings.
       positions: B, position of the token in its request.
       purpose: Purpose of the random number, see `uniform`.
@@ -75,8 +95,8 @@ def draw(
         # Rounding may leave no token beyond the mark.
         return jnp.where(beyond.any(-1), beyond.argmax(-1), most_likely(chances))
 
-    warm = (settings.temperature > 0).any()
-    return lax.cond(warm, drawn, lambda: most_likely(chances)).astype(jnp.int32)
+    random = settings.random.any()
+    return lax.cond(random, drawn, lambda: most_likely(chances)).astype(jnp.int32)
 
 
 def uniform(settings: Settings, positions: jax.Array, purpose: int) -> jax.Array:
@@ -90,20 +110,21 @@ def uniform(settings: Settings, positions: jax.Array, purpose: int) -> jax.Array
 
 
 def choose(logits: jax.Array, settings: Settings, positions: jax.Array) -> jax.Array:
-    """Samples tokens B for `positions` B from logits BV."""
+    """Samples tokens B for `positions` B from logits BV; V where the largest is not finite."""
 
     def drawn() -> jax.Array:
         return draw(distribution(logits, settings), settings, positions)
 
-    return lax.cond((settings.temperature > 0).any(), drawn, lambda: most_likely(logits))
+    return lax.cond(settings.random.any(), drawn, lambda: most_likely(logits))
 
 
 def most_likely(scores: jax.Array) -> jax.Array:
-    """Index of the first largest score: ...V -> ... int32.
+    """Index of the first largest score: ...V -> ... int32; V where that is not finite.
 
-    It equals `argmax`, which XLA does not vectorise on CPUs; these two passes take a seventh of its
-    time (measured).
+    Otherwise it equals `argmax`, which XLA does not vectorise on CPUs; these two passes take a
+    seventh of its time (measured).
     """
     number = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    largest = scores == scores.max(-1, keepdims=True)
-    return jnp.where(largest, number, scores.shape[-1] - 1).min(-1)
+    top = scores.max(-1, keepdims=True)  # NaN if any score is
+    largest = scores == jnp.where(jnp.isfinite(top), top, jnp.nan)
+    return jnp.where(largest, number, scores.shape[-1]).min(-1)
