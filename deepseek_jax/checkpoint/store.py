@@ -360,7 +360,7 @@ class Store:
         if why == os.strerror(errno.ENOENT):
             cure = "Put the folder back"
         else:
-            cure = "Make room there" if "space" in why or "quota" in why else "Make it writable"
+            cure = "Make room there" if "space" in why or "uota" in why else "Make it writable"
         kept = f"the newest checkpoint is step {self.newest}, from which the same command goes on"
         if not self._held:
             kept = "there is no checkpoint yet, so the same command starts again"

@@ -132,9 +132,9 @@ DISKS = {
         ValueError('RESOURCE_EXHAUSTED: Failed writing: "x": No space left on device'),
         r"No space left on device: [\d,.]+ MB free for a checkpoint of 0\.1 MB\). Make room there",
     ),
-    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), r"Disk quota exceeded\). Make room th"),
-    "read-only": (OSError(errno.EROFS, "Read-only file system"), r"Read-only file system\). Make it wr"),
-    "permission": (PermissionError(errno.EACCES, "Permission denied"), r"Permission denied\). Make it writ"),
+    "quota": (OSError(errno.EDQUOT, "Quota exceeded"), r"Quota exceeded\). Make room there"),
+    "read-only": (OSError(errno.EROFS, "Read-only"), r"Read-only\). Make it writable"),
+    "permission": (OSError(errno.EACCES, "Denied"), r"Denied\). Make it writable"),
 }
 
 
@@ -187,9 +187,7 @@ def test_a_failed_save_does_not_hide_the_error_of_the_run(tmp_path, monkeypatch,
 def test_a_directory_that_was_removed_is_not_made_again(store):
     directory = written(store, 1)
     shutil.rmtree(directory)
-    with pytest.raises(
-        RunError, match=r"/2 cannot .* \(No such file .*Put the folder back"
-    ):
+    with pytest.raises(RunError, match=r"/2 cannot .* \(No such file .*Put the folder back"):
         store.save(2, example(2), {})
     assert not directory.exists()
 
