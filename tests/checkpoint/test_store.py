@@ -1,6 +1,7 @@
 """Checkpoint store: steps that are saved, restored onto any mesh, kept, and refused."""
 
 import errno
+import gc
 import re
 import shutil
 import time
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
-from stored import META, abstract, assert_same, example, reopened, written
+from stored import META, abstract, assert_same, example, reopened, value_of, written
 
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
@@ -74,6 +75,34 @@ def test_keeps_the_newest(store):
     directory = written(store, 10, 20, 30, 40, 50)
     assert store.steps() == [30, 40, 50]
     assert sorted(p.name for p in directory.iterdir()) == ["30", "40", "50"]
+
+
+def test_a_step_that_is_being_read_stays_until_a_later_save(store):
+    directory = written(store, 1)
+    leaves = reopened(store).open(abstract(example()))
+    written(store, 2, 3, 4, 5)
+    assert store.steps() == [1, 3, 4, 5]
+    np.testing.assert_array_equal(leaves.read("params.w"), value_of(example(1)))
+    del leaves
+    gc.collect()
+    written(store, 6)
+    assert store.steps() == [4, 5, 6] and not (directory / "1").exists()
+
+
+def test_a_reader_takes_a_newer_step_where_a_run_removed_the_one_it_began(store, monkeypatch):
+    written(store, 1, 2)
+    reader, load = reopened(store), Store._load
+
+    def removed(self, step, *rest):
+        if step == 2:
+            written(store, 3, 4, 5)
+            shutil.rmtree(store._directory / "2", ignore_errors=True)
+        return load(self, step, *rest)
+
+    monkeypatch.setattr(Store, "_load", removed)
+    step, state, _ = reader.restore(abstract(example()))
+    assert step == 5
+    assert_same(state, example(5))
 
 
 def test_a_step_is_written_once(store):
