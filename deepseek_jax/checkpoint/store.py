@@ -4,11 +4,13 @@ A step gets its number by one rename after its last byte is written, and loses i
 before its first file is deleted. So a directory with a number was complete once, whenever the
 process is killed. Later damage (a lost file, a flipped bit) is found on reading, by orbax or by the
 bit sum of each leaf, and the step before is taken. A step with NaN or infinite values is neither
-saved nor taken. No other module imports orbax.
+saved nor taken. A step that another process reads, under a shared `flock`, is removed after a later
+save. No other module imports orbax.
 """
 
 import contextlib
 import errno
+import fcntl
 import functools
 import json
 import logging
@@ -16,6 +18,7 @@ import os
 import shutil
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -213,7 +216,10 @@ class Store:
         names = manifest.named(wanted)
         for step, record in self._readable():
             self._compare(step, record, names, record["leaves"].keys())
-            leaves = Leaves(self._directory / str(step) / "state")
+            path = self._directory / str(step)
+            leaves = Leaves(path / "state")
+            if (kept := _kept_for_reading(path)) is not None:
+                weakref.finalize(leaves, os.close, kept)
             looks = functools.partial(manifest.look_on_disk, leaves)
             if self._attempt(step, functools.partial(manifest.verify, names, looks, record)):
                 return leaves
@@ -323,13 +329,19 @@ class Store:
             )
 
     def _load(self, step: int, wanted: dict[str, Any], partial: bool) -> dict[str, jax.Array]:
+        path = self._directory / str(step)
+        kept = _kept_for_reading(path)
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
         # Orbax would wait for the other processes after reading, for ever if one of them failed.
         context.multiprocessing.active_processes = {jax.process_index()}
         context.multiprocessing.primary_host = jax.process_index()
-        with context:
-            leaves = ocp.load(self._directory / str(step), wanted)
+        try:
+            with context:
+                leaves = ocp.load(path, wanted)
+        finally:
+            if kept is not None:
+                os.close(kept)
         return {name: leaves[name] for name in wanted}
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> None:
@@ -339,6 +351,8 @@ class Store:
         if jax.process_index() == 0:
             self._check()
             for old in self.steps()[: -self._keep]:
+                if _is_being_read(self._directory / str(old)):
+                    continue
                 gone = self._directory / f"{old}.deleted"
                 (self._directory / str(old)).rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
@@ -360,7 +374,7 @@ class Store:
         if why == os.strerror(errno.ENOENT):
             cure = "Put the folder back"
         else:
-            cure = "Make room there" if "space" in why or "quota" in why else "Make it writable"
+            cure = "Make room there" if "space" in why or "uota" in why else "Make it writable"
         kept = f"the newest checkpoint is step {self.newest}, from which the same command goes on"
         if not self._held:
             kept = "there is no checkpoint yet, so the same command starts again"
@@ -401,6 +415,30 @@ class Store:
         for pattern in ("*.deleted", "*.orbax-checkpoint-tmp*"):
             for path in self._directory.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _kept_for_reading(step: Path) -> int | None:
+    """An open file that keeps a run from removing this step; None where that is not possible."""
+    with contextlib.suppress(OSError):
+        file = os.open(step, os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return file
+        except OSError:  # a file system without locks
+            os.close(file)
+    return None
+
+
+def _is_being_read(step: Path) -> bool:
+    with contextlib.suppress(OSError):
+        file = os.open(step, os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+    return False
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from deepseek_jax.config import BatchConfig, Config, ConfigError
+from deepseek_jax.errors import reason
 from deepseek_jax.train import token_schedule
 
 PROFILE = "profile"
@@ -54,10 +55,13 @@ class Profiler:
         if self._steps and self._seen == SKIPPED:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # the device and XLA's calls are enough, and small
-            jax.profiler.start_trace(
-                self._directory, create_perfetto_trace=True, profiler_options=options
-            )
-            self._tracing = True
+            try:
+                jax.profiler.start_trace(
+                    self._directory, create_perfetto_trace=True, profiler_options=options
+                )
+                self._tracing = True
+            except Exception as error:
+                self._failed(error)
 
     def step(self, number: int) -> contextlib.AbstractContextManager[object]:
         """The span of one step in the trace, under the number of the step."""
@@ -83,7 +87,11 @@ class Profiler:
             self._tracing = False
             try:
                 jax.profiler.stop_trace()
-            except (OSError, RuntimeError) as error:
-                self._say(f"no profile: {self._directory} cannot be written ({error})")
+            except Exception as error:  # JAX writes files, packs them and asks its plugins
+                self._failed(error)
                 return
             self._say(f"wrote the profile of {self._seen - SKIPPED} step(s) to {self._directory}")
+
+    def _failed(self, error: Exception) -> None:
+        self._steps = 0
+        self._say(f"no profile: {self._directory} cannot be written ({reason(error)})")

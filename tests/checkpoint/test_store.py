@@ -1,6 +1,7 @@
 """Checkpoint store: steps that are saved, restored onto any mesh, kept, and refused."""
 
 import errno
+import gc
 import re
 import shutil
 import time
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
-from stored import META, abstract, assert_same, example, reopened, written
+from stored import META, abstract, assert_same, example, reopened, value_of, written
 
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
@@ -76,6 +77,34 @@ def test_keeps_the_newest(store):
     assert sorted(p.name for p in directory.iterdir()) == ["30", "40", "50"]
 
 
+def test_a_step_that_is_being_read_stays_until_a_later_save(store):
+    directory = written(store, 1)
+    leaves = reopened(store).open(abstract(example()))
+    written(store, 2, 3, 4, 5)
+    assert store.steps() == [1, 3, 4, 5]
+    np.testing.assert_array_equal(leaves.read("params.w"), value_of(example(1)))
+    del leaves
+    gc.collect()
+    written(store, 6)
+    assert store.steps() == [4, 5, 6] and not (directory / "1").exists()
+
+
+def test_a_reader_takes_a_newer_step_where_a_run_removed_the_one_it_began(store, monkeypatch):
+    written(store, 1, 2)
+    reader, load = reopened(store), Store._load
+
+    def removed(self, step, *rest):
+        if step == 2:
+            written(store, 3, 4, 5)
+            shutil.rmtree(store._directory / "2", ignore_errors=True)
+        return load(self, step, *rest)
+
+    monkeypatch.setattr(Store, "_load", removed)
+    step, state, _ = reader.restore(abstract(example()))
+    assert step == 5
+    assert_same(state, example(5))
+
+
 def test_a_step_is_written_once(store):
     directory = written(store, 5)
     before = (directory / "5").stat().st_mtime_ns
@@ -132,9 +161,9 @@ DISKS = {
         ValueError('RESOURCE_EXHAUSTED: Failed writing: "x": No space left on device'),
         r"No space left on device: [\d,.]+ MB free for a checkpoint of 0\.1 MB\). Make room there",
     ),
-    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), r"Disk quota exceeded\). Make room th"),
-    "read-only": (OSError(errno.EROFS, "Read-only file system"), r"Read-only file system\). Make it wr"),
-    "permission": (PermissionError(errno.EACCES, "Permission denied"), r"Permission denied\). Make it writ"),
+    "quota": (OSError(errno.EDQUOT, "Quota exceeded"), r"Quota exceeded\). Make room there"),
+    "read-only": (OSError(errno.EROFS, "Read-only"), r"Read-only\). Make it writable"),
+    "permission": (OSError(errno.EACCES, "Denied"), r"Denied\). Make it writable"),
 }
 
 
@@ -187,9 +216,7 @@ def test_a_failed_save_does_not_hide_the_error_of_the_run(tmp_path, monkeypatch,
 def test_a_directory_that_was_removed_is_not_made_again(store):
     directory = written(store, 1)
     shutil.rmtree(directory)
-    with pytest.raises(
-        RunError, match=r"/2 cannot .* \(No such file .*Put the folder back"
-    ):
+    with pytest.raises(RunError, match=r"/2 cannot .* \(No such file .*Put the folder back"):
         store.save(2, example(2), {})
     assert not directory.exists()
 

@@ -86,3 +86,8 @@ def test_one_device_is_not_for_several_processes(monkeypatch):
     monkeypatch.setattr(evaluation.jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"one device cannot serve 2 processes; .* --mesh=gpu:8"):
         mesh.forward_config(small.config(), {}, 16)
+
+
+def test_a_perplexity_beyond_every_float_is_infinite():
+    assert evaluation.perplexity(1.0) == pytest.approx(math.e)
+    assert evaluation.perplexity(710.0) == evaluation.perplexity(math.inf) == math.inf

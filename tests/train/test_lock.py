@@ -55,9 +55,11 @@ def test_a_workdir_that_holds_a_run_stays(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
-def sign(run, host=HERE, pid=os.getpid(), age=0.0):
+def sign(run, host=HERE, pid=0, age=0.0):
     """The lock of a run that was killed, or that runs on another host."""
-    text = json.dumps({"host": host, "pid": pid, "since": "2026-11-01 10:00:00+00:00"})
+    text = json.dumps(
+        {"host": host, "pid": pid or os.getpid(), "since": "2026-11-01 10:00:00+00:00"}
+    )
     (run / ".lock").write_text(text)
     os.utime(run / ".lock", times=(time.time() - age,) * 2)
 
@@ -103,9 +105,9 @@ def test_a_lock_that_cannot_be_written_is_told(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(lock.os, "pwrite", full)
-    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\)"):
-        with lock.held(tmp_path / "run"):
-            pass
+    words = r"cannot be written \(No space left on device\)"
+    with pytest.raises(ConfigError, match=words), lock.held(tmp_path / "run"):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

@@ -45,14 +45,17 @@ def test_the_profile_follows_two_steps(tmp_path, calls, steps, profiled, want, s
     assert len(lines) == len(said) and all(a in b for a, b in zip(said, lines, strict=True))
 
 
-def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, calls, monkeypatch):
-    def stop():
+@pytest.mark.parametrize(
+    "name, want", [("start_trace", [1, 2, 3, 4]), ("stop_trace", [1, 2, "on", 3, 4])]
+)
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, calls, monkeypatch, name, want):
+    def fails(*_, **__):
         raise RuntimeError("FAILED_PRECONDITION: is not a directory")
 
-    monkeypatch.setattr(profiling.jax.profiler, "stop_trace", stop)
+    monkeypatch.setattr(profiling.jax.profiler, name, fails)
     lines = []
     turns(profiling.Profiler(tmp_path, 1, lines.append), calls, 4)
-    assert calls == [1, 2, "on", 3, 4]
+    assert calls == want
     [line] = lines
     assert "no profile" in line and "not a directory" in line
 

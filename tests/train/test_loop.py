@@ -1,0 +1,123 @@
+"""Parts of a run that need no compiled step: its start, and what ends it."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.config import ConfigError
+from deepseek_jax.errors import RunError
+from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.train import lock, loop, optimizer, state
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return runs.documents(tmp_path_factory.mktemp("corpus") / "text")
+
+
+def test_a_second_run_is_refused_before_it_opens_its_data(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(loop, "TrainData", lambda *_, **__: pytest.fail("opened the data"))
+    with lock.held(tmp_path / "run"):
+        with pytest.raises(ConfigError, match=r"--workdir=.* is in use by process"):
+            loop.train(runs.tiny(text), tmp_path / "run", screen=False)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("seen", ["a failed save", "a workdir that is gone"])
+def test_what_one_process_sees_stops_all_of_them(monkeypatch, seen):
+    error = RunError(seen)
+
+    def watch(*_):
+        if seen != "a failed save":
+            raise error
+
+    run = object.__new__(loop.Run)
+    run._store = SimpleNamespace(newest=4, failure=lambda: error if "save" in seen else None)
+    run._config = SimpleNamespace(log=SimpleNamespace(every_steps=5))
+    run._data = SimpleNamespace(corpus=None)
+    run._own, run._problem, run.steps = None, None, 4
+    run._stop = loop.processes.StopSignal()
+    monkeypatch.setattr(loop.workdir, "watch", watch)
+    run.watch()
+    assert run._stop.reached(4) == (seen == "a failed save")  # else when a row is due
+    run.steps = 5
+    run.watch()
+    assert run._stop.reached(5)
+    with pytest.raises(RunError, match=f"^{seen}$"):
+        run._raise_problem()
+
+
+def begun(config, tmp_path, said):
+    """State at the start of a run, from the newest checkpoint of its workdir."""
+    config = dataclasses.replace(config, mesh=meshes.resolve(config.mesh, 1))
+    mesh, layout = meshes.build(config.mesh, jax.devices()[:1]), meshes.layout(config)
+    adam = optimizer.build(config.optimizer)
+    places = state.shardings(config, layout, mesh, adam)
+    data = SimpleNamespace(restore=lambda _: None)
+    with Store(tmp_path / "checkpoints", keep=1) as store, jax.set_mesh(mesh):
+        now, _ = loop._start(config, places, adam, store, data, SimpleNamespace(say=said.append))
+        step = store.newest + 1
+        now = dataclasses.replace(now, step=np.int32(step) + now.step * 0)
+        store.save(step, state.to_dict(now), {"tokens": 7, "data": {}})
+    return now
+
+
+def test_the_average_is_dropped_and_begun_on_resume(text, tmp_path):
+    """optimizer.ema_decay may become 0, and more than 0 again."""
+    on, off = (runs.tiny(text, optimizer={"ema_decay": decay}) for decay in (0.9, 0.0))
+    said = []
+    first = begun(on, tmp_path, said)
+    assert said == [] and first.ema is not None
+    assert begun(off, tmp_path, said).ema is None
+    assert said[1:] == [
+        "optimizer.ema_decay=0: the checkpoint's average of the weights is left out"
+    ]
+    assert begun(off, tmp_path, said).ema is None and len(said) == 3
+    last = begun(on, tmp_path, said)
+    assert said[4:] == ["the checkpoint has no average of the weights; it begins at step 3"]
+    for average, weight in zip(
+        jax.tree.leaves(last.ema), jax.tree.leaves(last.params), strict=True
+    ):
+        np.testing.assert_array_equal(average, weight)
+        assert average.sharding.memory_kind == state.host_memory()
+
+
+def test_a_changed_library_is_told_to_old_runs_too(text):
+    def changed(_):
+        raise ConfigError("data.path changed")
+
+    data = SimpleNamespace(restore=changed)
+    words = r"^data\.path changed\. data\.path='' is the running Python's library: resume with the"
+    config = runs.tiny(text)
+    with pytest.raises(ConfigError, match=r"^data\.path changed$"):
+        loop._restore_data(data, {"data": {}}, config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
+    with pytest.raises(ConfigError, match=words):
+        loop._restore_data(data, {"data": {}}, config)
+
+
+def test_a_run_whose_scoring_fails_has_no_scores_and_a_warning(monkeypatch, caplog):
+    def fails(*_):
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr(loop.evaluation, "make_score", fails)
+    assert loop._scores(None, None, None, None, None) == {}
+    assert caplog.messages == [
+        "no score on held-out text (ValueError: out of memory); the same command scores again"
+    ]
+
+
+def test_held_out_text_without_bytes_has_a_loss_alone(monkeypatch):
+    scored = loop.evaluation.Score(nats=6.0, targets=3)
+    monkeypatch.setattr(loop.evaluation, "make_score", lambda *_: lambda *_: scored)
+    text = SimpleNamespace(sequences=None, valid=None, bytes=0, gzip_bytes=20)
+    now = SimpleNamespace(params=None, bias=None, ema=None)
+    assert loop._scores(None, None, None, now, text) == {
+        "held_out_loss": 2.0, "held_out_bytes": 0,
+    }  # fmt: skip
