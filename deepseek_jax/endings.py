@@ -26,6 +26,7 @@ from deepseek_jax.errors import RunError
 from deepseek_jax.runtime import joining, signals
 
 TRACEBACK = "DEEPSEEK_JAX_TRACEBACK"
+LONGEST_LINE = 800
 CLOSED_PIPE = 141  # what a shell shows for SIGPIPE
 
 # Errors of the machine that no program can mend.
@@ -93,7 +94,9 @@ def _of_this_project(error: BaseException, workdir: Path | None) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """The message in one line that any stream can take; a very long value in it is cut."""
+    text = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
+    return text if len(text) <= LONGEST_LINE else f"{text[:200]} ... {text[250 - LONGEST_LINE :]}"
 
 
 def at_once(error: BaseException) -> bool:

@@ -24,7 +24,9 @@ from deepseek_jax.table import text as aligned
 from deepseek_jax.train import step as train_step
 
 CONFIG = command.define_config_flag()
-DEVICES = flags.DEFINE_integer("devices", None, "Number of devices, for a mesh axis of -1.")
+DEVICES = flags.DEFINE_integer(
+    "devices", None, "Number of devices, for a mesh axis of -1.", lower_bound=1
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 PIPE = flags.DEFINE_integer("pipe", None, "schedule: ranks of the pipeline, as mesh.pipe.")
 MICRO = flags.DEFINE_integer("micro_batches", None, "schedule: micro-batches of a step.")

@@ -84,10 +84,11 @@ def _tell_in_one_line(
 ) -> None:
     """Ends a command that fails while it imports; `command.run` has the rest.
 
-    JAX reads its variables in the environment when it is imported.
+    JAX reads its variables of the environment when it is imported, and absl its --flagfile.
     """
     if os.environ.get("DEEPSEEK_JAX_TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
     text = " ".join(str(error).split())
     print(f"error: cannot start: {text or kind.__name__}", file=sys.stderr, flush=True)
-    os._exit(2 if isinstance(error, ValueError) else 1)
+    given = isinstance(error, ValueError) or kind.__module__.startswith("absl.flags")
+    os._exit(2 if given else 1)

@@ -3,6 +3,7 @@
 import jax
 import pytest
 import runs
+from typed import typed  # noqa: F401
 
 
 @pytest.fixture(scope="session")

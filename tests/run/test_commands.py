@@ -1,18 +1,15 @@
 """Command lines of convert, evaluate and generate: each error is one line that names a flag."""
 
 import collections
-import importlib
 import json
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import serving
-from absl import app, flags
 from equations import checkpoints
 from safetensors.numpy import load_file
 
@@ -21,42 +18,6 @@ from deepseek_jax import command
 from deepseek_jax.config import ConfigError
 from deepseek_jax.serve import generation
 from deepseek_jax.train import evaluation
-
-
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """typed(command, *arguments) -> (exit code, stdout, stderr), in this process.
-
-    The commands are modules that define flags, each of which only one module of a process can do.
-    """
-    values = flags.FLAGS.__dict__
-    whole = dict(values)
-    own = [n for module, n in values["__flags_by_module"].items() if module.startswith("absl")]
-    fresh = dict(flags.FlagValues().__dict__)
-    fresh["__flags"] = {name: whole["__flags"][name] for f in own for name in (g.name for g in f)}
-
-    def swap(to):
-        values.clear()
-        values.update(to)
-
-    def run(name, *arguments):
-        module = f"deepseek_jax.{name}"
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        monkeypatch.setattr(command, "start_processes", lambda: None)  # pytest keeps its devices
-        monkeypatch.setattr(app, "run", lambda run, flags_parser: run(flags_parser(sys.argv)))
-        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back later
-        swap({**fresh, "__flags": dict(fresh["__flags"])})
-        code = 0
-        try:
-            command.run(importlib.import_module(module).main)
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            swap(whole)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,3 @@
+"""Fixtures: commands in this process."""
+
+from typed import typed  # noqa: F401
