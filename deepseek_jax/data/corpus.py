@@ -140,19 +140,22 @@ class _Index:
 
     Attributes:
       spans: [D, 2], start and stop of each document in the stream.
-      equal: [D], the same number for equal documents.
+      equal: [D], the same number for equal documents; None if no two are equal.
       rows: [D], row of the source; empty for token files.
     """
 
     spans: np.ndarray
-    equal: np.ndarray
+    equal: np.ndarray | None
     rows: np.ndarray
 
 
-def _write_index(folder: Path, index: _Index) -> None:
-    columns = [index.spans[:, 0], index.spans[:, 1], index.equal]
-    columns += [index.rows] if len(index.rows) else []
+def _write_index(
+    folder: Path, spans: np.ndarray, equal: np.ndarray, rows: np.ndarray | None = None
+) -> dict[str, int]:
+    """Writes the documents of an entry, and returns facts on them."""
+    columns = [spans[:, 0], spans[:, 1], equal] + ([] if rows is None else [rows])
     np.save(folder / "documents.npy", np.stack(columns, axis=1).astype(np.int64))
+    return {"twins": len(equal) - len(np.unique(equal))}
 
 
 def _read_index(entry: cache.Entry, tokens: int, rows: int) -> _Index:
@@ -173,7 +176,8 @@ def _read_index(entry: cache.Entry, tokens: int, rows: int) -> _Index:
     row = table[:, 3] if rows else np.zeros(0, np.int64)
     if len(row) and (row[0] < 0 or row[-1] >= rows or (row[:-1] >= row[1:]).any()):
         raise cache.Damaged("documents.npy has rows outside the source")
-    return _Index(np.ascontiguousarray(table[:, :2]), table[:, 2], row)
+    equal = table[:, 2] if entry.facts["twins"] else None
+    return _Index(np.ascontiguousarray(table[:, :2]), equal, row)
 
 
 def _from_text(config: DataConfig, vocab: int, say: Callable[[str], None], rule: int) -> Corpus:
@@ -247,9 +251,9 @@ def _tokenise(
             "data.tokenizer to another one"
         )
     stops = np.cumsum(lengths)
-    _write_index(folder, _Index(np.stack([stops - lengths, stops], axis=1), equal, rows))
+    facts = _write_index(folder, np.stack([stops - lengths, stops], axis=1), equal, rows)
     words.save(folder / "tokenizer.json")
-    return {
+    return facts | {
         "dtype": dtype,
         "bytes": sum(sizes),
         "tokenizer": words.description,
@@ -278,8 +282,8 @@ def _from_tokens(
         say(f"data: looking for documents in {sum(len(s.ids) for s in shards):,} tokens")
         found = token_files.scan(shards, eos=marks.eos, bos=marks.bos)
         equal = token_files.hashes(shards, found.spans)
-        _write_index(folder, _Index(found.spans, equal, np.zeros(0)))
-        return {"largest": found.largest, "has_bos": found.has_bos}
+        facts = _write_index(folder, found.spans, equal)
+        return facts | {"largest": found.largest, "has_bos": found.has_bos}
 
     def read(entry: cache.Entry) -> tuple[_Index, int, bool]:
         index = _read_index(entry, sum(len(shard.ids) for shard in shards), 0)
@@ -350,13 +354,10 @@ def _corpus(
 ) -> Corpus:
     spans = index.spans
     training, held_out = split(len(spans), share, index.equal, rule=rule)
-    _, older = split(len(spans), share)
-    if twins := len(spans) - len(np.unique(index.equal)):
-        both = int(np.isin(index.equal[held_out], index.equal[training]).sum())
-        say(
-            f"data: {twins:,} documents equal an earlier one; {both or 'no'} held-out documents "
-            f"equal one that is trained on{', and their score tells little' if both else ''}"
-        )
+    apart = False
+    if index.equal is not None:
+        apart = not np.array_equal(held_out, split(len(spans), share)[1])
+        _report_twins(index.equal, training, held_out, say)
     around = 1 + (marks.bos is not None)
     lengths = spans[:, 1] - spans[:, 0]
     hasher = hashlib.blake2b(f"{marks} {share}".encode(), digest_size=16)
@@ -376,5 +377,17 @@ def _corpus(
     )
     return Corpus(
         shards, spans, training, held_out, marks, words, text, whole.hexdigest(),
-        hasher.hexdigest(), not np.array_equal(older, held_out), facts,
+        hasher.hexdigest(), apart, facts,
     )  # fmt: skip
+
+
+def _report_twins(
+    equal: np.ndarray, training: np.ndarray, held_out: np.ndarray, say: Callable[[str], None]
+) -> None:
+    """Says how many documents are equal to others, and whether the split has them on both sides."""
+    both = int(np.isin(equal[held_out], equal[training]).sum())
+    say(
+        f"data: {len(equal) - len(np.unique(equal)):,} documents equal an earlier one; "
+        f"{both or 'no'} held-out documents equal one that is trained on"
+        f"{', and their score tells little' if both else ''}"
+    )

@@ -5,6 +5,7 @@ contiguous part for each process. Grain prefetches in threads. The position is o
 sequences consumed, so that a run resumes exactly on any number of processes.
 """
 
+import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,7 +66,7 @@ class TrainData:
                 f"processes; set batch.micro_sequences to a multiple of {process_count}"
             )
         self._prepare = lambda rule: prepare(config, vocab=vocab, say=say, rule=rule)
-        self._rule = split.RULE
+        self._rule, self._named = split.RULE, bool(config.path)
         self.corpus = corpus or self._prepare(self._rule)
         self._stream = Stream(self.corpus, length=length, seed=seed, fim_rate=config.fim_rate)
         self._micro, self._rows = micro_sequences, micro_sequences // process_count
@@ -104,11 +105,18 @@ class TrainData:
         for key, now in self._identity().items():
             if key == "digest" and "split" not in state:
                 now = self.corpus.older_digest
-            if key != "split" and state.get(key) != now:
+            if key == "split" or state.get(key) == now:
+                continue
+            if key == "digest" and not self._named:
                 raise ConfigError(
-                    f"{_KEYS[key]} changed since the checkpoint: the data's {key} was "
-                    f"{state.get(key)!r} and is {now!r}; change it back, or start in a new workdir"
+                    "the checkpoint's data is not that of data.path='', the source of Python "
+                    f"{platform.python_version()}; go on under the Python that began the run, with "
+                    "the same data.tokenizer and data.held_out, or start in a new workdir"
                 )
+            raise ConfigError(
+                f"{_KEYS[key]} changed since the checkpoint: the data's {key} was "
+                f"{state.get(key)!r} and is {now!r}; change it back, or start in a new workdir"
+            )
         self.close()
         self._consumed = state["consumed"]
         self._batches = self._open()

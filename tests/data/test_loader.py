@@ -8,6 +8,7 @@ import pytest
 from small_texts import VOCAB, some_texts, write_jsonl
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data.corpus import prepare
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.data.packing import Stream
 
@@ -20,7 +21,7 @@ def train_data(config, tmp_path):
 
     def make(changes=None, **arguments):
         arguments = {"length": 32, "micro_sequences": 8, "seed": 5} | arguments
-        data_config = dataclasses.replace(config, path=path, **(changes or {}))
+        data_config = dataclasses.replace(config, **{"path": path, **(changes or {})})
         made.append(TrainData(data_config, vocab=VOCAB, **arguments))
         return made[-1]
 
@@ -119,3 +120,52 @@ def test_a_corpus_can_be_shared_and_is_described(train_data):
     assert second.corpus is first.corpus
     assert first.facts.documents == 30
     assert not np.array_equal(next(first), next(second))
+
+
+def older_state(data, consumed):
+    """State as runs kept it before they hashed all tokens."""
+    digest = data.corpus.older_digest
+    return {"consumed": consumed, "digest": digest, "seed": 5, "length": 32, "fim_rate": 0.5}
+
+
+def test_the_digest_of_older_runs_is_what_it_was(train_data):
+    """As version 0.1.0 wrote it for these texts."""
+    assert older_state(train_data(), 0)["digest"] == "c447a47d6f39b27d71eb5405e32b7908"
+
+
+def test_an_older_state_is_resumed(train_data):
+    whole = take(train_data(), 12)
+    data = train_data()
+    data.restore(older_state(data, 5 * 8))
+    np.testing.assert_array_equal(take(data, 7), whole[5:])
+    state = data.state()
+    again = train_data()
+    again.restore(state)
+    assert again.state() == state == {**train_data().state(), "consumed": 12 * 8}
+    with pytest.raises(ConfigError, match=r"data\.path, data\.tokenizer or data\.held_out changed"):
+        data.restore(older_state(data, 0) | {"digest": "0"})
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_an_older_run_keeps_its_split_of_equal_documents(train_data, config, tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "twins.jsonl", some_texts(30) * 2)
+    changes = dict(path=path, tokenizer=tokenizer)
+    older = prepare(dataclasses.replace(config, **changes), vocab=VOCAB, rule=1)
+    stream = Stream(older, length=32, seed=5, fim_rate=0.5)
+    data = train_data(changes)
+    assert not np.array_equal(data.corpus.held_out, older.held_out)
+    state = {"consumed": 16, "digest": older.older_digest, "seed": 5, "length": 32, "fim_rate": 0.5}
+    data.restore(state)
+    np.testing.assert_array_equal(next(data), [stream.shuffled(16 + row) for row in range(8)])
+    np.testing.assert_array_equal(data.corpus.held_out, older.held_out)
+    again = train_data(changes)
+    again.restore(data.state())
+    np.testing.assert_array_equal(next(again), [stream.shuffled(24 + row) for row in range(8)])
+
+
+def test_another_default_corpus_is_told(train_data, tmp_path, monkeypatch):
+    data = train_data()
+    state = data.state() | {"digest": "0"}
+    monkeypatch.setattr(data, "_named", False)
+    with pytest.raises(ConfigError, match=r"the source of Python 3\.1.*; go on under the Python"):
+        data.restore(state)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_texts import some_texts
+from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
-from tokenizers import models, pre_tokenizers
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import tokenizer
@@ -153,3 +153,44 @@ def test_vocabulary_needs_room(tmp_path):
         tokenizer.make("byte", vocab=261, texts=())
     with pytest.raises(ConfigError, match=r"model\.vocab=3 .*at least 4"):
         tokenizer.make(file_with(tmp_path, "</s>"), vocab=3, texts=())
+
+
+# The pattern of version 0.1.0, whose time grew with the square of a run of blank lines.
+_OLDER_INDENT = r"[\r\n]+[ \t]*(?=[ \t]\S)"
+OLDER_WORDS = (
+    r"\p{N}{1,3}|[^\r\n\p{L}\p{N}]?\p{L}+"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+(?:{_OLDER_INDENT}|[\r\n]+)?"
+    rf"|\s*{_OLDER_INDENT}|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def cut(words: str, text: str) -> list[tuple[str, tuple[int, int]]]:
+    return pre_tokenizers.Split(Regex(words), "isolated").pre_tokenize_str(text)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(st.sampled_from(" \t\r\n\x0b\u2003ab1=é"), max_size=30) | st.text())
+def test_words_are_those_of_older_tokenizers(text):
+    assert cut(tokenizer.WORDS, text) == cut(OLDER_WORDS, text)
+
+
+def test_long_words_are_cut_for_training_alone():
+    """A text without spaces is counted in pieces, which other texts do not notice."""
+    text, short = "天地玄黄" * 3000, some_texts(50)
+    words = tokenizer.make("bpe", vocab=500, texts=[text, *short])
+    size = tokenizer.LONGEST_WORD
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    again = tokenizer.make("bpe", vocab=500, texts=[*pieces, *short])
+    assert words._core.to_str() == again._core.to_str()
+    assert (
+        tokenizer.WORDS
+        in json.loads(words._core.to_str())["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    )
+    assert len(json.loads(words._core.to_str())["pre_tokenizer"]["pretokenizers"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["\n" * 10**6, "\n   " * 10**5, "x" * 10**6, "=" * 10**6])
+def test_runs_of_one_character_end(text):
+    words = tokenizer.make("bpe", vocab=512, texts=[text])
+    assert words.decode(next(words.encode([text]))) == text
