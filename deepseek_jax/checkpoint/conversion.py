@@ -114,6 +114,9 @@ def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) 
         else _described(source.settings, source.model)
     )
     beside = carried.files(source.directory, is_run)
+    made_here = is_run and beside.get("tokenizer.json") == source.directory / "tokenizer.json"
+    told = "tokenizer_config.json" in beside
+    own_tokenizer = source.tokenizer if made_here and not told else None
     marks = _marks(source, described)
     described = carried.without_absent_code({**described, **marks}, beside)
     described = config_json.in_format(described, form)
@@ -122,9 +125,8 @@ def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) 
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, needed)
         carried.copy(beside, (folder,), _read_before(source, beside))
-        if is_run and "tokenizer.json" in beside and "tokenizer_config.json" not in beside:
-            assert source.tokenizer is not None
-            (folder / "tokenizer_config.json").write_text(source.tokenizer.settings_for_readers())
+        if own_tokenizer is not None:
+            (folder / "tokenizer_config.json").write_text(own_tokenizer.settings_for_readers())
         _write_marks(folder, marks)
         if source.published is not None:
             source.published.compare_copies()
