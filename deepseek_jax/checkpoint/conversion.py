@@ -69,6 +69,11 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
         read, store = reader.parts_of(found), Store(folder / "checkpoints", keep=1)
         try:
             store.save_parts(0, like, lambda name, part: read(like[name], part), WEIGHTS_ONLY)
+        except ConfigError:
+            raise
+        except ValueError as error:  # tensorstore's, for a disk that is full
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"target={target} cannot be written ({reason})") from error
         finally:
             store.close()
         (folder / "config.json").write_text(config.to_json() + "\n")
@@ -120,8 +125,7 @@ def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) 
     marks = _marks(source, described)
     described = carried.without_absent_code({**described, **marks}, beside)
     described = config_json.in_format(described, form)
-    biased = config_json.topk_method(described) == "noaux_tc"
-    needed = export.most_bytes(source.model, biased, form) + carried.size(beside)
+    needed = export.most_bytes(source.model, form) + carried.size(beside)
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, needed)
         carried.copy(beside, (folder,), _read_before(source, beside))

@@ -127,6 +127,6 @@ def test_targets_that_are_taken_are_refused(tmp_path):
 def test_a_full_disk_is_refused(tmp_path, monkeypatch):
     usage = new_folder.shutil._ntuple_diskusage(10**9, 0, 5 << 20)
     monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda folder: usage)
-    new_folder.check_space(tmp_path, tmp_path / "out", 4 << 20)
-    with pytest.raises(ConfigError, match="5,242,881 bytes are needed and its disk has 5,242,880"):
-        new_folder.check_space(tmp_path, tmp_path / "out", (4 << 20) + 1)
+    new_folder.check_space(tmp_path, tmp_path / "out", 4_180_000)
+    with pytest.raises(ConfigError, match="5,247,074 bytes are needed and its disk has 5,242,880"):
+        new_folder.check_space(tmp_path, tmp_path / "out", 4 << 20)
