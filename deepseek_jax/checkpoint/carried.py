@@ -143,5 +143,5 @@ def check_tokenizer(workdir: Path, data: DataConfig) -> None:
 
 
 def began_from_weights(workdir: Path) -> bool:
-    """Whether `convert` made the workdir."""
-    return (workdir / KEPT / "config.json").is_file()
+    """Whether `convert` made the workdir; an older one is known by step 0, which no run saves."""
+    return (workdir / KEPT / "config.json").is_file() or (workdir / "checkpoints" / "0").is_dir()

@@ -76,7 +76,11 @@ def test_auto_map_names_no_code_that_is_left_out():
 @pytest.mark.parametrize("name", ["bpe", "byte"])
 def test_no_tokenizer_is_made_for_weights_from_elsewhere(name, tmp_path):
     data = dataclasses.replace(small.config().data, tokenizer=name)
+    put(tmp_path, "checkpoints/1/state", "config.json")
     carried.check_tokenizer(tmp_path, data)
+    put(tmp_path, "older/checkpoints/0/state")  # as `convert` made workdirs before `published/`
+    with pytest.raises(ConfigError, match="began from the weights of another checkpoint"):
+        carried.check_tokenizer(tmp_path / "older", data)
     put(tmp_path, "published/config.json", "published/tiktoken.model")
     words = (
         rf"--workdir={tmp_path} began from the weights of another checkpoint, and data.tokenizer="

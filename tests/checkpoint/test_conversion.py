@@ -263,6 +263,19 @@ def test_what_can_be_refused_is_refused_before_a_value_is_read(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_up_is_told_in_one_line(converted, tmp_path, monkeypatch):
+    """The writer of a workdir's arrays raises a ValueError of several lines."""
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing\n  No space left on device")
+
+    monkeypatch.setattr(chunks, "write", full)
+    words = r"out cannot be written \(RESOURCE_EXHAUSTED: Failed writing No space left on device\)"
+    with pytest.raises(ConfigError, match=words):
+        conversion.to_run(open_checkpoint(converted / "in"), tmp_path / "out", small.config())
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_recipe_that_cannot_train_the_model_is_refused_first(tmp_path, monkeypatch):
     checkpoints.write(tmp_path / "in", *checkpoints.make("yarn"))
     source = open_checkpoint(tmp_path / "in")
