@@ -35,14 +35,19 @@ def test_links_lead_to_files_of_the_folder_or_of_the_hubs_cache(tmp_path):
     put(tmp_path, "secret", "hub/blobs/1", "hub/blobs/2", "hub/snapshots/main/here")
     folder = tmp_path / "hub" / "snapshots" / "main"
     (folder / "LICENSE").symlink_to("../../blobs/1")
-    (folder / "tokenizer.json").symlink_to(tmp_path / "hub" / "blobs" / "2")
+    (folder / "tokenizer.model").symlink_to(tmp_path / "hub" / "blobs" / "2")
+    (tmp_path / "settings").write_text("{}")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "settings")
     (folder / "again").symlink_to("here")
     assert sorted(carried.files(folder, is_run=False)) == [
-        "LICENSE", "again", "here", "tokenizer.json",
+        "LICENSE", "again", "here", "tokenizer.json", "tokenizer.model",
     ]  # fmt: skip
     (folder / "notes").symlink_to(tmp_path / "secret")
     with pytest.warns(UserWarning, match="notes is a link out of its folder; it is left out"):
         assert "notes" not in carried.files(folder, is_run=False)
+    (folder / "generation_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ConfigError, match=r"generation_config.json is not readable JSON"):
+        carried.files(folder, is_run=False)
 
 
 def test_large_files_are_left_out_with_a_warning(tmp_path, monkeypatch):
