@@ -56,9 +56,13 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
         if not path.is_file():
             continue
         real = Path(os.path.realpath(path))
-        if name not in USED and not any(real.is_relative_to(root) for root in within):
+        outside = not any(real.is_relative_to(root) for root in within)
+        if outside and name in USED and name.endswith(".json"):
+            read_json(path)  # refuses what only bears the name
+        elif outside:
             warnings.warn(f"{path} is a link out of its folder; it is left out", stacklevel=2)
-        elif path.stat().st_size > LARGEST:
+            continue
+        if path.stat().st_size > LARGEST:
             warnings.warn(f"{path} is larger than {LARGEST:,} bytes; it is left out", stacklevel=2)
         else:
             yield name, path
@@ -143,5 +147,5 @@ def check_tokenizer(workdir: Path, data: DataConfig) -> None:
 
 
 def began_from_weights(workdir: Path) -> bool:
-    """Whether `convert` made the workdir."""
-    return (workdir / KEPT / "config.json").is_file()
+    """Whether `convert` made the workdir; an older one is known by step 0, which no run saves."""
+    return (workdir / KEPT / "config.json").is_file() or (workdir / "checkpoints" / "0").is_dir()

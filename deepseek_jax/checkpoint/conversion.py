@@ -69,6 +69,11 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
         read, store = reader.parts_of(found), Store(folder / "checkpoints", keep=1)
         try:
             store.save_parts(0, like, lambda name, part: read(like[name], part), WEIGHTS_ONLY)
+        except ConfigError:
+            raise
+        except ValueError as error:  # tensorstore's, for a disk that is full
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"target={target} cannot be written ({reason})") from error
         finally:
             store.close()
         (folder / "config.json").write_text(config.to_json() + "\n")
@@ -114,17 +119,18 @@ def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) 
         else _described(source.settings, source.model)
     )
     beside = carried.files(source.directory, is_run)
+    made_here = is_run and beside.get("tokenizer.json") == source.directory / "tokenizer.json"
+    told = "tokenizer_config.json" in beside
+    own_tokenizer = source.tokenizer if made_here and not told else None
     marks = _marks(source, described)
     described = carried.without_absent_code({**described, **marks}, beside)
     described = config_json.in_format(described, form)
-    biased = config_json.topk_method(described) == "noaux_tc"
-    needed = export.most_bytes(source.model, biased, form) + carried.size(beside)
+    needed = export.most_bytes(source.model, form) + carried.size(beside)
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, needed)
         carried.copy(beside, (folder,), _read_before(source, beside))
-        if is_run and "tokenizer.json" in beside and "tokenizer_config.json" not in beside:
-            assert source.tokenizer is not None
-            (folder / "tokenizer_config.json").write_text(source.tokenizer.settings_for_readers())
+        if own_tokenizer is not None:
+            (folder / "tokenizer_config.json").write_text(own_tokenizer.settings_for_readers())
         _write_marks(folder, marks)
         if source.published is not None:
             source.published.compare_copies()

@@ -36,9 +36,10 @@ def check_target(target: Path) -> None:
 def check_space(folder: Path, target: Path, needed: int) -> None:
     """Raises ConfigError where the folder's disk has no room for so many bytes."""
     disk = shutil.disk_usage(folder)
-    if disk.total and disk.free < needed + _MARGIN:
+    needed += _MARGIN + needed // 1000
+    if disk.total and disk.free < needed:
         raise ConfigError(
-            f"target={target} cannot be written: up to {needed + _MARGIN:,} bytes are needed and "
+            f"target={target} cannot be written: up to {needed:,} bytes are needed and "
             f"its disk has {disk.free:,} free; make room or give another one"
         )
 

@@ -1,6 +1,8 @@
 """Export and import of weights: bit-exact in each format, and no partial output left behind."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +18,13 @@ from jax.sharding import SingleDeviceSharding
 import deepseek_jax
 from configs import moonlight_16b, v2_lite_16b, v3_671b, v3_671b_32k
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import chunks, conversion, load, manifest
+from deepseek_jax.checkpoint import chunks, conversion, load, manifest, new_folder
 from deepseek_jax.checkpoint.chunks import Leaves
 from deepseek_jax.checkpoint.hf import config_json, fp8_blocks, names, reader, safetensors
 from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data import tokenizer
 from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.precision.fp8_tiles import spread
 
@@ -144,6 +147,145 @@ def test_blocks():
         assert (values.astype(np.float32) * spread(scales, matrix.shape) == known).all()
 
 
+def test_scales_that_are_powers_of_two_stay_so():
+    """The values of blocks that are no such products are rounded by the least scale that fits."""
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((200, 300)).astype(np.float32)
+    matrix[:128, :128] = 0
+    matrix[128:, 256:] = 2.0**-6  # a product of many scales
+    values, scales = fp8_blocks.quantise_blocks(matrix, powers_of_two=True)
+    assert (np.frexp(scales)[0] == 0.5).all()
+    assert scales[0, 1] == 2.0 ** np.ceil(np.log2(np.abs(matrix[:128, 128:256]).max() / 448))
+    known = values.astype(np.float32) * spread(scales, matrix.shape)
+    assert (np.abs(known - matrix) <= np.abs(matrix) / 16 + spread(scales, matrix.shape)).all()
+    again = fp8_blocks.quantise_blocks(known, powers_of_two=True)
+    np.testing.assert_array_equal(again[0].astype(np.float32), values.astype(np.float32))
+    np.testing.assert_array_equal(again[1], scales)
+
+
+def convert_both_ways(folder, form):
+    """Folders that a published checkpoint becomes, directly and by way of a workdir."""
+    source, parent = open_checkpoint(folder), folder.parent
+    conversion.to_published(source, parent / "direct", form, 10**9)
+    conversion.to_run(source, parent / "run", small.config())
+    conversion.to_published(open_checkpoint(parent / "run"), parent / "back", form, 10**9)
+    return parent / "direct", parent / "back"
+
+
+def test_settings_and_files_are_kept_both_ways(tmp_path):
+    """Also unknown keys, the format of scales, and modules that are not quantised."""
+    found, weights, exact = checkpoints.make_fp8(released=True)
+    plain = "model.layers.0.mlp.up_proj"
+    found["quantization_config"] |= {"scale_fmt": "float", "modules_to_not_convert": [plain]}
+    found |= {"auto_map": {"AutoConfig": "code.Config", "AutoModel": "gone.Model"}, "new": [1]}
+    del weights[f"{plain}.weight_scale_inv"]
+    weights[f"{plain}.weight"] = exact[f"{plain}.weight"].astype(BF16)
+    checkpoints.write(tmp_path / "in", found, weights)
+    for name in ("tiktoken.model", "code.py", "LICENSE", "config.py"):
+        (tmp_path / "in" / name).write_text(name)
+    for folder in convert_both_ways(tmp_path / "in", "fp8"):
+        same_bits(stored(folder), weights)
+        written = json.loads((folder / "config.json").read_text())
+        assert written["quantization_config"] == found["quantization_config"] | {
+            "activation_scheme": "dynamic", "fmt": "e4m3",
+        }  # fmt: skip
+        assert (written["new"], written["auto_map"]) == ([1], {"AutoConfig": "code.Config"})
+        for name in ("tiktoken.model", "code.py", "LICENSE", "config.py"):
+            assert (folder / name).read_text() == name
+    assert "get_config" in (tmp_path / "run" / "config.py").read_text()
+    assert not (tmp_path / "run" / "code.py").exists()  # nothing that `main` could import
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A folder with a checkpoint that has a tokenizer, `in`, and the workdir of it, `run`."""
+    folder = tmp_path_factory.mktemp("converted")
+    checkpoints.write(folder / "in", *checkpoints.make("v3"))
+    tokenizer.make("byte", vocab=262, texts=()).save(folder / "in" / "tokenizer.json")
+    (folder / "in" / "tokenizer_config.json").unlink()
+    conversion.to_run(open_checkpoint(folder / "in"), folder / "run", small.config())
+    return folder
+
+
+def exported(run):
+    conversion.to_published(open_checkpoint(run), run.with_name("out"), "float32", 10**9)
+    return run.with_name("out")
+
+
+def test_a_published_tokenizer_comes_back_as_it_was(converted, tmp_path):
+    run = shutil.copytree(converted / "run", tmp_path / "run")
+    config = configs.from_json((run / "config.json").read_text())
+    assert config.data.tokenizer == f"{converted}/run/tokenizer.json"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (run / name).write_text("what a run wrote")
+    out, before = exported(run), (converted / "in" / "tokenizer.json").read_bytes()
+    assert (out / "tokenizer.json").read_bytes() == before
+    assert not (out / "tokenizer_config.json").exists()
+
+
+def test_the_tokenizer_of_a_run_is_told_to_other_readers(converted, tmp_path):
+    """Of a workdir that was made before runs wrote these settings themselves."""
+    run = shutil.copytree(converted / "run", tmp_path / "run")
+    shutil.rmtree(run / "published")
+    written = json.loads((exported(run) / "tokenizer_config.json").read_text())
+    assert (written["bos_token"], written["eos_token"]) == (tokenizer.BOS, tokenizer.EOS)
+
+
+def never(*_):
+    raise AssertionError("a value was read before the check")
+
+
+@pytest.mark.parametrize("way", ["to a workdir", "to a folder", "back"])
+def test_what_can_be_refused_is_refused_before_a_value_is_read(
+    way, converted, tmp_path, monkeypatch
+):
+    """No room on the disk, a target that is taken, and one among the saved steps."""
+    source = open_checkpoint(converted / ("run" if way == "back" else "in"))
+    monkeypatch.setattr(reader.Published, "read", never)
+    monkeypatch.setattr(reader.Published, "compare_copies", never)
+    monkeypatch.setattr(Leaves, "read", never)
+    monkeypatch.setattr(load, "open_run", never)
+
+    def convert(target):
+        if way == "to a workdir":
+            conversion.to_run(source, target, small.config())
+        else:
+            conversion.to_published(source, target, "bfloat16", SHARD)
+
+    usage = new_folder.shutil._ntuple_diskusage(10**9, 0, 10**5)
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="100,000 free; make"):
+        patched.setattr(new_folder.shutil, "disk_usage", lambda folder: usage)
+        convert(tmp_path / "out")
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+        convert(converted / "in")
+    with pytest.raises(ConfigError, match=r"lies among the checkpoints of .*; give another one"):
+        convert(source.directory / "checkpoints" / "7")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line(converted, tmp_path, monkeypatch):
+    """The writer of a workdir's arrays raises a ValueError of several lines."""
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing\n  No space left on device")
+
+    monkeypatch.setattr(chunks, "write", full)
+    words = r"out cannot be written \(RESOURCE_EXHAUSTED: Failed writing No space left on device\)"
+    with pytest.raises(ConfigError, match=words):
+        conversion.to_run(open_checkpoint(converted / "in"), tmp_path / "out", small.config())
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_recipe_that_cannot_train_the_model_is_refused_first(tmp_path, monkeypatch):
+    checkpoints.write(tmp_path / "in", *checkpoints.make("yarn"))
+    source = open_checkpoint(tmp_path / "in")
+    monkeypatch.setattr(reader.Published, "read", never)
+    base = small.config(batch_length=512)
+    with pytest.raises(ConfigError, match=r"batch.length=512 is beyond the context of YaRN"):
+        conversion.to_run(source, tmp_path / "run", base)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def test_norms_that_bfloat16_cannot_hold_stay_float32(tmp_path):
     found, weights = checkpoints.make("v3")
     checkpoints.write(tmp_path / "in", found, weights)
@@ -225,8 +367,13 @@ def test_a_router_without_a_published_form_is_refused(tmp_path):
     found, weights = checkpoints.make("v2")
     checkpoints.write(tmp_path / "in", found, weights)
     config = config_json.model_config(found, source="here")
+    model = dataclasses.replace(config, score="sigmoid")
     with pytest.raises(ConfigError, match=r"model.group_score='max'.*expected.*'top2'"):
-        config_json.published(config.__class__(**{**vars(config), "score": "sigmoid"}))
+        config_json.published(model)
+    run = dataclasses.replace(small.config(), model=model)
+    words = "no published form: model.group_score='max'"
+    assert words in conversion.obstacle(tmp_path, run)
+    assert conversion.obstacle(tmp_path, small.config()) is None
 
 
 def save_changed(run, config, path, index, value):
@@ -262,6 +409,11 @@ def test_router_biases_that_v2_has_no_place_for_are_refused(tmp_path):
     found, weights_of = checkpoints.make("v2")
     checkpoints.write(tmp_path / "in", found, weights_of)
     config = conversion.to_run(open_checkpoint(tmp_path / "in"), tmp_path / "run", small.config())
+    assert small.config().schedule.bias_speed > 0 == config.schedule.bias_speed
+    assert conversion.obstacle(tmp_path / "run", config) is None
+    biased = dataclasses.replace(config, schedule=small.config().schedule)
+    words = "deepseek_v2 has no router biases; schedule.bias_speed=0 keeps them at zero"
+    assert words in conversion.obstacle(tmp_path / "run", biased)
     conversion.to_published(open_checkpoint(tmp_path / "run"), tmp_path / "out", "float32", SHARD)
     same_bits(stored(tmp_path / "out"), weights_of)
 

@@ -9,7 +9,8 @@ from absl import app, flags
 
 from deepseek_jax import command, main
 from deepseek_jax.config import ConfigError
-from deepseek_jax.train import loop
+from deepseek_jax.data import tokenizer
+from deepseek_jax.train import loop, workdir
 
 
 @pytest.fixture
@@ -88,6 +89,25 @@ def test_workdirs_of_others(refused, text, tmp_path):
     (other / "config.json").write_text("{")
     assert "config.json" in refused(other)
     assert sorted(path.name for path in other.iterdir()) == ["checkpoints", "config.json"]
+
+
+def test_weights_from_elsewhere_keep_their_tokenizer(refused, text, tmp_path):
+    """A workdir of `convert` without one waits for it, and takes the one that is set."""
+    other = tmp_path / "other"
+    (other / "published").mkdir(parents=True)
+    (other / "published" / "config.json").write_text("{}")
+    config = runs.tiny(text, mesh={"gpu": 8})
+    (other / "config.json").write_text(config.to_json())
+    words = ["began from the weights of another", "data.tokenizer='byte'", "set data.tokenizer to"]
+    assert all(word in (message := refused(other)) for word in words), message
+    own = tmp_path / "tokenizer.json"
+    tokenizer.make("byte", vocab=264, texts=()).save(own)
+    chosen = runs.tiny(text, mesh={"gpu": 8}, data={"tokenizer": str(own)})
+    workdir.check(other, chosen)
+    (other / "config.json").write_text(chosen.to_json())
+    changed = runs.tiny(text, mesh={"gpu": 8}, data={"tokenizer": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"holds a run with data.tokenizer="):
+        workdir.check(other, changed)
 
 
 def test_broken_checkpoints_are_not_overwritten(refused, text, tmp_path):

@@ -7,6 +7,7 @@ from equations import checkpoints
 import deepseek_jax
 from deepseek_jax.checkpoint import conversion
 from deepseek_jax.checkpoint.load import open_checkpoint
+from deepseek_jax.data import tokenizer
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.train import loop
 
@@ -19,6 +20,7 @@ def test_a_run_starts_from_published_weights(text, tmp_path, one_device):
     table = np.random.default_rng(0).standard_normal((264, 48)).astype(np.float32)
     weights |= {"lm_head.weight": table / 7, "model.embed_tokens.weight": table}
     checkpoints.write(tmp_path / "in", settings, {name: weights[name] for name in shapes})
+    tokenizer.make("byte", vocab=264, texts=()).save(tmp_path / "in" / "tokenizer.json")
     schedule = dict(
         tokens=256, warmup_steps=0, decay_start=256, decay_end=256, final_start=256, bias_stop=256
     )

@@ -13,6 +13,7 @@ BF16 holds; in fp8 for weights that came from FP8 blocks, even by way of our own
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from deepseek_jax.checkpoint.hf import fp8_blocks, safetensors
 from deepseek_jax.checkpoint.hf.config_json import UNQUANTISED
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import params
+from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3
 
 FORMATS = ("bfloat16", "float32", "fp8")
 BF16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-_NOT_BF16 = np.float32(1 / 3)  # a value that BF16 does not hold
 
 Read = Callable[[Piece], np.ndarray]
 
@@ -77,10 +79,19 @@ def write(
         (folder / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def most_bytes(config: ModelConfig, biased: bool, form: str) -> int:
-    """Size of the files of `write`; that of norms and routers, which depends on values, at most."""
-    unread = WeightSource(config, biased, lambda piece: np.full(piece.shape, _NOT_BF16))
-    return sum(map(_bytes, _groups(unread, form, ())))
+def most_bytes(model: ModelConfig, form: str) -> int:
+    """Size of the tensors of `write`, or a little more; no table of the tensors is made.
+
+    Norms and routers are counted as float32, and scales of FP8 blocks as a hundredth of the values.
+    """
+    weights = list(params.describe(abstract_model(model)))
+    copies = [weight for weight in weights if weight.path in ("embedding.table", "head.table")]
+    total = 0.0
+    for weight in weights + copies * model.mtp_depth:
+        wide = form == "float32" or weight.sensitive or not weight.trained
+        blocks = form == "fp8" and (".attention." in weight.path or ".feed." in weight.path)
+        total += math.prod(weight.shape) * (4 if wide else 1.01 if blocks else 2)
+    return math.ceil(total)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from equations import checkpoints
@@ -14,7 +15,7 @@ import deepseek_jax
 from configs import v3_671b, v3_tiny
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import load
-from deepseek_jax.checkpoint.hf import names, reader
+from deepseek_jax.checkpoint.hf import names, reader, safetensors
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model import params
@@ -141,6 +142,90 @@ def test_settings_that_are_refused(change, words, made, tmp_path):
     if words[0].startswith("found"):
         words = ("does not hold the model of its config.json", "found float32", "and ")
     assert_refused(tmp_path, *words)
+
+
+def test_sizes_beyond_the_files_are_refused_before_a_table_is_made(made, tmp_path, monkeypatch):
+    settings, weights = made
+    monkeypatch.setattr(reader, "pieces", None)
+    for change in ({"num_hidden_layers": 2**31}, {"n_routed_experts": 2**40, "n_group": 4}):
+        checkpoints.write(tmp_path, settings | change, weights)
+        key, value = next(iter(change.items()))
+        assert_refused(tmp_path, f"{key}={value}", "tensors or more", f"(found {len(weights)})")
+
+
+def test_mtp_layers_that_the_settings_do_not_count_are_left_out(made, tmp_path):
+    settings, weights = made
+    checkpoints.write(tmp_path, settings | {"num_nextn_predict_layers": 0}, weights)
+    with pytest.warns(UserWarning, match=r"1 more MTP layers than config.json counts \(num_nextn"):
+        found = load.open_checkpoint(tmp_path)
+    assert found.model.mtp_depth == 0
+    assert not any(name.startswith("model.layers.3.") for name in found.published.tensors)
+    forget_projection(weights)  # then it is a layer that num_hidden_layers leaves out
+    checkpoints.write(tmp_path, settings | {"num_nextn_predict_layers": 0}, weights)
+    assert_refused(tmp_path, "model.layers.3.", "expected nothing")
+
+
+@pytest.mark.parametrize("copy", reader.COPIES)
+def test_an_mtp_table_of_its_own_is_refused(copy, made, tmp_path):
+    settings, weights = made
+    name = f"model.layers.3.{copy}"
+    weights[name] = weights[name].astype(ml_dtypes.bfloat16)
+    checkpoints.write(tmp_path, settings, weights)
+    words = (name, f"differs from {reader.COPIES[copy]}", "set num_nextn_predict_layers=0")
+    assert_refused(tmp_path, *words)
+    with pytest.raises(ConfigError, match="differs from"):
+        load.open_checkpoint(tmp_path).published.compare_copies()
+
+
+def test_scales_of_exponents_alone_are_read(tmp_path):
+    settings, stored, _ = checkpoints.make_fp8()
+    powers = {
+        name: np.exp2(np.round(np.log2(value))).astype(ml_dtypes.float8_e8m0fnu)
+        for name, value in stored.items()
+        if name.endswith(names.SCALE)
+    }
+    wide = {name: value.astype(np.float32) for name, value in powers.items()}
+    checkpoints.write(tmp_path, settings, {})
+    narrow = {**stored, **powers}
+    expected = {name: (value.dtype, value.shape) for name, value in narrow.items()}
+    safetensors.write(tmp_path / "model.safetensors", expected, narrow.items())
+    checkpoints.write(tmp_path / "wide", settings, {**stored, **wide})
+    found, want = (load.open_checkpoint(f).published for f in (tmp_path, tmp_path / "wide"))
+    for name in powers:
+        assert found.tensors[name].dtype == safetensors.E8M0
+        own = name.removesuffix(names.SCALE)
+        np.testing.assert_array_equal(found.read(own), want.read(own))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("1" * 5000, "config.json is not readable JSON (Exceeds the limit"),
+        ('{"a": ' * 100_000, "config.json is not readable JSON"),
+        ('{"a\\nb": 1, "a\\nb": 2}', "config.json names 'a\\nb' twice"),
+        ("[1]", "config.json is '[1]'; expected a JSON object"),
+    ],
+    ids=["digits", "nested", "twice", "list"],
+)
+def test_settings_that_are_no_json(text, words, made, tmp_path):
+    checkpoints.write(tmp_path, *made)
+    (tmp_path / "config.json").write_text(text)
+    assert "\n" not in assert_refused(tmp_path, words)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_pipe_is_no_file(file, made, tmp_path):
+    checkpoints.write(tmp_path, *made)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    assert_refused(tmp_path, f"{file} cannot be read: it is no regular file")
+
+
+def test_names_are_told_in_one_line(made, tmp_path):
+    settings, weights = made
+    for name in ("a\nb", "n" * 10_000):
+        checkpoints.write(tmp_path, settings, {**weights, name: weights[HEAD]})
+        assert "\n" not in assert_refused(tmp_path, "model.safetensors names a tensor", "printable")
 
 
 def rename(weights):

@@ -1,0 +1,92 @@
+"""Published settings that are unusual, and computed all the same."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from equations import checkpoints, rotary
+
+from deepseek_jax.checkpoint.hf import config_json
+from deepseek_jax.config import ConfigError
+from deepseek_jax.model.rotary import frequencies
+
+FILE = Path("folder/config.json")
+YARN = {
+    "type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64, "beta_fast": 1.0,
+    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+
+
+def config_of(**changes):
+    return config_json.model_config(checkpoints.make("v3")[0] | changes, source=FILE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "kimi_k2"},
+        {"model_type": "kimi_k2", "topk_method": None, "scoring_func": None},
+        {"architectures": None},
+        {"architectures": []},
+    ],
+    ids=str,
+)
+def test_other_names_of_the_same_model(changes):
+    assert config_of(**changes) == config_of()
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 50_000.0])
+@pytest.mark.parametrize("width", [8, 64])
+def test_a_ramp_between_equal_rotations(theta, width):
+    """Kimi K2's YaRN: from floor to ceil of the one pair that turns once."""
+    settings = checkpoints.make("v3")[0] | {
+        "rope_scaling": YARN, "rope_theta": theta, "qk_rope_head_dim": width,
+    }  # fmt: skip
+    config = config_json.model_config(settings, source=FILE)
+    low, high = rotary.correction_range(settings)
+    assert high - low == 1
+    np.testing.assert_allclose(frequencies(config), rotary.frequencies(settings), rtol=1e-12)
+    plain = theta ** (-2 * np.arange(width // 2) / width)
+    speeds = np.where(np.arange(width // 2) <= low, plain, plain / 32)
+    np.testing.assert_allclose(frequencies(config), speeds, rtol=1e-12)
+
+
+def test_yarn_without_an_original_length_takes_that_of_the_model():
+    """As `transformers` does."""
+    yarn = {key: value for key, value in YARN.items() if not key.startswith("original")}
+    assert config_of(rope_scaling=yarn, max_position_embeddings=256).yarn_original == 256
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, r"beta_fast is 0.5; expected at least beta_"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, r"rope_theta is 1; expected another number"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 1000\d+...; expected a number above 0"),
+        ({"num_hidden_layers": [0] * 10**6}, r"num_hidden_layers is \[0, .{,80}; expected a whole"),
+        ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; expected an object"),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "fp8", "weight_block_size": [128, 128], "ignore": "lm_head",
+                }
+            },
+            "quantization_config.ignore is 'lm_head'; expected names of modules, or null",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_cannot_be_computed_is_refused_in_a_line(changes, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        config_of(**changes)
+    assert len(str(error.value)) < 300
+
+
+def test_unknown_keys_of_the_quantisation_are_kept_while_the_format_stays():
+    given = {
+        "quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0", "new": 1,
+    }  # fmt: skip
+    settings = checkpoints.make("v3")[0] | {"quantization_config": given}
+    found = config_json.in_format(settings, "fp8")["quantization_config"]
+    assert found == {**given, "activation_scheme": "dynamic", "fmt": "e4m3"}
+    assert "quantization_config" not in config_json.in_format(settings, "bfloat16")
