@@ -32,10 +32,10 @@ def shown(value: Any, longest: int = _LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 12]}...{text[-8:]}"
 
 
-def name_shown(name: Any) -> str:
+def name_shown(name: Any, longest: int = _LONGEST) -> str:
     """A name as a message shows it: without quotes where it is printable and short."""
-    text = str(name) if isinstance(name, str) else shown(name)
-    return text if text.isprintable() and len(text) <= _LONGEST else shown(name)
+    text = str(name) if isinstance(name, str) else shown(name, longest)
+    return text if text.isprintable() and len(text) <= longest else shown(name, longest)
 
 
 def one_line(text: str, longest: int = 250) -> str:

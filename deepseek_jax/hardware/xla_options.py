@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.hints import name_shown
 
 # The dot merger joins the GEMMs of two chunks into one that waits for the messages of both. At the
 # default memory limit of 95 % the scheduler silently gives up overlap in programs whose real peak
@@ -29,11 +30,27 @@ def options(backend: str, profile: str = "") -> dict[str, Any]:
     Raises:
       ConfigError: No such file, or one that XLA would ignore.
     """
-    if profile and not (Path(profile).is_file() and profile.endswith(SUFFIX)):
+    if profile and (fault := _fault(profile)):
         raise ConfigError(
-            f"layout.cost_profile={profile} is not a file that ends in {SUFFIX}; write one with "
-            "python -m deepseek_jax.plan step, or set layout.cost_profile=''"
+            f"layout.cost_profile={name_shown(profile, 150)} {fault}; write one with python -m "
+            "deepseek_jax.plan step, or set layout.cost_profile=''"
         )
     if backend != "gpu":
         return {}
     return {**OPTIONS, **({PROFILE: str(Path(profile).absolute())} if profile else {})}
+
+
+def _fault(profile: str) -> str:
+    """Reason why XLA could not read a profile; "" if it can."""
+    if not profile.endswith(SUFFIX):
+        return f"is not a file that ends in {SUFFIX}"
+    try:
+        with open(profile, encoding="utf-8") as file:
+            start = file.read(4096)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: a NUL in the path, or bytes that are no text
+        why = error.strerror if isinstance(error, OSError) else "no text"
+        return f"is not a file that can be read ({why})"
+    return "holds no text" if "\0" in start else ""

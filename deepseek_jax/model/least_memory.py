@@ -92,6 +92,23 @@ def check_weights(model: ModelConfig, stored: Recipe, layout: Layout | None = No
         _check([part], machine_memory.device_bytes(), DEVICE)
 
 
+def check_compiled(compiled: Any, config: Config) -> None:
+    """Checks the temporaries of a compiled step, which are one allocation, before it runs.
+
+    Raises:
+      ConfigError: they are more than the memory of this machine.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:  # not every backend has one
+        return
+    on_cpu = jax.default_backend() == "cpu"
+    there = machine_memory.host_bytes() if on_cpu else machine_memory.device_bytes()
+    batch = config.batch
+    keys = {"batch.micro_sequences": batch.micro_sequences, "batch.length": batch.length}
+    part = Part("temporaries of a step", analysis.temp_size_in_bytes, lambda: keys)
+    _check([part], there, HOST if on_cpu else DEVICE)
+
+
 def _check(parts: list[Part], there: int | None, where: str) -> None:
     """Raises ConfigError where `parts` together are more than the bytes that are there."""
     need = sum(part.bytes for part in parts)

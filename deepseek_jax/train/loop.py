@@ -302,7 +302,9 @@ class Run:
         profile = self._config.layout.cost_profile
         options = xla_options.options(jax.default_backend(), profile)
         lowered = self._jitted_step.lower(*arguments)
-        self._compiled_step = lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=options)
+        raise_together(lambda: least_memory.check_compiled(compiled, self._config))
+        self._compiled_step = compiled
         now = self.state
         if now.ema is not None:
             self._move_ema = self._move_ema.lower(now.ema, now.params).compile()

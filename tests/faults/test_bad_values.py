@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from deepseek_jax import command
 from deepseek_jax import config as configs
 from deepseek_jax.config import ConfigError
+from deepseek_jax.hardware import xla_options
 from deepseek_jax.train import workdir
 
 TINY = base()
@@ -174,3 +175,29 @@ def test_a_saved_config_that_is_none(values):
     with pytest.raises(ConfigError) as error:
         configs.parse_saved(values)
     assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("none.pbtxt", None, "is not a file that can be read (No such file or directory)"),
+        ("x" * 300 + ".pbtxt", None, "is not a file that can be read (File name too long)"),
+        ("folder.pbtxt", "", "is not a file that can be read (Is a directory)"),
+        ("other.txt", b"costs {}", "is not a file that ends in .pbtxt"),
+        ("bytes.pbtxt", b"\xff\xfe", "is not a file that can be read (no text)"),
+        ("zeros.pbtxt", bytes(8), "holds no text"),
+        ("right.pbtxt", b"costs {}", ""),
+    ],
+)
+def test_a_cost_profile_is_read_before_the_run(tmp_path, name, content, why):
+    file = tmp_path / name
+    if content == "":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    if not why:
+        assert xla_options.options("cpu", str(file)) == {}
+        return
+    with pytest.raises(ConfigError, match=r"^layout\.cost_profile=") as error:
+        xla_options.options("cpu", str(file))
+    assert why in str(error.value) and "plan step" in str(error.value)
