@@ -11,6 +11,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint import load as checkpoints
 from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.hardware import device_memory
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.loss import head_loss
@@ -57,20 +58,38 @@ class Model:
     how: Execution
 
     def __call__(self, tokens: Any) -> Output:
-        """Outputs for tokens BT, integers from 0 to `config.vocab` - 1; ValueError for others."""
-        return _forward(self.weights, self._checked(tokens, least=1), self.how)
+        """Outputs for tokens BT, integers from 0 to `config.vocab` - 1.
+
+        Raises:
+          ValueError: other tokens, or so many that their logits exceed the device's memory.
+        """
+        heads = 1 + self.config.mtp_depth
+        tokens = self._checked(tokens, least=1, numbers=heads * self.config.vocab)
+        return _forward(self.weights, tokens, self.how)
 
     def loss(self, tokens: Any) -> jax.Array:
         """Mean cross entropy, in nats, of the B(T - 1) next tokens, () float32; no other term."""
-        return _loss(self.weights, self._checked(tokens, least=2), self.how)
+        tokens = self._checked(tokens, least=2, numbers=self.config.d_model)
+        return _loss(self.weights, tokens, self.how)
 
-    def _checked(self, tokens: Any, *, least: int) -> jax.Array:
-        values = np.asarray(tokens)
+    def _checked(self, tokens: Any, *, least: int, numbers: int) -> jax.Array:
+        """Tokens as an array, of which each has that many float32 numbers at the same time."""
+        try:
+            values = np.asarray(tokens)
+        except ValueError as error:  # NumPy's, for rows of unequal lengths
+            raise ValueError("tokens have rows of unequal lengths; pad them at the end") from error
         integers = np.issubdtype(values.dtype, np.integer)
         if values.ndim != 2 or not integers or not values.shape[0] or values.shape[1] < least:
             raise ValueError(
                 f"tokens are {values.dtype}{list(values.shape)}; expected integers [sequences, "
                 f"length], at least 1 and {least}"
+            )
+        needed, had = 4 * values.size * numbers, device_memory.bytes_of(jax.local_devices()[0])
+        if had is not None and needed > had:
+            raise ValueError(
+                f"tokens are {values.dtype}{list(values.shape)}, whose outputs take "
+                f"{needed / 2**30:,.0f} GiB, and the device has {had / 2**30:,.0f}; pass fewer "
+                "at once"
             )
         if values.min() < 0 or values.max() >= self.config.vocab:
             raise ValueError(
@@ -98,7 +117,9 @@ def load(directory: str | Path, dtype: Any = "float32") -> Model:
         name = None if dtype is None else jnp.dtype(dtype).name
     except TypeError as error:
         raise ConfigError(f"dtype is {dtype!r}; expected float32 or bfloat16") from error
-    known = None if name is None else recipes.recipe(name)  # refused before a file is opened
+    if name not in (None, "float32", "bfloat16"):  # refused before a file is opened
+        raise ConfigError(f"dtype is {name!r}; expected float32 or bfloat16")
+    known = None if name is None else recipes.recipe(name)
     checkpoint = checkpoints.open_checkpoint(Path(directory))
     recipe = known or recipes.recipe(checkpoint.config().precision.recipe)
     model = params.prepare(checkpoint.load(recipe), recipe)

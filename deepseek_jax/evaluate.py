@@ -2,6 +2,13 @@
 
 Layout and precision are chosen as in `generate`: those of --config, else those of the run that made
 the checkpoint, else the dtype that a Hugging Face directory states; --dtype takes its place.
+
+By default documents are packed as in training: BOS, text and EOS of each file or row, one after
+another, cut into sequences of --length. Every token but the first BOS is predicted once, EOS and
+inner BOS too; a sequence begins where the one before ended, without BOS, and a document sees those
+before it in its sequence. With --documents each file or row stands apart after BOS, and only its
+own tokens are predicted; a longer one is read in windows of --length tokens that move on by
+--stride, which is the rolling log-likelihood of lm-evaluation-harness.
 """
 
 import json
@@ -19,13 +26,17 @@ CONFIG = command.define_config_flag()
 MESH = flags.DEFINE_list("mesh", [], "Devices by mesh axis, as node:2,gpu:4; else one device.")
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens that each sequence predicts.", lower_bound=2)
 TOKENS = flags.DEFINE_integer("tokens", 2**62, "Score at most this many.", lower_bound=2)
+DOCUMENTS = flags.DEFINE_bool("documents", False, "Score each document apart, without EOS.")
+STRIDE = flags.DEFINE_integer(
+    "stride", None, "Tokens that each further window predicts; default: --length.", lower_bound=1
+)
 DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Dtype of weights and matmuls.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 command.define_process_flags()
 
 FLAG_OF = {
     "data.path": "--data", "data.text_key": "--text_key", "data.tokenizer": "--checkpoint",
-    "batch.length": "--length",
+    "batch.length": "--length", "stride": "--stride",
 }  # fmt: skip
 
 
@@ -33,6 +44,8 @@ def main() -> None:
     """Scores a checkpoint on a text as the flags say."""
     if not CHECKPOINT.value or not DATA.value:
         raise ConfigError("evaluate needs --checkpoint=DIR and --data=PATH")
+    if STRIDE.value is not None and not DOCUMENTS.value:
+        raise ConfigError(f"--stride={STRIDE.value} is for documents apart; add --documents")
     directory = command.folder(CHECKPOINT)
     mesh = command.parse_mesh(MESH.value)
     given = command.read_config(CONFIG) if CONFIG.value is not None else None
@@ -52,6 +65,7 @@ def main() -> None:
             length=LENGTH.value,
             tokens=TOKENS.value,
             text_key=TEXT_KEY.value,
+            stride=(STRIDE.value or LENGTH.value) if DOCUMENTS.value else None,
             say=print if processes.is_primary() and not JSON.value else lambda line: None,
         )
     if processes.is_primary():

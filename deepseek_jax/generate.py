@@ -4,9 +4,14 @@ Layout and precision are those of --config. Without it they are those of the tra
 the checkpoint; a Hugging Face directory runs in the dtype of its config.json (`torch_dtype`; FP8
 blocks in bfloat16; float32 where that is missing or float16) with dropless dispatch in that dtype.
 --dtype takes the place of either's dtype.
+
+A prompt is encoded as documents are in training: after BOS, and the names of special tokens in it,
+such as <|endoftext|>, are spelled in letters, with a warning. With --special_tokens such a name is
+the token itself, as in `transformers`, and a prompt that begins with BOS gets no second one.
 """
 
 import json
+import re
 from pathlib import Path
 
 from absl import flags
@@ -18,6 +23,9 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A Hugging Face directory o
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 PROMPT_TOKENS = flags.DEFINE_multi_string(
     "prompt_tokens", [], "A prompt as token ids, 1,2,3; may be given several times."
+)
+SPECIAL_TOKENS = flags.DEFINE_bool(
+    "special_tokens", False, "Read names of special tokens in --prompt as those tokens."
 )
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 128, "Most tokens to generate for a prompt.", lower_bound=1
@@ -51,7 +59,7 @@ command.define_process_flags()
 FLAG_OF = {
     "batch.length": "--cache_length", "data.tokenizer": "--checkpoint",
     "prompt_tokens": "--prompt_tokens", "--workdir": "--checkpoint",
-    "request.max_tokens": "--max_tokens",
+    "request.prompt": "--prompt_tokens", "request.max_tokens": "--max_tokens",
     "request.temperature": "--temperature", "request.top_p": "--top_p", "request.seed": "--seed",
     "engine.slots": "--slots", "engine.length": "--cache_length", "engine.cache": "--cache",
     "engine.drafts": "--speculate",
@@ -87,7 +95,7 @@ def _generate(
 
     def encoded() -> tuple[generation.TextCodec, list[tuple[int, ...]]]:
         words = generation.TextCodec.of(checkpoint)
-        return words, [words.encode(text) for text in PROMPT.value]
+        return words, [words.encode(text, SPECIAL_TOKENS.value) for text in PROMPT.value]
 
     words, prompts = raise_together(encoded)
     prompts += prompt_tokens
@@ -95,12 +103,15 @@ def _generate(
         Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value + number)
         for number, prompt in enumerate(prompts)
     ]
+    length = CACHE_LENGTH.value or max(map(len, prompts)) + MAX_TOKENS.value
+    for request in requests:
+        request.check_fits(checkpoint.model.vocab, length)
     server = generation.open_engine(
         checkpoint,
         command.config_of(checkpoint, given, DTYPE.value),
         mesh=mesh,
         slots=min(SLOTS.value, len(requests)),
-        length=CACHE_LENGTH.value or max(map(len, prompts)) + MAX_TOKENS.value,
+        length=length,
         cache=CACHE.value,
         stop=words.stop,
         drafts=SPECULATE.value,
@@ -115,10 +126,10 @@ def _generate(
 
 
 def _ids(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ConfigError(f"--prompt_tokens={text!r}; expected ids, as 1,2,3")
-    return tuple(map(int, parts))
+    if not re.fullmatch(r"\s*[0-9]{1,18}\s*(,\s*[0-9]{1,18}\s*)*", text, re.ASCII):
+        shown = text if len(text) <= 80 else f"{text[:80]}..."
+        raise ConfigError(f"--prompt_tokens={shown!r}; expected ids, as 1,2,3")
+    return tuple(map(int, text.split(",")))
 
 
 if __name__ == "__main__":

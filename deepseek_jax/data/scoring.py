@@ -65,26 +65,62 @@ def lay_out(corpus: Corpus, documents: np.ndarray, *, length: int, tokens: int) 
 
 
 def of_text(source: Source, words: Tokenizer, *, length: int, tokens: int) -> HeldOut:
-    """Packs documents in their order, and cuts the last one at `tokens` targets."""
+    """Packs documents in their order, and cuts the last one to have `tokens` targets in all.
+
+    Raises:
+      ConfigError: Documents without text.
+    """
+    bos = words.marks.bos is not None
+    # The first BOS is no target.
+    bodies, text = read(source, words, tokens=tokens + bos, before=int(bos), after=1)
+    return _packed(bodies, text, words.marks, length, tokens)
+
+
+def read(
+    source: Source, words: Tokenizer, *, tokens: int, before: int = 0, after: int = 0
+) -> tuple[list[np.ndarray], bytes]:
+    """Reads documents in their order until they have `tokens` tokens; the last one is cut.
+
+    Args:
+      source: Text documents; those without text are left out.
+      words: Tokenizer.
+      tokens: Largest number of tokens.
+      before, after: Tokens that a document has before and after its text.
+
+    Returns:
+      Ids of the text of each document, and its text; of the last one, whole characters.
+
+    Raises:
+      ConfigError: Documents without text.
+    """
     bodies: list[np.ndarray] = []
     texts: list[bytes] = []
-    left = tokens
     for document in range(len(source)):
+        if tokens <= 0:
+            break
         text = source[document]
-        if left <= 0 or not text:
-            continue
         body = next(words.encode([text]))
-        if len(body) > left:
-            body = body[:left]
-            text = words.decode(body)
+        if not len(body):
+            continue
+        room = max(tokens - before, 0)
+        if len(body) > room:
+            body, text = body[:room], words.cut(text, room)
         bodies.append(body)
         texts.append(text.encode())
-        left -= len(body) + 1 + (words.marks.bos is not None)
-    return _packed(bodies, b"".join(texts), words.marks, length)
+        tokens -= before + len(body) + after
+    if not bodies:
+        raise ConfigError("data.path holds no text: each of its documents is empty")
+    return bodies, b"".join(texts)
 
 
-def _packed(bodies: Sequence[np.ndarray], text: bytes, marks: Marks, length: int) -> HeldOut:
+def _packed(
+    bodies: Sequence[np.ndarray], text: bytes, marks: Marks, length: int, tokens: int | None = None
+) -> HeldOut:
     """Packs the tokens of documents with marks, and counts the bytes of `text`.
+
+    Args:
+      tokens: Targets after which the stream is cut, and no longer than which a sequence is; None
+        for all.
 
     Raises:
       ConfigError: No text, of which bits per byte would be infinite.
@@ -100,6 +136,9 @@ def _packed(bodies: Sequence[np.ndarray], text: bytes, marks: Marks, length: int
     for body in bodies:
         stream += [np.array(bos, np.int64), body, np.array([marks.eos])]
     ids = np.concatenate(stream).astype(np.int32)
+    if tokens is not None:
+        ids = ids[: tokens + 1]
+        length = min(length, len(ids) - 1)
     sequences, valid = _rows(ids, length, marks.eos)
     return HeldOut(
         sequences=sequences,
@@ -137,39 +176,60 @@ def of_tokens(
     Raises:
       ConfigError: A file without token ids, or ids that the model does not have.
     """
+    parts = []
+    streams = open_tokens(files, vocab)
+    length = min(length, max(ids.shape[-1] for ids in streams) - 1)
+    if not length:
+        raise ConfigError(f"{shown(files[0])} holds one token; expected at least two")
+    for ids in streams:
+        if ids.ndim == 2:
+            rows = checked(ids[: -(-tokens // (ids.shape[1] - 1))], vocab, files)
+            parts.append((rows, np.ones((len(rows), rows.shape[1] - 1), bool)))
+        elif len(ids) > 1:
+            parts.append(_rows(checked(ids[: tokens + 1], vocab, files), length, 0))
+    sequences, valid = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return sequences, valid & (np.cumsum(valid).reshape(valid.shape) <= tokens)
+
+
+def open_tokens(files: Sequence[Path], vocab: int) -> list[np.ndarray]:
+    """Ids of token files, memory-mapped: one table [N, T], or the stream [N] of each file.
+
+    Raises:
+      ConfigError: A file without token ids.
+    """
     table = _table(files)
-    if table is not None:
-        streams = [table]
-    else:
-        streams = [token_files.open_shard(file, vocab)[0].ids[: tokens + 1] for file in files]
-    lowest, highest = min(int(x.min()) for x in streams), max(int(x.max()) for x in streams)
+    return [token_files.open_shard(f, vocab)[0].ids for f in files] if table is None else [table]
+
+
+def checked(ids: np.ndarray, vocab: int, files: Sequence[Path]) -> np.ndarray:
+    """Ids as int32, if a model of `vocab` tokens has them all.
+
+    Raises:
+      ConfigError: An id outside, before it is narrowed to 32 bits; the message names `files`.
+    """
+    lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= vocab:
         raise ConfigError(
             f"{shown(files[0].parent if len(files) > 1 else files[0])} holds ids from {lowest} to "
             f"{highest}; the model's go from 0 to {vocab - 1}"
         )
-    if table is not None:
-        sequences, valid = table.astype(np.int32), np.ones((len(table), table.shape[1] - 1), bool)
-    else:
-        longest = max(map(len, streams)) - 1
-        if not longest:
-            raise ConfigError(f"{shown(files[0])} holds one token; expected at least two")
-        length = min(length, longest)
-        parts = [_rows(ids, length, 0) for ids in streams if len(ids) > 1]
-        sequences, valid = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return sequences, valid & (np.cumsum(valid).reshape(valid.shape) <= tokens)
+    return ids.astype(np.int32)
 
 
 def _table(files: Sequence[Path]) -> np.ndarray | None:
-    """Ids of a single `.npy` file with a table; None for other files."""
+    """Table [N, T] of ids of a single `.npy` file; None for other files."""
     if len(files) > 1:
         return None
     try:
         ids = np.load(files[0], mmap_mode="r", allow_pickle=False)
     except Exception:  # of any kind; opening the file as a stream reports the error
         return None
-    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "ui":
-        return None
-    if not ids.size or ids.shape[1] < 2:
+    if (
+        not isinstance(ids, np.ndarray)
+        or ids.ndim != 2
+        or ids.dtype.kind not in "ui"
+        or not ids.size
+        or ids.shape[1] < 2
+    ):
         return None
     return ids

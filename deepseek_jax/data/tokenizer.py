@@ -128,6 +128,24 @@ class Tokenizer:
         for encoding in encodings:
             yield np.array(encoding.ids, np.int32)
 
+    def encode_special(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens are those tokens, without BOS."""
+        self._core.encode_special_tokens = False
+        try:
+            return list(self._core.encode(text, add_special_tokens=False).ids)
+        finally:
+            self._core.encode_special_tokens = True
+
+    def special_in(self, text: str) -> list[str]:
+        """Names of special tokens that a text spells out."""
+        added = self._core.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special and token.content in text]
+
+    def cut(self, text: str, tokens: int) -> str:
+        """Beginning of a text that its first `tokens` tokens are from, in whole characters."""
+        offsets = self._core.encode(text, add_special_tokens=False).offsets
+        return text[: max((stop for _, stop in offsets[:tokens]), default=0)]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of some ids, without marks."""
         with _library(f"data.tokenizer: {self.description} cannot decode its tokens"):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.errors import RunError
 from deepseek_jax.model import params
 from deepseek_jax.model.decoding import Unstacked
 from deepseek_jax.model.execution import Execution
@@ -22,7 +23,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.parallel.mesh import spread
-from deepseek_jax.serve import decode, speculate
+from deepseek_jax.serve import decode, sizes, speculate
 from deepseek_jax.serve.batch_state import Admission, State, empty
 from deepseek_jax.serve.requests import Counts, Delta, Request
 from deepseek_jax.serve.sampling import Settings
@@ -96,14 +97,7 @@ class Engine:
         steps: int = 8,
     ):
         config = self.config = model.config
-        for name, value, least in (("slots", slots, 1), ("drafts", drafts, 0)):
-            if value < least:
-                raise ConfigError(f"engine.{name}={value}; expected at least {least}")
-        if drafts and not config.mtp_depth:
-            raise ConfigError(
-                f"engine.drafts={drafts} drafts with MTP modules, and this model has none; set "
-                "engine.drafts=0"
-            )
+        sizes.check_numbers(config, slots=slots, length=length, drafts=drafts, steps=steps)
         self.layout, self.mesh, self.slots, self.length = layout, mesh, slots, length
         self._drafts = drafts
         self.reset_counts()
@@ -118,7 +112,8 @@ class Engine:
                 f"{slots} slots do not divide among the {self._parts} devices of the data axes; "
                 f"set engine.slots={-(-slots // self._parts) * self._parts}"
             )
-
+        device = mesh.local_devices[0]
+        sizes.check_room(config, slots // self._parts, length, cache, drafts, device)
         self._build(model, how, cache, stop, steps)
 
     def _build(
@@ -183,17 +178,7 @@ class Engine:
         Raises:
           ConfigError: A request that can never run here: unknown tokens, or more than a slot holds.
         """
-        prompt, total = request.prompt, len(request.prompt) + request.max_tokens
-        if min(prompt) < 0 or max(prompt) >= self.config.vocab:
-            raise ConfigError(
-                f"a prompt has tokens from {min(prompt)} to {max(prompt)}; this model has 0 to "
-                f"{self.config.vocab - 1}"
-            )
-        if total > self.length:
-            raise ConfigError(
-                f"a prompt of {len(prompt)} tokens and request.max_tokens={request.max_tokens} "
-                f"need room for {total}, and a slot has {self.length}; set engine.length={total}"
-            )
+        request.check_fits(self.config.vocab, self.length)
         self._waiting.append((self._added, request))
         self._added += 1
         return self._added - 1
@@ -204,7 +189,11 @@ class Engine:
         return bool(self._waiting) or any(number is not None for number in self._held)
 
     def step(self) -> list[Delta]:
-        """Admits waiting requests to free slots, then decodes up to `steps` steps of all slots."""
+        """Admits waiting requests to free slots, then decodes up to `steps` steps of all slots.
+
+        Raises:
+          RunError: Logits that are not finite, which no token follows.
+        """
         deltas = []
         for wave in self._waves():
             output, seconds = self._call(self._admit, wave)
@@ -301,6 +290,12 @@ class Engine:
                 continue
             steps = zip(output.tokens[:, slot], output.count[:, slot], strict=True)
             tokens = [int(t) for made, count in steps for t in made[:count]]
+            if any(token >= self.config.vocab for token in tokens):
+                raise RunError(
+                    f"the logits of request {number} are not finite, so no token follows; its "
+                    "activations overflow: compute in float32 (--dtype=float32, "
+                    "--cache=float32), or look for damage in the weights"
+                )
             done = not output.running[slot]
             if done:
                 self._held[slot] = None

@@ -1,6 +1,7 @@
 """Text from a checkpoint: prompts are encoded, decoded by an engine and told as they grow."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.model import execution, params, remat
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.serve import latent_cache
+from deepseek_jax.serve import latent_cache, sizes
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.requests import Counts, Request
 
@@ -36,15 +37,43 @@ class TextCodec:
         """The tokenizer and the stop ids of an opened checkpoint."""
         return cls(checkpoint.directory, checkpoint.tokenizer, checkpoint.stop_tokens)
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of BOS, where there is one, and of the text: how documents begin in training."""
+    def encode(self, text: str, special: bool = False) -> tuple[int, ...]:
+        """Ids of BOS, where there is one, and of the text: how documents begin in training.
+
+        Args:
+          text: a prompt.
+          special: True reads the names of special tokens in `text`, such as `<｜User｜>`, as those
+            tokens, and adds no BOS before one that is written there. False spells such a name in
+            letters, as in training data, and warns of it.
+
+        Raises:
+          ConfigError: no tokenizer, or text that is not Unicode.
+        """
         if self.tokenizer is None:
             raise ConfigError(
                 f"{self.directory} has no tokenizer.json to encode a prompt with; give "
                 "prompt_tokens=1,2"
             )
-        bos, (ids,) = self.tokenizer.marks.bos, self.tokenizer.encode([text])
-        return (*(() if bos is None else (bos,)), *map(int, ids))
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"a prompt is not UTF-8 text: character {error.start} is half a surrogate pair or "
+                "a stray byte"
+            ) from error
+        if special:
+            ids: list[int] = self.tokenizer.encode_special(text)
+        else:
+            ids = next(self.tokenizer.encode([text])).tolist()
+            if names := self.tokenizer.special_in(text):
+                warnings.warn(
+                    f"the prompt spells out the special token {names[0]}, which is encoded as "
+                    "letters; --special_tokens sends the token itself",
+                    stacklevel=2,
+                )
+        bos = self.tokenizer.marks.bos
+        written = bos is None or (special and ids[:1] == [bos])
+        return (*(() if written else (bos,)), *ids)
 
     def decode(self, tokens: Sequence[int]) -> str | None:
         """Text of some ids; None without a tokenizer."""
@@ -73,9 +102,11 @@ def open_engine(
       length, stop, drafts, steps: as for `Engine`.
 
     Raises:
-      ConfigError: weights that cannot be read, or a layout that does not fit.
+      ConfigError: weights that cannot be read, a layout that does not fit, or a cache that is
+        larger than the memory of a device, before the weights are read.
     """
     model = checkpoint.model
+    sizes.check_numbers(model, slots=slots, length=length, drafts=drafts, steps=steps)
     config = meshes.forward_config(dataclasses.replace(base, model=model), mesh, length)
     if config.mesh.pipe > 1:
         raise ConfigError(f"mesh.pipe={config.mesh.pipe}: generation has no pipeline")
@@ -83,6 +114,9 @@ def open_engine(
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     parts = config.mesh.replica * config.mesh.node * config.mesh.gpu
     how = dataclasses.replace(execution.of(config), remat=remat.NONE)
+    cache = cache or latent_cache.default_format(how.recipe)
+    here = -(-slots // parts)
+    sizes.check_room(model, here, length, cache, drafts, grid.local_devices[0])
     with jax.set_mesh(grid):
         stored = checkpoint.load(how.recipe, layout, grid)
         loaded = params.prepare(stored, how.recipe)
@@ -91,9 +125,9 @@ def open_engine(
         how,
         layout,
         grid,
-        slots=-(-slots // parts) * parts,
+        slots=here * parts,
         length=length,
-        cache=cache or latent_cache.default_format(how.recipe),
+        cache=cache,
         stop=stop,
         drafts=drafts,
         steps=steps,

@@ -1,10 +1,13 @@
 """Requests to an engine, the tokens that it adds to them, and its counters."""
 
 import dataclasses
+import numbers
+import operator
 
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.serve.sampling import HOTTEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +17,8 @@ class Request:
     Attributes:
       prompt: Token ids, at least one.
       max_tokens: Most tokens to generate; at least 1.
-      temperature: Softmax temperature, at least 0; 0 takes the most likely token.
+      temperature: Softmax temperature, from 0 to 1e30; 0 takes the most likely token, and so does
+        any value below 1e-6, the rounding error of logits.
       top_p: Share of the probability to sample from (nucleus sampling), in (0, 1].
       seed: Seed of this request's random numbers, from 0 to 2**32 - 1.
 
@@ -29,16 +33,44 @@ class Request:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.prompt:
+        try:
+            ids = tuple(operator.index(token) for token in self.prompt)
+        except TypeError as error:
+            raise ConfigError("request.prompt has to be token ids, as (1, 2, 3)") from error
+        if not ids:
             raise ConfigError("an empty prompt; give at least one token, such as BOS")
-        if self.max_tokens < 1:
-            raise ConfigError(f"request.max_tokens={self.max_tokens}; expected at least 1")
-        if not self.temperature >= 0:
-            raise ConfigError(f"request.temperature={self.temperature}; expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"request.top_p={self.top_p}; expected above 0, up to 1")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"request.seed={self.seed}; expected 0 to 2**32 - 1")
+        object.__setattr__(self, "prompt", ids)
+        for name, kind, holds, words in _RANGES:
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
+                raise ConfigError(f"request.{name}={value!r}; expected {words}")
+
+    def check_fits(self, vocab: int, length: int) -> None:
+        """Checks that a model of `vocab` tokens has the prompt, and a slot of `length` the rest.
+
+        Raises:
+          ConfigError: A request that can never run there.
+        """
+        prompt, total = self.prompt, len(self.prompt) + self.max_tokens
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise ConfigError(
+                f"a prompt has tokens from {min(prompt)} to {max(prompt)}; this model has 0 to "
+                f"{vocab - 1}"
+            )
+        if total > length:
+            raise ConfigError(
+                f"a prompt of {len(prompt)} tokens and request.max_tokens={self.max_tokens} "
+                f"need room for {total}, and a slot has {length}; set engine.length={total}"
+            )
+
+
+# Field, type, test and words for each number of a request; NaN passes no test.
+_RANGES = (
+    ("max_tokens", numbers.Integral, lambda x: x >= 1, "a whole number, at least 1"),
+    ("temperature", numbers.Real, lambda x: 0 <= x <= HOTTEST, "a number from 0 to 1e30"),
+    ("top_p", numbers.Real, lambda x: 0 < x <= 1, "a number above 0, up to 1"),
+    ("seed", numbers.Integral, lambda x: 0 <= x < 2**32, "a whole number, 0 to 2**32 - 1"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

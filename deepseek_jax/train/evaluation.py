@@ -1,8 +1,9 @@
 """Loss of given weights on given sequences, and of a checkpoint on a text, without gradients."""
 
 import dataclasses
+import gzip
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data import scoring, source
+from deepseek_jax.data import rolling, scoring, source
+from deepseek_jax.data.tokenizer import Marks, Tokenizer
+from deepseek_jax.errors import RunError
 from deepseek_jax.model import execution, params, remat
 from deepseek_jax.model.loss import head_loss
 from deepseek_jax.model.params import split
@@ -103,6 +106,25 @@ def make_score(
     return score
 
 
+@dataclasses.dataclass(frozen=True)
+class LaidOut:
+    """Data to score, as sequences.
+
+    Attributes:
+      blocks: sequences N(W+1) with a mask NW of the targets that count, one after another.
+      width: W.
+      documents: number of documents; None for packed token files.
+      bytes, gzip_bytes: UTF-8 bytes of the text behind the targets, and those of `gzip -9`; None
+        for token files.
+    """
+
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]]
+    width: int
+    documents: int | None = None
+    bytes: int | None = None
+    gzip_bytes: int | None = None
+
+
 def score_checkpoint(
     checkpoint: Checkpoint,
     data: str,
@@ -112,6 +134,7 @@ def score_checkpoint(
     length: int,
     tokens: int,
     text_key: str = "text",
+    stride: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Loss of a checkpoint on a text, each token of which is predicted once.
@@ -119,68 +142,111 @@ def score_checkpoint(
     Args:
       checkpoint: an opened Hugging Face directory or workdir.
       data: text as in `data.path`, or token files. Text is read with the directory's
-        `tokenizer.json`, each file or row between its begin and end tokens; their spellings inside
-        a text are encoded as plain text.
+        `tokenizer.json`; the spellings of special tokens inside a text are encoded as plain text.
       base: layout, precision and batch; its model is replaced by the checkpoint's.
       mesh: devices along mesh axes, one along the others. Empty for one device.
       length: of the sequences that the text is cut into.
       tokens: largest number of tokens to score.
       text_key: the field of rows that holds their text.
+      stride: None packs documents as training does: each file or row between BOS and EOS in one
+        stream, cut into sequences, in which EOS and all but the first BOS are scored, too. A number
+        scores documents apart, as `data/rolling.py` says, with that stride.
       say: receives progress messages.
 
     Returns:
-      loss in nats per token, perplexity, bits_per_byte, gzip_bits_per_byte, tokens, bytes; those
-      in bytes are None for token files, whose text is unknown.
+      loss in nats per token, perplexity, bits_per_byte, gzip_bits_per_byte, tokens, bytes,
+      documents; those in bytes are None for token files, whose text is unknown, and so is documents
+      where these are packed. A perplexity that is too large for a float is infinite.
 
     Raises:
       ConfigError: a checkpoint or data that cannot be read, or a layout that does not fit.
+      RunError: a loss that is not a number.
     """
-    model = checkpoint.model
-    sequences, valid, text = _laid_out(checkpoint, data, model.vocab, length, tokens, text_key, say)
-    config = forward_config(dataclasses.replace(base, model=model), mesh, sequences.shape[1] - 1)
+    if stride is not None and not 1 <= stride <= length:
+        raise ConfigError(f"stride={stride}; expected 1 to batch.length={length}")
+    laid = _laid_out(checkpoint, data, length, tokens, text_key, stride, say)
+    config = dataclasses.replace(base, model=checkpoint.model)
+    config = forward_config(config, mesh, laid.width)
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     with jax.set_mesh(grid):
         recipe = execution.of(config).recipe
         _, stored, bias = split(checkpoint.load(recipe, layout, grid))
-        score = make_score(config, layout, grid)(stored, bias, sequences, valid)
-    loss = score.nats / score.targets
+        score = make_score(config, layout, grid)
+        scores = [score(stored, bias, sequences, valid) for sequences, valid in laid.blocks]
+    total = Score(math.fsum(part.nats for part in scores), sum(part.targets for part in scores))
+    loss = total.nats / total.targets
+    if math.isnan(loss):
+        raise RunError(
+            "the loss is not a number: activations overflow; compute in float32 "
+            "(--dtype=float32), or look for damage in the weights"
+        )
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": score.bits_per_byte(text.bytes) if text else None,
-        "gzip_bits_per_byte": 8 * text.gzip_bytes / text.bytes if text else None,
-        "tokens": score.targets,
-        "bytes": text.bytes if text else None,
+        "bits_per_byte": total.bits_per_byte(laid.bytes) if laid.bytes else None,
+        "gzip_bits_per_byte": 8 * (laid.gzip_bytes or 0) / laid.bytes if laid.bytes else None,
+        "tokens": total.targets,
+        "bytes": laid.bytes,
+        "documents": laid.documents,
     }
 
 
 def _laid_out(
     checkpoint: Checkpoint,
     data: str,
-    vocab: int,
     length: int,
     tokens: int,
     text_key: str,
+    stride: int | None,
     say: Callable[[str], None],
-) -> tuple[np.ndarray, np.ndarray, scoring.HeldOut | None]:
-    """Packs held-out data into sequences N(S+1), with a mask NS of the targets that count.
-
-    The third value holds the byte counts of raw text, for bits per byte; None for token files.
-    """
+) -> LaidOut:
+    """Reads the data and lays it out, packed or apart, see `score_checkpoint`."""
+    vocab = checkpoint.model.vocab
     if files := source.token_files(data):
-        return *scoring.of_tokens(files, vocab=vocab, length=length, tokens=tokens), None
-    tokens_of, directory = checkpoint.tokenizer, checkpoint.directory
-    if tokens_of is None:
-        raise ConfigError(
-            f"{directory} has no tokenizer.json to read the text of --data={data} with; expected "
-            "one there, or a token file (.npy or .bin) for --data"
-        )
+        if stride is None:
+            packed = scoring.of_tokens(files, vocab=vocab, length=length, tokens=tokens)
+            return LaidOut([packed], packed[1].shape[1])
+        marks = _marks(checkpoint, data)
+        bodies = rolling.of_tokens(files, marks, vocab=vocab, tokens=tokens)
+        return LaidOut(*rolling.lay_out(bodies, marks, length, stride), len(bodies))
+    words = _tokenizer(checkpoint, data)
     documents = source.open_source(data, text_key, say, whole=True)
-    if tokens_of.size > vocab:
+    if stride is None:
+        text = scoring.of_text(documents, words, length=length, tokens=tokens)
+        rows = [(text.sequences, text.valid)], text.valid.shape[1]
+        return LaidOut(*rows, text.documents, text.bytes, text.gzip_bytes)
+    bodies, raw = scoring.read(documents, words, tokens=tokens)
+    laid = rolling.lay_out(bodies, words.marks, length, stride)
+    return LaidOut(*laid, len(bodies), len(raw), len(gzip.compress(raw, 9)))
+
+
+def _tokenizer(checkpoint: Checkpoint, data: str) -> Tokenizer:
+    """The tokenizer of a checkpoint; ConfigError if there is none, or one of another model."""
+    file, vocab = checkpoint.directory / "tokenizer.json", checkpoint.model.vocab
+    words = checkpoint.tokenizer
+    if words is None:
         raise ConfigError(
-            f"{directory / 'tokenizer.json'} has ids up to {tokens_of.size - 1}, and the model "
-            f"beside it knows 0 to {vocab - 1}; expected the tokenizer that it was trained with"
+            f"{checkpoint.directory} has no tokenizer.json to read the text of --data={data} with; "
+            "expected one there, or a token file (.npy or .bin) for --data"
         )
-    text = scoring.of_text(documents, tokens_of, length=length, tokens=tokens)
-    return text.sequences, text.valid, text
+    if words.size > vocab:
+        raise ConfigError(
+            f"{file} has ids up to {words.size - 1}, and the model beside it knows 0 to "
+            f"{vocab - 1}; expected the tokenizer that it was trained with"
+        )
+    return words
+
+
+def _marks(checkpoint: Checkpoint, data: str) -> Marks:
+    """Ids of BOS and EOS: of the tokenizer, or else those that config.json states."""
+    if checkpoint.tokenizer is not None:
+        return checkpoint.tokenizer.marks
+    bos, eos = (checkpoint.settings.get(f"{name}_token_id") for name in ("bos", "eos"))
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    if not isinstance(eos, int) or not isinstance(bos, int | None):
+        raise ConfigError(
+            f"{checkpoint.directory} has neither tokenizer.json nor eos_token_id in config.json, "
+            f"one of which says where documents of --data={data} end; score them packed"
+        )
+    return Marks(eos, bos, None)

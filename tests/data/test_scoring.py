@@ -91,3 +91,19 @@ def test_marks_that_a_text_spells_out_are_text(special, tmp_path):
     laid = of_text(source, words, length=16, tokens=10**6)
     assert (laid.documents, laid.bytes) == (1, len(text.encode()))
     assert targets(laid) == [*(6 + byte for byte in text.encode()), 1]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 10, 15, 16, 17, 2**62])
+def test_as_many_targets_as_asked_for(tokens, tmp_path):
+    """BOS, EOS and the bytes of two documents; a character that is cut counts whole."""
+    rows = [json.dumps({"text": text}) for text in ("añ cdé", "", "seven !")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = tokenizers.make("byte", vocab=512, texts=())
+    source = open_source(str(tmp_path / "rows.jsonl"), "text", print)
+    laid = of_text(source, words, length=2**40, tokens=tokens)
+    first, second = (text.encode() for text in ("añ cdé", "seven !"))
+    stream = [*(6 + byte for byte in first), 1, 0, *(6 + byte for byte in second), 1]
+    assert targets(laid) == stream[:tokens]
+    assert laid.sequences.shape[1] == min(tokens, len(stream)) + 1
+    whole = {1: 1, 2: 3, 7: 8}.get(tokens, min(len(first), tokens))
+    assert laid.bytes == whole + min(max(tokens - len(first) - 2, 0), len(second))

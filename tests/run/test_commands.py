@@ -60,6 +60,13 @@ MISTAKES = [
     ("evaluate", {}, "no field --text_key='text'; it has keys 'body': set --text_key"),
     ("evaluate", {"length": 1}, "--length=1"),
     ("evaluate", {"tokens": "few"}, "--tokens=few"),
+    ("evaluate", {"stride": 0}, "--stride=0"),
+    ("evaluate", {"stride": 4}, "--stride=4 is for documents apart; add --documents"),
+    (
+        "evaluate",
+        {"stride": 9, "length": 8, "documents": True},
+        "--stride=9; expected 1 to --length=8",
+    ),
     ("evaluate", {"dtype": "float64"}, "--dtype=float64"),
     ("evaluate", {"mesh": "gpu:x"}, "--mesh has 'gpu:x'"),
     ("evaluate", {"mesh": "gpu:--2"}, "--mesh has 'gpu:--2'"),
@@ -68,7 +75,29 @@ MISTAKES = [
     ("generate", {"prompt": None}, "needs --checkpoint=DIR and --prompt=TEXT"),
     ("generate", {"checkpoint": "{0}/no"}, "--checkpoint={0}/no is not a folder"),
     ("generate", {"prompt_tokens": "1,b"}, "--prompt_tokens='1,b'; expected ids"),
+    ("generate", {"prompt_tokens": "1,2,"}, "--prompt_tokens='1,2,'; expected ids"),
+    ("generate", {"prompt_tokens": "-1"}, "--prompt_tokens='-1'; expected ids"),
+    ("generate", {"prompt_tokens": "\u0661"}, "--prompt_tokens='\u0661'; expected ids"),
+    ("generate", {"prompt_tokens": ""}, "--prompt_tokens=''; expected ids"),
+    ("generate", {"prompt_tokens": "9" * 5000}, f"--prompt_tokens='{'9' * 80}...'; expected ids"),
+    ("generate", {"prompt_tokens": 512}, "tokens from 512 to 512; this model has 0 to 511"),
+    ("generate", {"prompt": "\udcff"}, "a prompt is not UTF-8 text: character 0 is half"),
     ("generate", {"max_tokens": 0}, "--max_tokens=0"),
+    (
+        "generate",
+        {"max_tokens": 2**30},
+        "--cache_length=1073741826 tokens (a prompt and its --max_t",
+    ),
+    (
+        "generate",
+        {"max_tokens": 10**30},
+        "--cache_length=1000000000000000000000000000002; expected",
+    ),
+    ("generate", {"cache_length": 20}, "and --max_tokens=128 need room for 130, and a slot has 20"),
+    ("generate", {"temperature": "inf"}, "--temperature=inf; expected a number from 0 to 1e30"),
+    ("generate", {"top_p": "nan"}, "--top_p=nan; expected a number above 0, up to 1"),
+    ("generate", {"seed": 2**32}, "--seed=4294967296; expected a whole number, 0 to 2**32 - 1"),
+    ("generate", {"speculate": 2**40}, "--speculate=1099511627776; expected at least 0"),
     ("generate", {"temperature": -1}, "--temperature=-1"),
     ("generate", {"temperature": "nan"}, "--temperature=nan"),
     ("generate", {"top_p": 0}, "--top_p=0"),
@@ -133,6 +162,19 @@ def test_rows_are_scored_by_the_field_that_is_named(typed, folder):
     assert (code, err) == (0, ""), err
     found = json.loads(out)
     assert (found["bytes"], found["tokens"]) == (len("a text"), len("a text") + 1)
+
+
+def test_a_score_beyond_numbers_is_null_in_json(typed, folder, monkeypatch):
+    def score(*_, **given):
+        return {"loss": 710.0, "perplexity": float("inf"), "stride": given["stride"]}
+
+    monkeypatch.setattr(evaluation, "score_checkpoint", score)
+    files = (f"--checkpoint={folder}", f"--data={folder}/rows.jsonl")
+    for more, stride in (((), None), (("--documents",), 1024), (("--documents", "--stride=3"), 3)):
+        code, out, _ = typed("evaluate", *files, "--json", *more)
+        assert code == 0 and "Infinity" not in out
+        assert json.loads(out) == {"loss": 710.0, "perplexity": None, "stride": stride}
+    assert "perplexity                                     inf" in typed("evaluate", *files)[1]
 
 
 class OpenedFiles:

@@ -11,6 +11,7 @@ import serving
 
 import deepseek_jax
 from deepseek_jax.config import ConfigError
+from deepseek_jax.errors import RunError
 from deepseek_jax.model import decoding
 from deepseek_jax.serve import latent_cache
 from deepseek_jax.serve.batch_state import Slots
@@ -163,6 +164,22 @@ def test_what_can_never_run_is_refused(given, reason):
     with pytest.raises(ConfigError, match=reason):
         one_device().add(Request(**{"prompt": (1,), "max_tokens": 4, **given}))
     assert not one_device().busy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_the_run(temperature, monkeypatch):
+    """The programs get weights of NaN; the engine's own state stays as it was."""
+    own = one_device()
+    own.run([Request((1, 2, 3), 5, temperature)])  # compiles
+    state = jax.tree.map(jnp.copy, own._state)
+    weights, bias = own._admit._held
+    for program in (own._admit, own._decode):
+        monkeypatch.setattr(program, "_held", (jax.tree.map(lambda x: x * np.nan, weights), bias))
+        own.add(Request((1, 2, 3), 5, temperature))
+        with pytest.raises(RunError, match=r"^the logits of request \d+ are not finite, so no"):
+            own.step()
+        monkeypatch.undo()
+        own._state, own._held = jax.tree.map(jnp.copy, state), [None] * own.slots
 
 
 def test_sizes_that_cannot_work_are_refused():

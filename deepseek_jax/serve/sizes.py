@@ -1,0 +1,54 @@
+"""Sizes of an engine that cannot work, told before anything is loaded or compiled."""
+
+import numbers
+
+import jax
+
+from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.hardware import device_memory
+from deepseek_jax.serve import latent_cache
+
+_INT32 = 2**31 - 1  # positions are int32
+
+
+def check_numbers(config: ModelConfig, *, slots: int, length: int, drafts: int, steps: int) -> None:
+    """Checks each size of `Engine` by itself.
+
+    Raises:
+      ConfigError: The first one outside its range.
+    """
+    ranges = (
+        ("slots", slots, 1, _INT32),
+        ("length", length, 1, _INT32),
+        ("drafts", drafts, 0, length),  # a slot keeps no more than it holds
+        ("steps", steps, 1, _INT32),
+    )
+    for name, value, least, most in ranges:
+        if not isinstance(value, numbers.Integral) or not least <= value <= most:
+            raise ConfigError(
+                f"engine.{name}={value}; expected at least {least} and at most {most}"
+            )
+    if drafts and not config.mtp_depth:
+        raise ConfigError(
+            f"engine.drafts={drafts} drafts with MTP modules, and this model has none; set "
+            "engine.drafts=0"
+        )
+
+
+def check_room(
+    config: ModelConfig, slots: int, length: int, cache: str, drafts: int, device: jax.Device
+) -> None:
+    """Checks that the memory of a device holds the latent cache of its own slots.
+
+    Raises:
+      ConfigError: It has less, weights aside.
+    """
+    each = latent_cache.bytes_per_token(config, cache, mtp=drafts > 0)
+    needed, had = slots * length * each, device_memory.bytes_of(device)
+    if had is not None and needed > had:
+        raise ConfigError(
+            f"a latent cache of {slots} slots on a device, each of engine.length={length} tokens "
+            f"(a prompt and its request.max_tokens), takes {needed / 2**30:,.0f} GiB, and there "
+            f"are {had / 2**30:,.0f}; set a smaller length or fewer engine.slots, or "
+            "engine.cache=fp8"
+        )
