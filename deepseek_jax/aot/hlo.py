@@ -7,7 +7,7 @@ the order of its lines.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -94,6 +94,16 @@ class Instruction:
         return (*names, *re.findall(r"%([\w.\-]+)", branches.group(1) if branches else ""))
 
     @property
+    def applied(self) -> str:
+        """Computation of one element that a reduction, scatter or collective applies, or empty."""
+        return self._find(r"to_apply=%([\w.\-]+)") if self.opcode != "call" else ""
+
+    @property
+    def unique(self) -> bool:
+        """True for a scatter that is told to write no place twice."""
+        return "unique_indices=true" in self.attributes
+
+    @property
     def index(self) -> int:
         """Index of the element that a get-tuple-element takes, or of a parameter's argument."""
         return int(self._find(r"^(\d+)\)" if self.opcode == "parameter" else r"index=(\d+)"))
@@ -138,6 +148,29 @@ class Module:
         """Arrays of the operands of an instruction of this computation."""
         known = self.computations[computation]
         return tuple(array for name in instruction.operands for array in known[name].arrays)
+
+
+SUMS = {
+    "reduce", "reduce-window", "select-and-scatter", "scatter", "all-reduce", "all-reduce-start",
+    "reduce-scatter", "reduce-scatter-start",
+}  # fmt: skip
+
+
+def sums(module: Module) -> Iterator[tuple[Instruction, str]]:
+    """Yields reductions, scatters and collectives that add floats, with the type of their sums.
+
+    It is the narrowest type of the computation that adds two numbers, because a backend may add in
+    a wider one and round each sum: its arrays are then wide too.
+    """
+    for computation in module.computations.values():
+        for line in computation.values():
+            if line.opcode not in SUMS or not line.applied:
+                continue
+            applied = module.computations[line.applied].values()
+            types = {array.dtype for each in applied for array in each.arrays}
+            floats = [t for t in types if re.match(r"bf\d|f\d", t)]
+            if floats and any(each.opcode == "add" for each in applied):
+                yield line, min(floats, key=lambda t: Array(t, ()).bytes)
 
 
 def parse(text: str) -> Module:

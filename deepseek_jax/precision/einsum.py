@@ -47,8 +47,8 @@ def table_rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of a table, VD at integers M in [0, V) -> MD.
 
     The gradient of a table row is a sum over all positions that read it, thousands for a frequent
-    token. It is summed in float32, whatever the dtype of the table, and rounded once. Positions
-    are sorted by row first, stably, so that the order of each sum is fixed.
+    token. It is summed in float32, whatever the dtype of the table, and rounded once. The order of
+    each sum is fixed, on a GPU too.
     """
     return table.at[index].get(mode="promise_in_bounds")
 
@@ -62,13 +62,54 @@ def _table_rows_forward(table: jax.Array, index: jax.Array) -> tuple[jax.Array, 
 
 def _table_rows_backward(saved: _SavedRows, d_rows: jax.Array) -> tuple[jax.Array, None]:
     index, rows, like = saved
-    order = jnp.argsort(index, stable=True)
-    d_rows = d_rows[order].astype(jnp.float32)
-    d_table = jax.ops.segment_sum(d_rows, index[order], rows, indices_are_sorted=True)
+    d_table = lax.platform_dependent(
+        index,
+        d_rows,
+        cpu=functools.partial(sums_by_scatter, rows),
+        default=functools.partial(sums_by_matmul, rows),
+    )
     return d_table.astype(like.dtype), None
 
 
 table_rows.defvjp(_table_rows_forward, _table_rows_backward)
+
+
+def sums_by_scatter(rows: int, index: jax.Array, x: jax.Array) -> jax.Array:
+    """Sums of the rows of x MD that have the same index M in [0, rows) -> (rows)D float32.
+
+    A CPU adds the rows of a scatter one after the other; a GPU adds them atomically, in any order,
+    even where the indices are sorted.
+    """
+    order = jnp.argsort(index, stable=True)
+    x = x[order].astype(jnp.float32)
+    return jax.ops.segment_sum(x, index[order], rows, indices_are_sorted=True)
+
+
+BLOCK = 1024  # rows that a matmul of `sums_by_matmul` adds
+
+
+def sums_by_matmul(rows: int, index: jax.Array, x: jax.Array) -> jax.Array:
+    """`sums_by_scatter` without atomic additions: in an order that is the same on every run.
+
+    In a block of rows, a matmul with the matrix of equal indices makes the sum of each index, and
+    the first row of an index adds it to the result. Blocks follow one another.
+    """
+    block = min(BLOCK, index.shape[0])
+    padding = -index.shape[0] % block
+    index = jnp.pad(index, (0, padding), constant_values=rows)  # out of bounds: dropped
+    x = jnp.pad(x, ((0, padding), (0, 0)))
+    number = jnp.arange(block, dtype=index.dtype)
+
+    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        index, x = part
+        equal = index[:, None] == index[None]
+        first = ~jnp.tril(equal, -1).any(1)
+        sums = exact_einsum("IJ,JD->ID", equal.astype(x.dtype), x)
+        place = jnp.where(first, index, rows + number)
+        return total.at[place].add(sums, mode="drop", unique_indices=True), None
+
+    start = jnp.zeros((rows, x.shape[1]), jnp.float32)
+    return lax.scan(add, start, (index.reshape(-1, block), x.reshape(-1, block, x.shape[1])))[0]
 
 
 def _size(operand: tuple[jax.Array, str]) -> int:

@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from deepseek_jax.precision.rounding import rounded
+
 BLOCK = 128  # values along an axis that share a scale; the last tile may be shorter
 E4M3 = np.dtype(jnp.float8_e4m3fn)  # the dtype; the package's one definition of it
 LARGEST = 448.0  # largest E4M3 value; a cast makes NaN of values far above it
 FLOOR = 1e-12  # least magnitude that a scale is made of, so that tiles of zeros have a scale
-# XLA rewrites a division by a constant or by a broadcast value as a product on some backends and
-# not on others, so divisions are written as products here. On a CPU the results agree with NumPy
-# to the bit; on a GPU `1 / scales` is approximate, and values may differ in their last bit.
+# No division here: on a GPU it is approximate, and some backends rewrite it as a product. With
+# power-of-two scales only products, whose rounding IEEE 754 fixes, and bits remain, so that results
+# agree with NumPy to the bit (run on a CPU, compiled for a GPU). Other scales need a reciprocal:
+# on a GPU their values may differ in the last bit.
 _PER_LARGEST = np.float32(1 / LARGEST)
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
@@ -55,8 +58,11 @@ def quantise_tiles(x: jax.Array, *, power_of_two: bool) -> Tiles:
     scales = jnp.maximum(largest, FLOOR) * _PER_LARGEST
     if power_of_two:
         scales = _next_power_of_two(scales)
-    scaled = jnp.clip(x * spread(1 / scales, x.shape), -LARGEST, LARGEST)
-    return Tiles(scaled.astype(E4M3), scales)
+        inverse = _inverse_power_of_two(scales)
+    else:
+        inverse = 1 / scales
+    scaled = jnp.clip(x * spread(inverse, x.shape), -LARGEST, LARGEST)
+    return Tiles(rounded(scaled, E4M3), scales)
 
 
 def dequantise_tiles(tiles: Tiles, dtype: DTypeLike) -> jax.Array:
@@ -78,3 +84,9 @@ def _next_power_of_two(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     exponent = (bits + 0x007FFFFF) & 0x7F800000
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(exponent, jnp.float32), x)
+
+
+def _inverse_power_of_two(x: jax.Array) -> jax.Array:
+    """Reciprocals of powers of two below 2^127, from their bits; NaN where x is not finite."""
+    bits = np.int32(0x7F000000) - jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), jnp.nan)

@@ -230,7 +230,7 @@ def _all_sums(sums: list[Any], ends: Any, where: LayerAssignment, config: ModelC
 
     def at_layer(value: jax.Array) -> jax.Array:
         start = jnp.zeros((config.moe_layers + 1, *value.shape[1:]), value.dtype)
-        return start.at[mine].add(value)[: config.moe_layers]
+        return start.at[mine].set(value)[: config.moe_layers]  # a rank has a layer once
 
     layers = jax.tree.map(at_layer, (load, traffic))
     if config.mtp_depth:

@@ -150,6 +150,70 @@ def test_a_loop_of_unknown_length():
     assert [g.times for g in found["slow"].gemms] == [1]
 
 
+ADDING = """HloModule sums, is_scheduled=true
+
+%narrow (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %plus = bf16[] add(%a, %b)
+}
+
+%rounds (c: f32[], d: f32[]) -> f32[] {
+  %c = f32[] parameter(0)
+  %d = f32[] parameter(1)
+  %plus.1 = f32[] add(%c, %d)
+  %low = bf16[] convert(%plus.1)
+  ROOT %high = f32[] convert(%low)
+}
+
+%wide (e: f32[], f: f32[]) -> f32[] {
+  %e = f32[] parameter(0)
+  %f = f32[] parameter(1)
+  ROOT %plus.2 = f32[] add(%e, %f)
+}
+
+%largest (g: bf16[], h: bf16[]) -> bf16[] {
+  %g = bf16[] parameter(0)
+  %h = bf16[] parameter(1)
+  ROOT %most = bf16[] maximum(%g, %h)
+}
+
+%count (i: s32[], j: s32[]) -> s32[] {
+  %i = s32[] parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %plus.3 = s32[] add(%i, %j)
+}
+
+ENTRY %e (x: bf16[8], y: f32[8], n: s32[8,1], z: bf16[], w: f32[], k: s32[]) -> f32[] {
+  %x = bf16[8]{0} parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %n = s32[8,1]{1,0} parameter(2)
+  %z = bf16[] parameter(3)
+  %w = f32[] parameter(4)
+  %k = s32[] parameter(5)
+  %ranks = bf16[8]{0} all-reduce-start(%x), replica_groups={{0,1}}, to_apply=%narrow
+  %ranks.1 = bf16[8]{0} all-reduce-done(%ranks)
+  %rounded = f32[] reduce(%y, %w), dimensions={0}, to_apply=%rounds
+  %most.1 = bf16[] reduce(%x, %z), dimensions={0}, to_apply=%largest
+  %some = s32[1]{0} reduce(%n, %k), dimensions={0}, to_apply=%count
+  %once = f32[8]{0} scatter(%y, %n, %y), unique_indices=true, to_apply=%wide
+  ROOT %again = f32[8]{0} scatter(%y, %n, %y), to_apply=%wide
+}
+"""
+
+
+def test_types_of_sums():
+    """A sum may be rounded after each addition, and its arrays be wide all the same."""
+    found = list(hlo.sums(hlo.parse(ADDING)))
+    assert {line.name: dtype for line, dtype in found} == {
+        "ranks": "bf16",
+        "rounded": "bf16",
+        "once": "f32",
+        "again": "f32",
+    }
+    assert [line.name for line, _ in found if line.unique] == ["once"]
+
+
 COPY = "%big = bf16[64,32]{1,0} copy(%shift-done)"
 FUSED = """%pure (p.4: bf16[64,32]) -> bf16[64,32] {
   %p.4 = bf16[64,32]{1,0} parameter(0)

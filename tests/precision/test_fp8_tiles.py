@@ -177,3 +177,13 @@ def test_the_largest_inputs_stay_finite(power_of_two):
         out = dequantise(quantise(jnp.asarray(x), power_of_two=power_of_two), dtype=dtype)
         np.testing.assert_allclose(out.astype(jnp.float32)[0, :2], x[0, :2], rtol=2**-4)
         assert np.isfinite(out.astype(jnp.float32)).all()
+
+
+def test_power_of_two_scales_need_no_division():
+    """On a GPU a division is approximate; every backend has the same products and bits."""
+    x = jnp.asarray(spread_out(4, 256))
+    used = {
+        power_of_two: str(jax.make_jaxpr(lambda x, p=power_of_two: quantise(x, power_of_two=p))(x))
+        for power_of_two in (False, True)
+    }
+    assert " div " in used[False] and " div " not in used[True]

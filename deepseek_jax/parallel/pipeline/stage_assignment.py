@@ -121,12 +121,16 @@ def return_gradients(
         value = lax.psum(value, more)
     if PIPE in over:
         received = lax.all_to_all(value[None], PIPE, dim + 1, 0, tiled=True)
-        sums = (
-            jnp.zeros((layers + 1, *received.shape[2:]), value.dtype)
-            .at[jnp.asarray(rows)]
-            .add(received)
-        )
-        return sums[:layers]
+        received = received.reshape(-1, *received.shape[2:])
+        # Gathers, because a GPU adds the terms of a scatter atomically, in any order.
+        parts = [received[jnp.asarray(places)] for places in _places(rows, layers)]
+        return sum(parts[1:], parts[0])
     mine = jnp.asarray(rows)[lax.axis_index(PIPE)]
-    sums = jnp.zeros((layers + 1, *value.shape[1:]), value.dtype).at[mine].add(value)
+    sums = jnp.zeros((layers + 1, *value.shape[1:]), value.dtype).at[mine].set(value)
     return lax.psum(sums[:layers], PIPE)
+
+
+def _places(rows: np.ndarray, layers: int) -> np.ndarray:
+    """[ranks, R] layers -> [copies, L] places of each layer among them, all ranks in a row."""
+    order = np.argsort(rows, axis=None, kind="stable")
+    return order[np.sum(rows == NOTHING) :].reshape(layers, -1).T

@@ -112,3 +112,10 @@ def test_dualpipe_pairs_its_ranks(pipe):
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=pipe))
     with pytest.raises(ConfigError, match=f"mesh.pipe={pipe}"):
         stage_assignment.stage_map(config)
+
+
+def test_places_of_each_layer():
+    """Layer 0 is first on rank 0 and second on rank 1; an empty slot is nobody's."""
+    rows = np.array([[0, 1, NOTHING], [2, 0, NOTHING], [1, NOTHING, 2]])
+    assert stage_assignment._places(rows, 3).tolist() == [[0, 1, 3], [4, 6, 8]]
+    assert stage_assignment._places(rows[:1], 2).tolist() == [[0, 1]]
