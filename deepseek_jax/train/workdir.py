@@ -57,7 +57,7 @@ def check(directory: Path, config: Config) -> None:
 
 
 def of_this_python(config: Config) -> dict[str, str]:
-    """What a checkpoint keeps of the running Python: its version, where its library is the text."""
+    """Version of the running Python, kept in a checkpoint where its library is the text."""
     return {} if config.data.path else {"python": platform.python_version()}
 
 
