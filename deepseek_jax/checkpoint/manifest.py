@@ -30,13 +30,13 @@ def describe(leaf: Any) -> str:
     return f"{leaf.dtype.name}{list(leaf.shape)}"
 
 
-class NotFinite(ValueError):
+class NotFiniteLeaves(ValueError):
     """A state with NaN or infinite values; the message names the leaves that hold some."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What one look at a leaf's values tells.
+    """Findings of one look at a leaf's values.
 
     Attributes:
       bits: bit sum (`chunks.bits`), which is the same for every sharding.
@@ -48,7 +48,7 @@ class Look:
 
 
 def look(leaves: dict[str, jax.Array]) -> list[Look]:
-    """A look at each leaf, in all processes.
+    """Looks at each leaf, in all processes.
 
     Computed on the host: to compile this for the devices takes a laptop longer than a save.
     """
@@ -68,7 +68,7 @@ def _local(leaf: jax.Array) -> tuple[int, int]:
 
 
 def look_on_disk(leaves: Leaves, names: Iterable[str]) -> Iterator[Look]:
-    """A look at leaves on disk, each read once, a chunk at a time."""
+    """Looks at leaves on disk, each read once, a chunk at a time."""
     for name in names:
         bits, finite = 0, True
         for chunk in leaves.chunks(name):
@@ -77,11 +77,11 @@ def look_on_disk(leaves: Leaves, names: Iterable[str]) -> Iterator[Look]:
 
 
 def require_finite(names: Iterable[str], looks: Iterable[Look]) -> None:
-    """Raises NotFinite where a leaf is not."""
+    """Raises NotFiniteLeaves where a leaf is not."""
     bad = [name for name, found in zip(names, looks, strict=True) if not found.finite]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise NotFinite(f"{', '.join(bad[:3])}{more}")
+        raise NotFiniteLeaves(f"{', '.join(bad[:3])}{more}")
 
 
 def verify(

@@ -9,18 +9,16 @@ save. No other module imports orbax.
 """
 
 import contextlib
-import errno
-import fcntl
 import functools
 import json
 import logging
 import os
 import shutil
-import sys
-import warnings
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,13 +28,18 @@ from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax.checkpoint import chunks as files
 from deepseek_jax.checkpoint import manifest
+from deepseek_jax.checkpoint.background import failed_save, in_background
 from deepseek_jax.checkpoint.chunks import Leaves
+from deepseek_jax.checkpoint.quiet import silence
+from deepseek_jax.checkpoint.reading import is_being_read, kept_for_reading
 from deepseek_jax.config import ConfigError
-from deepseek_jax.errors import RunError, reason
+from deepseek_jax.errors import RunError
 from deepseek_jax.runtime.agreement import all_true, from_primary, raise_together
 
 PyTree = Any
 T = TypeVar("T")
+
+_PATIENCE_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -61,22 +64,30 @@ class Store:
         self._keep, self._check = keep, check
         self._broken: set[int] = set()  # unreadable steps, renamed by the next save
         self._held: set[int] = set()  # steps that this store has saved or restored
-        self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._writing, self._bytes = -1, 0  # step and size of the newest save
         self._why = ""  # the newest step cannot be used
-        _silence()
+        silence()
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Closes the store; an error on the way out is not hidden by that of a save."""
+        """Closes the store; an error on the way out is not hidden by that of a save.
+
+        With an error, a write that waits for another process is left alone soon: that process may
+        have failed.
+        """
+        if error is None:
+            self.close()
+            return
+        if self._pending and jax.process_count() > 1:
+            futures.wait([self._pending], timeout=_PATIENCE_SECONDS)
+            if not self._pending.done():
+                return
         try:
             self.close()
         except RunError as failed:
-            if error is None:
-                raise
             _log.warning("%s", failed)
 
     @property
@@ -100,9 +111,9 @@ class Store:
           ConfigError: the directory holds this step or a later one, which was not restored.
           RunError: the write of the step before failed, on a full disk for example, or this one
             cannot begin; in all processes.
-          manifest.NotFinite: a leaf holds NaN or infinite values; nothing is written.
+          manifest.NotFiniteLeaves: a leaf holds NaN or infinite values; nothing is written.
         """
-        raise_together(self.wait)
+        self.settle()
         if step in self._held:
             return
         newest = from_primary(max(self.steps(), default=-1))
@@ -128,7 +139,7 @@ class Store:
                 response = ocp.save_async(path, leaves, custom_metadata=record)
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise self._failed(error) from error
-        self._pending = self._worker.submit(self._finish, step, response)
+        self._pending = in_background(functools.partial(self._finish, step, response))
 
     def save_parts(
         self,
@@ -218,7 +229,7 @@ class Store:
             self._compare(step, record, names, record["leaves"].keys())
             path = self._directory / str(step)
             leaves = Leaves(path / "state")
-            if (kept := _kept_for_reading(path)) is not None:
+            if (kept := kept_for_reading(path)) is not None:
                 weakref.finalize(leaves, os.close, kept)
             looks = functools.partial(manifest.look_on_disk, leaves)
             if self._attempt(step, functools.partial(manifest.verify, names, looks, record)):
@@ -258,12 +269,24 @@ class Store:
             except Exception as error:  # orbax and tensorstore raise many kinds
                 raise self._failed(error) from error
 
-    def close(self) -> None:
-        """Waits for the write in the background; the store cannot save any more."""
-        try:
+    def settle(self) -> None:
+        """Waits in all processes; RunError in all of them as soon as the write failed in one.
+
+        The others cannot know: they would wait in orbax for the one that failed.
+        """
+        if jax.process_count() == 1:
             self.wait()
-        finally:
-            self._worker.shutdown()
+            return
+        while True:
+            failed = self.failure()
+            raise_together(functools.partial(_raise, failed))
+            if all_true(self._pending is None):
+                return
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Waits for the write in the background."""
+        self.wait()
 
     def _readable(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Steps with a readable record, newest first; ConfigError if all steps are damaged."""
@@ -284,7 +307,7 @@ class Store:
         value, what, why = None, "cannot be read", "another process cannot read it"
         try:
             value = read()
-        except manifest.NotFinite as error:
+        except manifest.NotFiniteLeaves as error:
             what, why = "holds NaN or infinite values", str(error)
         except Exception as error:  # orbax raises bare Exception for a lost data file
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -330,7 +353,7 @@ class Store:
 
     def _load(self, step: int, wanted: dict[str, Any], partial: bool) -> dict[str, jax.Array]:
         path = self._directory / str(step)
-        kept = _kept_for_reading(path)
+        kept = kept_for_reading(path)
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
         # Orbax would wait for the other processes after reading, for ever if one of them failed.
@@ -351,7 +374,7 @@ class Store:
         if jax.process_index() == 0:
             self._check()
             for old in self.steps()[: -self._keep]:
-                if _is_being_read(self._directory / str(old)):
+                if is_being_read(self._directory / str(old)):
                     continue
                 gone = self._directory / f"{old}.deleted"
                 (self._directory / str(old)).rename(gone)
@@ -365,21 +388,11 @@ class Store:
         except RunError as gone:
             self._take_back()
             return gone
-        why = reason(error)
-        free = shutil.disk_usage(self._directory).free if self._directory.is_dir() else 0
+        step = self._directory / str(self._writing)
+        failed = failed_save(error, step, self._bytes, self.newest if self._held else None)
         if jax.process_count() == 1:  # other processes may still be writing
             self._remove_leftovers()
-        if why == os.strerror(errno.ENOSPC):
-            why += f": {free / 1e6:,.1f} MB free for a checkpoint of {self._bytes / 1e6:,.1f} MB"
-        if why == os.strerror(errno.ENOENT):
-            cure = "Put the folder back"
-        else:
-            cure = "Make room there" if "space" in why or "uota" in why else "Make it writable"
-        kept = f"the newest checkpoint is step {self.newest}, from which the same command goes on"
-        if not self._held:
-            kept = "there is no checkpoint yet, so the same command starts again"
-        path = self._directory / str(self._writing)
-        return RunError(f"checkpoint {path} cannot be written ({why}). {cure}; {kept}")
+        return failed
 
     def _take_back(self) -> None:
         """Removes the step that was being written where the folder is not this run's any more."""
@@ -417,28 +430,9 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _kept_for_reading(step: Path) -> int | None:
-    """An open file that keeps a run from removing this step; None where that is not possible."""
-    with contextlib.suppress(OSError):
-        file = os.open(step, os.O_RDONLY)
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return file
-        except OSError:  # a file system without locks
-            os.close(file)
-    return None
-
-
-def _is_being_read(step: Path) -> bool:
-    with contextlib.suppress(OSError):
-        file = os.open(step, os.O_RDONLY)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(file)
-    return False
+def _raise(error: Exception | None) -> None:
+    if error:
+        raise error
 
 
 @contextlib.contextmanager
@@ -456,26 +450,3 @@ def _in_chunks() -> Iterator[None]:
     context.array.saving.scoped_storage_options_creator = options
     with context:
         yield
-
-
-@functools.cache
-def _silence() -> None:
-    """Silences what orbax logs on the way to an exception, which is told in one line instead.
-
-    It logs from threads of its own, at any time until a save ends. Python's reports of reads that
-    orbax abandons when the read of one leaf fails are silenced, too.
-    """
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(
-        lambda record: "exception was never retrieved" not in record.getMessage()
-    )
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    report = sys.unraisablehook
-
-    def without_abandoned(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        abandoned = code is not None and "orbax" in code.co_filename
-        if not abandoned and str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
-    sys.unraisablehook = without_abandoned

@@ -5,7 +5,6 @@ One turn of the loop, in this order: data, step, check, stop, log, save.
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import conversion, manifest
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.loader import TrainData
-from deepseek_jax.data.scoring import HeldOut, held_out
-from deepseek_jax.errors import RunError, reason
+from deepseek_jax.errors import RunError
 from deepseek_jax.hardware import xla_options
 from deepseek_jax.model import least_memory
 from deepseek_jax.parallel import mesh as meshes
@@ -31,7 +28,7 @@ from deepseek_jax.parallel.pipeline import stage_assignment
 from deepseek_jax.runtime import processes
 from deepseek_jax.runtime.agreement import raise_together
 from deepseek_jax.train import (
-    evaluation,
+    last_score,
     lock,
     optimizer,
     profiling,
@@ -44,8 +41,6 @@ from deepseek_jax.train.metrics import Row
 from deepseek_jax.train.report import Report
 from deepseek_jax.train.step import make_ema, make_step, tokens_spec
 from deepseek_jax.train.token_schedule import Hyper
-
-_log = logging.getLogger(__name__)
 
 
 class NotFinite(RunError):
@@ -100,7 +95,7 @@ def _train(
         raise_together(lambda: workdir.check_library(config, meta))
         data = raise_together(lambda: _open_data(config, layout, mesh, report))
         with contextlib.closing(data), jax.set_mesh(mesh):
-            text = raise_together(lambda: _held_out(config, data.corpus))
+            text = raise_together(lambda: last_score.text_of(config, data.corpus))
             run = Run(config, mesh, layout, data, store, report, own)
             # Checkpoints and data fit one another.
             raise_together(lambda: workdir.claim(own.directory, config, data.corpus))
@@ -108,7 +103,7 @@ def _train(
                 summary = run.to_the_end(profiler)
             if not summary["stopped"] and text is not None:
                 report.say("scoring held-out text")
-                summary |= _scores(config, layout, mesh, run.state, text)
+                summary |= last_score.scores(config, layout, mesh, run.state, text)
     if summary["stopped"]:
         report.say(f"stopped after step {summary['step']}; the same command goes on from there")
         report.settle()
@@ -199,7 +194,7 @@ class Run:
             self.log(values, inputs, last)
             self.save(last)
         summary = self._system.summary()
-        raise_together(self._store.wait)
+        self._store.settle()
         stopped = stopped and self.tokens < self._config.schedule.tokens
         self._stop.steps_are_over(stopped)
         return {"step": self.steps, "tokens": self.tokens, "stopped": stopped, **summary}
@@ -284,14 +279,14 @@ class Run:
         meta |= workdir.of_this_python(self._config)
         try:
             self._store.save(self.steps, state.to_dict(self.state), meta)
-        except manifest.NotFinite as error:
+        except manifest.NotFiniteLeaves as error:
             said = f"step {self.steps} made values that are NaN or infinite ({error})"
             raise NotFinite(self._not_finite(said)) from error
 
     def _not_finite(self, said: str) -> str:
         """Message of NotFinite, with the checkpoint that a save may just be writing."""
         with contextlib.suppress(RunError):
-            self._store.wait()
+            self._store.settle()
         good = "there is no checkpoint yet"
         if self._store.newest:
             good = f"the last good checkpoint is step {self._store.newest}"
@@ -429,47 +424,6 @@ def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) ->
         return local[:, start - first : end - first]
 
     return jax.make_array_from_callback(shape, place, part)
-
-
-def _held_out(config: Config, corpus: Corpus) -> HeldOut | None:
-    """The text to score at the end, read now: nothing that happens to the files costs it."""
-    if not config.evaluation.tokens:
-        return None
-    return held_out(corpus, length=config.batch.length, tokens=config.evaluation.tokens)
-
-
-def _scores(
-    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: HeldOut
-) -> dict[str, Any]:
-    """Scores on held-out text; without them, after a warning, where scoring fails.
-
-    The run is trained by now: its summary, pictures and checkpoint are not lost with them.
-    """
-    try:
-        return _scored(config, layout, mesh, now, text)
-    except RunError:
-        raise
-    except Exception as error:
-        _log.warning("no score on held-out text (%s); the same command scores again", reason(error))
-        return {}
-
-
-def _scored(
-    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: HeldOut
-) -> dict[str, Any]:
-    """Bits per byte of the weights, and of their average, on text outside the training data."""
-    score = evaluation.make_score(config, layout, mesh)
-    scored = score(now.params, now.bias, text.sequences, text.valid)
-    out = {"held_out_loss": scored.nats / scored.targets, "held_out_bytes": text.bytes}
-    if text.bytes:  # token files may hold marks alone
-        out["held_out_bits_per_byte"] = scored.bits_per_byte(text.bytes)
-        out["gzip_bits_per_byte"] = 8 * text.gzip_bytes / text.bytes
-    if now.ema is not None and text.bytes:
-        on_device = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), now.ema)
-        average = jax.device_put(now.ema, on_device)
-        scored = score(average, now.bias, text.sequences, text.valid)
-        out["ema_bits_per_byte"] = scored.bits_per_byte(text.bytes)
-    return out
 
 
 def _headline(config: Config, data: TrainData) -> str:

@@ -76,7 +76,7 @@ def _kept(file: Path) -> dict[str, Any]:
 
 
 def of_this_python(config: Config) -> dict[str, str]:
-    """What a checkpoint keeps of the running Python: its version, where its library is the text."""
+    """Version of the running Python, kept in a checkpoint where its library is the text."""
     return {} if config.data.path else {"python": platform.python_version()}
 
 

@@ -121,7 +121,7 @@ def test_a_step_that_is_not_finite_is_skipped_with_one_warning(store, leaf, valu
 @pytest.mark.parametrize("leaf", ["params.w", "moments.1", "average"])
 def test_a_state_that_is_not_finite_is_not_saved(store, leaf):
     written(store, 1)
-    with pytest.raises(manifest.NotFinite, match=rf"^{leaf}$"):
+    with pytest.raises(manifest.NotFiniteLeaves, match=rf"^{leaf}$"):
         store.save(2, with_one(2, leaf, np.inf), {})
     assert store.steps() == [1] and store.newest == 1
 

@@ -100,24 +100,3 @@ def test_a_changed_library_is_told_to_old_runs_too(text):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
     with pytest.raises(ConfigError, match=words):
         loop._restore_data(data, {"data": {}}, config)
-
-
-def test_a_run_whose_scoring_fails_has_no_scores_and_a_warning(monkeypatch, caplog):
-    def fails(*_):
-        raise ValueError("out of memory")
-
-    monkeypatch.setattr(loop.evaluation, "make_score", fails)
-    assert loop._scores(None, None, None, None, None) == {}
-    assert caplog.messages == [
-        "no score on held-out text (ValueError: out of memory); the same command scores again"
-    ]
-
-
-def test_held_out_text_without_bytes_has_a_loss_alone(monkeypatch):
-    scored = loop.evaluation.Score(nats=6.0, targets=3)
-    monkeypatch.setattr(loop.evaluation, "make_score", lambda *_: lambda *_: scored)
-    text = SimpleNamespace(sequences=None, valid=None, bytes=0, gzip_bytes=20)
-    now = SimpleNamespace(params=None, bias=None, ema=None)
-    assert loop._scores(None, None, None, now, text) == {
-        "held_out_loss": 2.0, "held_out_bytes": 0,
-    }  # fmt: skip

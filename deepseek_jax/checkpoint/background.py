@@ -1,0 +1,49 @@
+"""A thread for the end of a save, and the words for a save that failed."""
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from deepseek_jax.errors import RunError, reason
+
+
+def in_background(act: Callable[[], None]) -> Future[None]:
+    """Calls `act` in a thread that does not keep the program from ending."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            act()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def failed_save(error: Exception, step: Path, size: int, newest: int | None) -> RunError:
+    """The error of a save, in one line.
+
+    Args:
+      error: of orbax, tensorstore or Python.
+      step: folder that could not be written.
+      size: bytes of its state.
+      newest: the newest whole checkpoint; None where there is none.
+    """
+    why = reason(error)
+    if why == os.strerror(errno.ENOENT):
+        cure = "Put the folder back"
+    else:
+        cure = "Make room there" if "space" in why or "uota" in why else "Make it writable"
+    if why == os.strerror(errno.ENOSPC) and step.parent.is_dir():
+        free = shutil.disk_usage(step.parent).free
+        why += f": {free / 1e6:,.1f} MB free for a checkpoint of {size / 1e6:,.1f} MB"
+    kept = f"the newest checkpoint is step {newest}, from which the same command goes on"
+    if newest is None:
+        kept = "there is no checkpoint yet, so the same command starts again"
+    return RunError(f"checkpoint {step} cannot be written ({why}). {cure}; {kept}")
