@@ -6,8 +6,8 @@ if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   cat >&2 <<'USAGE'
 usage: launch/local.sh N [arguments of deepseek_jax.main ...]
   Starts N processes under jax.distributed. Process 0 prints here; the output of the others goes to
-  files, which are shown if the run fails. SIGTERM and SIGINT are sent to all. If one process fails,
-  all stop, and its exit code is returned.
+  files, which are shown if the run fails. SIGTERM and SIGINT are sent to all, and all may save before
+  they end. If one process fails, all stop, and its exit code is returned.
 example: launch/local.sh 2 --config=configs/v3_tiny.py --emulate_devices=4
 USAGE
   exit 2
@@ -26,11 +26,12 @@ while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do
 done
 
 alive=()
+stopping= # set once a signal has asked all processes to stop
 send() { # SIGNAL: to every process that still runs
   ((${#alive[@]})) && kill -s "$1" "${alive[@]}" 2>/dev/null
 }
-trap 'send TERM' TERM
-trap 'send INT' INT
+trap 'stopping=1; send TERM' TERM
+trap 'stopping=1; send INT' INT
 
 for ((process = 0; process < count; process++)); do
   command=(python -m deepseek_jax.main "$@"
@@ -56,7 +57,7 @@ while ((${#alive[@]})); do
     fi
   done
   alive=(${still[@]+"${still[@]}"})
-  if ((code && ${#alive[@]})); then
+  if ((code && ${#alive[@]})) && [[ -z $stopping ]]; then
     # A process that waits for a dead peer in a collective does not react to SIGTERM.
     [[ -n $deadline ]] || { deadline=$((SECONDS + 10)) && send TERM; }
     ((SECONDS < deadline)) || send KILL
@@ -64,7 +65,7 @@ while ((${#alive[@]})); do
   ((${#alive[@]})) && sleep 0.2
 done
 
-if ((code)); then
+if ((code)) && [[ -z $stopping ]]; then
   for log in "$logs"/*.log; do
     [[ -s $log ]] && printf -- '--- process %s, last lines of %s\n' "$(basename "$log" .log)" \
       "$log" && tail -n 20 "$log"

@@ -1,6 +1,7 @@
 """The connection between the processes of a run: waiting for them, and losing one."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -86,6 +87,7 @@ def waiting(what: str, timeout: int) -> Iterator[None]:
 def join(**how: Any) -> None:
     """Connects to the other processes."""
     _mute_gloo()
+    _tell_at_terminate()
     jax.config.update("jax_enable_preemption_service", False)  # `StopSignal` starts it
     library, name = distributed._jax, "get_distributed_runtime_client"
     client = getattr(library, name)
@@ -119,12 +121,24 @@ def _whom(text: str) -> str:
     return f"process {', '.join(map(str, others))}" if others else "another process"
 
 
-def _end_alone(status: Any) -> None:
+def _end_alone(*status: Any) -> None:
     """Called by XLA in place of an abort, when the coordination service has lost a process."""
     if not signals.has_ended():
-        text = " ".join(str(status).split())
-        print(f"error: {_whom(text)} of this run is gone; {_CURE}", file=sys.stderr, flush=True)
+        text = " ".join(str(part) for part in status)
+        os.write(2, f"error: {_whom(text)} of this run is gone; {_CURE}\n".encode())
     os._exit(1)
+
+
+_at_terminate = ctypes.CFUNCTYPE(None)(_end_alone)
+
+
+def _tell_at_terminate() -> None:
+    """Calls `_end_alone` where C++ would abort, too.
+
+    XLA cannot hand its status to a callback in Python (jaxlib 0.10.2: std::bad_cast), and aborts.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_at_terminate)
 
 
 def _mute_gloo() -> None:

@@ -1,0 +1,92 @@
+"""The connection of processes: addresses that cannot be, waiting aloud, peers that are gone."""
+
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.runtime import joining, processes
+
+
+@pytest.mark.parametrize(
+    "coordinator",
+    ["localhost:99999", "localhost:0", "localhost:-1", "localhost", ":80", "a b:80", "http://a:80",
+     "localhost:8٣", "localhost:", "", "host/x:80", "localhost:" + "9" * 5000],
+)  # fmt: skip
+def test_addresses_that_cannot_be(coordinator):
+    with pytest.raises(ConfigError, match=r"^--coordinator is "):
+        processes.start(coordinator, 2, 1)
+
+
+def test_a_port_in_use_is_told_by_process_0():
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match="in use; give another port"):
+            joining.check_address(f"localhost:{port}", here=True)
+        joining.check_address(f"localhost:{port}", here=False)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (("localhost:1234", None, None), "missing --processes and --process; a run of many"),
+        (("localhost:1234", 0, 0), "--process=0 of --processes=0; expected"),
+        (("localhost:1234", 2, 2), "--process=2 of --processes=2; expected"),
+        (("localhost:1234", 2, -1), "--process=-1 of --processes=2; expected"),
+        ((None, None, None, 0), "--emulate_devices=0; expected 1 to 1,024 devices"),
+        ((None, None, None, 10**12), "--emulate_devices=1000000000000; expected 1 to 1,024"),
+        ((None, None, None, None, 0), "--join_timeout=0; expected 1 to 604,800 seconds"),
+        ((None, None, None, None, 10**9), "--join_timeout=1000000000; expected 1 to"),
+    ],
+    ids=str,
+)
+def test_flags_that_contradict(how, words):
+    with pytest.raises(ConfigError, match=words):
+        processes.start(*how)
+
+
+WAITS = """
+import sys, time
+sys.path.insert(0, {root!r})
+from deepseek_jax.runtime import joining
+joining._FIRST_WORD = joining._NEXT_WORD = 0.3
+with joining.waiting("process 1 waits for its peers", 1):
+    time.sleep(30)
+"""
+
+
+def test_waiting_is_said_and_ends():
+    script = WAITS.format(root=str(joining.__file__).rsplit("/deepseek_jax/", 1)[0])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    *waits, last = done.stderr.splitlines()
+    assert waits and all(line.startswith("process 1 waits for its peers (") for line in waits)
+    assert done.returncode == 2
+    assert last.startswith("error: process 1 waits for its peers: not all came in 1 s (--join_tim")
+
+
+@pytest.mark.parametrize(
+    "said, found",
+    [
+        (
+            "UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error [127.0.0.1]:39079: "
+            "Connection reset by peer",
+            "another process of this run is gone",
+        ),
+        (
+            "UNAVAILABLE: heartbeat timeout of /job:jax_worker/replica:0/task:3",
+            "process 3 of this run is gone",
+        ),
+        ("INVALID_ARGUMENT: shapes do not match", ""),
+    ],
+)
+def test_errors_of_a_lost_process(monkeypatch, said, found):
+    assert joining.lost(said) == ""  # of one process alone
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert joining.lost(said).startswith(found) and bool(joining.lost(said)) == bool(found)
