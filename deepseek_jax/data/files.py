@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -113,21 +113,30 @@ class Content:
             self.head = stream.read(HEAD)
             self.packed = compression(self.head)
 
-    def unpack(self) -> None:
-        """Makes the unpacked bytes the content of a compressed file."""
+    def unpack(self, check: Callable[[], None]) -> None:
+        """Makes the unpacked bytes the content of a compressed file.
+
+        Args:
+          check: Raises an error if the first bytes, which are `head` then, are not wanted.
+        """
+        plain: Any = tempfile.TemporaryFile()  # noqa: SIM115
         with self._reading(), os.fdopen(open_regular(self.path), "rb") as stream:
-            try:
-                unpacked = _unpacker(self.packed, stream, self.name)
-            except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
-                raise ConfigError(
-                    f"data.path: {self.name} is damaged {self.packed} data ({reason(error)}); "
-                    "copy it again"
-                ) from error
-            plain = _scratch_file()
-            _copy(unpacked, plain, self.name, self.packed)
+            self.head = b""
+            for part in _unpacked(self.packed, stream, self.name):
+                if not self.head:
+                    self.head = part[:HEAD]
+                    check()
+                try:
+                    plain.write(part)
+                    plain.flush()
+                except OSError as error:
+                    raise ConfigError(
+                        f"data.path: {self.name} cannot be unpacked into "
+                        f"{shown(tempfile.gettempdir())} ({reason(error)}); unpack it yourself, "
+                        "or set TMPDIR to a folder with room"
+                    ) from error
         self._plain = plain
         self.size = os.fstat(plain.fileno()).st_size
-        self.head = self.read(0, HEAD)
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes from `start` to `stop`, or to the end.
@@ -188,30 +197,17 @@ def _identity(descriptor: int) -> tuple[int, ...]:
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
 
-def _copy(source: Any, target: BinaryIO, name: str, packed: str) -> None:
-    """Copies unpacked bytes; errors of the two sides have different cures."""
-    while True:
-        try:
-            part = source.read(1 << 20)
-        except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
-            raise ConfigError(
-                f"data.path: {name} is damaged {packed} data ({reason(error)}); copy it again"
-            ) from error
-        if not part:
-            break
-        try:
-            target.write(part)
-            target.flush()
-        except OSError as error:
-            raise ConfigError(
-                f"data.path: {name} cannot be unpacked into {shown(tempfile.gettempdir())} "
-                f"({reason(error)}); unpack it yourself, or set TMPDIR to a folder with room"
-            ) from error
-
-
-def _scratch_file() -> Any:
-    """Unnamed file, which is gone when it is closed or the process ends."""
-    return tempfile.TemporaryFile()
+def _unpacked(packed: str, stream: BinaryIO, name: str) -> Iterator[bytes]:
+    """Yields the unpacked bytes of a file."""
+    try:
+        unpacker = _unpacker(packed, stream, name)
+        yield from iter(lambda: unpacker.read(1 << 20), b"")
+    except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"data.path: {name} is damaged {packed} data ({reason(error)}); copy it again"
+        ) from error
 
 
 def _unpacker(packed: str, stream: BinaryIO, name: str) -> Any:

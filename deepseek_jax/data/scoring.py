@@ -109,7 +109,7 @@ def read(
         texts.append(text.encode())
         tokens -= before + len(body) + after
     if not bodies:
-        raise ConfigError("data.path holds no text: each of its documents is empty")
+        raise ConfigError("the documents to score hold no text; set data.path to other ones")
     return bodies, b"".join(texts)
 
 

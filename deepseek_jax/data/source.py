@@ -221,17 +221,11 @@ def _rows(content: Content, text_key: str) -> Source | None:
       _NotTextError: A file of another format.
     """
     if content.packed:
-        content.unpack()
-        if formats.is_parquet(content.head) or content.head.startswith(formats.NPY):
-            seen = formats.looks_like(content.head)
-            raise _NotTextError(
-                f"data.path: {content.name} is {seen} inside {content.packed} data; unpack it"
-            )
+        content.unpack(lambda: _check_inside(content))
     suffix = _suffix(content.path)
     if formats.is_parquet(content.head) or suffix == ".parquet":
         return Parquet(content, text_key)
-    if message := formats.refused(content):
-        raise _NotTextError(f"{message}; set data.path to other files")
+    _check_format(content)
     lines = first_lines(content)
     if any(isinstance(row, dict) and text_key in row for row in lines[:1]):
         return JsonLines(content, text_key)
@@ -241,6 +235,22 @@ def _rows(content: Content, text_key: str) -> Source | None:
     if suffix in TABLE_SUFFIXES:
         _check_table(content, text_key)
     return array
+
+
+def _check_inside(content: Content) -> None:
+    """Refuses a compressed file whose first unpacked bytes are neither text nor rows."""
+    if formats.is_parquet(content.head) or content.head.startswith(formats.NPY):
+        seen = formats.looks_like(content.head)
+        raise _NotTextError(
+            f"data.path: {content.name} is {seen} inside {content.packed} data; unpack it"
+        )
+    _check_format(content)
+
+
+def _check_format(content: Content) -> None:
+    """Refuses a format that is not read here."""
+    if message := formats.refused(content):
+        raise _NotTextError(f"{message}; set data.path to other files")
 
 
 def _array(content: Content, text_key: str, suffix: str) -> Source | None:
@@ -340,7 +350,9 @@ class Joined:
     def __init__(self, parts: Sequence[Source]):
         self._parts = parts
         self._starts = [0, *itertools.accumulate(len(part) for part in parts)]
-        self.digest = digest("\n".join(part.digest for part in parts).encode(errors="replace"))
+        self.digest = digest(
+            "\n".join(part.digest for part in parts).encode(errors="surrogatepass")
+        )
 
     def __len__(self) -> int:
         return self._starts[-1]

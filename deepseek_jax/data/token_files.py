@@ -9,6 +9,7 @@ is expected before every document.
 
 import dataclasses
 import hashlib
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -154,15 +155,16 @@ def _npy(descriptor: int, name: str, size: int) -> tuple[np.dtype, int]:
         raise ConfigError(
             f"data.path: {name} is a damaged NumPy array ({reason(error)}); write it again"
         ) from error
+    whole = start + math.prod(shape) * dtype.itemsize
+    if dtype.kind in "ui" and whole != size:
+        raise ConfigError(
+            f"data.path: {name} is a damaged NumPy array: it has {size:,} bytes, and its header "
+            f"tells of {shown(f'{whole:,}', 40)}; write it again"
+        )
     if dtype.kind not in "ui" or len(shape) != 1:
         raise ConfigError(
             f"data.path: {name} is {shown(dtype, 40)} of shape {shown(shape, 40)}; tokens are one "
             "row of uint16 or uint32"
-        )
-    if start + shape[0] * dtype.itemsize != size:
-        raise ConfigError(
-            f"data.path: {name} is a damaged NumPy array: it has {size:,} bytes, and its header "
-            f"tells of {start + shape[0] * dtype.itemsize:,}; write it again"
         )
     return dtype, start
 

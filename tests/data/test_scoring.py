@@ -1,5 +1,6 @@
 """Packing for scoring: every token is a target once, and bytes are those of the documents."""
 
+import dataclasses
 import gzip
 import json
 
@@ -10,7 +11,7 @@ from small_texts import some_texts
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.packing import Stream
-from deepseek_jax.data.scoring import held_out, lay_out, of_text
+from deepseek_jax.data.scoring import held_out, lay_out, of_text, of_tokens
 from deepseek_jax.data.source import open_source
 
 
@@ -58,8 +59,6 @@ def test_documents_held_out_are_not_trained_on(corpus_of):
 
 
 def test_without_bos_the_first_token_is_predicted_too(corpus_of, tmp_path, config):
-    import dataclasses
-
     from deepseek_jax.data.corpus import prepare
 
     np.save(tmp_path / "a.npy", np.array([7, 8, 1, 9, 10, 1], np.uint16))
@@ -107,3 +106,32 @@ def test_as_many_targets_as_asked_for(tokens, tmp_path):
     assert laid.sequences.shape[1] == min(tokens, len(stream)) + 1
     whole = {1: 1, 2: 3, 7: 8}.get(tokens, min(len(first), tokens))
     assert laid.bytes == whole + min(max(tokens - len(first) - 2, 0), len(second))
+
+
+def test_documents_without_text_are_refused(corpus_of, tmp_path):
+    """Bits per byte would divide by zero: ids that decode to nothing, or no text at all."""
+    corpus = corpus_of(some_texts(30))
+    silent = dataclasses.replace(corpus, text=lambda document: b"")
+    with pytest.raises(ConfigError, match=r"hold no text; set data\.path"):
+        held_out(silent, length=8, tokens=100)
+    words = tokenizers.make("byte", vocab=512, texts=())
+    for texts in ([], [""]):
+        with pytest.raises(ConfigError, match=r"hold no text; set data\.path"):
+            of_text(texts, words, length=8, tokens=100)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (5, -1)])
+@pytest.mark.parametrize("ids", [np.uint64(2**32 + 5), np.int64(-(2**32) + 5), np.uint32(600)])
+def test_ids_are_checked_before_they_are_narrowed(tmp_path, ids, shape):
+    np.save(tmp_path / "a.npy", np.full(20, ids).reshape(shape))
+    with pytest.raises(ConfigError, match=rf"a\.npy holds ids from {ids} to {ids}; the model's go"):
+        of_tokens([tmp_path / "a.npy"], vocab=512, length=8, tokens=100)
+
+
+def test_a_damaged_table_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((5, 4), 7))
+    data = (tmp_path / "a.npy").read_bytes()
+    for damage in (data[:-8], data[:50], data.replace(b"'descr'", b"'descr(")):
+        (tmp_path / "a.npy").write_bytes(damage)
+        with pytest.raises(ConfigError, match=r"a\.npy is a damaged NumPy array"):
+            of_tokens([tmp_path / "a.npy"], vocab=512, length=8, tokens=100)
