@@ -30,7 +30,7 @@ README_LINES = 176
 ELSEWHERE = {
     "config.json", "tokenizer.json", "metrics.jsonl", "summary.json", "loss.png",
     "expert_load.png", "device_load.png", "config.py", "checkpoints/", "tensorboard/",
-    "profile/",
+    "profile/", "published/",
 }  # fmt: skip
 OTHER_FLAGS = {"noconftest", "kill-on-bad-exit", "nodes", "pid", "logdir"}
 OTHER_WORDS = {"ragged_all_to_all", "ragged_dot", "shard_map", "fold_in", "py_spy", "_scale_inv"}

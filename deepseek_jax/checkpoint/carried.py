@@ -62,6 +62,8 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
         elif outside:
             warnings.warn(f"{path} is a link out of its folder; it is left out", stacklevel=2)
             continue
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"{path} cannot be read: Permission denied")
         if path.stat().st_size > LARGEST:
             warnings.warn(f"{path} is larger than {LARGEST:,} bytes; it is left out", stacklevel=2)
         else:

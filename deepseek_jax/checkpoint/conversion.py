@@ -65,6 +65,7 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
     masters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in like.values())
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, masters + 2 * carried.size(beside))
+        _fill_beside(folder, source, config, beside)
         found.compare_copies()
         read, store = reader.parts_of(found), Store(folder / "checkpoints", keep=1)
         try:
@@ -76,17 +77,23 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
             raise ConfigError(f"target={target} cannot be written ({reason})") from error
         finally:
             store.close()
-        (folder / "config.json").write_text(config.to_json() + "\n")
-        (folder / "config.py").write_text(_LAUNCHER)
-        used = {name: path for name, path in beside.items() if name in carried.USED}
-        rest = {name: path for name, path in beside.items() if name not in used}
-        kept = folder / carried.KEPT
-        kept.mkdir()
-        carried.copy(used, (folder, kept), _read_before(source, used))
-        carried.copy(rest, (kept,), {})
-        (kept / "config.json").write_text(json.dumps(dict(source.settings), indent=2) + "\n")
-        _write_marks(folder, {key: source.settings.get(key) for key in _MARKS})
     return config
+
+
+def _fill_beside(
+    folder: Path, source: Checkpoint, config: Config, beside: Mapping[str, Path]
+) -> None:
+    """Writes all of a workdir but its weights."""
+    (folder / "config.json").write_text(config.to_json() + "\n")
+    (folder / "config.py").write_text(_LAUNCHER)
+    used = {name: path for name, path in beside.items() if name in carried.USED}
+    rest = {name: path for name, path in beside.items() if name not in used}
+    kept = folder / carried.KEPT
+    kept.mkdir()
+    carried.copy(used, (folder, kept), _read_before(source, used))
+    carried.copy(rest, (kept,), {})
+    (kept / "config.json").write_text(json.dumps(dict(source.settings), indent=2) + "\n")
+    _write_marks(folder, {key: source.settings.get(key) for key in _MARKS})
 
 
 def _run_config(found: reader.Published, target: Path, base: Config, own_tokenizer: bool) -> Config:

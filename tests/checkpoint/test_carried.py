@@ -100,3 +100,10 @@ def test_no_tokenizer_is_made_for_weights_from_elsewhere(name, tmp_path):
     np.save(tmp_path / "tokens.npy", np.zeros(3, np.uint16))
     carried.check_tokenizer(tmp_path, dataclasses.replace(data, path=str(tmp_path / "tokens.npy")))
     carried.check_tokenizer(tmp_path, dataclasses.replace(data, tokenizer="deepseek"))
+
+
+def test_a_file_that_cannot_be_read_is_named_first(tmp_path, monkeypatch):
+    put(tmp_path, "LICENSE")
+    monkeypatch.setattr(carried.os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=r"LICENSE cannot be read: Permission denied"):
+        carried.files(tmp_path, is_run=False)
