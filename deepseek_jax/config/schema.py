@@ -30,13 +30,13 @@ class ModelConfig:
       d_nope: Query and key width per head without rotary embedding.
       d_rope: Query and key width per head with rotary embedding; even.
       d_value: Value width per head.
-      rope_theta: Base of the rotary frequencies.
+      rope_theta: Base of the rotary frequencies; above 1.
       yarn_factor: Context extension by YaRN, a multiple of `yarn_original`; at least 1, 1 is off.
       yarn_original: Context length of pre-training, in tokens.
       yarn_beta_fast: Rotations in `yarn_original` above which a pair is kept; > `yarn_beta_slow`.
       yarn_beta_slow: Rotations in `yarn_original` below which a pair is slowed by the factor.
-      yarn_mscale: Numerator of YaRN's scale m(yarn_mscale)/m(yarn_mscale_all_dim) of cosines; >= 0.
-      yarn_mscale_all_dim: Denominator of that scale; its square scales all logits; at least 0.
+      yarn_mscale: Numerator of YaRN's scale m(yarn_mscale)/m(yarn_mscale_all_dim); 0 to 1000.
+      yarn_mscale_all_dim: Denominator of that scale; its square scales all logits; 0 to 1000.
       experts: Routed experts of an MoE layer.
       shared_experts: Experts that every token uses, computed as one network; at least 0.
       top_k: Routed experts of a token.
@@ -46,10 +46,10 @@ class ModelConfig:
       score: Affinity function: "sigmoid" (equation 15) or "softmax" (V2).
       group_score: Affinity of a group: "top2", the sum of its best two experts, or "max", its best.
       normalise_weights: True divides the chosen affinities by their sum (equation 13).
-      routed_scale: Factor of the routed experts' weighted sum.
+      routed_scale: Factor of the routed experts' weighted sum; at most 1000.
       mtp_depth: MTP modules, each predicting one token further (section 2.2); from 0 to 4.
-      norm_eps: Epsilon of RMSNorm.
-      init_std: Standard deviation of the initial weights.
+      norm_eps: Epsilon of RMSNorm; from 1e-20 to 1.
+      init_std: Standard deviation of the initial weights; from 1e-12 to 100.
     """
 
     vocab: int
@@ -196,10 +196,10 @@ class OptimizerConfig:
     Attributes:
       b1: Decay of the first moment; from 0, below 1.
       b2: Decay of the second moment; from 0, below 1, at most 0.99 with bfloat16 moments.
-      eps: Epsilon added to the root of the second moment.
+      eps: Epsilon added to the root of the second moment; from 1e-20 to 1.
       weight_decay: Decoupled weight decay, times the learning rate; at least 0.
       decayed: Weights that decay: "matrices", all but the scales of norms, or "all".
-      clip: Largest global norm of the gradient.
+      clip: Largest global norm of the gradient; at least 1e-12.
       moments: Format in which both moments are kept: "float32" or "bfloat16" (section 3.3.3).
       ema_decay: Decay per step of the exponential moving average of weights; from 0 (off), below 1.
     """
@@ -222,18 +222,18 @@ class ScheduleConfig:
 
     Attributes:
       tokens: Tokens at which the run ends.
-      learning_rate: Peak learning rate, after the warm-up.
+      learning_rate: Peak learning rate, after the warm-up; at least 1e-12.
       warmup_steps: Optimiser steps of the linear warm-up; at least 0, over by `decay_start`.
       decay_start: Tokens at which the cosine decay starts; from 0 to `decay_end`.
       decay_end: Tokens at which the cosine decay ends; from `decay_start` to `final_start`.
       decayed_learning_rate: Learning rate at the end of the decay, held until `final_start`.
       final_start: Tokens from which the final learning rate holds; at least `decay_end`.
       final_learning_rate: Learning rate from `final_start` to the end.
-      bias_speed: Change of the router bias per step (gamma of section 2.1.2); 0 is off.
+      bias_speed: Change of the router bias per step (gamma); from 0 (off) to 1000.
       bias_stop: Tokens from which the router bias stays as it is; at least 0.
-      balance_alpha: Weight of the sequence-wise balance loss (equation 17); 0 is off.
-      mtp_weight: Weight of the mean MTP loss (lambda, equation 25) before `mtp_switch`; at least 0.
-      late_mtp_weight: Weight of the mean MTP loss from `mtp_switch` on; at least 0.
+      balance_alpha: Weight of the sequence-wise balance loss (equation 17); 0 (off) to 1000.
+      mtp_weight: Weight of the mean MTP loss (lambda, equation 25) before `mtp_switch`; to 1000.
+      late_mtp_weight: Weight of the mean MTP loss from `mtp_switch` on; from 0 to 1000.
       mtp_switch: Tokens at which the MTP weight changes; at least 0.
     """
 

@@ -19,8 +19,8 @@ _POSITIVE: _Range = ("above 0", lambda x: x > 0)
 _NOT_NEGATIVE: _Range = ("at least 0", lambda x: x >= 0)
 
 _DEVICES: _Range = (
-    "at least 1, or -1 for all that are left, and at most 1048576",
-    lambda x: x == -1 or 1 <= x <= 2**20,
+    "at least 1, or -1 for all that are left, and at most 65536",
+    lambda x: x == -1 or 1 <= x <= 2**16,
 )
 
 # Every integer must be at least 1 and every other number above 0, except these. A float outside its
@@ -52,7 +52,7 @@ _RANGES: dict[str, _Range] = {
     "model.init_std": ("above 0, from 1e-12 to 100", lambda x: 1e-12 <= x <= 100),
     "optimizer.b1": ("at least 0 and below 1", lambda x: 0 <= x < 1),
     "optimizer.b2": ("at least 0 and below 1", lambda x: 0 <= x < 1),
-    "optimizer.eps": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "optimizer.eps": ("above 0, from 1e-20 to 1", lambda x: 1e-20 <= x <= 1),
     "optimizer.clip": ("above 0, from 1e-12 on", lambda x: x >= 1e-12),
     "optimizer.ema_decay": ("at least 0 and below 1, where 0 is off", lambda x: 0 <= x < 1),
     "schedule.learning_rate": ("above 0, from 1e-12 on", lambda x: x >= 1e-12),

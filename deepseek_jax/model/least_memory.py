@@ -59,13 +59,13 @@ def check_training(config: Config) -> None:
       ConfigError: the run does not fit; the message names its largest sizes.
     """
     layout, devices = meshes.layout(config), jax.local_device_count()
-    state, activations = _state(config, layout), _activations(config, layout)
+    held, activations = state(config, layout), _activations(config, layout)
     average = _average(config, layout)
     on_host = [_times(average, devices), _batch(config)]
     if jax.default_backend() == "cpu":  # its devices share the memory of the host
-        _check([_times(state, devices), activations, *on_host], machine_memory.host_bytes(), HOST)
+        _check([_times(held, devices), activations, *on_host], machine_memory.host_bytes(), HOST)
     else:
-        _check([state, activations], machine_memory.device_bytes(), DEVICE)
+        _check([held, activations], machine_memory.device_bytes(), DEVICE)
         _check(on_host, machine_memory.host_bytes(), HOST)
 
 
@@ -135,7 +135,7 @@ def _held(weight: Weight, layout: Layout | None) -> int:
     return math.prod(layout.local(spec(weight.axes, weight.shape), weight.shape))
 
 
-def _state(config: Config, layout: Layout) -> Part:
+def state(config: Config, layout: Layout) -> Part:
     """Masters, moments and the gradients of an update, which clipping needs all at once."""
     each = 2 * FLOAT32 + 2 * jnp.dtype(config.optimizer.moments).itemsize
 

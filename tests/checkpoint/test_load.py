@@ -1,5 +1,7 @@
 """Loading onto a mesh: the same weights as on one device, each part read once."""
 
+import json
+
 import chex
 import jax
 import numpy as np
@@ -90,3 +92,11 @@ def test_what_is_not_finite_is_named_on_a_mesh_too(tmp_path):
     sizes = dict(gpu=2)
     with pytest.raises(ConfigError, match=f"{name} holds 1 values .* not finite"):
         load.load(tmp_path, layout=small.layout_of(sizes), mesh=small.mesh_of(sizes))
+
+
+def test_a_run_of_absurd_sizes_is_not_loaded(run, tmp_path):
+    settings = json.loads((run / "config.json").read_text())
+    settings["model"]["layers"] = 2**31
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"^model\.layers=2147483648, .* for weights\), and ther"):
+        load.load(tmp_path)

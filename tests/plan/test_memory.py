@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from configs import v3_tiny
 from deepseek_jax import config as configs
-from deepseek_jax.model import params
+from deepseek_jax.model import least_memory, params
 from deepseek_jax.model.overlapped import stage_params
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.pipeline.executor import Pipeline
@@ -82,6 +82,8 @@ def test_predicted_bytes_are_what_is_allocated(name):
     }
     for key, tree in each.items():
         assert bytes_on_each_device(tree) == [getattr(got, key)] * 8, key
+    least = least_memory.state(config, layout).bytes
+    assert least == got.masters + got.router_bias + got.moments + got.masters  # and gradients
     masters = jax.tree.leaves(real.params)
     copies = [
         new
@@ -200,3 +202,11 @@ def test_ranks_that_dualpipe_cannot_pair(pipe):
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, pipe=pipe))
     with pytest.raises(configs.ConfigError, match=f"mesh.pipe={pipe}"):
         memory(config)
+
+
+@pytest.mark.parametrize("pipeline", ["dualpipe", "dualpipev", "1f1b"])
+def test_absurd_sizes_are_planned_at_once(pipeline):
+    config = small(**PIPELINES["2 ranks"], pipeline=pipeline)
+    model = dataclasses.replace(config.model, layers=2**31)
+    planned = memory(dataclasses.replace(config, model=model))
+    assert planned.masters > 2**31 * 4 * config.model.d_model

@@ -52,6 +52,8 @@ def refused(text, tmp_path, monkeypatch):
         ({"batch": {"length": 1 << 20}, "schedule": {"warmup_steps": 0}}, ["batch.length=1048576"]),
         ({"model": {"mtp_depth": 4}, "batch": {"length": 4}}, ["model.mtp_depth=4"]),
         ({"model": {"vocab": 256}}, ["model.vocab=256"]),
+        ({"model": {"layers": 2**31}}, ["model.layers=2147483648", "host memory"]),
+        ({"batch": {"sequences": 2**31}}, ["batch.sequences=2147483648", "264 GiB of host memory"]),
         ({"layout": {"cost_profile": "/no.pbtxt"}}, ["layout.cost_profile=/no.pbtxt", "plan step"]),
         ({"data": {"path": "/nowhere/at/all"}}, ["data.path='/nowhere/at/all'"]),
     ],
