@@ -2,9 +2,12 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import small
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ConfigError, layers_per_stage
 from deepseek_jax.parallel.pipeline import stage_assignment
@@ -119,3 +122,22 @@ def test_places_of_each_layer():
     rows = np.array([[0, 1, NOTHING], [2, 0, NOTHING], [1, NOTHING, 2]])
     assert stage_assignment._places(rows, 3).tolist() == [[0, 1, 3], [4, 6, 8]]
     assert stage_assignment._places(rows[:1], 2).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("over", [("pipe",), ()], ids=["sharded", "whole"])
+def test_gradients_of_a_layer_are_summed_over_its_ranks(over):
+    """Layers 0 to 2, two of them in each of two directions; [rank, slot] holds its own number."""
+    rows = np.array([[0, 1, 2, NOTHING], [2, NOTHING, 0, 1]])
+    values = np.array([[1.0, 2.0, 4.0, 0.0], [8.0, 0.0, 16.0, 32.0]], np.float32)
+    values = np.stack([values, 64 * values], -1).reshape(8, 2)  # (ranks * slots)D
+
+    def local(value):
+        return stage_assignment.return_gradients(value, rows, 3, 1, over, ("pipe",))
+
+    mesh, want = small.mesh_of({"pipe": 2}), np.array([[17, 1088], [34, 2176], [12, 768]])
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=P("pipe"), out_specs=P(None, over or None), check_vma=False
+    )
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(values, NamedSharding(mesh, P("pipe")))
+        np.testing.assert_array_equal(jax.jit(run)(placed), want)
