@@ -11,7 +11,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint import load as checkpoints
 from deepseek_jax.config import ConfigError, ModelConfig
-from deepseek_jax.hardware import device_memory
+from deepseek_jax.hardware import machine_memory
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.loss import head_loss
@@ -84,12 +84,12 @@ class Model:
                 f"tokens are {values.dtype}{list(values.shape)}; expected integers [sequences, "
                 f"length], at least 1 and {least}"
             )
-        needed, had = 4 * values.size * numbers, device_memory.bytes_of(jax.local_devices()[0])
+        needed = 4 * values.size * numbers
+        had = machine_memory.device_bytes() or machine_memory.host_bytes()
         if had is not None and needed > had:
             raise ValueError(
                 f"tokens are {values.dtype}{list(values.shape)}, whose outputs take "
-                f"{needed / 2**30:,.0f} GiB, and the device has {had / 2**30:,.0f}; pass fewer "
-                "at once"
+                f"{machine_memory.text(needed)} of {machine_memory.text(had)}; pass fewer at once"
             )
         if values.min() < 0 or values.max() >= self.config.vocab:
             raise ValueError(

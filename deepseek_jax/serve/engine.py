@@ -112,8 +112,7 @@ class Engine:
                 f"{slots} slots do not divide among the {self._parts} devices of the data axes; "
                 f"set engine.slots={-(-slots // self._parts) * self._parts}"
             )
-        device = mesh.local_devices[0]
-        sizes.check_room(config, slots // self._parts, length, cache, drafts, device)
+        sizes.check_room(config, slots // self._parts, length, cache, drafts)
         self._build(model, how, cache, stop, steps)
 
     def _build(

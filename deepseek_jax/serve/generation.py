@@ -116,7 +116,7 @@ def open_engine(
     how = dataclasses.replace(execution.of(config), remat=remat.NONE)
     cache = cache or latent_cache.default_format(how.recipe)
     here = -(-slots // parts)
-    sizes.check_room(model, here, length, cache, drafts, grid.local_devices[0])
+    sizes.check_room(model, here, length, cache, drafts)
     with jax.set_mesh(grid):
         stored = checkpoint.load(how.recipe, layout, grid)
         loaded = params.prepare(stored, how.recipe)

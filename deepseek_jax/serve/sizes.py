@@ -2,10 +2,8 @@
 
 import numbers
 
-import jax
-
 from deepseek_jax.config import ConfigError, ModelConfig
-from deepseek_jax.hardware import device_memory
+from deepseek_jax.hardware import machine_memory
 from deepseek_jax.serve import latent_cache
 
 _INT32 = 2**31 - 1  # positions are int32
@@ -35,20 +33,19 @@ def check_numbers(config: ModelConfig, *, slots: int, length: int, drafts: int, 
         )
 
 
-def check_room(
-    config: ModelConfig, slots: int, length: int, cache: str, drafts: int, device: jax.Device
-) -> None:
-    """Checks that the memory of a device holds the latent cache of its own slots.
+def check_room(config: ModelConfig, slots: int, length: int, cache: str, drafts: int) -> None:
+    """Checks that the memory of a device, or of a CPU's machine, holds the cache of its own slots.
 
     Raises:
       ConfigError: It has less, weights aside.
     """
     each = latent_cache.bytes_per_token(config, cache, mtp=drafts > 0)
-    needed, had = slots * length * each, device_memory.bytes_of(device)
+    needed = slots * length * each
+    had = machine_memory.device_bytes() or machine_memory.host_bytes()
     if had is not None and needed > had:
         raise ConfigError(
             f"a latent cache of {slots} slots on a device, each of engine.length={length} tokens "
-            f"(a prompt and its request.max_tokens), takes {needed / 2**30:,.0f} GiB, and there "
-            f"are {had / 2**30:,.0f}; set a smaller length or fewer engine.slots, or "
+            f"(a prompt and its request.max_tokens), takes {machine_memory.text(needed)} of "
+            f"{machine_memory.text(had)}; set a smaller length or fewer engine.slots, or "
             "engine.cache=fp8"
         )

@@ -9,7 +9,7 @@ from deepseek_jax import api
 from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import tokenizer
-from deepseek_jax.hardware import device_memory
+from deepseek_jax.hardware import machine_memory
 from deepseek_jax.serve import generation, sizes
 from deepseek_jax.serve.generation import TextCodec
 from deepseek_jax.serve.requests import Request
@@ -72,14 +72,14 @@ def test_sizes_of_an_engine(size, words):
 
 def test_a_cache_that_no_memory_holds(monkeypatch):
     """Told before the weights are read."""
-    monkeypatch.setattr(device_memory, "bytes_of", lambda _: 2**30)
+    monkeypatch.setattr(machine_memory, "host_bytes", lambda: 2**30)
     monkeypatch.setattr("deepseek_jax.checkpoint.load.Checkpoint.load", lambda *_: pytest.fail())
     tiny = open_checkpoint(serving.TINY)
     rest = dict(mesh={}, slots=2, cache="float32", stop=(), drafts=0)
     with pytest.raises(ConfigError) as error:
         generation.open_engine(tiny, tiny.config(), length=2**24, **rest)
     assert "engine.length=16777216 tokens (a prompt and its request.max_tokens)" in str(error.value)
-    assert "takes 12 GiB, and there are 1; set a smaller length" in str(error.value)
+    assert "takes 12 GiB of 1 GiB; set a smaller length or fewer engine.slots" in str(error.value)
 
 
 class Words(TextCodec):
