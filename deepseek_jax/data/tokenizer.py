@@ -132,7 +132,8 @@ class Tokenizer:
         """Ids of a text in which the names of special tokens are those tokens, without BOS."""
         self._core.encode_special_tokens = False
         try:
-            return list(self._core.encode(text, add_special_tokens=False).ids)
+            with _library(f"data.tokenizer: {self.description} cannot encode this text"):
+                return list(self._core.encode(text, add_special_tokens=False).ids)
         finally:
             self._core.encode_special_tokens = True
 
@@ -143,7 +144,8 @@ class Tokenizer:
 
     def cut(self, text: str, tokens: int) -> str:
         """Beginning of a text that its first `tokens` tokens are from, in whole characters."""
-        offsets = self._core.encode(text, add_special_tokens=False).offsets
+        with _library(f"data.tokenizer: {self.description} cannot encode this text"):
+            offsets = self._core.encode(text, add_special_tokens=False).offsets
         return text[: max((stop for _, stop in offsets[:tokens]), default=0)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
