@@ -14,7 +14,7 @@ from tiny import get_config as small
 
 from configs import v3_671b
 from deepseek_jax import config as configs
-from deepseek_jax.aot import cluster, compiled, cost_model, pipelined_step
+from deepseek_jax.aot import cluster, compiled, cost_model, hlo, pipelined_step
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.lockstep import lockstep
@@ -63,6 +63,9 @@ def test_each_chunk_hides_the_messages_of_the_other(tmp_path):
     crossed, words = 4096 * 4 * 5 // 4, (7168 + 4 * 7168 // 128) // 4
     large = {shape for shape in kept if len(shape) > 1 and shape[-1] > 1000}
     assert large == {(crossed, words), (1, 4096, 7168)}
+    # Sums are in float32, and in a fixed order: no scatter adds atomically.
+    for line, dtype in hlo.sums(program.module):
+        assert dtype == "f32" and (line.opcode != "scatter" or line.unique), line
     assert program.peak_bytes < 24 * 2**30
 
 
