@@ -1,4 +1,4 @@
-"""Files that a user names: found, opened and shown without surprises.
+"""Files that a user names, found, opened and shown without surprises; files replaced as a whole.
 
 Only regular files are opened, and without waiting, so that a pipe or a device never blocks. A file
 that changes after it was opened first is an error, since its documents are read more than once.
@@ -91,6 +91,28 @@ def read_all(path: Path, most: int) -> bytes:
     if len(data) > most:
         raise OSError(0, f"it has more than {most:,} bytes")
     return data
+
+
+def replace(path: Path, content: bytes | str) -> None:
+    """Writes a whole file, so that a reader finds either the old one or the new one.
+
+    A link at `path` is replaced, and what it leads to stays as it is.
+
+    Raises:
+      OSError: The file cannot be written; the old one is still there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # of a killed process, or a link that somebody left
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 class Content:

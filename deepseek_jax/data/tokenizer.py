@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import marks as stated_marks
-from deepseek_jax.data.files import read_all, reason, resolve, shown
+from deepseek_jax.data.files import read_all, reason, replace, resolve, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -158,10 +159,10 @@ class Tokenizer:
 
         A `tokenizer_config.json` that is there already stays.
         """
-        file.write_text(self._core.to_str(), encoding="utf-8")
+        replace(file, self._core.to_str())
         settings = file.with_name(stated_marks.FILES[0])
-        if not settings.exists():
-            settings.write_text(self.settings_for_readers(), encoding="utf-8")
+        if not os.path.lexists(settings):
+            replace(settings, self.settings_for_readers())
 
     def settings_for_readers(self) -> str:
         """A `tokenizer_config.json` with which other readers give the same ids, BOS and EOS."""

@@ -55,7 +55,7 @@ class AppendedFile:
 
     def _open(self) -> int:
         make = os.O_CREAT if self._create and self._size is None else 0
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | make, 0o666)
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | make, 0o666)
         size = os.fstat(file).st_size
         if self._size is None or size < self._size:
             self._size = size

@@ -122,7 +122,8 @@ class Lock:
 
     def _try(self) -> int | None:
         """The locked file; None where its holder removed it between opening and locking."""
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks writable files only
+        # NFS locks writable files only, and a link may lead to a file of another purpose.
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,13 +5,13 @@ A row that cannot be written, as on a full disk, is kept in memory and written w
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from deepseek_jax.data import files
 from deepseek_jax.train.append import AppendedFile
 
 METRICS = "metrics.jsonl"
@@ -85,8 +85,9 @@ class MetricsFile:
 
     def begin(self, step: int, tokens: int) -> None:
         text = "".join(_line(row) for row in read_metrics(self._path) if row["step"] <= step)
-        if not self._path.exists() or self._path.read_text(errors="replace") != text:
-            replace_file(self._path, text)
+        kept = self._path.is_file() and not self._path.is_symlink()
+        if not kept or self._path.read_text(errors="replace") != text:
+            files.replace(self._path, text)
 
     def say(self, text: str) -> None:
         pass
@@ -114,17 +115,3 @@ def _line(row: Row) -> str:
         load = [[None if x is None else round(x, 6) for x in layer] for layer in row["expert_load"]]
         row = {**row, "expert_load": load}
     return json.dumps(row, allow_nan=False) + "\n"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a whole file, so that a reader finds either the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,5 +1,6 @@
 """Pictures of a run from its metrics: losses, experts' load over time, GPUs' load at the end."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.data import files
 from deepseek_jax.train.metrics import METRICS, SUMMARY, Row, read_metrics
 
 INK, MAIN, SECOND, MUTED = "#1f2933", "#1f5fa8", "#d9772b", "#7b8794"
@@ -250,5 +252,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path)
+    image = io.BytesIO()
+    figure.savefig(image)
+    files.replace(path, image.getvalue())
     return path

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data import files
 from deepseek_jax.errors import RunError, reason
 from deepseek_jax.train.events import Events
-from deepseek_jax.train.metrics import METRICS, SUMMARY, MetricsFile, Row, Sink, plain, replace_file
+from deepseek_jax.train.metrics import METRICS, SUMMARY, MetricsFile, Row, Sink, plain
 from deepseek_jax.train.screens import screen_for
 
 EVENTS = "tensorboard"
@@ -94,7 +95,7 @@ class Report:
             return
         values = {key: plain(value) for key, value in summary.items()}
         text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-        failed = self._attempt(SUMMARY, lambda: replace_file(self._workdir / SUMMARY, text))
+        failed = self._attempt(SUMMARY, lambda: files.replace(self._workdir / SUMMARY, text))
         self._attempt("the pictures", self._draw)
         if self._screen:  # the progress stays, and the result is printed below it
             self._each(lambda sink: sink.close() if sink is self._screen else None)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from deepseek_jax.checkpoint import carried
 from deepseek_jax.config import Config, ConfigError, load_json
 from deepseek_jax.config.hints import shown
 from deepseek_jax.config.renamed import with_new_names
+from deepseek_jax.data import files
 from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.errors import RunError, reason
 from deepseek_jax.train.lock import Lock
@@ -101,13 +101,9 @@ def claim(directory: Path, config: Config, corpus: Corpus) -> None:
         return
     try:
         if corpus.tokenizer is not None:
-            corpus.tokenizer.save(directory / "tokenizer.json.new")
-            os.replace(directory / "tokenizer.json.new", directory / "tokenizer.json")
-        (directory / "config.json.new").write_text(config.to_json() + "\n")
-        os.replace(directory / "config.json.new", directory / "config.json")
+            corpus.tokenizer.save(directory / "tokenizer.json")
+        files.replace(directory / "config.json", config.to_json() + "\n")
     except Exception as error:  # the tokenizers library raises bare Exception
-        for name in ("tokenizer.json.new", "config.json.new"):
-            (directory / name).unlink(missing_ok=True)
         raise ConfigError(f"--workdir={directory} cannot be written ({reason(error)})") from error
 
 

@@ -8,9 +8,10 @@ import pytest
 from disks import full
 from reports import LAST_WORD, SUMMARY, row, run, steps_of
 
+from deepseek_jax.data import files
 from deepseek_jax.errors import RunError
-from deepseek_jax.train import plots, report, screens
-from deepseek_jax.train.report import Report
+from deepseek_jax.train import plots, screens
+from deepseek_jax.train.report import Report, last_word
 
 
 def test_nothing_is_written_before_the_run_begins(tmp_path, capsys):
@@ -71,13 +72,15 @@ def test_an_end_that_cannot_be_written_whole(tmp_path, caplog, monkeypatch, brok
     def fails(*_):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
+    replace = files.replace
     done = run(tmp_path, [1], screen=False)
     with monkeypatch.context() as patch:
         if broken == "pictures":
             patch.setattr(plots, "draw", fails)
             done.finish(SUMMARY)
         else:
-            patch.setattr(report, "replace_file", fails)
+            of = {"summary.json": fails}
+            patch.setattr(files, "replace", lambda path, new: of.get(path.name, replace)(path, new))
             with pytest.raises(RunError, match=r"summary\.json cannot be written \(Disk quota exc"):
                 done.finish(SUMMARY)
     [said] = caplog.messages
@@ -127,7 +130,7 @@ def test_the_last_word(tmp_path, capsys):
 
 
 def test_the_last_word_has_the_average_s_score_too():
-    assert report.last_word(SUMMARY | {"ema_bits_per_byte": 2.2}).endswith("averaged weights: 2.20")
+    assert last_word(SUMMARY | {"ema_bits_per_byte": 2.2}).endswith("averaged weights: 2.20")
 
 
 def test_a_loss_that_is_not_finite_is_told(tmp_path):
@@ -137,7 +140,7 @@ def test_a_loss_that_is_not_finite_is_told(tmp_path):
     done.close()
     kept = json.loads((tmp_path / "summary.json").read_text())
     assert kept == SUMMARY | dict.fromkeys(bad)
-    assert report.last_word(kept) == "finished; the loss on held-out text is not finite"
+    assert last_word(kept) == "finished; the loss on held-out text is not finite"
 
 
 def test_a_run_without_held_out_text_or_steps_ends_too(tmp_path, capsys):
