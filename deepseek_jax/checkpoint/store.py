@@ -65,8 +65,7 @@ class Store:
         self._broken: set[int] = set()  # unreadable steps, renamed by the next save
         self._held: set[int] = set()  # steps that this store has saved or restored
         self._pending: Future[None] | None = None
-        self._writing, self._bytes = -1, 0  # step and size of the newest save
-        self._why = ""  # the newest step cannot be used
+        self._writing, self._bytes, self._why = -1, 0, ""  # newest save; why the newest is broken
         silence()
 
     def __enter__(self) -> "Store":
@@ -75,16 +74,15 @@ class Store:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Closes the store; an error on the way out is not hidden by that of a save.
 
-        With an error, a write that waits for another process is left alone soon: that process may
-        have failed.
+        With an error, a write that waits for another process is given up soon: it may have failed.
         """
         if error is None:
             self.close()
             return
-        if self._pending and jax.process_count() > 1:
-            futures.wait([self._pending], timeout=_PATIENCE_SECONDS)
-            if not self._pending.done():
-                return
+        pending = [self._pending] if self._pending and jax.process_count() > 1 else []
+        if futures.wait(pending, timeout=_PATIENCE_SECONDS).not_done:
+            jax.distributed.shutdown()  # which ends orbax's wait: Python would wait for its thread
+            return
         try:
             self.close()
         except RunError as failed:
