@@ -35,8 +35,15 @@ def of_file(descriptor: int, start: int = 0) -> str:
         for offset in offsets:
             whole.update(block(offset))
     else:
-        threads = min(len(os.sched_getaffinity(0)), len(offsets), 32)
+        threads = min(_cores(), len(offsets), 32)
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for part in pool.map(block, offsets):
                 whole.update(part)
     return whole.hexdigest()[:32]
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from deepseek_jax.data.split import split
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60), st.floats(0.01, 0.4))
 def test_equal_documents_stand_on_one_side(numbers, share):
     equal = np.array(numbers)

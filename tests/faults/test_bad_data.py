@@ -78,7 +78,7 @@ def test_damaged_compression_is_named(config, tmp_path, end, damage):
         content = zeroed(content) if damage == "zeroed" else bits_flipped(content, 0.5)
     file = tmp_path / f"rows.jsonl{end}"
     file.write_bytes(content)
-    refusal(config, "rows.jsonl.*is damaged .* data", path=str(file))
+    assert refusal(config, "rows.jsonl.*is damaged .* data", path=str(file))
 
 
 @pytest.mark.parametrize("at", np.linspace(0.01, 0.99, 25))
@@ -101,14 +101,16 @@ def test_a_flipped_bit_is_told_or_is_content(config, tmp_path, name, at):
 def test_zstandard_names_its_extra(config, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl.zst").write_bytes(GOOD["rows.jsonl.zst"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refusal(config, r"Zstandard.*deepseek_jax\[parquet\]", path=str(tmp_path / "rows.jsonl.zst"))
+    assert refusal(
+        config, r"Zstandard.*deepseek_jax\[parquet\]", path=str(tmp_path / "rows.jsonl.zst")
+    )
 
 
 def test_half_of_a_megatron_data_set(config, tmp_path):
     (tmp_path / "a.bin").write_bytes(IDS.tobytes())
     (tmp_path / "a.idx").write_bytes(b"MMIDIDX\0\0\1\0\0\0\0\0\0\0\x08")
-    refusal(config, "half of a Megatron data set.*npy", path=str(tmp_path / "a.bin"))
+    assert refusal(config, "half of a Megatron data set.*npy", path=str(tmp_path / "a.bin"))
     (tmp_path / "b").mkdir()
     (tmp_path / "a.bin").rename(tmp_path / "b" / "a.bin")
     (tmp_path / "a.idx").rename(tmp_path / "b" / "a.idx")
-    refusal(config, "holds no text.*token files need a folder", path=str(tmp_path / "b"))
+    assert refusal(config, "holds no text.*token files need a folder", path=str(tmp_path / "b"))

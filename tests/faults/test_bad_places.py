@@ -56,7 +56,7 @@ def test_a_failing_disk_is_named(config, tmp_path, monkeypatch, file_system_erro
         raise OSError(file_system_error, os.strerror(file_system_error))
 
     monkeypatch.setattr(files.os, "pread", fails)
-    refusal(config, os.strerror(file_system_error), path=str(tmp_path / "a.jsonl"))
+    assert refusal(config, os.strerror(file_system_error), path=str(tmp_path / "a.jsonl"))
     monkeypatch.setattr(files.os, "pread", real)
 
 
@@ -81,7 +81,7 @@ def test_paths_that_cannot_be(config, tmp_path, key, value, words):
 @pytest.mark.parametrize("value", ["x" * 5000, "~nobody_of_this_name/x", "a\0b", "/dev/null/x"])
 def test_caches_that_cannot_be(config, tmp_path, value):
     (tmp_path / "data").write_bytes(PROSE)
-    refusal(config, r"data\.cache", cache=value)
+    assert refusal(config, r"data\.cache", cache=value)
 
 
 def test_a_user_without_a_home(config, tmp_path, monkeypatch):
@@ -89,9 +89,9 @@ def test_a_user_without_a_home(config, tmp_path, monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
-    refusal(config, r"no home folder; set data\.cache", cache="")
+    assert refusal(config, r"no home folder; set data\.cache", cache="")
     for key in ("path", "tokenizer"):
-        refusal(config, rf"data\.{key}='~/x' names a home folder", **{key: "~/x"})
+        assert refusal(config, rf"data\.{key}='~/x' names a home folder", **{key: "~/x"})
 
 
 @pytest.mark.parametrize("name", [b"\xff.txt", b"\xff.jsonl", b"\xff.npy", b"a\nb.txt"])
@@ -106,7 +106,7 @@ def test_names_that_are_no_text(config, tmp_path, name):
     assert texts_of(config, path=os.fsdecode(folder), tokenizer="byte")
     with open(os.path.join(folder, name), "wb") as stream:
         stream.write(b"\0\1\2")
-    refusal(config, r"\\udcff|\\nb", path=os.fsdecode(os.path.join(folder, name)))
+    assert refusal(config, r"\\udcff|\\nb", path=os.fsdecode(os.path.join(folder, name)))
 
 
 def test_pipes_sockets_and_links_in_a_folder(config, tmp_path):
@@ -123,7 +123,7 @@ def test_pipes_sockets_and_links_in_a_folder(config, tmp_path):
     assert len(corpus.spans) == 1
     assert any("skipped 4 files" in line for line in said)
     for name in ("pipe.txt", "gone.txt", "round"):
-        refusal(
+        assert refusal(
             config,
             r"data\.path=.*(neither a file|does not exist|cannot be)",
             path=str(folder / name),
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_listed(config, tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    refusal(
+    assert refusal(
         config, "folder .*locked cannot be read: Permission denied", path=str(tmp_path / "folder")
     )
 
@@ -164,7 +164,7 @@ def test_tokens_beside_text(config, tmp_path):
     folder.mkdir()
     (folder / "README.md").write_text("Tokens of a model.")
     (folder / "a.npy").write_bytes(npy())
-    refusal(config, "bytes of token files beside 18 bytes of text", path=str(folder))
+    assert refusal(config, "bytes of token files beside 18 bytes of text", path=str(folder))
 
 
 @pytest.mark.parametrize("content", [array("content"), lines("content"), array()[:-5]])
@@ -173,7 +173,7 @@ def test_json_in_folders(config, tmp_path, content):
     folder.mkdir()
     (folder / "a.json").write_bytes(content)
     (folder / "b.json").write_bytes(content)
-    refusal(config, "data.text_key='text'", path=str(folder))
+    assert refusal(config, "data.text_key='text'", path=str(folder))
 
 
 def test_json_beside_source_code_is_text(config, tmp_path):
@@ -202,5 +202,5 @@ def test_text_that_changes_while_it_is_read(config, tmp_path, monkeypatch, name,
         return real(*arguments, **more)
 
     monkeypatch.setattr(tokenizer, "make", make)
-    refusal(config, "changed while it was in use|No such file", path=str(file))
+    assert refusal(config, "changed while it was in use|No such file", path=str(file))
     assert not list((tmp_path / "cache").iterdir())

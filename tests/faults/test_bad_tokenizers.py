@@ -61,10 +61,10 @@ def test_a_bad_tokenizer_is_named(config, tmp_path, name):
 def test_tokenizers_that_are_no_files(config, tmp_path):
     (tmp_path / "data").write_bytes(PROSE)
     (tmp_path / "tokenizer.json").mkdir()
-    refusal(config, "nor a tokenizer.json", tokenizer=str(tmp_path))
-    refusal(config, "nor a tokenizer.json", tokenizer="/dev/zero")
+    assert refusal(config, "nor a tokenizer.json", tokenizer=str(tmp_path))
+    assert refusal(config, "nor a tokenizer.json", tokenizer="/dev/zero")
     if os.path.exists("/proc/self/mem"):
-        refusal(config, "/proc/self/mem cannot be read", tokenizer="/proc/self/mem")
+        assert refusal(config, "/proc/self/mem cannot be read", tokenizer="/proc/self/mem")
 
 
 def test_messages_are_short(config, tmp_path):
