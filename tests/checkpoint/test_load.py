@@ -97,7 +97,6 @@ def test_a_tokenizer_has_the_marks_that_the_settings_beside_it_state(tmp_path):
     settings, weights = checkpoints.make("v3")
     checkpoints.write(tmp_path, settings | {"bos_token_id": 6, "eos_token_id": 7}, weights)
     tokenizer.make("byte", vocab=262, texts=()).save(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer_config.json").unlink()
     found = open_checkpoint(tmp_path)
     assert (found.tokenizer.marks.bos, found.tokenizer.marks.eos) == (6, 7)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
