@@ -155,13 +155,15 @@ class Tokenizer:
             return self._core.decode([int(i) for i in ids])
 
     def save(self, file: Path) -> None:
-        """Writes a `tokenizer.json` that `read` reads, and the names of its marks beside it.
+        """Writes a `tokenizer.json` that `read` reads.
 
-        A `tokenizer_config.json` that is there already stays.
+        Where the names of its marks are not known ones, a `tokenizer_config.json` beside it states
+        them; one that is there already stays.
         """
         replace(file, self._core.to_str())
+        known = (self._mark("eos", ({},), EOS_NAMES), self._mark("bos", ({},), BOS_NAMES))
         settings = file.with_name(stated_marks.FILES[0])
-        if not os.path.lexists(settings):
+        if known != (self.marks.eos, self.marks.bos) and not settings.exists():
             replace(settings, self.settings_for_readers())
 
     def settings_for_readers(self) -> str:

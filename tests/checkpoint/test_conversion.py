@@ -202,7 +202,6 @@ def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted")
     checkpoints.write(folder / "in", *checkpoints.make("v3"))
     tokenizer.make("byte", vocab=262, texts=()).save(folder / "in" / "tokenizer.json")
-    (folder / "in" / "tokenizer_config.json").unlink()
     conversion.to_run(open_checkpoint(folder / "in"), folder / "run", small.config())
     return folder
 
@@ -224,7 +223,6 @@ def test_a_published_tokenizer_comes_back_as_it_was(converted, tmp_path):
 
 
 def test_the_tokenizer_of_a_run_is_told_to_other_readers(converted, tmp_path):
-    """Of a workdir that was made before runs wrote these settings themselves."""
     run = shutil.copytree(converted / "run", tmp_path / "run")
     shutil.rmtree(run / "published")
     written = json.loads((exported(run) / "tokenizer_config.json").read_text())

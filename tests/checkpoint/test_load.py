@@ -15,6 +15,7 @@ from deepseek_jax.checkpoint import conversion, load
 from deepseek_jax.checkpoint.hf import names, reader
 from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data import tokenizer
 from deepseek_jax.model import params
 from deepseek_jax.precision.recipes import BFLOAT16
 
@@ -100,3 +101,17 @@ def test_a_run_of_absurd_sizes_is_not_loaded(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match=r"^model\.layers=2147483648, .* for weights\), and ther"):
         load.load(tmp_path)
+
+
+def test_a_tokenizer_has_the_marks_that_the_settings_beside_it_state(tmp_path):
+    settings, weights = checkpoints.make("v3")
+    checkpoints.write(tmp_path, settings | {"bos_token_id": 6, "eos_token_id": 7}, weights)
+    tokenizer.make("byte", vocab=262, texts=()).save(tmp_path / "tokenizer.json")
+    found = open_checkpoint(tmp_path)
+    assert (found.tokenizer.marks.bos, found.tokenizer.marks.eos) == (6, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
+    found = open_checkpoint(tmp_path)
+    assert (found.tokenizer.marks.eos, found.stop_tokens) == (8, (8, 9))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "8"}')
+    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id is '8'; expected"):
+        open_checkpoint(tmp_path).stop_tokens  # noqa: B018

@@ -61,11 +61,12 @@ def test_own_tokenizers_say_the_same_to_every_reader(tmp_path):
     """`tokenizers` itself begins a text with BOS, as `generate` does, and finds EOS by name."""
     words = tokenizer.make("byte", vocab=262, texts=())
     words.save(tmp_path / "tokenizer.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]  # known names
     (ids,) = words.encode(["a text"])
     other = Core.from_file(str(tmp_path / "tokenizer.json"))
     assert other.encode("a text").ids == [words.marks.bos, *ids]
     assert other.decode(list(ids)) == "a text"
-    stated = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    stated = json.loads(words.settings_for_readers())
     assert other.token_to_id(stated["eos_token"]) == words.marks.eos == 1
     assert other.token_to_id(stated["bos_token"]) == words.marks.bos == 0
     assert stated["tokenizer_class"] == "PreTrainedTokenizerFast" and stated["add_bos_token"]
