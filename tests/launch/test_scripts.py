@@ -18,8 +18,8 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 FAKE_PYTHON = """#!/usr/bin/env bash
 for argument in "$@"; do [[ $argument == --process=* ]] && rank=${argument#--process=}; done
 printf '%s\\n' "$@" > "$NOTES/$rank.args"
-trap 'echo TERM > "$NOTES/$rank.signal"; exit 0' TERM
-trap 'echo INT > "$NOTES/$rank.signal"; exit 0' INT
+trap 'echo TERM > "$NOTES/$rank.signal"; exit "${ENDS_WITH:-0}"' TERM
+trap 'echo INT > "$NOTES/$rank.signal"; exit "${ENDS_WITH:-0}"' INT
 echo "process $rank speaking"
 act=PEER_$rank
 eval "${!act:-:}"
@@ -92,8 +92,12 @@ def test_without_a_number_of_processes_it_explains_itself(script, arguments):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_failed_process_stops_the_others_with_its_code(script, rank):
-    others = {f"PEER_{other}": "while :; do sleep 0.05; done" for other in range(3)}
-    code, _, err = script.run("3", **others | {f"PEER_{rank}": "echo my reason; exit 7"})
+    forever = "touch $NOTES/$rank.ready; while :; do sleep 0.05; done"
+    others = {f"PEER_{other}": forever for other in range(3)}
+    fails = (
+        'until [[ $(ls "$NOTES") == *ready*ready* ]]; do sleep 0.05; done; echo my reason; exit 7'
+    )
+    code, _, err = script.run("3", **others | {f"PEER_{rank}": fails})
     assert code == 7
     for other in {0, 1, 2} - {rank}:
         assert (script.notes / f"{other}.signal").read_text() == "TERM\n"
@@ -107,17 +111,17 @@ def test_a_killed_process_counts_as_failed(script):
     assert (script.notes / "0.signal").read_text() == "TERM\n"
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_signals_reach_all_and_a_clean_stop_is_no_failure(script, name):
+@pytest.mark.parametrize("name, code", [("TERM", 0), ("INT", 0), ("TERM", 75), ("INT", 130)])
+def test_signals_reach_all_and_a_clean_stop_is_no_failure(script, name, code):
     forever = "touch $NOTES/$rank.ready; while :; do sleep 0.05; done"
-    running = script.start("2", PEER_0=forever, PEER_1=forever)
+    running = script.start("2", PEER_0=forever, PEER_1=forever, ENDS_WITH=str(code))
     deadline = time.monotonic() + 20
     while len(list(script.notes.glob("*.ready"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     running.send_signal(signal.Signals[f"SIG{name}"])
     _, err = running.communicate(timeout=20)
-    assert (running.returncode, err) == (0, "")
+    assert (running.returncode, err) == (code, "")
     assert [(script.notes / f"{rank}.signal").read_text() for rank in (0, 1)] == [f"{name}\n"] * 2
 
 
