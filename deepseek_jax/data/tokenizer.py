@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -95,8 +95,8 @@ def _train(
         raise_together(lambda: workdir.check_library(config, meta))
         data = raise_together(lambda: _open_data(config, layout, mesh, report))
         with contextlib.closing(data), jax.set_mesh(mesh):
-            text = raise_together(lambda: last_score.text_of(config, data.corpus))
             run = Run(config, mesh, layout, data, store, report, own)
+            text = raise_together(lambda: last_score.text_of(config, data.corpus))
             # Checkpoints and data fit one another.
             raise_together(lambda: workdir.claim(own.directory, config, data.corpus))
             with contextlib.closing(profiler):
