@@ -158,3 +158,60 @@ def test_two_processes_write_and_read_one_checkpoint(tmp_path):
     np.testing.assert_array_equal(
         state["w"], np.arange(16 * 512, dtype=np.float32).reshape(16, 512) * 3
     )
+
+
+ONE_FULL = """
+import resource, sys
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from deepseek_jax.errors import RunError
+from deepseek_jax.runtime import processes
+from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.checkpoint import store as module
+
+module._PATIENCE_SECONDS = 0.5
+port, rank, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+processes.start(f"localhost:{port}", 2, rank, emulate_devices=1)
+mesh = jax.make_mesh((2,), ("gpu",), axis_types=(jax.sharding.AxisType.Auto,))
+split = NamedSharding(mesh, P("gpu"))
+whole = np.random.default_rng(0).standard_normal((2, 1 << 18)).astype(np.float32)
+state = {"w": jax.make_array_from_callback(whole.shape, split, lambda i: whole[i])}
+try:
+    with Store(directory, keep=2) as store:
+        store.save(1, state, {})
+        store.settle()
+        if rank == 1:  # its writes fail, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+        store.save(2, state, {})
+        store.settle()
+except RunError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
+    """The other one does not wait in orbax for the one that failed, neither now nor at its exit."""
+    port = free_port()
+    peers = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_FULL, str(port), str(rank), str(tmp_path)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        results = [peer.communicate(timeout=100) for peer in peers]
+    finally:
+        for peer in peers:
+            peer.kill()
+    for peer, (out, err) in zip(peers, results, strict=True):
+        assert peer.returncode == 0 and "Traceback" not in err, err
+        assert out == (
+            f"checkpoint {tmp_path}/2 cannot be written (File too large). Make it writable; the "
+            "newest checkpoint is step 1, from which the same command goes on\n"
+        )
+    assert Store(tmp_path, keep=2).steps() == [1]
