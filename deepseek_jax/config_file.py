@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config_keys import no_such_key
+from deepseek_jax.errors import reason
 from deepseek_jax.runtime.signals import Stopped
 
 PACKAGE = Path(__file__).resolve().parent
@@ -77,8 +78,7 @@ def _read(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{name} cannot be read ({reason})") from error
+        raise ConfigError(f"{name} cannot be read ({reason(error)})") from error
 
 
 @contextlib.contextmanager

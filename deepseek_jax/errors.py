@@ -25,7 +25,11 @@ class RunError(RuntimeError):
 
 
 def reason(error: BaseException) -> str:
-    """Cause of an error in a few words: the operating system's own if it is at the bottom of it."""
+    """Cause of an error in a few words, on one line.
+
+    They are those of the operating system if it is at the bottom of the error, else the error's
+    own, with its type where they alone say nothing.
+    """
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
@@ -39,4 +43,9 @@ def reason(error: BaseException) -> str:
         for words in _SYSTEM:
             if words in text:
                 return words
-    return f"{type(error).__name__}: {texts[0]}"[:200]
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    name, text = type(error).__name__, texts[0]
+    text = text if text.isprintable() else repr(text)[1:-1]
+    said = f"{name}: {text}" if isinstance(error, LookupError) else text or name
+    return said[:200]

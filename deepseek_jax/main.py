@@ -1,5 +1,6 @@
 """Trains a model: python -m deepseek_jax.main --config=configs/v3_tiny.py [--workdir=DIR].
 
+--config.KEY=VALUE sets a key of the config; docs/config.md describes them.
 --profile=5 also traces five steps into DIR/profile, for TensorBoard and Perfetto.
 """
 

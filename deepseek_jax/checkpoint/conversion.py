@@ -21,6 +21,7 @@ from deepseek_jax.checkpoint.hf import config_json, export, names, reader
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
+from deepseek_jax.errors import reason
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.precision.fp8_tiles import E4M3
@@ -73,8 +74,7 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
         except ConfigError:
             raise
         except ValueError as error:  # tensorstore's, for a disk that is full
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"target={target} cannot be written ({reason})") from error
+            raise ConfigError(f"target={target} cannot be written ({reason(error)})") from error
         finally:
             store.close()
     return config

@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint.hf import inference, reader
-from deepseek_jax.checkpoint.hf.safetensors import json_object, read_bytes, read_json, shown
+from deepseek_jax.checkpoint.hf.safetensors import json_object, read_bytes, read_json
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
+from deepseek_jax.config.hints import shown
 from deepseek_jax.data import marks
 from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.data.tokenizer import Tokenizer

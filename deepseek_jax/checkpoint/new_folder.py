@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.errors import reason
 
 _INSIDE = ".converting"  # in an existing target; of an absent one `.NAME.converting`, beside it
 _NOTHING = {_INSIDE, "lost+found"}  # what an empty target may hold; the latter is a file system's
@@ -28,7 +29,7 @@ def check_target(target: Path) -> None:
     except NotADirectoryError:
         empty = False
     except OSError as error:
-        raise ConfigError(f"target={target} cannot be written ({error.strerror})") from error
+        raise ConfigError(f"target={target} cannot be written ({reason(error)})") from error
     if not empty:
         raise ConfigError(f"target={target} exists and is not an empty folder; give another one")
 
@@ -92,7 +93,7 @@ def _opened(folder: Path, target: Path) -> int:
         folder.mkdir(parents=True, exist_ok=there)
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise ConfigError(f"target={target} cannot be written ({error.strerror})") from error
+        raise ConfigError(f"target={target} cannot be written ({reason(error)})") from error
     if there and os.fstat(opened).st_uid != os.geteuid():
         os.close(opened)
         raise ConfigError(f"{here} belongs to another user; remove it")

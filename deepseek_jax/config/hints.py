@@ -1,4 +1,4 @@
-"""Helpers of the config's error messages."""
+"""Words of error messages: values and texts on one line, and names that were meant."""
 
 import difflib
 import re
@@ -38,7 +38,8 @@ def name_shown(name: Any, longest: int = _LONGEST) -> str:
     return text if text.isprintable() and len(text) <= longest else shown(name, longest)
 
 
-def one_line(text: str, longest: int = 250) -> str:
-    """A message of another library on one printable line, a long one without its middle."""
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-    return line if len(line) <= longest else f"{line[: longest - 63]}...{line[-60:]}"
+def one_line(text: object, longest: int = 250) -> str:
+    """A path, or a text of others, on one printable line; a long one without its middle."""
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+    end = min(60, longest // 3)
+    return line if len(line) <= longest else f"{line[: longest - 3 - end]}...{line[-end:]}"

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import tempfile
@@ -26,8 +27,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.hints import one_line
 from deepseek_jax.data import hashing
-from deepseek_jax.data.files import open_regular, reason, remove_tree, resolve, shown
+from deepseek_jax.data.files import open_regular, resolve
+from deepseek_jax.errors import reason
 
 FORMAT = 2  # version of the entries, part of every key
 
@@ -121,9 +124,10 @@ def entry(
             cause = reason(error)
             if attempt == _ATTEMPTS - 1 or not _set_aside(root, folder):
                 raise ConfigError(
-                    f"data.cache: {shown(folder)} is damaged ({cause}); delete it to build it again"
+                    f"data.cache: {one_line(folder)} is damaged ({cause}); delete it to build it "
+                    "again"
                 ) from error
-            say(f"data: {shown(folder)} is damaged ({cause}); building it again")
+            say(f"data: {one_line(folder)} is damaged ({cause}); building it again")
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -147,7 +151,7 @@ def _make(root: Path, folder: Path, build: Callable[[Path], dict[str, Any]]) -> 
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-        undone.callback(remove_tree, scratch)
+        undone.callback(shutil.rmtree, scratch, ignore_errors=True)
         undone.callback(os.close, _locked(scratch))
         facts = build(scratch)
         names = sorted({file.name for file in scratch.iterdir()} - {_LOCK})
@@ -186,8 +190,8 @@ def _writing(root: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise ConfigError(
-            f"the cache folder {shown(root)} cannot be written ({reason(error)}); set data.cache "
-            "to a writable folder with room for the tokens"
+            f"the cache folder {one_line(root)} cannot be written ({reason(error)}); set "
+            "data.cache to a writable folder with room for the tokens"
         ) from error
 
 
@@ -202,7 +206,7 @@ def _set_aside(root: Path, folder: Path) -> bool:
     except OSError as error:
         return isinstance(error, FileNotFoundError)  # another process was first
     finally:
-        remove_tree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     return True
 
 
@@ -230,7 +234,7 @@ def _remove_leftovers(root: Path) -> None:
         if _SCRATCH.match(folder.name) and not folder.is_symlink():
             with contextlib.suppress(OSError):
                 if _is_dead(folder):
-                    remove_tree(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_dead(scratch: Path) -> bool:

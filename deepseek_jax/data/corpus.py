@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.config import ConfigError, DataConfig
+from deepseek_jax.config.hints import one_line
 from deepseek_jax.data import cache, token_files, tokenizer
 from deepseek_jax.data import split as splits
-from deepseek_jax.data.files import shown
 from deepseek_jax.data.source import Source, open_source
 from deepseek_jax.data.source import token_files as find_token_files
 from deepseek_jax.data.split import split
@@ -191,7 +191,7 @@ def _from_text(config: DataConfig, vocab: int, say: Callable[[str], None], rule:
     def read(entry: cache.Entry) -> tuple[Shard, _Index, Tokenizer, str, int]:
         facts = entry.facts
         with entry.open("tokens.bin") as descriptor:
-            name = shown(entry.folder / "tokens.bin")
+            name = one_line(entry.folder / "tokens.bin")
             tokens = Shard(descriptor, name, np.dtype(facts["dtype"]))
         index = _read_index(entry, len(tokens.ids), len(source))
         if len(tokens.ids) != index.spans[-1, 1] or tokens.ids.max() > facts["largest"]:
@@ -315,12 +315,12 @@ def _check_ids(config: DataConfig, used: int, vocab: int, words: Tokenizer | Non
     """Raises ConfigError if token files have ids that the model or the tokenizer has not."""
     if used > vocab:
         raise ConfigError(
-            f"model.vocab={vocab} is too small for data.path={shown(config.path)!r}, whose ids "
+            f"model.vocab={vocab} is too small for data.path={one_line(config.path)!r}, whose ids "
             f"reach {used - 1}; set model.vocab to at least {used}, or data.path to other tokens"
         )
     if words is not None and used > words.size:
         raise ConfigError(
-            f"data.path={shown(config.path)!r} has ids up to {used - 1}, and data.tokenizer "
+            f"data.path={one_line(config.path)!r} has ids up to {used - 1}, and data.tokenizer "
             f"({words.description}) ends at {words.size - 1}; set data.tokenizer to the one "
             "that wrote the files"
         )
@@ -332,7 +332,7 @@ def _unused_ids(config: DataConfig, used: int, vocab: int) -> tuple[int, int, in
     if first + 3 > vocab:
         raise ConfigError(
             f"data.fim_rate={config.fim_rate} needs three unused ids, and the ids of "
-            f"data.path={shown(config.path)!r} leave too few below model.vocab={vocab}; set "
+            f"data.path={one_line(config.path)!r} leave too few below model.vocab={vocab}; set "
             f"data.fim_rate=0, model.vocab to at least {first + 3}, or data.tokenizer to the "
             "tokenizer.json that wrote them"
         )

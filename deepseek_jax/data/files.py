@@ -9,7 +9,6 @@ import contextlib
 import gzip
 import lzma
 import os
-import shutil
 import stat
 import tempfile
 import zlib
@@ -18,26 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.hints import one_line
+from deepseek_jax.errors import reason
 
-LONGEST_SHOWN = 160  # characters of a path or value in a message
 HEAD = 1 << 16  # bytes that tell what a file is
-
-
-def shown(value: object, most: int = LONGEST_SHOWN) -> str:
-    """Printable form of a path or value on one line, cut in the middle to `most` characters."""
-    text = str(value)
-    if len(text) > most:
-        text = f"{text[: most * 2 // 3]}...{text[-most // 3 + 3 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def reason(error: BaseException) -> str:
-    """Short cause of an error on one line: that of the system, or the library's words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return shown(" ".join(str(error).split()) or type(error).__name__, 120)
 
 
 def resolve(key: str, value: str) -> Path:
@@ -52,11 +35,11 @@ def resolve(key: str, value: str) -> Path:
             os.lstat(path)
     except RuntimeError as error:
         raise ConfigError(
-            f"{key}={shown(value)!r} names a home folder that is unknown; write the path in full"
+            f"{key}={one_line(value)!r} names a home folder that is unknown; write the path in full"
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{key}={shown(value)!r} is no path that can be opened ({reason(error)}); set {key} "
+            f"{key}={one_line(value)!r} is no path that can be opened ({reason(error)}); set {key} "
             "to another one"
         ) from error
     return path
@@ -127,7 +110,7 @@ class Content:
     """
 
     def __init__(self, path: Path):
-        self.path, self.name = path, shown(path)
+        self.path, self.name = path, one_line(path)
         self._plain: BinaryIO | None = None
         with self._reading(), os.fdopen(open_regular(path), "rb") as stream:
             self._identity = _identity(stream.fileno())
@@ -154,7 +137,7 @@ class Content:
                 except OSError as error:
                     raise ConfigError(
                         f"data.path: {self.name} cannot be unpacked into "
-                        f"{shown(tempfile.gettempdir())} ({reason(error)}); unpack it yourself, "
+                        f"{one_line(tempfile.gettempdir())} ({reason(error)}); unpack it yourself, "
                         "or set TMPDIR to a folder with room"
                     ) from error
         self._plain = plain
@@ -271,15 +254,15 @@ def under(root: Path, skip: Collection[str] = ()) -> tuple[list[Path], list[str]
 
     def refuse(error: OSError) -> None:
         raise ConfigError(
-            f"data.path: the folder {shown(error.filename)} cannot be read: {reason(error)}; set "
-            "data.path to another one"
+            f"data.path: the folder {one_line(error.filename)} cannot be read: {reason(error)}; "
+            "set data.path to another one"
         ) from error
 
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = sorted(f for f in folders if f[0] != "." and f not in (*skip, "__pycache__"))
         for name in folders:
             if os.path.islink(os.path.join(folder, name)):
-                left_out.append(f"{shown(Path(folder, name))} is a link to a folder")
+                left_out.append(f"{one_line(Path(folder, name))} is a link to a folder")
         for name in sorted(names):
             if name[0] == ".":
                 continue
@@ -287,15 +270,10 @@ def under(root: Path, skip: Collection[str] = ()) -> tuple[list[Path], list[str]
             try:
                 kind = path.stat().st_mode
             except OSError as error:
-                left_out.append(f"{shown(path)} cannot be found: {reason(error)}")
+                left_out.append(f"{one_line(path)} cannot be found: {reason(error)}")
                 continue
             if stat.S_ISREG(kind):
                 found.append(path)
             else:
-                left_out.append(f"{shown(path)} is neither a file nor a folder")
+                left_out.append(f"{one_line(path)} is neither a file nor a folder")
     return found, left_out
-
-
-def remove_tree(folder: Path) -> None:
-    """Removes a folder of ours as far as possible, and never what a link points to."""
-    shutil.rmtree(folder, ignore_errors=True)

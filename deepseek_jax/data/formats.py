@@ -3,7 +3,8 @@
 import codecs
 import string
 
-from deepseek_jax.data.files import Content, compression, shown
+from deepseek_jax.config.hints import one_line
+from deepseek_jax.data.files import Content, compression
 
 PARQUET, NPY, MEGATRON = b"PAR1", b"\x93NUMPY", b"MMIDIDX\0"
 LFS = b"version https://git-lfs"
@@ -101,7 +102,7 @@ def looks_like(head: bytes) -> str:
         return "JSON"
     if not is_text(head):
         return "binary data" if b"\0" in head else "binary data, or text that is not UTF-8"
-    return f"text that begins {shown(start.decode(errors='replace'), 24)!r}"
+    return f"text that begins {one_line(start.decode(errors='replace'), 24)!r}"
 
 
 def refused(content: Content) -> str:

@@ -8,8 +8,10 @@ import json
 from typing import Any
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.data.files import Content, reason, shown
+from deepseek_jax.config.hints import one_line
+from deepseek_jax.data.files import Content
 from deepseek_jax.data.formats import BOM, looks_like
+from deepseek_jax.errors import reason
 
 
 class JsonLines:
@@ -131,8 +133,9 @@ class Parquet:
             ) from error
         if text_key not in columns:
             raise ConfigError(
-                f"{content.name} has no column data.text_key={shown(text_key)!r}; it has "
-                f"{shown(', '.join(columns))}: set data.text_key to the column that holds the text"
+                f"{content.name} has no column data.text_key={one_line(text_key)!r}; it has "
+                f"{one_line(', '.join(columns))}: set data.text_key to the column that holds the "
+                "text"
             )
         self._starts = [0, *itertools.accumulate(rows)]
         self._group = functools.lru_cache(maxsize=1)(self._read_group)
@@ -169,9 +172,9 @@ def text_of(row: Any, where: str, key: str) -> str:
       ConfigError: No object, no field `key`, or no text in it.
     """
     if not isinstance(row, dict) or key not in row:
-        names = shown(", ".join(map(repr, row)), 120) if isinstance(row, dict) else ""
+        names = one_line(", ".join(map(repr, row)), 120) if isinstance(row, dict) else ""
         raise ConfigError(
-            f"{where} has no field data.text_key={shown(key)!r}; it has "
+            f"{where} has no field data.text_key={one_line(key)!r}; it has "
             f"{f'keys {names}' if isinstance(row, dict) else 'no keys'}: set data.text_key to the "
             "field that holds the text"
         )
@@ -184,14 +187,14 @@ def _as_text(value: Any, where: str, key: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ConfigError(
-            f"{where}: data.text_key={shown(key)!r} holds {type(value).__name__}, not text; set "
+            f"{where}: data.text_key={one_line(key)!r} holds {type(value).__name__}, not text; set "
             "data.text_key to a field with text"
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{where}: data.text_key={shown(key)!r} has half a surrogate pair at character "
+            f"{where}: data.text_key={one_line(key)!r} has half a surrogate pair at character "
             f"{error.start}, which is not text; repair the row or set data.path to another file"
         ) from error
     return value

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.hints import one_line
 from deepseek_jax.data import token_files
 from deepseek_jax.data.corpus import Corpus
-from deepseek_jax.data.files import shown
 from deepseek_jax.data.source import Source
 from deepseek_jax.data.tokenizer import Marks, Tokenizer
 
@@ -180,7 +180,7 @@ def of_tokens(
     streams = open_tokens(files, vocab)
     length = min(length, max(ids.shape[-1] for ids in streams) - 1)
     if not length:
-        raise ConfigError(f"{shown(files[0])} holds one token; expected at least two")
+        raise ConfigError(f"{one_line(files[0])} holds one token; expected at least two")
     for ids in streams:
         if ids.ndim == 2:
             rows = checked(ids[: -(-tokens // (ids.shape[1] - 1))], vocab, files)
@@ -210,8 +210,8 @@ def checked(ids: np.ndarray, vocab: int, files: Sequence[Path]) -> np.ndarray:
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= vocab:
         raise ConfigError(
-            f"{shown(files[0].parent if len(files) > 1 else files[0])} holds ids from {lowest} to "
-            f"{highest}; the model's go from 0 to {vocab - 1}"
+            f"{one_line(files[0].parent if len(files) > 1 else files[0])} holds ids from {lowest} "
+            f"to {highest}; the model's go from 0 to {vocab - 1}"
         )
     return ids.astype(np.int32)
 

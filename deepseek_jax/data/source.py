@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Protocol
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.hints import one_line
 from deepseek_jax.data import files as listing
 from deepseek_jax.data import formats
-from deepseek_jax.data.files import Content, reason, resolve, shown
+from deepseek_jax.data.files import Content, resolve
 from deepseek_jax.data.rows import JsonArray, JsonLines, Parquet, first_lines, parse_array
+from deepseek_jax.errors import reason
 
 TEXT_MARK = b"<|endoftext|>"
 DOCUMENT_BYTES = 4096  # target size of a piece of text without marks
@@ -82,7 +84,7 @@ def open_source(
     found, left_out = listing.under(root)
     if len(found) == 1 and not left_out:
         return _alone(found[0], text_key, WHOLE if whole else 0)
-    where = f"the folder data.path={shown(path)!r}"
+    where = f"the folder data.path={one_line(path)!r}"
     return _folder(found, left_out, where, text_key, say, WHOLE if whole else WHOLE_FILE_BYTES)
 
 
@@ -101,7 +103,7 @@ def token_files(path: str) -> list[Path]:
         return []
     if left_out:
         raise ConfigError(
-            f"data.path={shown(path)!r} holds token files, and {left_out[0]}; remove it, or "
+            f"data.path={one_line(path)!r} holds token files, and {left_out[0]}; remove it, or "
             "repair it"
         )
     return found
@@ -126,8 +128,8 @@ def existing(path: str) -> Path:
     except OSError as error:
         found = f"cannot be read ({reason(error)})"
     raise ConfigError(
-        f"data.path={shown(path)!r} {found} (looked for {shown(root.absolute())}); give a text, "
-        "JSONL, Parquet or token file, or a folder of them"
+        f"data.path={one_line(path)!r} {found} (looked for {one_line(root.absolute())}); give a "
+        "text, JSONL, Parquet or token file, or a folder of them"
     )
 
 
@@ -182,13 +184,14 @@ def _report(
     """Says what of a folder is not read, or not as rows; ConfigError if that is all of it."""
     if other_json and len(other_json) == len(parts):
         raise ConfigError(
-            f"{where} holds JSON files without rows that have data.text_key={shown(text_key)!r}; "
-            f"the first: {other_json[0]}. Set data.text_key to the field that holds the text"
+            f"{where} holds JSON files without rows that have data.text_key="
+            f"{one_line(text_key)!r}; the first: {other_json[0]}. Set data.text_key to the field "
+            "that holds the text"
         )
     if other_json:
         say(
             f"data: {len(other_json)} JSON files have no rows with the field "
-            f"{shown(text_key)!r} and are read as plain text; the first: {other_json[0]}"
+            f"{one_line(text_key)!r} and are read as plain text; the first: {other_json[0]}"
         )
     if skipped:
         say(f"data: skipped {len(skipped)} files; the first: {skipped[0]}")
@@ -202,8 +205,9 @@ def _alone(file: Path, text_key: str, whole_below: int) -> Source:
         where = f"data.path: {content.name}"
         rows = parse_array(content)
         raise ConfigError(
-            f"{where} is JSON, but no row of it has the field data.text_key={shown(text_key)!r}; "
-            "data.path needs one JSON object per line, or an array of objects"
+            f"{where} is JSON, but no row of it has the field data.text_key="
+            f"{one_line(text_key)!r}; data.path needs one JSON object per line, or an array of "
+            "objects"
             if rows
             else f"{where} is empty; set data.path to files with text"
         )
@@ -272,8 +276,8 @@ def _check_table(content: Content, text_key: str) -> None:
     header = content.head.removeprefix(formats.BOM).partition(b"\n")[0].decode(errors="replace")
     if text_key in (name.strip(' \t\r"') for name in re.split("[,;\t]", header)):
         raise ConfigError(
-            f"data.path: {content.name} is a table with the column {shown(text_key)!r}; write it "
-            "as JSONL or Parquet"
+            f"data.path: {content.name} is a table with the column {one_line(text_key)!r}; write "
+            "it as JSONL or Parquet"
         )
 
 

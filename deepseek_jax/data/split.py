@@ -1,6 +1,6 @@
 """Held-out share of a corpus: which documents are never trained on.
 
-Equal documents stand on one side, so that no held-out text is trained on, unless more than half of
+Equal documents are on the same side of the split, so that no held-out text is trained on, unless more than half of
 all documents are equal to one another.
 """
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.hints import one_line
 from deepseek_jax.data import formats, hashing
-from deepseek_jax.data.files import HEAD, open_regular, reason, shown
-from deepseek_jax.errors import RunError
+from deepseek_jax.data.files import HEAD, open_regular
+from deepseek_jax.errors import RunError, reason
 
 DOCUMENT_TOKENS = 4096  # size of pieces of a stream without end-of-text id
 _CHUNK = 1 << 24  # ids
@@ -78,7 +79,7 @@ def open_shard(file: Path, vocab: int) -> tuple[Shard, str]:
     Raises:
       ConfigError: A file that has no ids.
     """
-    name = shown(file)
+    name = one_line(file)
     try:
         descriptor = open_regular(file)
     except OSError as error:
@@ -103,7 +104,7 @@ def open_shard(file: Path, vocab: int) -> tuple[Shard, str]:
 
 def _layout(descriptor: int, file: Path, size: int, vocab: int) -> tuple[np.dtype, int]:
     """Dtype of the ids of a token file, and the byte where they begin."""
-    name, head = shown(file), os.pread(descriptor, HEAD, 0)
+    name, head = one_line(file), os.pread(descriptor, HEAD, 0)
     if head.startswith(formats.NPY):
         return _npy(descriptor, name, size)
     if file.suffix.lower() == ".npy" and head:
@@ -159,12 +160,12 @@ def _npy(descriptor: int, name: str, size: int) -> tuple[np.dtype, int]:
     if dtype.kind in "ui" and whole != size:
         raise ConfigError(
             f"data.path: {name} is a damaged NumPy array: it has {size:,} bytes, and its header "
-            f"tells of {shown(f'{whole:,}', 40)}; write it again"
+            f"tells of {one_line(f'{whole:,}', 40)}; write it again"
         )
     if dtype.kind not in "ui" or len(shape) != 1:
         raise ConfigError(
-            f"data.path: {name} is {shown(dtype, 40)} of shape {shown(shape, 40)}; tokens are one "
-            "row of uint16 or uint32"
+            f"data.path: {name} is {one_line(dtype, 40)} of shape {one_line(shape, 40)}; tokens "
+            "are one row of uint16 or uint32"
         )
     return dtype, start
 

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.hints import one_line
 from deepseek_jax.data import marks as stated_marks
-from deepseek_jax.data.files import read_all, reason, replace, resolve, shown
+from deepseek_jax.data.files import read_all, replace, resolve
+from deepseek_jax.errors import reason
 
 if TYPE_CHECKING:
     import tokenizers
@@ -194,7 +196,7 @@ def _content(file: Path) -> bytes:
         return read_all(file, _LARGEST_FILE)
     except OSError as error:
         raise ConfigError(
-            f"data.tokenizer: {shown(file)} cannot be read: {reason(error)}; give another one"
+            f"data.tokenizer: {one_line(file)} cannot be read: {reason(error)}; give another one"
         ) from error
 
 
@@ -243,7 +245,7 @@ def read(
 
     beside = stated_marks.beside(file) if beside is None else beside
     data = _content(file) if content is None else content
-    with _library(f"data.tokenizer: {shown(file)} is not a tokenizer.json"):
+    with _library(f"data.tokenizer: {one_line(file)} is not a tokenizer.json"):
         values = json.loads(data)
         # V3 does not flag its fill-in-the-middle marks as special, so documents could contain them.
         marks: set[str | int] = {*BOS_NAMES, *EOS_NAMES, *itertools.chain(*FIM_NAMES)}
@@ -252,7 +254,7 @@ def read(
             if token["content"] in marks or token["id"] in marks:
                 token["special"] = True
         core = tokenizers.Tokenizer.from_str(json.dumps(values))
-        description = f"{shown(file.name, 80)} of {core.get_vocab_size()} entries"
+        description = f"{one_line(file.name, 80)} of {core.get_vocab_size()} entries"
     return Tokenizer(core, description, beside)
 
 
@@ -288,11 +290,11 @@ def _file(name: str) -> Path:
         file = file / "tokenizer.json" if file.is_dir() else file
         if file.is_file():
             return file
-        seen = f"looked for {shown(file.absolute())}"
+        seen = f"looked for {one_line(file.absolute())}"
     except OSError as error:
-        seen = f"{shown(file.absolute())} cannot be read: {reason(error)}"
+        seen = f"{one_line(file.absolute())} cannot be read: {reason(error)}"
     raise ConfigError(
-        f"data.tokenizer={shown(name)!r} is neither 'bpe', 'byte' or 'deepseek' nor a "
+        f"data.tokenizer={one_line(name)!r} is neither 'bpe', 'byte' or 'deepseek' nor a "
         f"tokenizer.json ({seen})"
     )
 

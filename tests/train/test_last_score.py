@@ -48,7 +48,7 @@ def test_a_run_whose_scoring_fails_has_no_scores_and_a_warning(monkeypatch, capl
         return
     assert last_score.scores(None, None, None, None, None) == {}
     assert caplog.messages == [
-        "no score on held-out text (ValueError: out of memory); the same command scores again"
+        "no score on held-out text (out of memory); the same command scores again"
     ]
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.checkpoint.hf.safetensors import shown
 from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.config.hints import shown
 from deepseek_jax.precision.fp8_tiles import BLOCK
 
 FAMILIES = {

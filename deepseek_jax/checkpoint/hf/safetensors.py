@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.hints import shown
 from deepseek_jax.precision.fp8_tiles import E4M3
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)  # powers of two; a dtype of scales alone
@@ -179,12 +180,6 @@ def _weight_map(index: Path) -> dict[str, str]:
                 "without a path"
             )
     return where
-
-
-def shown(value: Any) -> str:
-    """Python's spelling of a value, cut to the length of a message's line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_name(file: Path, name: str) -> None:
