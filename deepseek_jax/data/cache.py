@@ -2,8 +2,9 @@
 
 The name of a folder (an entry) is a hash of all that its content depends on. An entry is made in a
 scratch folder beside it and appears by an atomic rename, so that any number of processes may start
-at once and share the first complete one. Its `meta.json` has a hash of every file; an entry that
-does not agree with it, or that `read` refuses, is made again.
+at once and share the first complete one. Its `meta.json` has a hash of every file, and of these
+with the name of the folder; an entry that does not agree with it, or that `read` refuses, is made
+again.
 
 A scratch folder has a lock that ends with its process. Those of dead processes are removed when
 the next entry is made.
@@ -32,7 +33,7 @@ from deepseek_jax.data import hashing
 from deepseek_jax.data.files import open_regular, resolve
 from deepseek_jax.errors import reason
 
-FORMAT = 2  # version of the entries, part of every key
+FORMAT = 3  # version of the entries, part of every key
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ class Entry:
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             raise Damaged("it is not a folder")
         meta = json.loads(self._bytes("meta.json"))
-        if meta["hash"] != _hash_of(meta["facts"], meta["files"]):
+        if meta["hash"] != _hash_of(folder.name, meta["facts"], meta["files"]):
             raise Damaged("meta.json is not what was written")
         self.facts: dict[str, Any] = meta["facts"]
         self._files: dict[str, str] = meta["files"]
@@ -156,7 +157,7 @@ def _make(root: Path, folder: Path, build: Callable[[Path], dict[str, Any]]) -> 
         facts = build(scratch)
         names = sorted({file.name for file in scratch.iterdir()} - {_LOCK})
         files = {name: _written(scratch / name) for name in names}
-        meta = {"facts": facts, "files": files, "hash": _hash_of(facts, files)}
+        meta = {"facts": facts, "files": files, "hash": _hash_of(folder.name, facts, files)}
         (scratch / "meta.json").write_text(json.dumps(meta))
         (scratch / _LOCK).unlink()
         scratch.chmod(0o755)  # readable for other users of a shared cache
@@ -176,8 +177,8 @@ def _written(file: Path) -> str:
         os.close(descriptor)
 
 
-def _hash_of(facts: dict[str, Any], files: dict[str, str]) -> str:
-    words = json.dumps([facts, files], sort_keys=True)
+def _hash_of(name: str, facts: dict[str, Any], files: dict[str, str]) -> str:
+    words = json.dumps([name, facts, files], sort_keys=True)
     return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
 
 

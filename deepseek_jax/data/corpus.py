@@ -228,7 +228,8 @@ def _tokenise(
     for row in range(len(source)):
         text = source[row].encode()
         sizes.append(len(text))
-        found.append(hashlib.blake2b(text, digest_size=8).digest())
+        words_alone = b" ".join(text.split())  # other line ends or spaces make no other document
+        found.append(hashlib.blake2b(words_alone, digest_size=8).digest())
     rows = np.flatnonzero(sizes)
     equal = np.frombuffer(b"".join(found), "<i8")[rows]
     training, _ = split(len(rows), config.held_out, equal, rule=rule)

@@ -21,6 +21,7 @@ from deepseek_jax.config.hints import one_line
 from deepseek_jax.errors import reason
 
 HEAD = 1 << 16  # bytes that tell what a file is
+_PART = 1 << 20  # bytes unpacked at once
 
 
 def resolve(key: str, value: str) -> Path:
@@ -205,8 +206,11 @@ def _identity(descriptor: int) -> tuple[int, ...]:
 def _unpacked(packed: str, stream: BinaryIO, name: str) -> Iterator[bytes]:
     """Yields the unpacked bytes of a file."""
     try:
-        unpacker = _unpacker(packed, stream, name)
-        yield from iter(lambda: unpacker.read(1 << 20), b"")
+        if packed in _DECOMPRESSORS:
+            yield from _streams(_DECOMPRESSORS[packed], stream)
+        else:
+            unpacker = _unpacker(packed, stream, name)
+            yield from iter(lambda: unpacker.read(_PART), b"")
     except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -215,14 +219,35 @@ def _unpacked(packed: str, stream: BinaryIO, name: str) -> Iterator[bytes]:
         ) from error
 
 
+def _streams(new: Callable[[], Any], stream: BinaryIO) -> Iterator[bytes]:
+    """Yields the unpacked bytes of a file of one or more compressed streams.
+
+    The file classes of `bz2` and `lzma` end without a word at a damaged second stream.
+    """
+    held, data = b"", stream.read(_PART)
+    while data:
+        unpacker = new()
+        while not unpacker.eof:
+            held += unpacker.decompress(data, _PART)
+            if len(held) >= _PART:
+                yield held
+                held = b""
+            data = b""
+            if unpacker.needs_input and not unpacker.eof:
+                data = stream.read(_PART)
+                if not data:
+                    raise EOFError("it ends too early")
+        data = unpacker.unused_data or stream.read(_PART)
+        while data and not (data := data.lstrip(b"\0")):  # padding
+            data = stream.read(_PART)
+    if held:
+        yield held
+
+
 def _unpacker(packed: str, stream: BinaryIO, name: str) -> Any:
     """Stream of the unpacked bytes."""
     if packed == "gzip":
         return gzip.GzipFile(fileobj=stream)
-    if packed == "bzip2":
-        return bz2.BZ2File(stream)
-    if packed == "xz":
-        return lzma.LZMAFile(stream)
     try:
         import pyarrow
     except ImportError as error:
@@ -238,6 +263,10 @@ _MAGIC = {
     "bzip2": b"BZh",  # and a digit, and the first block
     "xz": b"\xfd7zXZ\0",
     "Zstandard": b"\x28\xb5\x2f\xfd",
+}
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
 }
 
 

@@ -39,7 +39,7 @@ _UNICODE = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-_PRINTABLE = set(string.printable.encode())
+_CONTROLS = {*range(32), 127} - set(string.whitespace.encode())
 
 
 def foreign(head: bytes) -> str:
@@ -78,9 +78,9 @@ def is_parquet(head: bytes) -> bool:
     return head.startswith(PARQUET) and not is_text(head)
 
 
-def is_printable(head: bytes) -> bool:
-    """True for bytes that are surely ASCII text, and no ids: at least 16 of them, all printable."""
-    return len(head) >= 16 and _PRINTABLE.issuperset(head)
+def is_surely_text(head: bytes) -> bool:
+    """True for bytes that are text and no ids: at least 16 of UTF-8 without control characters."""
+    return len(head) >= 16 and not _CONTROLS.intersection(head) and is_text(head)
 
 
 def looks_like(head: bytes) -> str:

@@ -1,6 +1,7 @@
 """Rows of JSON and Parquet files: each has its text in the field `data.text_key`."""
 
 import bisect
+import codecs
 import functools
 import hashlib
 import itertools
@@ -99,6 +100,18 @@ def first_lines(content: Content, most: int = 2) -> list[Any]:
             except (ValueError, RecursionError):
                 break
     return rows
+
+
+def begins_with_rows(head: bytes) -> bool:
+    """Whether a file begins with a JSON object that another one follows, in an array or not."""
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(head.removeprefix(BOM)).lstrip()
+    text = text.removeprefix("[").lstrip()
+    try:
+        row, stop = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    rest = text[stop:].lstrip(" \t\r\n,]")
+    return isinstance(row, dict) and rest.startswith("{")
 
 
 class Parquet:

@@ -27,7 +27,14 @@ from deepseek_jax.config.hints import one_line
 from deepseek_jax.data import files as listing
 from deepseek_jax.data import formats
 from deepseek_jax.data.files import Content, resolve
-from deepseek_jax.data.rows import JsonArray, JsonLines, Parquet, first_lines, parse_array
+from deepseek_jax.data.rows import (
+    JsonArray,
+    JsonLines,
+    Parquet,
+    begins_with_rows,
+    first_lines,
+    parse_array,
+)
 from deepseek_jax.errors import reason
 
 TEXT_MARK = b"<|endoftext|>"
@@ -201,7 +208,9 @@ def _alone(file: Path, text_key: str, whole_below: int) -> Source:
     """Documents of a file that is given by itself; ConfigError if there are none."""
     content = Content(file)
     source = _rows(content, text_key)
-    if source is None and _is_json(content):
+    if source is None and len(first_lines(content)) == 2:
+        source = JsonLines(content, text_key)  # whose first row names what is wrong
+    if source is None and (_is_json(content) or _is_one_value(content)):
         where = f"data.path: {content.name}"
         rows = parse_array(content)
         raise ConfigError(
@@ -231,7 +240,7 @@ def _rows(content: Content, text_key: str) -> Source | None:
         return Parquet(content, text_key)
     _check_format(content)
     lines = first_lines(content)
-    if any(isinstance(row, dict) and text_key in row for row in lines[:1]):
+    if any(isinstance(row, dict) and text_key in row for row in lines):
         return JsonLines(content, text_key)
     array = _array(content, text_key, suffix)
     if array is None and (suffix in LINE_SUFFIXES or (suffix == ".json" and len(lines) == 2)):
@@ -282,7 +291,20 @@ def _check_table(content: Content, text_key: str) -> None:
 
 
 def _is_json(content: Content) -> bool:
+    """Whether a file has, or promises, JSON rows."""
+    if begins_with_rows(content.head):
+        return True
     return _suffix(content.path) == ".json" and bool(content.all().strip())
+
+
+def _is_one_value(content: Content) -> bool:
+    """Whether a file is a JSON array or object as a whole."""
+    if not content.head.removeprefix(formats.BOM).lstrip().startswith((b"{", b"[")):
+        return False
+    try:
+        return bool(parse_array(content))
+    except ConfigError:
+        return False
 
 
 class _NotTextError(ConfigError):

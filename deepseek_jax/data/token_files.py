@@ -1,7 +1,8 @@
 """Token files: ids of an external tokenizer, memory-mapped in place.
 
 A `.npy` file has one row of integers. A `.bin` file has bare little-endian ids: uint32 if the first
-ids, read as uint32, are all below `model.vocab` (or 65,536), else uint16. The header of llm.c is
+ids, read as uint32, are all below `model.vocab` (or 65,536), or every second uint16 is as small as
+the upper half of an id; else uint16. The header of llm.c is
 known: it tells width and number of the ids after it. Documents end at the end-of-text id; a stream
 without that id is cut into pieces of about 4,096 tokens. If the first document begins with BOS, BOS
 is expected before every document.
@@ -25,6 +26,7 @@ from deepseek_jax.errors import RunError, reason
 
 DOCUMENT_TOKENS = 4096  # size of pieces of a stream without end-of-text id
 _CHUNK = 1 << 24  # ids
+_SURE = 16  # ids that are enough to tell their dtype
 _LLM_C = {20240520: 2, 20240801: 4}  # first number of a header of 256 int32 -> bytes of an id
 _LLM_C_HEADER = 1024  # bytes
 
@@ -118,7 +120,7 @@ def _layout(descriptor: int, file: Path, size: int, vocab: int) -> tuple[np.dtyp
         )
     last = os.pread(descriptor, 1, max(0, size - 1))
     is_pickle = head[:1] == b"\x80" and head[1:2] <= b"\5" and last == b"."
-    if formats.foreign(head) or formats.is_parquet(head) or formats.is_printable(head):
+    if formats.foreign(head) or formats.is_parquet(head) or formats.is_surely_text(head):
         raise ConfigError(
             f"data.path: {name} holds no bare ids; it looks like {formats.looks_like(head)}"
         )
@@ -133,6 +135,11 @@ def _layout(descriptor: int, file: Path, size: int, vocab: int) -> tuple[np.dtyp
                 f"bytes, and it has {size:,} bytes; write it again"
             )
         return np.dtype(f"<u{width}"), _LLM_C_HEADER
+    if other := _other_dtype(head):
+        raise ConfigError(
+            f"data.path: {name} looks like ids of dtype {other}, and bare ids are little-endian "
+            "uint16 or uint32; convert it to .npy"
+        )
     width = _width(head, vocab)
     if size % width:
         raise ConfigError(
@@ -183,16 +190,33 @@ def _is_half_of_megatron(file: Path) -> bool:
 
 
 def _width(head: bytes, vocab: int) -> int:
-    """Bytes of an id in a `.bin` file; two uint16 ids, read as a uint32, exceed the vocabulary."""
+    """Bytes of an id in a `.bin` file; two uint16 ids, read as a uint32, exceed the vocabulary.
+
+    So do uint32 ids of another vocabulary, whose upper halves are small beside the lower ones.
+    """
     wide = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
-    return 4 if len(head) % 4 == 0 and (wide < max(vocab, 1 << 16)).all() else 2
+    if len(head) % 4:
+        return 2
+    beyond = len(wide) >= _SURE and (wide >> 16).max() < 1 << 5 and (wide % (1 << 16)).max() >= 4096
+    return 4 if beyond or (wide < max(vocab, 1 << 16)).all() else 2
+
+
+def _other_dtype(head: bytes) -> str:
+    """Dtype, not read here, as which the first ids are whole numbers below 2**24; else ""."""
+    for dtype in ("<i8", "<f4", "<f8", ">u4"):
+        values = np.frombuffer(head[: len(head) // 8 * 8], dtype)
+        with np.errstate(invalid="ignore"):
+            whole = (values >= 0) & (values < 1 << 24) & (np.floor(values) == values)
+        if len(values) >= _SURE and whole.all() and values.any():
+            return np.dtype(dtype).name if dtype[0] == "<" else f"big-endian {np.dtype(dtype).name}"
+    return ""
 
 
 def scan(shards: Sequence[Shard], *, eos: int, bos: int | None) -> TokenStream:
     """Finds the documents in one pass over all ids.
 
     Raises:
-      ConfigError: A negative id.
+      ConfigError: A negative id, or nothing but zeros.
       RunError: A file that became shorter.
     """
     spans, largest, smallest, offset = [], 0, 0, 0
@@ -218,6 +242,8 @@ def scan(shards: Sequence[Shard], *, eos: int, bos: int | None) -> TokenStream:
         offset += len(ids)
     if smallest < 0:
         raise ConfigError(f"data.path: the token files have the id {smallest}; ids start at 0")
+    if not largest:
+        raise ConfigError("data.path: the token files hold nothing but zeros; write them again")
     return TokenStream(np.concatenate(spans).astype(np.int64), has_bos, largest)
 
 

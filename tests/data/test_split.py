@@ -46,6 +46,18 @@ def test_twins_are_told_and_kept_together(corpus_of, share):
     )
 
 
+LINE_ENDS = [("\n", "\r\n"), ("\n", "\n\n"), (" ", "\t"), ("end", "end\n")]
+
+
+@pytest.mark.parametrize(("old", "new"), LINE_ENDS)
+def test_twins_with_other_blank_space_are_kept_together(corpus_of, old, new):
+    texts = [f"text {n}\nis at its end" for n in range(50)]
+    corpus = corpus_of([*texts, *(text.replace(old, new) for text in texts)], held_out=0.2)
+    trained = {tuple(corpus.text(i).split()) for i in corpus.training}
+    assert not trained & {tuple(corpus.text(i).split()) for i in corpus.held_out}
+    assert len(corpus.held_out) == 20
+
+
 def test_documents_that_are_all_equal_are_told(corpus_of):
     said: list[str] = []
     corpus = corpus_of(["the same"] * 20, said.append)

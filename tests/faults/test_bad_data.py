@@ -81,6 +81,26 @@ def test_damaged_compression_is_named(config, tmp_path, end, damage):
     assert refusal(config, "rows.jsonl.*is damaged .* data", path=str(file))
 
 
+@pytest.mark.parametrize("after", ["damaged", "cut", "other"])
+@pytest.mark.parametrize("end", [".gz", ".bz2", ".xz"])
+def test_a_second_stream_is_read_or_named(config, tmp_path, end, after):
+    first, second = (PACK[end](lines(texts=part)) for part in (TEXTS[:6], TEXTS[6:]))
+    file = tmp_path / f"rows.jsonl{end}"
+    file.write_bytes(first + bytes(8) + second + bytes(8))
+    assert texts_of(config, path=str(file)) == TEXTS
+    bad = {"damaged": bits_flipped(second, 0.01), "cut": second[:5], "other": b"no stream"}
+    file.write_bytes(first + bad[after])
+    assert refusal(config, "rows.jsonl.*is damaged .* data", path=str(file))
+
+
+def test_rows_without_the_key_in_a_folder(config, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("part-0", "part-1"):
+        (folder / name).write_bytes(lines("content"))
+    assert refusal(config, r"JSON files without rows that have data\.text_key='text'.*part-0")
+
+
 @pytest.mark.parametrize("at", np.linspace(0.01, 0.99, 25))
 @pytest.mark.parametrize("name", ["rows.jsonl", "array.json", "rows.parquet", "a.npy"])
 def test_a_flipped_bit_is_told_or_is_content(config, tmp_path, name, at):

@@ -60,6 +60,22 @@ def spans_moved(file: Path, place: tuple[int, int], by: int) -> None:
     np.save(file, table)
 
 
+def test_an_entry_under_another_name_is_built_again(config, tmp_path):
+    right = contents(opened(config)[0])
+    mine = entry_of(config)
+    other = dataclasses.replace(config, cache=str(tmp_path / "other"), path=str(tmp_path / "b.npy"))
+    np.save(other.path, np.tile(np.array([7, 8, 9, 10, 1, 12, 1], np.uint16), 900))
+    opened(other)
+    entry_of(other).rename(mine.with_name("other"))
+    mine.rename(tmp_path / "mine")
+    mine.with_name("other").rename(mine)
+    corpus, said = opened(config)
+    assert contents(corpus) == right
+    assert any(
+        "is damaged (meta.json is not what was written); building it again" in s for s in said
+    )
+
+
 DAMAGES = {
     "a bit of the tokens": ("tokens.bin", lambda f: flip(f, 0.5)),
     "the last bit of the tokens": ("tokens.bin", lambda f: flip(f, 0.9999)),
@@ -139,7 +155,7 @@ def test_spans_are_checked_besides_their_hash(config, column, row, value, words)
     np.save(entry / "documents.npy", table)
     meta = json.loads((entry / "meta.json").read_text())
     meta["files"]["documents.npy"] = cache._written(entry / "documents.npy")
-    meta["hash"] = cache._hash_of(meta["facts"], meta["files"])
+    meta["hash"] = cache._hash_of(entry.name, meta["facts"], meta["files"])
     (entry / "meta.json").write_text(json.dumps(meta))
     said = opened(config)[1]
     assert any(words in line for line in said)

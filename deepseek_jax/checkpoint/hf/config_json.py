@@ -281,14 +281,17 @@ class _Settings:
         return value
 
     def number(self, key: str, *, absent: float | None = None, zero: bool = False) -> float:
-        """A number above 0, or from 0 on with `zero`; null or an absent key is `absent`."""
+        """A number from 1e-20 to 2**63, or 0 with `zero`; null or an absent key is `absent`.
+
+        A smaller one would be 0 in float32, or make numbers that are not finite.
+        """
         value = self.values.get(key)
         value = absent if value is None else value
         number = -1.0
         if isinstance(value, int | float) and type(value) is not bool and abs(value) < 2**64:
             number = float(value)
-        if not (0 < number < 2**63 or (zero and number == 0)):
-            self.refuse(key, "a number from 0 on" if zero else "a number above 0")
+        if not (1e-20 <= number < 2**63 or (zero and number == 0)):
+            self.refuse(key, f"{'0, or ' if zero else ''}a number from 1e-20 to 2**63")
         return number
 
     def flag(self, key: str, *, default: bool) -> bool:

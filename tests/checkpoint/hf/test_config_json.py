@@ -62,7 +62,11 @@ def test_yarn_without_an_original_length_takes_that_of_the_model():
     [
         ({"rope_scaling": YARN | {"beta_fast": 0.5}}, r"beta_fast is 0.5; expected at least beta_"),
         ({"rope_scaling": YARN, "rope_theta": 1}, r"rope_theta is 1; expected another number"),
-        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 10{47}\.{3}0{8}; expected a number above 0"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 10{47}\.{3}0{8}; expected a number from"),
+        ({"rms_norm_eps": 1e-320}, r"rms_norm_eps is 1e-320; expected a number from 1e-20 to 2"),
+        ({"rope_theta": 1e-320}, r"rope_theta is 1e-320; expected a number from 1e-20 to 2"),
+        ({"routed_scaling_factor": 1e38}, r"factor is 1e\+38; expected a number from 1e-20 to 2"),
+        ({"rope_scaling": YARN | {"mscale": -1}}, r"mscale is -1; expected 0, or a number from"),
         ({"num_hidden_layers": [0] * 10**6}, r"num_hidden_layers is \[0, .{,80}; expected a whole"),
         ({"quantization_config": "fp8"}, "quantization_config is 'fp8'; expected an object"),
         (
