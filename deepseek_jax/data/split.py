@@ -1,7 +1,7 @@
 """Held-out share of a corpus: which documents are never trained on.
 
-Equal documents are on the same side of the split, so that no held-out text is trained on, unless more than half of
-all documents are equal to one another.
+Equal documents are on the same side of the split, so that no held-out text is trained on, unless
+more than half of all documents are equal to one another.
 """
 
 import numpy as np
