@@ -114,8 +114,9 @@ class TrainData:
                     "the same data.tokenizer and data.held_out, or start in a new workdir"
                 )
             raise ConfigError(
-                f"{_KEYS[key]} changed since the checkpoint: the data's {key} was "
-                f"{state.get(key)!r} and is {now!r}; change it back, or start in a new workdir"
+                f"{_KEYS[key]} changed since the checkpoint: "
+                f"{'the hash of the data' if key == 'digest' else key} was {state.get(key)!r} and "
+                f"is {now!r}; change it back, or start in a new workdir"
             )
         self.close()
         self._consumed = state["consumed"]
