@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config_keys import no_such_key
@@ -57,12 +57,14 @@ def load(path: Path) -> ConfigDict:
         )
     with _told(path), _neighbours(path):
         config = make()
-    if not isinstance(config, ConfigDict):
+    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
         raise ConfigError(
             f"--config={path}: get_config() returned {type(config).__name__}, and must return the "
             "ConfigDict; configs/v3_tiny.py shows one"
         )
-    return config.lock()
+    with _told(path):
+        config.to_dict()  # computes references, and needs keys that can be sorted
+        return config.lock()
 
 
 def _read(path: Path) -> bytes:
@@ -97,9 +99,17 @@ def _told(path: Path) -> Iterator[None]:
         if isinstance(error, AttributeError | KeyError):  # of a ConfigDict without such a key
             said = no_such_key(error)
         else:
-            said = f"{type(error).__name__}: {error}".removesuffix(": ")
+            said = f"{type(error).__name__}: {_message(error)}".removesuffix(": ")
         said = " ".join(said.split())
         raise ConfigError(f"--config={path}{line}: {said}") from error
+
+
+def _message(error: BaseException) -> str:
+    """The text of an error of any class; "" where its class cannot say it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _line(error: BaseException, path: Path) -> str:

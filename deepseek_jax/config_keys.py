@@ -37,8 +37,9 @@ def check(config: ConfigDict, key: str) -> None:
             if message := renamed(key):
                 raise ConfigError(f"--config.{message}")
             if not known:
-                above = ".".join(sections[:depth])
-                raise ConfigError(f"unknown key --config.{key}; --config.{above} is one value")
+                above = ".".join(["--config", *sections[:depth]])
+                what = "is one value" if depth else "has no keys at all"
+                raise ConfigError(f"unknown key --config.{key}; {above} {what}")
             near = difflib.get_close_matches(part, known, n=1)
             path = ".".join([*sections[:depth], near[0]]) if near else ", ".join(known)
             hint = f"did you mean --config.{path}?" if near else f"known here: {path}"

@@ -5,7 +5,7 @@
 | 0 | done |
 | 1 | the run cannot go on, or a fault of this project |
 | 2 | what the user gave cannot work |
-| 130, 143 | Ctrl-C, SIGTERM (`main`: --stop_code) |
+| 129, 130, 143 | SIGHUP, Ctrl-C, SIGTERM (`main`: --stop_code) |
 | 141 | the reader of standard output has gone |
 """
 

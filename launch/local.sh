@@ -6,8 +6,8 @@ if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   cat >&2 <<'USAGE'
 usage: launch/local.sh N [arguments of deepseek_jax.main ...]
   Starts N processes under jax.distributed. Process 0 prints here; the output of the others goes to
-  files, which are shown if the run fails. SIGTERM and SIGINT are sent to all, and all may save before
-  they end. If one process fails, all stop, and its exit code is returned.
+  files, which are shown if the run fails. SIGTERM, SIGINT and SIGHUP are sent to all, and all may
+  save before they end. If one process fails, all stop, and its exit code is returned.
 example: launch/local.sh 2 --config=configs/v3_tiny.py --emulate_devices=4
 USAGE
   exit 2
@@ -32,6 +32,7 @@ send() { # SIGNAL: to every process that still runs
 }
 trap 'stopping=1; send TERM' TERM
 trap 'stopping=1; send INT' INT
+trap 'stopping=1; send HUP' HUP
 
 for ((process = 0; process < count; process++)); do
   command=(python -m deepseek_jax.main "$@"

@@ -1,13 +1,16 @@
 """Variables of the environment that make JAX fail or compute otherwise than the program says."""
 
-import mmap
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from deepseek_jax.config import ConfigError
+
+MOST_EMULATED = 1024  # devices
 
 
 def check() -> None:
@@ -22,27 +25,18 @@ def check() -> None:
 
 
 def _check_xla_flags(given: str) -> None:
-    """XLA aborts the process at a flag that it does not know, or at one without its dashes."""
-    if given and not given.lstrip().startswith("-"):  # the name of a file of flags
-        if not Path(given.strip()).is_file():
-            raise ConfigError(f"XLA_FLAGS={given!r} is neither flags, as --NAME=VALUE, nor a file")
+    """XLA aborts a process at a flag that it does not know, and at a value that it cannot read."""
+    if not given:
         return
-    names = [part.lstrip("-").partition("=")[0] for part in given.split() if part.startswith("-")]
-    unknown = _unknown(dict.fromkeys(names))
-    if unknown:
-        raise ConfigError(f"XLA_FLAGS has --{unknown[0]}, which this XLA does not know; remove it")
-
-
-def _unknown(names: dict[str, None]) -> list[str]:
-    """Names that no library of jaxlib or of a plugin holds, in which XLA keeps them as text."""
-    left = [name for name in names if name]
-    site = Path(jaxlib.__file__).parent
-    for library in [*site.glob("*.so"), *site.parent.glob("jax_plugins/*/*.so")]:
-        if not left:
-            break
-        with (
-            library.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-        ):
-            left = [name for name in left if text.find(name.encode(errors="replace")) < 0]
-    return left
+    if not given.lstrip().startswith("-") and not Path(given.strip()).is_file():
+        raise ConfigError(f"XLA_FLAGS={given!r} is neither flags, as --NAME=VALUE, nor a file")
+    count = re.search(r"--xla_force_host_platform_device_count=(-?\d+)", given)
+    if count and not 1 <= int(count[1][:9]) <= MOST_EMULATED:
+        raise ConfigError(f"XLA_FLAGS has {count[0]}; expected 1 to {MOST_EMULATED:,} devices")
+    # Another process reads them first, which takes a tenth of a second.
+    read = [sys.executable, "-I", "-c", "from jaxlib import _jax; _jax.CompileOptions()"]
+    tried = subprocess.run(read, capture_output=True, text=True, errors="replace", check=False)
+    found = re.search(r"\] (Unknown flag.*|Couldn't interpret.*)", tried.stderr)
+    if tried.returncode < 0 or found:
+        why = found[1].rstrip(".") if found else f"XLA cannot read {given!r}"
+        raise ConfigError(f"{why}; remove it from XLA_FLAGS, or mend it")

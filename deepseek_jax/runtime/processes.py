@@ -4,7 +4,9 @@ A run is one process, or many under `jax.distributed`. Flags name the processes 
 Kubernetes), or the environment of SLURM or Open MPI does.
 """
 
+import logging
 import signal
+import warnings
 from types import FrameType
 
 import jax
@@ -12,10 +14,11 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.config.hints import one_line
 from deepseek_jax.runtime import joining, launchers, signals
+from deepseek_jax.runtime.environment import MOST_EMULATED
 
 _LONGEST_WAIT = 7 * 24 * 3600  # seconds
-_MOST_EMULATED = 1024
 
 
 def start(
@@ -71,7 +74,7 @@ def is_primary() -> bool:
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C to any process, which stops all processes after the same step."""
+    """SIGTERM, SIGHUP or Ctrl-C to any process, which stops all processes after the same step."""
 
     def __init__(self) -> None:
         self._heard = False
@@ -103,7 +106,7 @@ class StopSignal:
         heard = self._heard or signals.heard() is not None
         if not jax.distributed.is_initialized():
             return heard
-        if heard and not self._heard:  # Ctrl-C, which JAX does not know
+        if heard and not self._heard:  # by a signal that JAX does not know
             self._heard = True
             signal.raise_signal(signal.SIGTERM)
         return multihost_utils.reached_preemption_sync_point(step)
@@ -149,8 +152,8 @@ def _explicit(coordinator: str | None, processes: int | None, process: int | Non
 
 def _emulate(devices: int) -> None:
     """Replaces the real devices by virtual CPU devices."""
-    if not 1 <= devices <= _MOST_EMULATED:
-        raise ConfigError(f"--emulate_devices={devices}; expected 1 to {_MOST_EMULATED:,} devices")
+    if not 1 <= devices <= MOST_EMULATED:
+        raise ConfigError(f"--emulate_devices={devices}; expected 1 to {MOST_EMULATED:,} devices")
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
@@ -164,11 +167,36 @@ def _emulate(devices: int) -> None:
 
 def _find_devices() -> None:
     """Starts JAX's backend; ConfigError where there is none of the platforms that were chosen."""
+    log, failed = logging.getLogger("jax._src.xla_bridge"), _Kept()
+    log.addFilter(failed)
     try:
         jax.local_devices()
-    except RuntimeError as error:
-        said = " ".join(str(error).split())
-        if jax.errors.JaxRuntimeError is type(error) or "backend" not in said:
+    except (RuntimeError, AssertionError) as error:
+        said = one_line(" ".join(str(error).split())) or "JAX finds no device of it here"
+        if isinstance(error, RuntimeError) and (
+            jax.errors.JaxRuntimeError is type(error) or "backend" not in said
+        ):
             raise
+        why = "".join(f" ({one_line(reason)})" for reason in failed.reasons)
         chosen = jax.config.values["jax_platforms"]
-        raise ConfigError(f"JAX_PLATFORMS={chosen}: {said}; unset it or name another") from error
+        raise ConfigError(
+            f"JAX_PLATFORMS={chosen}: {said}{why}; unset it or name another"
+        ) from error
+    finally:
+        log.removeFilter(failed)
+    for reason in failed.reasons:
+        warnings.warn(f"JAX goes on without a plugin: {one_line(reason)}", stacklevel=2)
+
+
+class _Kept(logging.Filter):
+    """Keeps the reasons of plugins that failed, which JAX logs with their stacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info or not record.exc_info[1]:
+            return True
+        self.reasons.append(" ".join(str(record.exc_info[1]).split()))
+        return False

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: how they end a command.
+"""Ctrl-C, SIGTERM and SIGHUP: how they end a command.
 
 Until the command's own code runs there is nothing to put right: the process ends at once. From then
 on `Stopped` is raised in the main thread, so that each `finally` on its way is kept. While a
@@ -20,8 +20,9 @@ import time
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+# SIGHUP comes where the terminal goes, a lost ssh connection for example.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 PATIENCE = 2.0  # seconds that C++ code may keep the main thread from answering
 LONGEST_CLEANUP = 60.0  # seconds from the answer to the end of the process
@@ -29,7 +30,7 @@ ONE_PRESS = 0.5  # seconds in which a signal that comes twice (timeout, a launch
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM, on its way from the main thread's code to the end of the command."""
+    """A signal of `SIGNALS`, on its way from the main thread's code to the end of the command."""
 
 
 class Phase(enum.Enum):

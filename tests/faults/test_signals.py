@@ -60,7 +60,8 @@ def started(text):
 
 
 @pytest.mark.parametrize(
-    "name, code, said", [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 75, "SIGTERM")]
+    "name, code, said",
+    [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 75, "SIGTERM"), ("SIGHUP", 129, "SIGHUP")],
 )
 @pytest.mark.parametrize("where", CASES)
 def test_a_signal_ends_a_command_with_one_line(where, name, code, said):
@@ -84,7 +85,7 @@ sys.exit(signals.code())
 """
 
 
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 75)])
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 75), ("SIGHUP", 129)])
 def test_steps_end_before_the_command_does(name, code):
     process = started(STEPS.format(save=1.2, stopped=True))
     process.send_signal(signal.Signals[name])

@@ -29,6 +29,14 @@ BROKEN = {
     f"{BASE}    config.model.layers = 'three'": ": line 4: TypeError: ",
     f"{BASE}    import numpy\n    config.model.layers = numpy.int64(3)": ": line 5: TypeError: ",
     f"{BASE}    import sys; sys.exit(0)": ": line 4: SystemExit: 0",
+    "from ml_collections import FrozenConfigDict\ndef get_config(): return FrozenConfigDict()": (
+        ": get_config() returned FrozenConfigDict, and must return the ConfigDict"
+    ),
+    "class E(Exception):\n    def __str__(self): return 1 / 0\nraise E": ": line 3: E",
+    f"{BASE}    config.unlock()\n    config[3] = 4\n    return config": ": TypeError: '<' not",
+    f"{BASE}    config.seed = config.batch.get_ref('length') // 0\n    return config": (
+        ": line 4: ZeroDivisionError: integer division or modulo by zero"
+    ),
 }
 
 
