@@ -103,7 +103,7 @@ class Checkpoint:
         for key in ("bos_token_id", "eos_token_id"):
             value = settings.get(key)
             ids = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(type(one) is int for one in ids):
+            if not all(type(one) is int and -1 <= one < 2**31 for one in ids):
                 raise ConfigError(
                     f"{self.directory / name}: {key} is {shown(value)}; expected ids, or null"
                 )

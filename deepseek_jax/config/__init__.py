@@ -3,6 +3,7 @@
 from deepseek_jax.config.capacity import buffer_slots, most_nodes
 from deepseek_jax.config.parse import check, from_json, load_json, parse, parse_saved
 from deepseek_jax.config.renamed import RENAMED, renamed
+from deepseek_jax.config.rules import check_blocks
 from deepseek_jax.config.schema import (
     DATA_AXES,
     LOGICAL_AXES,
@@ -45,6 +46,7 @@ __all__ = [
     "ScheduleConfig",
     "buffer_slots",
     "check",
+    "check_blocks",
     "from_json",
     "layers_per_stage",
     "load_json",

@@ -160,14 +160,6 @@ def check_batch(config: Config) -> None:
         f"model.mtp_depth={model.mtp_depth} predicts past batch.length={batch.length} tokens; set "
         f"model.mtp_depth={batch.length - 1}",
     )
-    blocks = -(-batch.length // config.layout.attention_block)
-    need(
-        blocks <= _MOST_BLOCKS,
-        f"batch.length={batch.length} in blocks of layout.attention_block="
-        f"{config.layout.attention_block} rows makes {blocks} blocks, each compiled by itself, and "
-        f"{_MOST_BLOCKS} are the most; set layout.attention_block="
-        f"{-(-batch.length // _MOST_BLOCKS)}",
-    )
     reach = model.yarn_original * model.yarn_factor
     if model.yarn_factor > 1 and batch.length > reach:
         raise ConfigError(
@@ -217,6 +209,18 @@ def check_splits(config: Config) -> None:
         f"layout.dispatch='reference' computes every expert on every device, but "
         f"layout.rules.experts splits experts ({_shape(config, 'experts')}); "
         "set layout.dispatch=flat",
+    )
+
+
+def check_blocks(config: Config) -> None:
+    """Checks that a training step has few blocks of attention, each of which is compiled."""
+    length, rows = config.batch.length, config.layout.attention_block
+    blocks = -(-length // rows)
+    need(
+        blocks <= _MOST_BLOCKS,
+        f"batch.length={length} in blocks of layout.attention_block={rows} rows makes {blocks} "
+        f"blocks, each compiled by itself, and {_MOST_BLOCKS} are the most; set "
+        f"layout.attention_block={-(-length // _MOST_BLOCKS)}",
     )
 
 

@@ -255,6 +255,14 @@ def read(
                 token["special"] = True
         core = tokenizers.Tokenizer.from_str(json.dumps(values))
         description = f"{one_line(file.name, 80)} of {core.get_vocab_size()} entries"
+        added = {token["content"]: token["id"] for token in values.get("added_tokens", [])}
+    for name, number in added.items():  # the library numbers added tokens without gaps
+        if core.token_to_id(name) != number:
+            raise ConfigError(
+                f"data.tokenizer: {one_line(file)} gives the token {one_line(name, 40)!r} the id "
+                f"{one_line(number, 40)}, and the tokenizers library reads it as "
+                f"{core.token_to_id(name)}; number its added_tokens without gaps"
+            )
     return Tokenizer(core, description, beside)
 
 

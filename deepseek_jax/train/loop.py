@@ -322,6 +322,7 @@ def check_devices(config: Config) -> Config:
     mesh = meshes.resolve(config.mesh, jax.device_count())
     config = dataclasses.replace(config, mesh=mesh)
     configs.check(config)
+    configs.check_blocks(config)
     raise_together(lambda: least_memory.check_training(config))
     if mesh.pipe > 1:
         stage_assignment.assign_layers(config)

@@ -58,7 +58,7 @@ def test_leaves_are_made_in_parts(store, monkeypatch):
     other = Store(store._directory.with_name("other"), keep=1)
     with pytest.raises(KeyError):
         other.save_parts(0, named(whole), lambda name, part: {}[name], META)
-    with pytest.raises(ConfigError, match="none can be read"):
+    with pytest.raises(ConfigError, match="none can be used"):
         reopened(other).restore(abstract(whole))
 
 

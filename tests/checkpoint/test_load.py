@@ -112,6 +112,7 @@ def test_a_tokenizer_has_the_marks_that_the_settings_beside_it_state(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
     found = open_checkpoint(tmp_path)
     assert (found.tokenizer.marks.eos, found.stop_tokens) == (8, (8, 9))
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "8"}')
-    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id is '8'; expected"):
-        open_checkpoint(tmp_path).stop_tokens  # noqa: B018
+    for bad in ('"8"', str(2**31), str(-(2**40))):
+        (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {bad}}}')
+        with pytest.raises(ConfigError, match="generation_config.json: eos_token_id is .*expected"):
+            open_checkpoint(tmp_path).stop_tokens  # noqa: B018

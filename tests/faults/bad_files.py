@@ -199,7 +199,7 @@ ROW_CASES = {
     "other_key.gz": (gzip.compress(lines("content")), "line 1 .*data.text_key='text'.*'content'"),
     "late_key.txt": (b'{"version": 1}\n' + lines(), "line 1 .*data.text_key='text'.*'version'"),
     "joined.txt": (lines().replace(b"\n", b""), "is not JSON.*one JSON object per line"),
-    "cut.txt": (array()[:-9], "is not JSON.*array of objects"),
+    "cut_array.txt": (array()[:-9], "is not JSON.*array of objects"),
     "strings.txt": (b'["one", "two"]', "no row.*data.text_key='text'"),
     "nulls.jsonl": (b'{"text": null}\n' * 3, "0 documents"),
 }

@@ -43,6 +43,23 @@ TOKENIZERS = {
     "other_model": (made_tokenizer(model={"type": "Other"}), "not a tokenizer.json"),
     "strange_marks": (made_tokenizer(added_tokens=[{"content": ["a"]}]), "not a tokenizer.json"),
     "no_marks": (made_tokenizer(added_tokens=7), "not a tokenizer.json"),
+    "a_gap": (
+        made_tokenizer(
+            added_tokens=[
+                {
+                    "id": number,
+                    "content": name,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+                for name, number in {"</s>": 262, "<new>": 400}.items()
+            ]
+        ),
+        "gives the token '<new>' the id 400, and the tokenizers library reads it as 263; number",
+    ),
     "no_tokens": (made_tokenizer(model=EMPTY_MODEL, added_tokens=[]), "has no tokens"),
     "no_unknown": (no_unknown(), "cannot encode the text"),
     "long_words": (made_tokenizer(model="x" * 9999), "not a tokenizer.json"),

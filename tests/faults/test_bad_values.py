@@ -140,7 +140,7 @@ def test_blocks_of_attention_are_few():
     values = changed(changed(TINY, "batch.length", 2048), "layout.attention_block", 1)
     values = changed(values, "schedule.warmup_steps", 0)
     with pytest.raises(ConfigError, match=r"makes 2048 blocks.*set layout\.attention_block=2$"):
-        configs.parse(values)
+        configs.check_blocks(configs.parse(values))
 
 
 BROKEN = {

@@ -126,7 +126,7 @@ def test_what_is_refused(folder, tmp_path):
         scored(folder, tmp_path / "wide.npy")
     (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"text": null}\n')
     for stride in (None, 4):
-        with pytest.raises(ConfigError, match="holds no text: each of its documents is empty"):
+        with pytest.raises(ConfigError, match="documents to score hold no text"):
             scored(folder, tmp_path / "rows.jsonl", stride=stride)
     with pytest.raises(ConfigError, match=r"^stride=17; expected 1 to batch\.length=16$"):
         scored(folder, tmp_path / "text.txt", stride=17)
