@@ -82,7 +82,7 @@ def test_so_does_the_whole_published_model(tmp_path):
     for message in last.messages:
         assert not message.is_sync and pipelined_step.under(message), message
     assert last.hidden_share > 0.97
-    assert program.peak_bytes < 62 * 2**30
+    assert program.peak_bytes < 63 * 2**30  # of 80 GB, which are 74.5 GiB
 
 
 def pipelined(**mesh):
