@@ -36,7 +36,7 @@ def failed_save(error: Exception, step: Path, size: int, newest: int | None) -> 
       newest: the newest whole checkpoint; None where there is none.
     """
     why = reason(error)
-    if why == os.strerror(errno.ENOENT):
+    if why in (os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR)):
         cure = "Put the folder back"
     else:
         cure = "Make room there" if "space" in why or "uota" in why else "Make it writable"

@@ -387,7 +387,8 @@ class Store:
             self._take_back()
             return gone
         step = self._directory / str(self._writing)
-        failed = failed_save(error, step, self._bytes, self.newest if self._held else None)
+        newest = self.newest if step.with_name(str(self.newest)).is_dir() else None
+        failed = failed_save(error, step, self._bytes, newest)
         if jax.process_count() == 1:  # other processes may still be writing
             self._remove_leftovers()
         return failed
@@ -414,7 +415,7 @@ class Store:
         """Renames damaged steps and removes the leftovers of killed processes, before a save."""
         if not self._held:  # else the directory is there, or was removed and is not made again
             self._directory.mkdir(parents=True, exist_ok=True)
-        self._directory.stat()
+        os.scandir(self._directory).close()  # raises where it is no directory
         self._remove_leftovers()
         for step in self._broken:
             path, aside = self._directory / str(step), self._directory / f"{step}.broken"
@@ -423,9 +424,9 @@ class Store:
                 path.rename(aside)
 
     def _remove_leftovers(self) -> None:
-        for pattern in ("*.deleted", "*.orbax-checkpoint-tmp*"):
-            for path in self._directory.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+        there = self._directory.glob
+        for path in [*there("*.deleted"), *there("*.orbax-checkpoint-tmp*")]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _raise(error: Exception | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,10 @@ def watch(lock: Lock, saved: int, config: Config, corpus: Corpus) -> None:
     """
     lock.check()
     for name in (METRICS, CHECKPOINTS) if saved else (METRICS,):
-        if _is_gone(lock.directory / name):
+        path = lock.directory / name
+        if _is_gone(path, folder=name == CHECKPOINTS):
             raise RunError(
-                f"{lock.directory / name} was removed while this run went on, so it stops and "
+                f"{path} was removed or replaced while this run went on, so it stops and "
                 "writes nothing more. Put it back, and the same command goes on from the newest "
                 "checkpoint; or start again in another --workdir"
             )
@@ -132,9 +134,10 @@ def watch(lock: Lock, saved: int, config: Config, corpus: Corpus) -> None:
         _log.warning("%s: wrote %s again, which was removed", lock.directory, " and ".join(gone))
 
 
-def _is_gone(path: Path) -> bool:
+def _is_gone(path: Path, *, folder: bool = False) -> bool:
+    """Whether there is nothing at `path`, or a file for a folder, or a folder for a file."""
     try:
-        path.stat()
+        return stat.S_ISDIR(path.stat().st_mode) != folder
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError:  # says nothing about the file

@@ -219,6 +219,10 @@ def test_a_directory_that_was_removed_is_not_made_again(store):
     with pytest.raises(RunError, match=r"/2 cannot .* \(No such file .*Put the folder back"):
         store.save(2, example(2), {})
     assert not directory.exists()
+    directory.touch()
+    words = r"\(Not a directory\)\. Put the folder back; there is no checkpoint yet, so the same "
+    with pytest.raises(RunError, match=words):
+        store.save(2, example(2), {})
 
 
 def test_a_step_that_ends_in_a_removed_workdir_is_taken_back(tmp_path, monkeypatch):

@@ -40,10 +40,13 @@ def test_rows_or_checkpoints_that_are_gone_stop_the_run(own, name):
     watch(own)
     path = own.directory / name
     path.rename(own.directory / "elsewhere")
-    words = rf"{path} was removed while this run went on, so it stops .*Put it back, and the same"
+    words = rf"{path} was removed or replaced while this run went on, so it stops .*Put it back, "
     with pytest.raises(RunError, match=words):
         watch(own)
     assert not path.exists()
+    path.touch() if name == "checkpoints" else path.mkdir()
+    with pytest.raises(RunError, match=words):
+        watch(own)
 
 
 def test_a_run_without_a_checkpoint_yet_needs_no_folder_of_them(own):
