@@ -27,6 +27,7 @@ def define_config_flag() -> Any:
     """Defines --config=FILE.py with overrides --config.any.key=value, to pass to `read_config`."""
     holder = config_flags.DEFINE_config_file("config", None, "The config file.", lock_config=True)
     flags.FLAGS["config"].parser = _ConfigParser()
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # for --help
     return holder
 
 

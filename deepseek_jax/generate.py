@@ -6,7 +6,7 @@ blocks in bfloat16; float32 where that is missing or float16) with dropless disp
 --dtype takes the place of either's dtype.
 
 A prompt is encoded as documents are in training: after BOS, and the names of special tokens in it,
-such as <|endoftext|>, are spelled in letters, with a warning. With --special_tokens such a name is
+such as <｜User｜>, are spelled in letters, with a warning. With --special_tokens such a name is
 the token itself, as in `transformers`, and a prompt that begins with BOS gets no second one.
 """
 
@@ -38,7 +38,10 @@ SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the first prompt; the next has SEED + 1.", lower_bound=0
 )
 SPECULATE = flags.DEFINE_integer(
-    "speculate", 0, "Tokens that the MTP modules draft in a step.", lower_bound=0
+    "speculate",
+    0,
+    "Tokens that the MTP modules draft in a step; beyond their number the last one drafts again.",
+    lower_bound=0,
 )
 CACHE = flags.DEFINE_enum(
     "cache",

@@ -111,7 +111,7 @@ def refused(content: Content) -> str:
         return f"data.path: {content.name} is {name}"
     if name := encoding(content.head):
         return (
-            f"data.path: {content.name} is {name} text, and UTF-8 is needed; convert it with "
-            f"iconv -f {name} -t UTF-8"
+            f"data.path: {content.name} is {name} text, and UTF-8 is needed, as iconv -f {name} "
+            "-t UTF-8 makes it"
         )
     return ""

@@ -1,6 +1,7 @@
 """Text from a checkpoint: prompts are encoded, decoded by an engine and told as they grow."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.serve import latent_cache, sizes
 from deepseek_jax.serve.engine import Engine
 from deepseek_jax.serve.requests import Counts, Request
+
+_SPECIAL = re.compile(r"<[|｜][^<>|｜\s]{1,64}[|｜]>")  # usual form of the name of a special token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class TextCodec:
           text: a prompt.
           special: True reads the names of special tokens in `text`, such as `<｜User｜>`, as those
             tokens, and adds no BOS before one that is written there. False spells such a name in
-            letters, as in training data, and warns of it.
+            letters, as in training data. Both warn of a name that is spelled in letters.
 
         Raises:
           ConfigError: no tokenizer, or text that is not Unicode.
@@ -61,13 +64,21 @@ class TextCodec:
                 f"a prompt is not UTF-8 text: character {error.start} is half a surrogate pair or "
                 "a stray byte"
             ) from error
+        named = self.tokenizer.special_in(text)
         if special:
             ids: list[int] = self.tokenizer.encode_special(text)
+            unknown = [name for name in _SPECIAL.findall(text) if name not in named]
+            if unknown:
+                warnings.warn(
+                    f"the prompt has {unknown[0]}, which is no special token of "
+                    f"{self.directory}; it is encoded as letters",
+                    stacklevel=2,
+                )
         else:
             ids = next(self.tokenizer.encode([text])).tolist()
-            if names := self.tokenizer.special_in(text):
+            if named:
                 warnings.warn(
-                    f"the prompt spells out the special token {names[0]}, which is encoded as "
+                    f"the prompt spells out the special token {named[0]}, which is encoded as "
                     "letters; --special_tokens sends the token itself",
                     stacklevel=2,
                 )

@@ -102,8 +102,14 @@ def test_a_mark_in_a_prompt_is_told_and_can_be_sent(recwarn):
     assert words.encode(text, special=True) == (0, 6 + ord("a"), 1, 6 + ord("b"))
     assert words.encode(f"{tokenizer.BOS}a", special=True) == (0, 6 + ord("a"))  # one BOS
     assert words.encode(text[:-9]) == (0, *letters[: len(text[:-9].encode())])
-    assert words.encode("<|other|>") == (0, *(6 + byte for byte in b"<|other|>"))
     assert not recwarn
+    assert words.encode("<|other|>", special=True) == words.encode("<|other|>")
+    assert [str(warning.message) for warning in recwarn] == [
+        f"the prompt has <|other|>, which is no special token of {serving.TINY}; it is encoded as "
+        "letters"
+    ]
+    assert words.encode("<|other|>") == (0, *(6 + byte for byte in b"<|other|>"))
+    assert len(recwarn) == 1
 
 
 @pytest.mark.parametrize("text, at", [("a\udcff", 1), ("\ud800", 0)])
