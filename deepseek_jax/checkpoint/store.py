@@ -53,7 +53,7 @@ class Store:
         Args:
           directory: on a file system that all processes share.
           keep: how many of the newest steps stay.
-          check: called by process 0 before a save; raises RunError if it may not write here.
+          check: raises RunError in process 0 if it may not write here, and nothing elsewhere.
 
         Raises:
           ConfigError: `keep` is below one.
@@ -381,14 +381,13 @@ class Store:
     def _failed(self, error: Exception) -> RunError:
         """The error of a save, in one line; makes room by removing what the save has left."""
         try:
-            if jax.process_index() == 0:
-                self._check()
+            self._check()
         except RunError as gone:
             self._take_back()
             return gone
         step = self._directory / str(self._writing)
-        newest = self.newest if step.with_name(str(self.newest)).is_dir() else None
-        failed = failed_save(error, step, self._bytes, newest)
+        there = step.with_name(str(self.newest)).is_dir()
+        failed = failed_save(error, step, self._bytes, self.newest if there else None)
         if jax.process_count() == 1:  # other processes may still be writing
             self._remove_leftovers()
         return failed
@@ -424,9 +423,9 @@ class Store:
                 path.rename(aside)
 
     def _remove_leftovers(self) -> None:
-        there = self._directory.glob
-        for path in [*there("*.deleted"), *there("*.orbax-checkpoint-tmp*")]:
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self._directory.glob("*.*"):
+            if path.suffix == ".deleted" or ".orbax-checkpoint-tmp" in path.name:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _raise(error: Exception | None) -> None:
