@@ -39,6 +39,7 @@ def tiny():
     return configs.parse(v3_tiny.get_config())
 
 
+@pytest.mark.slow  # train/test_memory.py has the same for a smaller model
 def test_no_set_of_logits_is_held_at_depth_four(tiny):
     def shallow(config):  # one dense layer: quick to compile, and all five heads are there
         model = dataclasses.replace(config.model, layers=1, dense_layers=1)

@@ -62,7 +62,7 @@ def cases():
             yield from ((name, flag, value) for value in ("three", "\udcff", ","))
 
 
-@pytest.mark.parametrize("name, flag, value", cases(), ids=lambda text: repr(text[:20]))
+@pytest.mark.parametrize("name, flag, value", list(cases()), ids=lambda text: repr(text[:20]))
 def test_values_that_cannot_be(name, flag, value, typed):
     needed = [part for part in FLAGS[name][0] if not part.startswith(f"--{flag}=")]
     positional = ["train"] if name.startswith("bench") else []

@@ -46,7 +46,6 @@ CASES = {
             "layout_zero": 0,
             "layout_capacity_factor": 0.6,  # tokens need overflow rounds
             "layout_recompute": "full",
-            "layout_defer_weight_gradients": True,
         },
     ),
     "8 ranks": (
@@ -72,6 +71,7 @@ CASES = {
             "model_dense_layers": 2,
             "layout_stage_layers": (2, 0, 1, 2),
             "layout_recompute": "report",
+            "layout_defer_weight_gradients": True,
         },
     ),
 }
