@@ -9,6 +9,7 @@ thread of our own learns of each signal, too, and ends the process where the mai
 answer. A second Ctrl-C ends it at once.
 """
 
+import atexit
 import contextlib
 import enum
 import os
@@ -57,6 +58,7 @@ class _State:
 
 
 _state = _State()
+_leaving = threading.Lock()
 
 
 def block() -> None:
@@ -77,6 +79,7 @@ def take_over(code_of_sigterm: int) -> None:
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(woken,), daemon=True, name="signals").start()
     sys.unraisablehook = _end_if_swallowed
+    atexit.register(_ignore)  # first, and so called last: nothing of a library runs after it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -175,7 +178,9 @@ def _watch(woken: int) -> None:
 
 
 def _leave(number: int) -> None:
-    """Ends the process from any thread, without Python's way out."""
+    """Ends the process from any thread, without Python's way out; the first call says the line."""
+    if not _leaving.acquire(blocking=False):
+        return
     with contextlib.suppress(OSError):
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # the cursor, which a live screen hides
@@ -191,6 +196,15 @@ def _end_if_swallowed(unraisable: Any) -> None:
     if isinstance(unraisable.exc_value, Stopped) and _state.heard is not None:
         _leave(_state.heard)
     sys.__unraisablehook__(unraisable)
+
+
+def _ignore() -> None:
+    """Ignores signals while the interpreter ends.
+
+    It would give them their default effect back, and with it another exit code.
+    """
+    for number in _state.ours:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def quiet_pipe() -> None:
