@@ -125,11 +125,12 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_two_processes_write_and_read_one_checkpoint(tmp_path):
+def two_processes(program: str, folder: Path) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of both processes that run a program on one store."""
     port = free_port()
     peers = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, str(port), str(rank), str(tmp_path)],
+            [sys.executable, "-c", program, str(port), str(rank), str(folder)],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -138,14 +139,19 @@ def test_two_processes_write_and_read_one_checkpoint(tmp_path):
         for rank in (0, 1)
     ]
     try:
-        results = [peer.communicate(timeout=100) for peer in peers]
+        told = [peer.communicate(timeout=100) for peer in peers]
     finally:
         for peer in peers:
             peer.kill()
-    for peer, (out, err) in zip(peers, results, strict=True):
-        assert peer.returncode == 0, err
+    return [(peer.returncode, *both) for peer, both in zip(peers, told, strict=True)]
+
+
+def test_two_processes_write_and_read_one_checkpoint(tmp_path):
+    results = two_processes(TWO, tmp_path)
+    for code, out, err in results:
+        assert code == 0, err
         assert json.loads(out.splitlines()[-1]) == [2, {"step": 2}, True, 8, [2, 3]]
-    warnings = [err.count("cannot be read") for _, err in results]
+    warnings = [err.count("cannot be read") for _, _, err in results]
     assert warnings == [1, 0]  # only process 0 warns
 
     mesh_of_one = SingleDeviceSharding(jax.devices()[0])
@@ -192,24 +198,8 @@ except RunError as error:
 
 def test_a_save_that_fails_in_one_process_ends_both(tmp_path):
     """The other one does not wait in orbax for the one that failed, neither now nor at its exit."""
-    port = free_port()
-    peers = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_FULL, str(port), str(rank), str(tmp_path)],
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        results = [peer.communicate(timeout=100) for peer in peers]
-    finally:
-        for peer in peers:
-            peer.kill()
-    for peer, (out, err) in zip(peers, results, strict=True):
-        assert peer.returncode == 0 and "Traceback" not in err, err
+    for code, out, err in two_processes(ONE_FULL, tmp_path):
+        assert code == 0 and "Traceback" not in err, err
         assert out == (
             f"checkpoint {tmp_path}/2 cannot be written (File too large). Make it writable; the "
             "newest checkpoint is step 1, from which the same command goes on\n"

@@ -57,15 +57,18 @@ def test_lone_starts_are_refused(environment, variables, words):
 
 
 @pytest.mark.parametrize(
-    "variables",
+    "variables, more",
     [
-        {},
-        {"PMI_SIZE": "1", "PMI_RANK": "0"},
-        {"WORLD_SIZE": "8"},  # without a rank it may mean anything
-        {"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        ({}, {"PMIX_RANK": "0"}),
+        ({"PMI_SIZE": "1", "PMI_RANK": "0"}, {"PMI_SIZE": "2"}),
+        ({"WORLD_SIZE": "8"}, {"RANK": "0"}),  # without a rank it may mean anything
+        ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, {"WORLD_SIZE": "2", "RANK": "0"}),
     ],
     ids=str,
 )
-def test_other_starts_are_not(environment, variables):
+def test_other_starts_are_not_and_one_variable_decides(environment, variables, more):
     environment(**variables)
     launchers.refuse_lone_starts()
+    environment(**{**variables, **more})
+    with pytest.raises(ConfigError, match="started this process"):
+        launchers.refuse_lone_starts()

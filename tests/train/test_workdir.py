@@ -52,6 +52,9 @@ def test_rows_or_checkpoints_that_are_gone_stop_the_run(own, name):
 def test_a_run_without_a_checkpoint_yet_needs_no_folder_of_them(own):
     shutil.rmtree(own.directory / "checkpoints")
     watch(own, saved=0)
+    assert not (own.directory / "checkpoints").exists()
+    with pytest.raises(RunError, match="checkpoints was removed"):
+        watch(own, saved=4)
 
 
 def test_a_config_that_is_gone_alone_is_written_again(own, caplog):
