@@ -8,7 +8,7 @@ and hashed once by each process at its start, on all cores.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from deepseek_jax.data.tokenizer import Marks, Tokenizer
 from deepseek_jax.errors import RunError
 
 _SLOW = 1 << 30  # bytes of token files whose check is announced
+_SEED = 20241226  # of the documents that a tokenizer is trained on
 _SAMPLE = 1 << 16  # tokens that the digest of older runs covers
 
 
@@ -113,7 +114,7 @@ def prepare(
       config: Data section of the config.
       vocab: `model.vocab`, above all ids.
       say: Receives a line on each slow operation and on skipped files.
-      rule: Rule of the held-out split; 1 for a run that began under it.
+      rule: Rule by which the corpus is made (`split.py`); that of the run that is resumed.
 
     Raises:
       ConfigError: Bad data, a bad tokenizer or a bad cache.
@@ -132,6 +133,13 @@ def prepare(
             "fill-in-the-middle marks; set data.fim_rate=0, or data.tokenizer to one that has them"
         )
     return corpus
+
+
+def is_made_anew(config: DataConfig) -> bool:
+    """Whether rule 3 makes another corpus than rule 2: of the default text, or with its own BPE."""
+    if find_token_files(config.path):
+        return False
+    return not config.path or config.tokenizer == "bpe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +189,10 @@ def _read_index(entry: cache.Entry, tokens: int, rows: int) -> _Index:
 
 
 def _from_text(config: DataConfig, vocab: int, say: Callable[[str], None], rule: int) -> Corpus:
-    source = open_source(config.path, config.text_key, say)
-    made_of = [source.digest, tokenizer.identity(config.tokenizer, vocab), str(config.held_out)]
-    made_of += [] if rule == splits.RULE else [f"rule {rule}"]
+    source = open_source(config.path, config.text_key, say, tables=rule < 3)
+    words_of = tokenizer.identity(config.tokenizer, vocab, sample=rule >= 3)
+    made_of = [source.digest, words_of, str(config.held_out)]
+    made_of += ["rule 1"] if rule == 1 else []  # equal sources and tokenizers, another split
 
     def build(folder: Path) -> dict[str, Any]:
         return _tokenise(source, config, vocab, folder, say, rule)
@@ -234,10 +243,11 @@ def _tokenise(
     equal = np.frombuffer(b"".join(found), "<i8")[rows]
     training, _ = split(len(rows), config.held_out, equal, rule=rule)
     if config.tokenizer == "bpe":
-        say(f"data: training a tokenizer on {len(training):,} documents")
-    words = tokenizer.make(
-        config.tokenizer, vocab=vocab, texts=(source[int(rows[i])] for i in training)
-    )
+        say("data: training a tokenizer")
+    texts = (source[int(rows[i])] for i in training)
+    if rule == splits.RULE:
+        texts = _sample(source, rows[training], tokenizer.SAMPLE * vocab)
+    words = tokenizer.make(config.tokenizer, vocab=vocab, texts=texts)
     say(f"data: tokenising {sum(sizes) / 1e6:,.1f} MB with {words.description}")
     dtype = "<u2" if words.size <= 1 << 16 else "<u4"
     lengths, largest = [], 0
@@ -260,6 +270,16 @@ def _tokenise(
         "tokenizer": words.description,
         "largest": largest,
     }
+
+
+def _sample(source: Source, rows: np.ndarray, characters: int) -> Iterator[str]:
+    """Yields documents in a shuffled order, up to a number of characters; the last one is cut."""
+    for row in np.random.default_rng(_SEED).permutation(rows):
+        if characters <= 0:
+            return
+        text = source[int(row)][:characters]
+        characters -= len(text)
+        yield text
 
 
 def _from_tokens(

@@ -5,15 +5,16 @@ contiguous part for each process. Grain prefetches in threads. The position is o
 sequences consumed, so that a run resumes exactly on any number of processes.
 """
 
+import functools
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from deepseek_jax.config import ConfigError, DataConfig
 from deepseek_jax.data import split
-from deepseek_jax.data.corpus import Corpus, Facts, prepare
+from deepseek_jax.data.corpus import Corpus, Facts, is_made_anew, prepare
 from deepseek_jax.data.packing import Stream
 
 _ENDLESS = 1 << 48  # Grain needs a length; more sequences than any run consumes
@@ -42,6 +43,7 @@ class TrainData:
       process_count: Number of processes that share a micro-batch.
       say: Receives a line on each slow operation.
       corpus: Open corpus; None prepares that of the config.
+      resumes: State that `restore` will be given, whose corpus is prepared at once.
 
     Raises:
       ConfigError: Bad data, or processes that do not divide the micro-batch.
@@ -59,6 +61,7 @@ class TrainData:
         process_count: int = 1,
         say: Callable[[str], None] = lambda text: None,
         corpus: Corpus | None = None,
+        resumes: Mapping[str, Any] | None = None,
     ):
         if micro_sequences % process_count:
             raise ConfigError(
@@ -66,7 +69,10 @@ class TrainData:
                 f"processes; set batch.micro_sequences to a multiple of {process_count}"
             )
         self._prepare = lambda rule: prepare(config, vocab=vocab, say=say, rule=rule)
-        self._rule, self._named = split.RULE, bool(config.path)
+        self._made_anew = functools.cache(lambda: is_made_anew(config))
+        older = resumes is not None and _rule_of(resumes) < split.RULE and self._made_anew()
+        self._rule = 2 if older else split.RULE
+        self._named = bool(config.path)
         self.corpus = corpus or self._prepare(self._rule)
         self._stream = Stream(self.corpus, length=length, seed=seed, fim_rate=config.fim_rate)
         self._micro, self._rows = micro_sequences, micro_sequences // process_count
@@ -99,9 +105,11 @@ class TrainData:
           ConfigError: A state of another stream: other documents, tokenizer, seed, length or
             fill-in-the-middle rate.
         """
-        rule = state.get("split", 1)
-        if rule != self._rule and self.corpus.apart:
-            self._take(rule)
+        rule = _rule_of(state)
+        if rule < self._rule == split.RULE and self._made_anew():
+            self._take(2)
+        if rule == 1 and self.corpus.apart:
+            self._take(1)
         for key, now in self._identity().items():
             if key == "digest" and "split" not in state:
                 now = self.corpus.older_digest
@@ -149,6 +157,11 @@ class TrainData:
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READ_AHEAD)
         data = grain.MapDataset.source(rows).to_iter_dataset(options)
         return iter(data.batch(self._rows, drop_remainder=True))
+
+
+def _rule_of(state: Mapping[str, Any]) -> int:
+    """Rule that made the corpus of a state (`split.py`); the first one kept no number."""
+    return state.get("split", 1)
 
 
 class _Rows:

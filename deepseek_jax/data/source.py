@@ -9,7 +9,8 @@ A document is one of:
 
 The content of a file tells its format, and whether it is compressed with gzip, bzip2, xz or
 Zstandard; its name may only promise one. An empty path gives the source files of Python's standard
-library. Files are read when a document is requested; every error in them is a `ConfigError`.
+library (`library.py`). Files are read when a document is requested; every error in them is a
+`ConfigError`.
 """
 
 import bisect
@@ -17,7 +18,6 @@ import hashlib
 import itertools
 import os
 import re
-import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,7 @@ from typing import Protocol
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config.hints import one_line
 from deepseek_jax.data import files as listing
-from deepseek_jax.data import formats
+from deepseek_jax.data import formats, library
 from deepseek_jax.data.files import Content, resolve
 from deepseek_jax.data.rows import (
     JsonArray,
@@ -45,9 +45,6 @@ TOKEN_SUFFIXES = (".npy", ".bin")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 TABLE_SUFFIXES = (".csv", ".tsv")
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
-NOT_LIBRARY = (
-    "test", "tests", "idlelib", "lib2to3", "ensurepip", "site-packages", "dist-packages",
-)  # fmt: skip
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n\s*")
 
@@ -67,7 +64,12 @@ class Source(Protocol):
 
 
 def open_source(
-    path: str, text_key: str, say: Callable[[str], None], *, whole: bool = False
+    path: str,
+    text_key: str,
+    say: Callable[[str], None],
+    *,
+    whole: bool = False,
+    tables: bool = False,
 ) -> Source:
     """Opens the text documents at `data.path`.
 
@@ -76,14 +78,14 @@ def open_source(
       text_key: `data.text_key`.
       say: Receives a line on skipped files.
       whole: True makes every text file one document, whatever its length.
+      tables: True keeps the tables of the standard library, as older runs did.
 
     Raises:
       ConfigError: No such path, no text in it, or rows without `data.text_key`.
     """
     if not path:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        found, _ = listing.under(root, NOT_LIBRARY)
-        found = [file for file in found if file.suffix == ".py"]
+        root = library.root()
+        found = library.modules(root, tables=tables)
         return _folder(found, [], f"{root}, the standard library of data.path='',", "", say)
     root = existing(path)
     if not root.is_dir():

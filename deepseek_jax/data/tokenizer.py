@@ -51,6 +51,7 @@ WORDS = (
 )
 LONGEST_WORD = 1024  # characters that training counts as one word; its time grows faster than them
 LONGEST_TOKEN = 32  # bytes; without a limit, repetitive text without spaces becomes a few tokens
+SAMPLE = 512  # characters of training text for each entry of a vocabulary that is trained
 _BATCH_CHARACTERS = 1 << 20
 _LARGEST_FILE = 1 << 30  # bytes of a tokenizer.json
 
@@ -175,10 +176,15 @@ class Tokenizer:
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def identity(name: str, vocab: int) -> str:
-    """Key of a tokenizer for a cache, which depends on its content, not on its path."""
+def identity(name: str, vocab: int, *, sample: bool = True) -> str:
+    """Key of a tokenizer for a cache, which depends on its content, not on its path.
+
+    Args:
+      sample: False for a "bpe" that is trained on all training documents, as in older runs.
+    """
     if name == "bpe":
-        return f"bpe {vocab} {LONGEST_TOKEN} {WORDS} {OWN_MARKS}"
+        size = f" {SAMPLE}" if sample else ""
+        return f"bpe {vocab} {LONGEST_TOKEN} {WORDS} {OWN_MARKS}{size}"
     if name == "byte":
         return f"byte {OWN_MARKS}"
     file = _file(name)

@@ -93,7 +93,7 @@ def _train(
     with Store(own.directory / workdir.CHECKPOINTS, keep=kept, check=own.check) as store:
         meta = store.newest_meta()
         raise_together(lambda: workdir.check_library(config, meta))
-        data = raise_together(lambda: _open_data(config, layout, mesh, report))
+        data = raise_together(lambda: _open_data(config, layout, mesh, report, meta))
         with contextlib.closing(data), jax.set_mesh(mesh):
             run = Run(config, mesh, layout, data, store, report, own)
             text = raise_together(lambda: last_score.text_of(config, data.corpus))
@@ -330,8 +330,10 @@ def check_devices(config: Config) -> Config:
     return config
 
 
-def _open_data(config: Config, layout: Layout, mesh: Mesh, report: Report) -> TrainData:
-    """The training data of this process."""
+def _open_data(
+    config: Config, layout: Layout, mesh: Mesh, report: Report, meta: dict[str, Any] | None
+) -> TrainData:
+    """The training data of this process, made as for the checkpoint of `meta`, if there is one."""
     row, readers = _rows(NamedSharding(mesh, tokens_spec(layout)), config)
     return TrainData(
         config.data,
@@ -342,6 +344,7 @@ def _open_data(config: Config, layout: Layout, mesh: Mesh, report: Report) -> Tr
         process_index=row,
         process_count=readers,
         say=report.say,
+        resumes=(meta or {}).get("data"),
     )
 
 
