@@ -244,7 +244,7 @@ def _tokenise(
     training, _ = split(len(rows), config.held_out, equal, rule=rule)
     if config.tokenizer == "bpe":
         say("data: training a tokenizer")
-    texts = (source[int(rows[i])] for i in training)
+    texts: Iterator[str] = (source[int(rows[i])] for i in training)
     if rule == splits.RULE:
         texts = _sample(source, rows[training], tokenizer.SAMPLE * vocab)
     words = tokenizer.make(config.tokenizer, vocab=vocab, texts=texts)
