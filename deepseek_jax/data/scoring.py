@@ -18,10 +18,12 @@ from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.source import Source
 from deepseek_jax.data.tokenizer import Marks, Tokenizer
 
+_SEED = 20241226  # of the training documents that are scored
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Whole documents, packed as in training but without fill-in-the-middle.
+    """Documents, packed as in training but without fill-in-the-middle; the last one may be cut.
 
     Attributes:
       sequences: [N, length + 1] int32; neighbours share a token, and the last is padded with EOS.
@@ -49,19 +51,40 @@ def held_out(corpus: Corpus, *, length: int, tokens: int) -> HeldOut:
     return lay_out(corpus, corpus.held_out, length=length, tokens=tokens)
 
 
+def trained(corpus: Corpus, *, length: int, tokens: int) -> HeldOut:
+    """Packs training documents in a shuffled order, the same in every run, as `held_out` does."""
+    order = np.random.default_rng(_SEED).permutation(corpus.training)
+    return lay_out(corpus, order, length=length, tokens=tokens)
+
+
 def lay_out(corpus: Corpus, documents: np.ndarray, *, length: int, tokens: int) -> HeldOut:
-    """Packs the documents that fit into `tokens` targets, or the shortest one if none fits."""
-    spans = corpus.spans[documents]
-    lengths = spans[:, 1] - spans[:, 0] + corpus.around
-    taken, total = [], 0
-    for document, size in zip(documents, lengths, strict=True):
-        if total + size <= tokens:
-            taken.append(int(document))
-            total += int(size)
-    taken = taken or [int(documents[np.argmin(lengths)])]
-    bodies = [corpus.body(document) for document in taken]
-    text = b"".join(corpus.text(document) for document in taken)
-    return _packed(bodies, text, corpus.marks, length)
+    """Packs documents in the given order, and cuts the last one to have `tokens` targets in all.
+
+    A long document counts as much as it does in training: none is left out for its length.
+    """
+    bos = int(corpus.marks.bos is not None)
+    bodies: list[np.ndarray] = []
+    texts: list[bytes] = []
+    left = tokens + bos  # the first BOS is no target
+    for document in documents:
+        room = left - bos
+        if room <= 0:
+            break
+        body = corpus.body(document)
+        bodies.append(body[:room])
+        texts.append(_beginning(corpus, document, body, room))
+        left = room - len(body) - 1
+    ids = _stream(bodies, corpus.marks)[: tokens + 1]
+    return _packed(ids, b"".join(texts), len(bodies), corpus.marks, length)
+
+
+def _beginning(corpus: Corpus, document: int, body: np.ndarray, tokens: int) -> bytes:
+    """Text of the first tokens of a document, in whole characters."""
+    if tokens >= len(body):
+        return corpus.text(document)
+    if corpus.tokenizer is None:
+        return body[:tokens].tobytes()
+    return corpus.tokenizer.cut(corpus.text(document).decode(), tokens).encode()
 
 
 def of_text(source: Source, words: Tokenizer, *, length: int, tokens: int) -> HeldOut:
@@ -73,7 +96,8 @@ def of_text(source: Source, words: Tokenizer, *, length: int, tokens: int) -> He
     bos = words.marks.bos is not None
     # The first BOS is no target.
     bodies, text = read(source, words, tokens=tokens + bos, before=int(bos), after=1)
-    return _packed(bodies, text, words.marks, length, tokens)
+    ids = _stream(bodies, words.marks)[: tokens + 1]
+    return _packed(ids, text, len(bodies), words.marks, min(length, len(ids) - 1))
 
 
 def read(
@@ -113,14 +137,20 @@ def read(
     return bodies, b"".join(texts)
 
 
-def _packed(
-    bodies: Sequence[np.ndarray], text: bytes, marks: Marks, length: int, tokens: int | None = None
-) -> HeldOut:
-    """Packs the tokens of documents with marks, and counts the bytes of `text`.
+def _stream(bodies: Sequence[np.ndarray], marks: Marks) -> np.ndarray:
+    """Tokens of documents with their marks; the first one is no target.
 
-    Args:
-      tokens: Targets after which the stream is cut, and no longer than which a sequence is; None
-        for all.
+    It is BOS, or the EOS of a preceding document.
+    """
+    bos = [] if marks.bos is None else [marks.bos]
+    stream = [] if bos else [np.array([marks.eos])]
+    for body in bodies:
+        stream += [np.array(bos, np.int64), body, np.array([marks.eos])]
+    return np.concatenate(stream or [np.zeros(0)]).astype(np.int32)
+
+
+def _packed(ids: np.ndarray, text: bytes, documents: int, marks: Marks, length: int) -> HeldOut:
+    """Cuts a stream of documents into sequences, and counts the bytes of its text.
 
     Raises:
       ConfigError: No text, of which bits per byte would be infinite.
@@ -130,22 +160,13 @@ def _packed(
             "the documents to score hold no text; set data.path to other ones, or data.tokenizer "
             "to the one that wrote the ids"
         )
-    bos = [] if marks.bos is None else [marks.bos]
-    # The first token of the stream is no target: BOS, or the EOS of a preceding document.
-    stream = [] if bos else [np.array([marks.eos])]
-    for body in bodies:
-        stream += [np.array(bos, np.int64), body, np.array([marks.eos])]
-    ids = np.concatenate(stream).astype(np.int32)
-    if tokens is not None:
-        ids = ids[: tokens + 1]
-        length = min(length, len(ids) - 1)
     sequences, valid = _rows(ids, length, marks.eos)
     return HeldOut(
         sequences=sequences,
         valid=valid,
         bytes=len(text),
         gzip_bytes=len(gzip.compress(text, 9)),
-        documents=len(bodies),
+        documents=documents,
     )
 
 

@@ -1,14 +1,16 @@
-"""Scores of a trained run on held-out text, which is read before the first step."""
+"""Scores of a trained run on held-out and training text, which are read before the first step."""
 
+import dataclasses
 import logging
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.corpus import Corpus
-from deepseek_jax.data.scoring import HeldOut, held_out
+from deepseek_jax.data.scoring import HeldOut, held_out, trained
 from deepseek_jax.errors import RunError, reason
 from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.train import evaluation, state
@@ -16,17 +18,32 @@ from deepseek_jax.train import evaluation, state
 _log = logging.getLogger(__name__)
 
 
-def text_of(config: Config, corpus: Corpus) -> HeldOut | None:
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Text to score at the end of a run.
+
+    Attributes:
+      held_out: documents that are not trained on.
+      trained: as many tokens of the documents that are.
+    """
+
+    held_out: HeldOut
+    trained: HeldOut
+
+
+def text_of(config: Config, corpus: Corpus) -> Texts | None:
     """The text to score at the end, read now: nothing that happens to the files costs it."""
-    if not config.evaluation.tokens:
+    length, tokens = config.batch.length, config.evaluation.tokens
+    if not tokens:
         return None
-    return held_out(corpus, length=config.batch.length, tokens=config.evaluation.tokens)
+    apart = held_out(corpus, length=length, tokens=tokens)
+    return Texts(apart, trained(corpus, length=length, tokens=int(apart.valid.sum())))
 
 
 def scores(
-    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: HeldOut
+    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: Texts
 ) -> dict[str, Any]:
-    """Scores on held-out text; without them, after a warning, where scoring fails.
+    """Scores on held-out and training text; without them, after a warning, where scoring fails.
 
     The run is trained by now: its summary, pictures and checkpoint are not lost with them.
     """
@@ -40,18 +57,33 @@ def scores(
 
 
 def _scored(
-    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: HeldOut
+    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: Texts
 ) -> dict[str, Any]:
-    """Bits per byte of the weights, and of their average, on text outside the training data."""
+    """Loss and bits per byte of the weights on both texts, and of their average on the first."""
     score = evaluation.make_score(config, layout, mesh)
-    scored = score(now.params, now.bias, text.sequences, text.valid)
-    out = {"held_out_loss": scored.nats / scored.targets, "held_out_bytes": text.bytes}
-    if text.bytes:  # token files may hold marks alone
-        out["held_out_bits_per_byte"] = scored.bits_per_byte(text.bytes)
-        out["gzip_bits_per_byte"] = 8 * text.gzip_bytes / text.bytes
-    if now.ema is not None and text.bytes:
+    out = _fields(score, now.params, now.bias, text.held_out, "held_out", "gzip")
+    out |= _fields(score, now.params, now.bias, text.trained, "trained", "trained_gzip")
+    if now.ema is not None and text.held_out.bytes:
         on_device = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), now.ema)
         average = jax.device_put(now.ema, on_device)
-        scored = score(average, now.bias, text.sequences, text.valid)
-        out["ema_bits_per_byte"] = scored.bits_per_byte(text.bytes)
+        held = text.held_out
+        scored = score(average, now.bias, held.sequences, held.valid)
+        out["ema_bits_per_byte"] = scored.bits_per_byte(held.bytes)
+    return out
+
+
+def _fields(
+    score: evaluation.ScoreFn,
+    params: nnx.State,
+    bias: nnx.State,
+    text: HeldOut,
+    name: str,
+    gzip: str,
+) -> dict[str, Any]:
+    """The scores of a text as fields of `summary.json`."""
+    scored = score(params, bias, text.sequences, text.valid)
+    out = {f"{name}_loss": scored.nats / scored.targets, f"{name}_bytes": text.bytes}
+    if text.bytes:  # token files may hold marks alone
+        out[f"{name}_bits_per_byte"] = scored.bits_per_byte(text.bytes)
+        out[f"{gzip}_bits_per_byte"] = 8 * text.gzip_bytes / text.bytes
     return out

@@ -86,7 +86,8 @@ class Report:
 
         Args:
           summary: fields to keep. `held_out_bits_per_byte`, `gzip_bits_per_byte`, `held_out_bytes`
-            and `ema_bits_per_byte` are printed too, and `held_out_loss` is drawn.
+            and `ema_bits_per_byte` are printed too, and the losses and the fields of trained text
+            where there are any; `held_out_loss` is drawn.
 
         Raises:
           RunError: the summary or rows of `metrics.jsonl` cannot be written.
@@ -170,7 +171,7 @@ class Report:
 
 
 def last_word(summary: Row) -> str:
-    """Result in a line, as "held-out 2.31 bits per byte (gzip -9: 2.36) on 412,345 bytes"."""
+    """Result, as "held-out 2.31 bits per byte (gzip -9: 2.36) on 412,345 bytes", in two lines."""
     ours, gzip = summary.get("held_out_bits_per_byte"), summary.get("gzip_bits_per_byte")
     if "held_out_bits_per_byte" in summary and ours is None:
         return "finished; the loss on held-out text is not finite"
@@ -181,4 +182,16 @@ def last_word(summary: Row) -> str:
         text += f" on {summary['held_out_bytes']:,} bytes"
     if summary.get("ema_bits_per_byte") is not None:
         text += f"; averaged weights: {summary['ema_bits_per_byte']:.2f}"
-    return text
+    return text + _beside_training(summary)
+
+
+def _beside_training(summary: Row) -> str:
+    """Line on the loss of trained text beside that of held-out text; empty where one is unknown."""
+    losses = summary.get("held_out_loss"), summary.get("trained_loss")
+    ours, gzip = summary.get("trained_bits_per_byte"), summary.get("trained_gzip_bits_per_byte")
+    if None in (*losses, ours, gzip):
+        return ""
+    return (
+        f"\nnats per token: held-out {losses[0]:.2f}, training text {losses[1]:.2f}; training text "
+        f"has {ours:.2f} bits per byte (gzip -9: {gzip:.2f})"
+    )

@@ -10,8 +10,9 @@ from small_texts import some_texts
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import tokenizer as tokenizers
+from deepseek_jax.data.corpus import prepare
 from deepseek_jax.data.packing import Stream
-from deepseek_jax.data.scoring import held_out, lay_out, of_text, of_tokens
+from deepseek_jax.data.scoring import held_out, lay_out, of_text, of_tokens, trained
 from deepseek_jax.data.source import open_source
 
 
@@ -36,16 +37,48 @@ def test_every_token_is_a_target_once(corpus_of, length):
     assert laid.valid.any(axis=1).all()
 
 
-def test_budget_takes_whole_documents(corpus_of):
-    corpus = corpus_of(some_texts(100))
-    sizes = [len(corpus.body(i)) + 2 for i in corpus.held_out]
-    for tokens in (1, min(sizes), sum(sizes) // 2, sum(sizes)):
+def test_the_budget_is_met_exactly_and_no_document_is_left_out_for_its_length(corpus_of):
+    texts = [("ñ" if n % 2 else "x") * (400 if n % 3 else 30) + str(n) for n in range(100)]
+    corpus = corpus_of(texts)
+    whole = [(corpus.text(i), corpus.body(i).tolist()) for i in corpus.held_out]
+    stream = [token for _, body in whole for token in (0, *body, 1)]
+    for tokens in (1, 31, 32, 33, 500, 1000, len(stream) - 1):
         laid = held_out(corpus, length=16, tokens=tokens)
-        assert laid.documents >= 1
-        assert laid.valid.sum() < max(tokens, min(sizes))
-        assert laid.sequences[laid.valid.nonzero()[0][-1]].tolist().count(1) >= 1
-        assert targets(laid)[-1] == 1
-    assert laid.documents == 10
+        assert targets(laid) == stream[1 : tokens + 1]
+        spelt = bytes(token - 6 for token in stream[: tokens + 1] if token >= 6)
+        assert laid.bytes == len(spelt.decode(errors="ignore").encode()) + 2 * _is_cut(spelt)
+    assert laid.documents == len(whole) == 10
+    assert laid.gzip_bytes == len(gzip.compress(b"".join(text for text, _ in whole), 9))
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether a text of one- and two-byte characters ends inside one."""
+    return len(data.decode(errors="ignore").encode()) < len(data)
+
+
+def test_training_text_is_of_training_documents_in_a_fixed_random_order(corpus_of):
+    texts = [f"{number:03}" * 5 for number in range(60)]
+    corpus = corpus_of(texts)
+    laid = trained(corpus, length=16, tokens=300)
+    found = bytes(token - 6 for token in targets(laid) if token >= 6).decode()
+    drawn = [found[i : i + 3] for i in range(0, len(found) - 14, 15)]
+    held = {texts[i][:3] for i in corpus.held_out}
+    assert laid.valid.sum() == 300 and len(drawn) == 17 and not held & set(drawn)
+    assert drawn != sorted(drawn)
+    again = trained(corpus, length=16, tokens=300)
+    np.testing.assert_array_equal(laid.sequences, again.sequences)
+
+
+def test_a_cut_document_without_a_tokenizer_counts_the_bytes_of_its_ids(tmp_path, config):
+    np.save(tmp_path / "a.npy", np.array([7, 8, 9, 1, 9, 10, 1], np.uint16))
+    changes = dict(path=str(tmp_path / "a.npy"), tokenizer="bpe", held_out=0.0, fim_rate=0.0)
+    laid = lay_out(
+        prepare(dataclasses.replace(config, **changes), vocab=512),
+        np.array([0, 1]),
+        length=4,
+        tokens=2,
+    )
+    assert targets(laid) == [7, 8] and laid.bytes == 4 and laid.documents == 1
 
 
 def test_documents_held_out_are_not_trained_on(corpus_of):
@@ -59,8 +92,6 @@ def test_documents_held_out_are_not_trained_on(corpus_of):
 
 
 def test_without_bos_the_first_token_is_predicted_too(corpus_of, tmp_path, config):
-    from deepseek_jax.data.corpus import prepare
-
     np.save(tmp_path / "a.npy", np.array([7, 8, 1, 9, 10, 1], np.uint16))
     config = dataclasses.replace(config, path=str(tmp_path / "a.npy"), held_out=0.0)
     corpus = prepare(config, vocab=512)

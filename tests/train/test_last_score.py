@@ -28,8 +28,10 @@ def test_the_text_is_read_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(last_score.evaluation, "make_score", make_score)
     now = SimpleNamespace(params=None, bias=None, ema=None)
     found = last_score.scores(config, None, None, now, kept)
-    assert found["held_out_loss"] == 2.0 and found["held_out_bytes"] == kept.bytes > 0
-    assert seen == [int(kept.valid.sum())]
+    assert found["held_out_loss"] == 2.0 and found["held_out_bytes"] == kept.held_out.bytes > 0
+    assert found["trained_loss"] == 2.0 and found["trained_bytes"] == kept.trained.bytes > 0
+    assert seen == [int(part.valid.sum()) for part in (kept.held_out, kept.trained)]
+    assert seen[0] == seen[1]
 
 
 def test_no_text_is_read_where_none_is_scored(tmp_path):
@@ -55,8 +57,9 @@ def test_a_run_whose_scoring_fails_has_no_scores_and_a_warning(monkeypatch, capl
 def test_held_out_text_without_bytes_has_a_loss_alone(monkeypatch):
     scored = last_score.evaluation.Score(nats=6.0, targets=3)
     monkeypatch.setattr(last_score.evaluation, "make_score", lambda *_: lambda *_: scored)
-    text = SimpleNamespace(sequences=None, valid=None, bytes=0, gzip_bytes=20)
+    marks = SimpleNamespace(sequences=None, valid=None, bytes=0, gzip_bytes=20)
+    text = last_score.Texts(held_out=marks, trained=marks)
     now = SimpleNamespace(params=None, bias=None, ema=None)
     assert last_score.scores(None, None, None, now, text) == {
-        "held_out_loss": 2.0, "held_out_bytes": 0,
+        "held_out_loss": 2.0, "held_out_bytes": 0, "trained_loss": 2.0, "trained_bytes": 0,
     }  # fmt: skip

@@ -133,6 +133,19 @@ def test_the_last_word_has_the_average_s_score_too():
     assert last_word(SUMMARY | {"ema_bits_per_byte": 2.2}).endswith("averaged weights: 2.20")
 
 
+def test_the_last_word_sets_the_loss_of_training_text_beside_that_of_held_out_text():
+    trained = {
+        "held_out_loss": 3.5, "trained_loss": 3.26, "trained_bits_per_byte": 1.4,
+        "trained_gzip_bits_per_byte": 2.0,
+    }  # fmt: skip
+    first, second = last_word(SUMMARY | trained).splitlines()
+    assert first == LAST_WORD
+    assert second == (
+        "nats per token: held-out 3.50, training text 3.26; training text has 1.40 bits per byte "
+        "(gzip -9: 2.00)"
+    )
+
+
 def test_a_loss_that_is_not_finite_is_told(tmp_path):
     bad = {"held_out_loss": float("inf"), "held_out_bits_per_byte": float("nan")}
     done = run(tmp_path, [1], screen=False)
