@@ -9,6 +9,9 @@ inner BOS too; a sequence begins where the one before ended, without BOS, and a 
 before it in its sequence. With --documents each file or row stands apart after BOS, and only its
 own tokens are predicted; a longer one is read in windows of --length tokens that move on by
 --stride, which is the rolling log-likelihood of lm-evaluation-harness.
+
+The default of --length is batch.length of the run that made the checkpoint; for a Hugging Face
+directory it is 1,024, or max_position_embeddings where that is less. The length is printed.
 """
 
 import json
@@ -24,7 +27,9 @@ DATA = flags.DEFINE_string("data", None, "Text, JSONL, Parquet, token files, or 
 TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field or column that holds the text of a row.")
 CONFIG = command.define_config_flag()
 MESH = flags.DEFINE_list("mesh", [], "Devices by mesh axis, as node:2,gpu:4; else one device.")
-LENGTH = flags.DEFINE_integer("length", 1024, "Tokens that each sequence predicts.", lower_bound=2)
+LENGTH = flags.DEFINE_integer(
+    "length", None, "Tokens that each sequence predicts; default: the run's.", lower_bound=2
+)
 TOKENS = flags.DEFINE_integer("tokens", 2**62, "Score at most this many.", lower_bound=2)
 DOCUMENTS = flags.DEFINE_bool("documents", False, "Score each document apart, without EOS.")
 STRIDE = flags.DEFINE_integer(
@@ -57,15 +62,16 @@ def main() -> None:
 
     with command.naming(FLAG_OF):
         checkpoint = open_checkpoint(directory)
+        length = evaluation.length_of(checkpoint) if LENGTH.value is None else LENGTH.value
         found = evaluation.score_checkpoint(
             checkpoint,
             DATA.value,
             command.config_of(checkpoint, given, DTYPE.value),
             mesh=mesh,
-            length=LENGTH.value,
+            length=length,
             tokens=TOKENS.value,
             text_key=TEXT_KEY.value,
-            stride=(STRIDE.value or LENGTH.value) if DOCUMENTS.value else None,
+            stride=(STRIDE.value or length) if DOCUMENTS.value else None,
             say=print if processes.is_primary() and not JSON.value else lambda line: None,
         )
     if processes.is_primary():

@@ -1,7 +1,8 @@
 """Benchmarks: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, moe, memory, layer, grouped, tiles, dispatch, pipeline, load, decode or speculate.
-The config gives the recipe, and the benchmark the sizes.
+NAME is train, moe, memory, layer, grouped, tiles, dispatch, pipeline, load, decode, speculate or
+kinds. The config gives the recipe, and the benchmark the sizes; kinds scores the run in the workdir
+of --checkpoint.
 """
 
 import importlib
@@ -22,9 +23,10 @@ EMULATE = flags.DEFINE_integer(
     None,
     "Pretend to have this many CPU devices; pipeline, and dispatch without a GPU: 8.",
 )
+CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/v3_tiny", "Workdir of a run; kinds.")
 NAMES = (
     "train", "moe", "memory", "layer", "grouped", "tiles", "dispatch", "pipeline", "load", "decode",
-    "speculate",
+    "speculate", "kinds",
 )  # fmt: skip
 
 
@@ -36,7 +38,8 @@ def main(name: str) -> None:
     measured = importlib.import_module(f"deepseek_jax.bench.{name}").measure
     imported = time.perf_counter() - begin
     _emulate(name)
-    found = measured(config)
+    given = {"directory": command.folder(CHECKPOINT)} if name == "kinds" else {}
+    found = measured(config, **given)
     if name == "train":
         spent = ("build_seconds", "compile_seconds", "first_step_seconds")
         total = None

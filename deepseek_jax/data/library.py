@@ -46,7 +46,12 @@ def is_table(content: bytes) -> bool:
     """Whether a Python file is a table, as the head of this module says."""
     if _GENERATED.search(content[:_HEAD]):
         return True
-    return 2 * sum(map(len, _literal_lines(content))) > len(content)
+    return literal_share(content) > 0.5
+
+
+def literal_share(content: bytes) -> float:
+    """Share of the bytes of a Python file that are in lines that begin with a literal."""
+    return sum(map(len, _literal_lines(content))) / max(len(content), 1)
 
 
 def _literal_lines(content: bytes) -> Iterator[bytes]:

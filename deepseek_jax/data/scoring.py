@@ -87,7 +87,9 @@ def _beginning(corpus: Corpus, document: int, body: np.ndarray, tokens: int) -> 
     return corpus.tokenizer.cut(corpus.text(document).decode(), tokens).encode()
 
 
-def of_text(source: Source, words: Tokenizer, *, length: int, tokens: int) -> HeldOut:
+def of_text(
+    source: Source | Sequence[str], words: Tokenizer, *, length: int, tokens: int
+) -> HeldOut:
     """Packs documents in their order, and cuts the last one to have `tokens` targets in all.
 
     Raises:
@@ -101,7 +103,12 @@ def of_text(source: Source, words: Tokenizer, *, length: int, tokens: int) -> He
 
 
 def read(
-    source: Source, words: Tokenizer, *, tokens: int, before: int = 0, after: int = 0
+    source: Source | Sequence[str],
+    words: Tokenizer,
+    *,
+    tokens: int,
+    before: int = 0,
+    after: int = 0,
 ) -> tuple[list[np.ndarray], bytes]:
     """Reads documents in their order until they have `tokens` tokens; the last one is cut.
 

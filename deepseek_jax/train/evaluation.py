@@ -28,6 +28,9 @@ from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.parallel.mesh import forward_config, spread
 
+_PUBLISHED_LENGTH = 1024  # of sequences, for a model that says nothing of its training
+_SHORTEST = 2  # tokens of a sequence that `evaluate` takes
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -127,6 +130,19 @@ class LaidOut:
     gzip_bytes: int | None = None
 
 
+def length_of(checkpoint: Checkpoint) -> int:
+    """Length of the sequences to score a checkpoint at, unless a command is told another.
+
+    It is `batch.length` of a run; for a published model its max_position_embeddings, at most 1,024.
+    """
+    if checkpoint.run is not None:
+        return checkpoint.run.batch.length
+    stated = checkpoint.settings.get("max_position_embeddings")
+    if not isinstance(stated, int) or stated < _SHORTEST:
+        return _PUBLISHED_LENGTH
+    return min(stated, _PUBLISHED_LENGTH)
+
+
 def score_checkpoint(
     checkpoint: Checkpoint,
     data: str,
@@ -157,8 +173,9 @@ def score_checkpoint(
 
     Returns:
       loss in nats per token, perplexity, bits_per_byte, gzip_bits_per_byte, tokens, bytes,
-      documents; those in bytes are None for token files, whose text is unknown, and so is documents
-      where these are packed. A perplexity that is too large for a float is infinite.
+      documents, and the length of the sequences; those in bytes are None for token files, whose
+      text is unknown, and so is documents where these are packed. A perplexity that is too large
+      for a float is infinite.
 
     Raises:
       ConfigError: a checkpoint or data that cannot be read, or a layout that does not fit.
@@ -191,6 +208,7 @@ def score_checkpoint(
         "tokens": total.targets,
         "bytes": laid.bytes,
         "documents": laid.documents,
+        "length": laid.width,
     }
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +139,21 @@ def test_one_device_is_not_for_several_processes(monkeypatch):
     monkeypatch.setattr(evaluation.jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"one device cannot serve 2 processes; .* --mesh=gpu:8"):
         mesh.forward_config(small.config(), {}, 16)
+
+
+@pytest.mark.parametrize(
+    "run, settings, length",
+    [
+        (128, {}, 128),
+        (None, {"max_position_embeddings": 4096}, 1024),
+        (None, {"max_position_embeddings": 512}, 512),
+        (None, {"max_position_embeddings": None}, 1024),
+        (None, {}, 1024),
+    ],
+)
+def test_a_checkpoint_is_scored_at_the_length_of_its_run(run, settings, length):
+    made_by = None if run is None else SimpleNamespace(batch=SimpleNamespace(length=run))
+    assert evaluation.length_of(SimpleNamespace(run=made_by, settings=settings)) == length
 
 
 def test_a_perplexity_beyond_every_float_is_infinite():
