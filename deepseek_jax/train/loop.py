@@ -3,6 +3,7 @@
 One turn of the loop, in this order: data, step, check, stop, log, save.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 from collections.abc import Collection
@@ -93,9 +94,12 @@ def _train(
     with Store(own.directory / workdir.CHECKPOINTS, keep=kept, check=own.check) as store:
         meta = store.newest_meta()
         raise_together(lambda: workdir.check_library(config, meta))
-        data = raise_together(lambda: _open_data(config, layout, mesh, report, meta))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            opening = pool.submit(_open_data, config, layout, mesh, report, meta)
+            fresh = None if meta else state.meanwhile(opening, config, layout, mesh)
+            data = raise_together(opening.result)
         with contextlib.closing(data), jax.set_mesh(mesh):
-            run = Run(config, mesh, layout, data, store, report, own)
+            run = Run(config, mesh, layout, data, store, report, own, fresh)
             text = raise_together(lambda: last_score.text_of(config, data.corpus))
             # Checkpoints and data fit one another.
             raise_together(lambda: workdir.claim(own.directory, config, data.corpus))
@@ -144,13 +148,18 @@ class Run:
         store: Store,
         report: Report,
         own: lock.Lock,
+        fresh: state.TrainState | None = None,
     ):
-        """Restores the newest checkpoint of `store` and the data's position, or starts afresh."""
+        """Restores the newest checkpoint of `store` and the data's position, or starts afresh.
+
+        Args:
+          fresh: the state of a fresh start, where it was built before.
+        """
         self._config, self._data, self._store, self._report = config, data, store, report
         self._own = own
         adam = optimizer.build(config.optimizer)
         places = state.shardings(config, layout, mesh, adam)
-        self.state, self.tokens = _start(config, places, adam, store, data, report)
+        self.state, self.tokens = _start(config, places, adam, store, data, report, fresh)
         self.steps = int(self.state.step)
         self._tokens_place = NamedSharding(mesh, tokens_spec(layout))
         self._jitted_step = jax.jit(
@@ -355,6 +364,7 @@ def _start(
     store: Store,
     data: TrainData,
     report: Report,
+    fresh: state.TrainState | None,
 ) -> tuple[state.TrainState, int]:
     """State and consumed tokens of the newest checkpoint, or those of a fresh start.
 
@@ -373,7 +383,7 @@ def _start(
 
     restored = store.restore(held, spare="ema")
     if restored is None:
-        return state.initialise(config, places, adam), 0
+        return fresh or state.initialise(config, places, adam), 0
     step, values, meta = restored
     if meta.get("weights_only"):
         report.say("starting from the weights of another checkpoint")

@@ -1,5 +1,6 @@
 """State of a training run on the devices, and the placement of each of its parts."""
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.model import params as weights
 from deepseek_jax.model.transformer import abstract_model, build_model
 from deepseek_jax.parallel.axes import Axes, Layout
+from deepseek_jax.train import optimizer as adams
 
 
 @jax.tree_util.register_dataclass
@@ -96,6 +98,24 @@ def initialise(config: Config, places: Any, optimizer: optax.GradientTransformat
         lambda key: _fresh(config, optimizer, key), out_shardings=places, compiler_options=quick
     )
     return build(jax.random.key(config.seed))
+
+
+def meanwhile(
+    opening: concurrent.futures.Future[Any], config: Config, layout: Layout, mesh: Mesh
+) -> TrainState | None:
+    """A fresh state, built while another thread works; None where that takes less than a second.
+
+    Several processes build theirs later, in the same order.
+
+    Args:
+      opening: the other thread's work, such as the preparation of the text.
+    """
+    done, _ = concurrent.futures.wait([opening], timeout=1)
+    if done or jax.process_count() > 1:
+        return None
+    with jax.set_mesh(mesh):
+        adam = adams.build(config.optimizer)
+        return initialise(config, shardings(config, layout, mesh, adam), adam)
 
 
 def abstract(
