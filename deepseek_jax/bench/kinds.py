@@ -23,7 +23,7 @@ from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.mesh import forward_config
 from deepseek_jax.train import evaluation
 
-TOKENS = 1 << 16  # at most, of each kind
+TOKENS = 1 << 15  # at most, of each kind
 DATA_HEAVY = 0.1
 _SEED = 0
 
