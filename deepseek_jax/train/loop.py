@@ -364,7 +364,7 @@ def _start(
     store: Store,
     data: TrainData,
     report: Report,
-    fresh: state.TrainState | None,
+    fresh: state.TrainState | None = None,
 ) -> tuple[state.TrainState, int]:
     """State and consumed tokens of the newest checkpoint, or those of a fresh start.
 
