@@ -224,6 +224,8 @@ class Run:
     def step(self, inputs: Inputs, before: Taken | None, profiler: profiling.Profiler) -> Taken:
         """Dispatches a step, which moves the state, and does not wait for its end.
 
+        On a CPU it waits for the step before.
+
         Args:
           before: the step in flight, of which this one takes the state.
         """
@@ -240,6 +242,9 @@ class Run:
             with self._system.compiling():
                 self._compile(arguments)
             self._stop.install()  # before this step there is nothing to save
+        if before and jax.default_backend() == "cpu":
+            # With two steps in flight XLA would hold the temporaries of both in turn.
+            jax.block_until_ready(before.metrics)
         if before and self._save_is_due(before.number):
             before.copy = state.copy_to_host(self.state)
         with profiler.step(self.steps + 1):

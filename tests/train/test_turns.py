@@ -18,6 +18,10 @@ class Metric:
     def __init__(self, emulated, number, ready, value):
         self.emulated, self.number, self.ready, self.value = emulated, number, ready, value
 
+    def block_until_ready(self):
+        self.emulated.now = max(self.emulated.now, self.ready)
+        self.emulated.events.append(f"wait {self.number}")
+
     def __array__(self, dtype=None, copy=None):
         emulated = self.emulated
         emulated.now = max(emulated.now, self.ready)
@@ -31,8 +35,19 @@ class Emulated:
     """A `loop.Run` whose parts take seconds of a clock, and that notes what happens in order."""
 
     def __init__(
-        self, monkeypatch, *, steps, device=1.0, data=0.0, report=0.0, save=0.0, every=1000, nan=0
+        self,
+        monkeypatch,
+        *,
+        steps,
+        device=1.0,
+        data=0.0,
+        report=0.0,
+        save=0.0,
+        every=1000,
+        nan=0,
+        backend="gpu",
     ):
+        monkeypatch.setattr(loop.jax, "default_backend", lambda: backend)
         self.events, self.seen, self.now, self.free = [], set(), 0.0, 0.0
         self.device, self.nan = device, nan
         self.config = runs.tiny(
@@ -120,6 +135,20 @@ def test_a_step_is_dispatched_before_the_metrics_of_the_step_before_are_read(mon
         "read 4", "row 4", saved(4, 4, 4, run),
     ]  # fmt: skip
     assert (summary["step"], summary["tokens"], summary["stopped"]) == (4, 4 * TOKENS, False)
+
+
+def test_on_a_cpu_one_step_is_in_flight_and_rows_are_written_beside_it(monkeypatch):
+    run = Emulated(monkeypatch, steps=3, report=0.9, data=0.9, backend="cpu")
+    summary = run.to_the_end()
+    order = list(dict.fromkeys(event for event in run.events if event[:4] != "save"))
+    assert order == [
+        "data 1", "step 1", "data 2",
+        "wait 1", "step 2", "data 3", "read 1", "row 1",
+        "wait 2", "step 3", "read 2", "row 2",
+        "read 3", "row 3",
+    ]  # fmt: skip
+    # 0.9 s before the first step, and 0.8 s by which data and row take longer than the second.
+    assert summary["idle_share"] == pytest.approx(1.7 / 4.7)
 
 
 def test_nothing_is_taken_where_no_tokens_are_left(monkeypatch):
