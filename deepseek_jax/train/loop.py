@@ -1,6 +1,8 @@
 """A training run from start to end.
 
-One turn of the loop, in this order: data, step, check, stop, log, save.
+One turn of the loop, in this order: stop, step, data, then check, watch, log and save of the step
+before. A step is dispatched and not waited for. While the devices take it, the loop puts the next
+batch beside it, reads the metrics of the step before, and writes its row and its checkpoint.
 """
 
 import concurrent.futures
@@ -29,6 +31,7 @@ from deepseek_jax.parallel.pipeline import stage_assignment
 from deepseek_jax.runtime import processes
 from deepseek_jax.runtime.agreement import raise_together
 from deepseek_jax.train import (
+    batches,
     last_score,
     lock,
     optimizer,
@@ -38,10 +41,11 @@ from deepseek_jax.train import (
     token_schedule,
     workdir,
 )
+from deepseek_jax.train.batches import Inputs
+from deepseek_jax.train.completions import Completions
 from deepseek_jax.train.metrics import Row
 from deepseek_jax.train.report import Report
 from deepseek_jax.train.step import make_ema, make_step, tokens_spec
-from deepseek_jax.train.token_schedule import Hyper
 
 
 class NotFinite(RunError):
@@ -116,27 +120,31 @@ def _train(
     return summary
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Arguments of one step, besides the state.
+@dataclasses.dataclass
+class Taken:
+    """A step that was dispatched; the devices may still be at work on it.
 
     Attributes:
-      tokens: [micro-batch, sequence, position + 1] int32, a global array.
-      count: real micro-batches; the rest is padding.
-      hyper: numbers of the schedule.
+      number: of the step, since the start of the run.
+      tokens: consumed with it, since the start of the run.
+      inputs: its arguments besides the state.
+      metrics: what it returns besides the state, on the devices.
+      copy: the state after it in host memory, if a save needs it after the next step has begun.
     """
 
-    tokens: jax.Array
-    count: int
-    hyper: Hyper
+    number: int
+    tokens: int
+    inputs: Inputs
+    metrics: dict[str, jax.Array]
+    copy: state.TrainState | None = None
 
 
 class Run:
     """A run from its newest checkpoint to its last step: `to_the_end` takes the turns.
 
     Attributes:
-      state: the training state after the last step that was taken.
-      steps, tokens: taken and consumed since the start of the run, in earlier processes too.
+      state: the training state after the last step that was dispatched.
+      steps, tokens: dispatched and consumed since the start of the run, in earlier processes too.
     """
 
     def __init__(
@@ -171,7 +179,7 @@ class Run:
         self._move_ema: Any = make_ema(config, places)
         self._stop = processes.StopSignal()
         self._problem: RunError | None = None  # of this process, which the others may not have
-        self._system = system_metrics.of(config)
+        self._system, self._completions = system_metrics.of(config), Completions()
 
     def to_the_end(self, profiler: profiling.Profiler) -> dict[str, Any]:
         """Takes the steps that are left; SIGTERM ends the run early, after a checkpoint.
@@ -185,40 +193,53 @@ class Run:
         raise_together(lambda: self._report.begin(self.steps, self.tokens))
         self._report.say(_headline(self._config, self._data))
         self._system.start()
-        stopped = False
-        while self.tokens < self._config.schedule.tokens and not stopped:
-            with self._system.excluded():
-                profiler.before_step()
-            with profiler.step(self.steps + 1):  # data, step, check, stop, log, save
+        taken: Taken | None = None  # the step in flight
+        inputs, stopped = self.data(), False
+        while inputs or taken:  # stop, step, data; then check, watch, log, save of the step before
+            if taken and self._stop.reached(taken.number):
+                inputs, stopped = None, True
+            following = None
+            if inputs and not (taken and profiler.is_due()):
+                following = self.step(inputs, taken, profiler)
                 inputs = self.data()
-                values = self.step(inputs)
-            self.check(values)
-            with self._system.excluded():
-                profiler.after_step()
-            self.watch()
-            stopped = self._stop.reached(self.steps)
-            if stopped:
-                raise_together(self._raise_problem)
-            last = stopped or self.tokens >= self._config.schedule.tokens
-            self.log(values, inputs, last)
-            self.save(last)
+            if taken:
+                last = not (following or inputs)
+                self.check(taken)
+                with self._system.excluded():
+                    profiler.after_step()
+                self.watch(taken)
+                if stopped:
+                    raise_together(self._raise_problem)
+                self.log(taken, last)
+                self.save(taken, last)
+            taken = following
         summary = self._system.summary()
         self._store.settle()
         stopped = stopped and self.tokens < self._config.schedule.tokens
         self._stop.steps_are_over(stopped)
         return {"step": self.steps, "tokens": self.tokens, "stopped": stopped, **summary}
 
-    def data(self) -> Inputs:
-        """The micro-batches and the schedule's numbers of the next step."""
+    def data(self) -> Inputs | None:
+        """The micro-batches and the schedule's numbers of the next step; None after the last."""
         config = self._config
+        if self.tokens >= config.schedule.tokens:
+            return None
         count = token_schedule.micro_batches(config.batch, self.tokens)
         hyper = token_schedule.hyper(config.schedule, step=self.steps, tokens=self.tokens)
         with self._system.waiting_for_data():
-            tokens = _batch(self._data, config, self._tokens_place, count)
-        return Inputs(tokens, count, hyper)
+            tokens = batches.take(self._data, config, self._tokens_place, count)
+        return Inputs(tokens, count, hyper, self._data.state())
 
-    def step(self, inputs: Inputs) -> dict[str, Any]:
-        """Moves the state by one step; returns the metrics as Python numbers and lists."""
+    def step(self, inputs: Inputs, before: Taken | None, profiler: profiling.Profiler) -> Taken:
+        """Dispatches a step, which moves the state, and does not wait for its end.
+
+        On a CPU it waits for the step before.
+
+        Args:
+          before: the step in flight, of which this one takes the state.
+        """
+        with self._system.excluded():
+            profiler.before_step()
         arguments = (
             dataclasses.replace(self.state, ema=None),
             inputs.tokens,
@@ -230,34 +251,42 @@ class Run:
             with self._system.compiling():
                 self._compile(arguments)
             self._stop.install()  # before this step there is nothing to save
-        moved, metrics = self._compiled_step(*arguments)  # which donates the state
-        ema = None if self.state.ema is None else self._move_ema(self.state.ema, moved.params)
+        if before and jax.default_backend() == "cpu":
+            # With two steps in flight XLA would hold the temporaries of both in turn.
+            jax.block_until_ready(before.metrics)
+        if before and self._save_is_due(before.number):
+            before.copy = state.copy_to_host(self.state)
+        with profiler.step(self.steps + 1):
+            moved, metrics = self._compiled_step(*arguments)  # which donates the state
+            ema = None if self.state.ema is None else self._move_ema(self.state.ema, moved.params)
         self.state = dataclasses.replace(moved, ema=ema)
         tokens = inputs.count * token_schedule.tokens_per_micro_batch(self._config.batch)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
-        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        self._system.stepped(tokens)
-        return values
+        self._system.dispatched(tokens, self._completions.expect(metrics))
+        return Taken(self.steps, self.tokens, inputs, metrics)
 
-    def check(self, values: dict[str, Any]) -> None:
-        """Raises NotFinite where the loss or the gradient norm is no number."""
-        loss, norm = values["loss"], values["grad_norm"]
+    def check(self, taken: Taken) -> None:
+        """Waits for the step; raises NotFinite where its loss or gradient norm is no number."""
+        loss, norm = (np.asarray(taken.metrics[name]).item() for name in ("loss", "grad_norm"))
+        self._system.done()
         if not np.isfinite([loss, norm]).all():
-            said = f"step {self.steps} has loss {loss}, gradient norm {norm}"
+            said = f"step {taken.number} has loss {loss}, gradient norm {norm}"
             raise NotFinite(self._not_finite(said))
 
-    def watch(self) -> None:
+    def watch(self, taken: Taken) -> None:
         """Looks for a save that failed, and for a workdir that is gone where a row is due.
 
         One process may see what the others do not, so it asks all of them to stop, as a signal
-        would: after the same step all of them raise its error.
+        would: after the same step all of them raise its error. A process alone raises it here.
         """
         try:
             if failed := self._store.failure():
                 raise failed
-            if processes.is_primary() and self._row_is_due():
+            if processes.is_primary() and self._row_is_due(taken.number):
                 workdir.watch(self._own, self._store.newest, self._config, self._data.corpus)
         except RunError as error:
+            if jax.process_count() == 1:
+                raise
             self._problem = self._problem or error
             self._stop.request()
 
@@ -265,16 +294,18 @@ class Run:
         if self._problem:
             raise self._problem
 
-    def _row_is_due(self) -> bool:
-        return self.steps == 1 or self.steps % self._config.log.every_steps == 0
+    def _row_is_due(self, step: int) -> bool:
+        return step == 1 or step % self._config.log.every_steps == 0
 
-    def log(self, values: dict[str, Any], inputs: Inputs, last: bool) -> None:
+    def _save_is_due(self, step: int) -> bool:
+        return step % self._config.checkpoint.every_steps == 0
+
+    def log(self, taken: Taken, last: bool) -> None:
         """Reports the first step, every `log.every_steps`-th and the last."""
-        if self._row_is_due() or last:
-            with self._system.row() as system:
-                self._report.step({**self._row(values, inputs), **system})
+        if self._row_is_due(taken.number) or last:
+            self._report.step({**self._row(taken), **self._system.row()})
 
-    def save(self, last: bool) -> None:
+    def save(self, taken: Taken, last: bool) -> None:
         """Saves every `checkpoint.every_steps`-th step and the last.
 
         Raises:
@@ -282,18 +313,25 @@ class Run:
             weights before it, so no metric has shown it yet.
           RunError: it cannot be written, or the one before could not.
         """
-        if self.steps % self._config.checkpoint.every_steps and not last:
+        if not self._save_is_due(taken.number) and not last:
             return
-        meta = {"tokens": self.tokens, "data": self._data.state()}
+        meta = {"tokens": taken.tokens, "data": taken.inputs.position}
         meta |= workdir.of_this_python(self._config)
+        self._wait_among_several()
         try:
-            self._store.save(self.steps, state.to_dict(self.state), meta)
+            self._store.save(taken.number, state.to_dict(taken.copy or self.state), meta)
         except manifest.NotFiniteLeaves as error:
-            said = f"step {self.steps} made values that are NaN or infinite ({error})"
+            said = f"step {taken.number} made values that are NaN or infinite ({error})"
             raise NotFinite(self._not_finite(said)) from error
+
+    def _wait_among_several(self) -> None:
+        """Waits for the steps in flight, before processes agree by programs on their devices."""
+        if jax.process_count() > 1:
+            jax.block_until_ready(self.state.step)
 
     def _not_finite(self, said: str) -> str:
         """Message of NotFinite, with the checkpoint that a save may just be writing."""
+        self._wait_among_several()
         with contextlib.suppress(RunError):
             self._store.settle()
         good = "there is no checkpoint yet"
@@ -313,16 +351,17 @@ class Run:
         if now.ema is not None:
             self._move_ema = self._move_ema.lower(now.ema, now.params).compile()
 
-    def _row(self, values: dict[str, Any], inputs: Inputs) -> Row:
+    def _row(self, taken: Taken) -> Row:
+        values = {name: np.asarray(value).tolist() for name, value in taken.metrics.items()}
         violations = values.pop("max_violation")
         return {
-            "step": self.steps,
-            "tokens": self.tokens,
+            "step": taken.number,
+            "tokens": taken.tokens,
             **values,
             "max_violation": max(violations, default=0.0),
             "layer_max_violation": violations,
-            **dataclasses.asdict(inputs.hyper),
-            "sequences": inputs.count * self._config.batch.micro_sequences,
+            **dataclasses.asdict(taken.inputs.hyper),
+            "sequences": taken.inputs.count * self._config.batch.micro_sequences,
         }
 
 
@@ -343,7 +382,7 @@ def _open_data(
     config: Config, layout: Layout, mesh: Mesh, report: Report, meta: dict[str, Any] | None
 ) -> TrainData:
     """The training data of this process, made as for the checkpoint of `meta`, if there is one."""
-    row, readers = _rows(NamedSharding(mesh, tokens_spec(layout)), config)
+    row, readers = batches.share(NamedSharding(mesh, tokens_spec(layout)), config)
     return TrainData(
         config.data,
         vocab=config.model.vocab,
@@ -409,35 +448,6 @@ def _restore_data(data: TrainData, meta: dict[str, Any], config: Config) -> None
             f"{error}. data.path='' is the running Python's library: resume with the Python that "
             "made this run, or begin a new workdir with --config.data.path=FOLDER"
         ) from error
-
-
-def _rows(place: NamedSharding, config: Config) -> tuple[int, int]:
-    """Index of this process among those that share each micro-batch's rows, and their number."""
-    rows = config.batch.micro_sequences
-    first, end = _span(place, (1, rows, 1))
-    return first // (end - first), rows // (end - first)
-
-
-def _span(place: NamedSharding, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """First row and last row + 1 of a micro-batch on the devices of this process."""
-    held: Any = place.addressable_devices_indices_map(shape).values()
-    spans = [index[1].indices(shape[1])[:2] for index in held]
-    return min(span[0] for span in spans), max(span[1] for span in spans)
-
-
-def _batch(data: TrainData, config: Config, place: NamedSharding, count: int) -> jax.Array:
-    """The next `count` micro-batches as one global array, padded to the longest step's number."""
-    most = token_schedule.most_micro_batches(config.batch)
-    local = np.stack([next(data) for _ in range(count)])
-    local = np.pad(local, ((0, most - count), (0, 0), (0, 0)))
-    shape = (most, config.batch.micro_sequences, config.batch.length + 1)
-    first, _ = _span(place, shape)
-
-    def part(index: Any) -> np.ndarray:
-        start, end, _ = index[1].indices(shape[1])
-        return local[:, start - first : end - first]
-
-    return jax.make_array_from_callback(shape, place, part)
 
 
 def _headline(config: Config, data: TrainData) -> str:

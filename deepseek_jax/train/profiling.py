@@ -48,11 +48,15 @@ class Profiler:
 
     def __init__(self, directory: Path, steps: int, say: Callable[[str], None]):
         self._directory, self._say = directory / PROFILE, say
-        self._steps, self._seen, self._tracing = steps, 0, False
+        self._steps, self._begun, self._seen, self._tracing = steps, 0, 0, False
+
+    def is_due(self) -> bool:
+        """Whether the trace begins or ends before the next step: none may be in flight then."""
+        return self._steps > 0 and self._begun in (SKIPPED, SKIPPED + self._steps)
 
     def before_step(self) -> None:
         """Starts the trace where this is the first of the steps to be traced."""
-        if self._steps and self._seen == SKIPPED:
+        if self._steps and self._begun == SKIPPED:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # the device and XLA's calls are enough, and small
             try:
@@ -64,13 +68,14 @@ class Profiler:
                 self._failed(error)
 
     def step(self, number: int) -> contextlib.AbstractContextManager[object]:
-        """The span of one step in the trace, under the number of the step."""
+        """The span in which one step is dispatched, under the number of the step."""
+        self._begun += 1
         if not self._tracing:
             return contextlib.nullcontext()
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def after_step(self) -> None:
-        """Writes the trace where this was the last of the steps to be traced."""
+        """Counts a step that is done; writes the trace after the last that is to be traced."""
         self._seen += 1
         if self._tracing and self._seen == SKIPPED + self._steps:
             self.close()

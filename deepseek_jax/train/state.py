@@ -157,6 +157,18 @@ def begin_average(like: TrainState, values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "ema": copy(values["params"])}
 
 
+def copy_to_host(state: TrainState) -> TrainState:
+    """A copy in host memory, for a checkpoint, of a state that the next step donates.
+
+    Returns at once: the devices copy before the step overwrites what it was given. The EMA is in
+    host memory and is not donated, so it is no copy.
+    """
+    moving, kind = dataclasses.replace(state, ema=None), host_memory()
+    places = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(kind), moving)
+    copy: TrainState = jax.device_put(moving, places, may_alias=False)
+    return dataclasses.replace(copy, ema=state.ema)
+
+
 def to_dict(state: TrainState) -> dict[str, Any]:
     """Content of a checkpoint: the state as nested dictionaries of arrays under plain names."""
     adam = next(part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))

@@ -1,13 +1,16 @@
 """Metrics of the system that trains: time, FLOP/s, and device memory.
 
 All times are wall times of this process. Compilation and the writing of a profile are left out of
-every time but their own.
+every time but their own. A step's time is from the end of the step before to its own end, both on
+the devices. It is idle from there until it is dispatched: no step is in flight.
 """
 
+import collections
 import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -25,12 +28,14 @@ class Spent:
 
     Attributes:
       seconds: wall time of the steps.
-      waited: seconds of these in which a step waited for its data.
+      waited: seconds in which the loop waited for their data, beside the step before or not.
+      idle: seconds of their wall time in which no step was in flight.
       steps, tokens: steps taken, and tokens consumed.
     """
 
     seconds: float = 0.0
     waited: float = 0.0
+    idle: float = 0.0
     steps: int = 0
     tokens: int = 0
 
@@ -66,11 +71,15 @@ class SystemMetrics:
         self._peak = chips.peak_flops_per_s(local_devices[0].device_kind, dtype)
         self._compile_seconds: float | None = None
         self._row, self._rows = Spent(), Spent()
+        self._waited = 0.0  # for the data of the next step
+        self._dispatched: collections.deque[tuple[float, Spent, Future[float]]] = (
+            collections.deque()
+        )
         self.start()
 
     def start(self) -> None:
         """Starts the clock anew: the first step begins."""
-        self._resumed = self._clock()  # the row's earlier time is in its sums, or is no step's
+        self._since = self._clock()  # end of the step before; earlier time is in the row's sums
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -82,34 +91,49 @@ class SystemMetrics:
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """A span of time that is no step's."""
-        self._row.seconds += self._clock() - self._resumed
+        """A span of time that is no step's, unless a step is in flight."""
+        if self._dispatched:
+            yield
+            return
+        before = self._clock() - self._since
+        self._row += Spent(seconds=before, idle=before)
         yield
-        self._resumed = self._clock()
+        self._since = self._clock()
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """A span of a step in which it waits for its tokens."""
+        """A span in which the loop waits for the tokens of the next step."""
         before = self._clock()
         yield
-        self._row.waited += self._clock() - before
+        self._waited += self._clock() - before
 
-    def stepped(self, tokens: int) -> None:
-        """Counts a step that is done, of so many tokens."""
-        self._row.steps += 1
-        self._row.tokens += tokens
+    def dispatched(self, tokens: int, ready: Future[float]) -> None:
+        """Counts a step that is in flight from now on.
 
-    @contextlib.contextmanager
-    def row(self) -> Iterator[Row]:
-        """The fields of the steps since the row before; writing the row is no step's time.
+        Args:
+          tokens: of this step.
+          ready: the time when it is done, of the same clock.
+        """
+        spent = Spent(waited=self._waited, steps=1, tokens=tokens)
+        self._dispatched.append((self._clock(), spent, ready))
+        self._waited = 0.0
+
+    def done(self) -> None:
+        """Waits for the end of the oldest step in flight, and takes its time."""
+        dispatched, spent, ready = self._dispatched.popleft()
+        end = ready.result()
+        spent.seconds, spent.idle = end - self._since, max(dispatched - self._since, 0.0)
+        self._row, self._since = self._row + spent, end
+
+    def row(self) -> Row:
+        """The fields of the steps that were done since the row before.
 
         `compile_seconds` is in the first row after the compilation.
         """
-        with self.excluded():
-            row = self._row
-            compiled = self._compile_seconds if not self._rows.steps else None
-            self._row, self._rows = Spent(), self._rows + row
-            yield self._fields(row, compiled)
+        row = self._row
+        compiled = self._compile_seconds if not self._rows.steps else None
+        self._row, self._rows = Spent(), self._rows + row
+        return self._fields(row, compiled)
 
     def summary(self) -> Row:
         """The fields of all rows of this process; none where there are no rows."""
@@ -122,6 +146,7 @@ class SystemMetrics:
             "tokens_per_second": tokens_per_second,
             "step_seconds": spent.seconds / spent.steps,
             "data_seconds": spent.waited / spent.steps,
+            "idle_share": spent.idle / spent.seconds,
             "compile_seconds": compile_seconds,
             "model_flops_per_second": flops,
             "mfu": flops / self._peak if self._peak else None,

@@ -1,6 +1,7 @@
 """DeepSeekMoE against equation 12, with any dispatch and any placement of its experts."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -58,30 +59,30 @@ def test_dense_feed_forward_follows_the_equation():
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
+def mixed(module, x):
+    return module(x, Execution())[0]
+
+
+@functools.cache
+def alone():
+    """(module, input, pull) on one device, and its value and gradients there."""
+    _, _, model = variant("v3")
+    given = layer(model.moe_layers).feed, inputs(4, 10), inputs(4, 10, seed=1)
+    return given, jax.device_get(jax.jit(small.pulled, static_argnums=0)(mixed, *given))
+
+
 @pytest.mark.parametrize(
     "sizes",
     [{"gpu": 4}, {"node": 2, "gpu": 2, "tensor": 2}, {"replica": 2, "tensor": 4}],
     ids=str,
 )
 def test_layout_changes_nothing(sizes):
-    _, _, model = variant("v3")
-    module, x, pull = layer(model.moe_layers).feed, inputs(4, 10), inputs(4, 10, seed=1)
-
-    def fn(module, x):
-        return module(x, Execution())[0]
-
-    want = jax.device_get(jax.jit(small.pulled, static_argnums=0)(fn, module, x, pull))
-    small.assert_close(small.spread(fn, module, x, pull, sizes), want, 3e-6)
+    given, want = alone()
+    small.assert_close(small.spread(mixed, *given, sizes), want, 3e-6)
 
 
 def test_bias_gets_no_gradient_and_the_router_does():
-    _, _, model = variant("v3")
-    x = inputs()
-
-    def fn(module, x):
-        return module(x, Execution())[0]
-
-    _, grads, _ = small.pulled(fn, layer(model.moe_layers).feed, x, x)
+    _, (_, grads, _) = alone()
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
     assert not any("bias" in name for name in names)
     assert any("centroids" in name for name in names)

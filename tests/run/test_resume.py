@@ -11,7 +11,9 @@ import runs
 
 from deepseek_jax.train import loop
 
-SYSTEM = {"tokens_per_second", "step_seconds", "data_seconds", "model_flops_per_second"}
+SYSTEM = {
+    "tokens_per_second", "step_seconds", "data_seconds", "idle_share", "model_flops_per_second",
+}  # fmt: skip
 KEYS = SYSTEM | {
     "step", "tokens", "loss", "mtp_loss", "grad_norm", "learning_rate",
     "max_violation", "expert_load", "mtp_weight", "bias_speed", "sequences",
@@ -47,6 +49,7 @@ def test_a_run_leaves_what_it_promises(whole):
     # A CPU has neither a published peak nor memory statistics.
     assert not any(row.keys() & {"mfu", "device_bytes_in_use", "device_bytes_peak"} for row in rows)
     assert [row["step"] for row in rows if "compile_seconds" in row] == [1]
+    assert all(0 <= row["idle_share"] <= 1 for row in rows)
     assert rows[0]["compile_seconds"] > rows[1]["step_seconds"] > rows[1]["data_seconds"] > 0
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary.keys() >= SYSTEM | {"compile_seconds", "step", "tokens", "stopped"}
@@ -124,8 +127,8 @@ def test_a_checkpoint_goes_on_on_another_mesh(whole, text, tmp_path):
     kept, *later = runs.checkpoints(run)
     for step in later:
         shutil.rmtree(run / "checkpoints" / str(step))
-    mesh = {"pipe": 2, "gpu": 2, "tensor": 2}
-    loop.train(runs.tiny(text, mesh=mesh), run, screen=False)
+    mesh, quick = {"pipe": 2, "gpu": 2, "tensor": 2}, {"capacity_factor": 100, "unroll": 1}
+    loop.train(runs.tiny(text, mesh=mesh, layout=quick), run, screen=False)
     got, want = runs.losses(run), runs.losses(whole[0])
     assert kept < len(want) - 5
     np.testing.assert_array_equal(got[:kept], want[:kept])

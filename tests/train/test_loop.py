@@ -29,9 +29,11 @@ def test_a_second_run_is_refused_before_it_opens_its_data(text, tmp_path, monkey
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("seen", ["a failed save", "a workdir that is gone"])
-def test_what_one_process_sees_stops_all_of_them(monkeypatch, seen):
+def test_what_one_process_sees_stops_all_of_them(monkeypatch, seen, count):
     error = RunError(seen)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
 
     def watch(*_):
         if seen != "a failed save":
@@ -41,14 +43,23 @@ def test_what_one_process_sees_stops_all_of_them(monkeypatch, seen):
     run._store = SimpleNamespace(newest=4, failure=lambda: error if "save" in seen else None)
     run._config = SimpleNamespace(log=SimpleNamespace(every_steps=5))
     run._data = SimpleNamespace(corpus=None)
-    run._own, run._problem, run.steps = None, None, 4
+    run._own, run._problem = None, None
     run._stop = loop.processes.StopSignal()
     monkeypatch.setattr(loop.workdir, "watch", watch)
-    run.watch()
-    assert run._stop.reached(4) == (seen == "a failed save")  # else when a row is due
-    run.steps = 5
-    run.watch()
-    assert run._stop.reached(5)
+
+    def watched(number):
+        run.watch(loop.Taken(number, 0, None, {}))
+
+    due = 4 if seen == "a failed save" else 5  # a folder is looked for when a row is due
+    if due == 5:
+        watched(4)
+        assert not run._stop.reached(4)
+    if count == 1:
+        with pytest.raises(RunError, match=f"^{seen}$"):
+            watched(due)
+        return
+    watched(due)
+    assert run._stop.reached(due)
     with pytest.raises(RunError, match=f"^{seen}$"):
         run._raise_problem()
 

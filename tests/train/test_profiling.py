@@ -45,6 +45,20 @@ def test_the_profile_follows_two_steps(tmp_path, calls, steps, profiled, want, s
     assert len(lines) == len(said) and all(a in b for a, b in zip(said, lines, strict=True))
 
 
+def test_no_step_is_in_flight_where_a_trace_begins_or_ends(tmp_path, calls):
+    profiler, alone = profiling.Profiler(tmp_path, 2, calls.append), []
+    for number in range(1, 8):
+        if profiler.is_due():
+            alone.append(number)
+        profiler.before_step()
+        with profiler.step(number):
+            pass
+        if number > 1:  # the loop waits for a step while the next one is in flight
+            profiler.after_step()
+    assert alone == [3, 5]
+    assert not profiling.Profiler(tmp_path, 0, calls.append).is_due()
+
+
 @pytest.mark.parametrize(
     "name, want", [("start_trace", [1, 2, 3, 4]), ("stop_trace", [1, 2, "on", 3, 4])]
 )

@@ -1,0 +1,218 @@
+"""Order of a run's turns, on a device, a data source and a report that only a clock knows."""
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import runs
+
+from deepseek_jax.train import loop, profiling, state, system_metrics
+
+TOKENS = 256  # of a step
+
+
+class Metric:
+    """A number that is there when its step is done: to read it turns the clock on."""
+
+    def __init__(self, emulated, number, ready, value):
+        self.emulated, self.number, self.ready, self.value = emulated, number, ready, value
+
+    def block_until_ready(self):
+        self.emulated.now = max(self.emulated.now, self.ready)
+        self.emulated.events.append(f"wait {self.number}")
+
+    def __array__(self, dtype=None, copy=None):
+        emulated = self.emulated
+        emulated.now = max(emulated.now, self.ready)
+        if self.number not in emulated.seen:
+            emulated.seen.add(self.number)
+            emulated.events.append(f"read {self.number}")
+        return np.asarray(self.value)
+
+
+class Emulated:
+    """A `loop.Run` whose parts take seconds of a clock, and that notes what happens in order."""
+
+    def __init__(
+        self,
+        monkeypatch,
+        *,
+        steps,
+        device=1.0,
+        data=0.0,
+        report=0.0,
+        save=0.0,
+        every=1000,
+        nan=0,
+        backend="gpu",
+    ):
+        monkeypatch.setattr(loop.jax, "default_backend", lambda: backend)
+        self.events, self.seen, self.now, self.free = [], set(), 0.0, 0.0
+        self.device, self.nan = device, nan
+        self.config = runs.tiny(
+            runs.TINY,
+            schedule={"tokens": steps * TOKENS},
+            batch={"ramp_sequences": 8, "sequences": 8, "length": 32},
+            checkpoint={"every_steps": every},
+        )
+        run = self.run = object.__new__(loop.Run)
+        run.steps, run.tokens = 0, 0
+        run.state = state.TrainState(0, {}, {}, (), None)
+        run._config, run._own, run._problem, run._tokens_place = self.config, None, None, None
+        run._compiled_step = self.step
+        run._stop = loop.processes.StopSignal()
+        run._system = system_metrics.SystemMetrics(
+            self.config,
+            devices=1,
+            local_devices=[SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)],
+            clock=lambda: self.now,
+        )
+        run._completions = SimpleNamespace(expect=self.expect)
+        drawn = iter(range(1, 1000))
+        self.drawn = 0
+
+        def take(*_):
+            self.drawn = next(drawn)
+            self.spend(data, f"data {self.drawn}")
+
+        run._data = SimpleNamespace(
+            state=lambda: {"consumed": self.drawn}, corpus=None, facts=SimpleNamespace(tokens=1)
+        )
+        run._report = SimpleNamespace(
+            begin=lambda *_: None,
+            say=lambda _: None,
+            step=lambda row: self.spend(report, f"row {row['step']}"),
+        )
+        run._store = SimpleNamespace(
+            newest=0,
+            failure=lambda: None,
+            settle=lambda: None,
+            save=lambda step, values, meta: self.spend(save, f"save {step} {values} {meta}"),
+        )
+        monkeypatch.setattr(loop.batches, "take", take)
+        monkeypatch.setattr(loop.workdir, "watch", lambda *_: None)
+        monkeypatch.setattr(loop.state, "copy_to_host", lambda now: f"copy of {now.step}")
+        monkeypatch.setattr(loop.state, "to_dict", lambda now: getattr(now, "step", now))
+
+    def spend(self, seconds, event):
+        self.events.append(event)
+        self.now += seconds
+
+    def step(self, now, *_):
+        """The devices begin it once the step before is done."""
+        self.free = max(self.now, self.free) + self.device
+        number = now.step + 1
+        self.events.append(f"step {number}")
+        loss = float("nan") if number == self.nan else 2.0
+        values = {"loss": loss, "grad_norm": 1.0, "max_violation": [0.5]}
+        metrics = {name: Metric(self, number, self.free, value) for name, value in values.items()}
+        return state.TrainState(number, {}, {}, (), None), metrics
+
+    def expect(self, metrics):
+        ready = Future()
+        ready.set_result(metrics["loss"].ready)
+        return ready
+
+    def to_the_end(self, profiler=None):
+        return self.run.to_the_end(profiler or profiling.Profiler(runs.ROOT, 0, print))
+
+
+def saved(step, values, consumed, emulated):
+    """The event of a save: the state after a step, and the tokens and data of no later one."""
+    meta = {"tokens": step * TOKENS, "data": {"consumed": consumed}}
+    return f"save {step} {values} {meta | loop.workdir.of_this_python(emulated.config)}"
+
+
+def test_a_step_is_dispatched_before_the_metrics_of_the_step_before_are_read(monkeypatch):
+    run = Emulated(monkeypatch, steps=4, every=2)
+    summary = run.to_the_end()
+    assert run.events == [
+        "data 1", "step 1", "data 2",
+        "step 2", "data 3", "read 1", "row 1",
+        "step 3", "data 4", "read 2", "row 2", saved(2, "copy of 2", 2, run),
+        "step 4", "read 3", "row 3",
+        "read 4", "row 4", saved(4, 4, 4, run),
+    ]  # fmt: skip
+    assert (summary["step"], summary["tokens"], summary["stopped"]) == (4, 4 * TOKENS, False)
+
+
+def test_on_a_cpu_one_step_is_in_flight_and_rows_are_written_beside_it(monkeypatch):
+    run = Emulated(monkeypatch, steps=3, report=0.9, data=0.9, backend="cpu")
+    summary = run.to_the_end()
+    order = list(dict.fromkeys(event for event in run.events if event[:4] != "save"))
+    assert order == [
+        "data 1", "step 1", "data 2",
+        "wait 1", "step 2", "data 3", "read 1", "row 1",
+        "wait 2", "step 3", "read 2", "row 2",
+        "read 3", "row 3",
+    ]  # fmt: skip
+    # 0.9 s before the first step, and 0.8 s by which data and row take longer than the second.
+    assert summary["idle_share"] == pytest.approx(1.7 / 4.7)
+
+
+def test_nothing_is_taken_where_no_tokens_are_left(monkeypatch):
+    run = Emulated(monkeypatch, steps=4)
+    run.run.steps, run.run.tokens = 4, 4 * TOKENS
+    assert run.to_the_end() == {"step": 4, "tokens": 4 * TOKENS, "stopped": False}
+    assert run.events == []
+
+
+@pytest.mark.parametrize(
+    "slow, share",
+    [
+        ({}, 0.0),
+        ({"data": 0.9}, 0.009),  # before the first step alone
+        ({"data": 3.0}, 2 / 3),
+        ({"report": 0.9}, 0.0),
+        ({"report": 4.0}, 3 / 4),
+        ({"report": 0.5, "save": 0.4, "data": 0.05}, 0.0005),
+        ({"report": 0.5, "save": 0.7, "every": 1}, 0.2 / 1.2),
+    ],
+)
+def test_the_idle_share_is_what_the_host_takes_longer_than_the_device(monkeypatch, slow, share):
+    summary = Emulated(monkeypatch, steps=100, device=1.0, **slow).to_the_end()
+    assert summary["idle_share"] == pytest.approx(share, abs=0.01)
+    assert summary["step_seconds"] == pytest.approx(1 / (1 - share), rel=0.02)
+
+
+def test_a_step_that_is_not_finite_leaves_no_row_and_no_checkpoint(monkeypatch):
+    run = Emulated(monkeypatch, steps=6, every=1, nan=3)
+    words = r"^step 3 has loss nan, gradient norm 1\.0; there is no checkpoint yet\. Lower"
+    with pytest.raises(loop.NotFinite, match=words):
+        run.to_the_end()
+    assert "step 4" in run.events and "step 5" not in run.events
+    assert [event.split()[1] for event in run.events if event[:3] in ("row", "sav")] == list("1122")
+
+
+def test_a_signal_ends_the_run_after_the_step_in_flight(monkeypatch):
+    run = Emulated(monkeypatch, steps=9)
+    heard = run.run._report.step
+
+    def step(row):
+        heard(row)
+        if row["step"] == 2:
+            run.run._stop.request()
+
+    run.run._report.step = step
+    summary = run.to_the_end()
+    assert (summary["step"], summary["tokens"], summary["stopped"]) == (3, 3 * TOKENS, True)
+    # The batch of a fourth step was drawn, and is not in the checkpoint.
+    last = ["data 4", "read 2", "row 2", "read 3", "row 3", saved(3, 3, 3, run)]
+    assert run.events[-6:] == last
+
+
+def test_a_trace_begins_and_ends_without_a_step_in_flight(monkeypatch, tmp_path):
+    run = Emulated(monkeypatch, steps=5)
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(
+            profiling.jax.profiler, name, lambda *_, name=name, **__: run.spend(100, name)
+        )
+    summary = run.to_the_end(profiling.Profiler(tmp_path, 1, lambda _: None))
+    order = [event for event in run.events if event[:4] in ("step", "read", "star", "stop")]
+    assert order == [
+        "step 1", "step 2", "read 1", "read 2",
+        "start_trace", "step 3", "read 3", "stop_trace",
+        "step 4", "step 5", "read 4", "read 5",
+    ]  # fmt: skip
+    assert summary["step_seconds"] == 1 and summary["idle_share"] == 0
