@@ -9,10 +9,10 @@ A prompt is encoded as documents are in training: after BOS, and the names of sp
 such as <｜User｜>, are spelled in letters, with a warning. With --special_tokens such a name is
 the token itself, as in `transformers`, and a prompt that begins with BOS gets no second one.
 
-Tokens are sampled with temperature and top-p. A flag comes first, then a value that a Hugging Face
-directory states in its generation_config.json, then the default; --temperature=0 takes the likeliest
-token each time. A line on stderr tells the values and their sources, and at the end whether a text
-stopped at --max_tokens; with --json both are fields instead.
+Tokens are sampled with temperature and top-p. A flag comes first, then a value that a Hugging
+Face directory states in its generation_config.json, then the default; --temperature=0 takes the
+likeliest token each time. A line on stderr tells the values and their sources, and at the end
+whether --max_tokens cut a text off; with --json both are fields instead.
 """
 
 import json

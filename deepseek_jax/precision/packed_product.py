@@ -2,11 +2,11 @@
 
 P parts, M rows, D width in, X width out.
 
-A product of few rows is bound by reading the weight. XLA's matmul for CPUs reads its left operand as
-it lies in memory, if the sum is over that operand's last axis, and copies its right operand into
+A product of few rows is bound by reading the weight. XLA's matmul for CPUs reads its left operand
+as it lies in memory, if the sum is over that operand's last axis, and copies its right operand into
 another order first. So the weight is the left operand, transposed once when it is packed. A product
-of this size runs on one core; its parts run side by side. Measured on two cores, 16 matrices of 256
-x 256 not in cache, 8 rows: a third of the time of the same product with the weights on the right.
+of this size runs on one core; its parts run side by side. Measured on two cores, 16 matrices of
+256 x 256 not in cache, 8 rows: a third of the time of the same product with weights on the right.
 """
 
 import jax

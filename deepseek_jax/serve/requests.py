@@ -69,7 +69,7 @@ class Request:
 
 
 # Type, test and words for each number of a request; NaN passes no test.
-NUMBERS: Mapping[str, tuple[type, Callable[[Any], bool], str]] = {
+NUMBERS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
     "max_tokens": (numbers.Integral, lambda x: x >= 1, "a whole number, at least 1"),
     "temperature": (numbers.Real, lambda x: 0 <= x <= HOTTEST, "a number from 0 to 1e30"),
     "top_p": (numbers.Real, lambda x: 0 < x <= 1, "a number above 0, up to 1"),

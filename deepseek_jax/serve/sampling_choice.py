@@ -1,4 +1,4 @@
-"""Sampling settings of `generate`: from flags, from a checkpoint's generation_config.json, or ours."""
+"""Sampling settings of `generate`: flags, a checkpoint's generation_config.json, or defaults."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -64,24 +64,20 @@ def sampling_of(
     Raises:
       ConfigError: a stated value that would be used and is none; the message names the file.
     """
-    stated: dict[str, Any] = {
-        name: checkpoint.generation.get(name) for name in ("temperature", "top_p")
-    }
-    if checkpoint.generation.get("do_sample") is False:
+    stated = dict(checkpoint.generation)
+    if stated.get("do_sample") is False:
         stated["temperature"] = 0.0
-    found = {}
-    for name, given, default in (
-        ("temperature", temperature, TEMPERATURE),
-        ("top_p", top_p, TOP_P),
-    ):
+
+    def one(name: str, given: float | None, default: float) -> tuple[float, str]:
         if given is not None:
-            found[name] = given, "flag"
-        elif stated[name] is not None:
-            found[name] = _checked(checkpoint, name, stated[name]), FILE
-        else:
-            found[name] = default, "default"
-    values, sources = zip(found["temperature"], found["top_p"], strict=True)
-    return SamplingChoice(*values, sources=sources)
+            return given, "flag"
+        if stated.get(name) is not None:
+            return _checked(checkpoint, name, stated[name]), FILE
+        return default, "default"
+
+    heat, of_heat = one("temperature", temperature, TEMPERATURE)
+    share, of_share = one("top_p", top_p, TOP_P)
+    return SamplingChoice(heat, share, (of_heat, of_share))
 
 
 def _checked(checkpoint: Checkpoint, name: str, value: Any) -> float:
