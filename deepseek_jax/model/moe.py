@@ -173,7 +173,7 @@ class MixtureOfExperts(nnx.Module):
         """Whether all experts on so few tokens run faster than each token's own experts.
 
         True when tokens * top_k >= 2 * experts, for then 6 of 7 experts are read anyway (estimated
-        for a uniform router); with packed CPU weights from experts / 2 on (measured).
+        for a uniform router); with packed CPU weights from experts / 4 on (measured).
         """
         if axes.size("experts") > 1 or self.slots is not None or tokens > FEW_TOKENS:
             return False
