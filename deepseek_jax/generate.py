@@ -8,11 +8,19 @@ blocks in bfloat16; float32 where that is missing or float16) with dropless disp
 A prompt is encoded as documents are in training: after BOS, and the names of special tokens in it,
 such as <｜User｜>, are spelled in letters, with a warning. With --special_tokens such a name is
 the token itself, as in `transformers`, and a prompt that begins with BOS gets no second one.
+
+Tokens are sampled with temperature and top-p. A flag comes first, then a value that a Hugging
+Face directory states in its generation_config.json, then the default; --temperature=0 takes the
+likeliest token each time. A line on stderr tells the values and their sources, and at the end
+whether --max_tokens cut a text off; with --json both are fields instead.
 """
 
 import json
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -31,9 +39,16 @@ MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 128, "Most tokens to generate for a prompt.", lower_bound=1
 )
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "Sampling temperature; 0 takes the likeliest token.", lower_bound=0
+    "temperature",
+    None,
+    "Sampling temperature; 0 takes the likeliest token. Default: the checkpoint's, else 0.8.",
+    lower_bound=0,
 )
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Probability mass of the tokens to sample from.")
+TOP_P = flags.DEFINE_float(
+    "top_p",
+    None,
+    "Probability mass of the tokens to sample from. Default: the checkpoint's, else 0.9.",
+)
 SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the first prompt; the next has SEED + 1.", lower_bound=0
 )
@@ -93,6 +108,7 @@ def _generate(
     from deepseek_jax.runtime.agreement import raise_together
     from deepseek_jax.serve import generation
     from deepseek_jax.serve.requests import Request
+    from deepseek_jax.serve.sampling_choice import sampling_of
 
     checkpoint = open_checkpoint(directory)
 
@@ -102,8 +118,9 @@ def _generate(
 
     words, prompts = raise_together(encoded)
     prompts += prompt_tokens
+    chosen = sampling_of(checkpoint, TEMPERATURE.value, TOP_P.value)
     requests = [
-        Request(prompt, MAX_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value + number)
+        Request(prompt, MAX_TOKENS.value, chosen.temperature, chosen.top_p, SEED.value + number)
         for number, prompt in enumerate(prompts)
     ]
     length = CACHE_LENGTH.value or max(map(len, prompts)) + MAX_TOKENS.value
@@ -121,11 +138,28 @@ def _generate(
     )
     primary = processes.is_primary()
     live = primary and not JSON.value
-    found = generation.generate(
-        server, requests, words, lambda text: print(text, end="", flush=True) if live else None
-    )
+
+    def tell(text: str) -> None:
+        if live:
+            print(text, end="", flush=True)
+
+    if live:
+        print(chosen.told([request.seed for request in requests]), file=sys.stderr)
+    begin = [*PROMPT.value, *[""] * len(prompt_tokens)]
+    found = generation.generate(server, requests, words, tell, begin)
+    if live and (ends := _cut(found["requests"])):
+        print(ends, file=sys.stderr)
     if primary and JSON.value:
-        print(json.dumps(found, indent=2))
+        print(json.dumps({"sampling": chosen.fields(), **found}, indent=2))
+
+
+def _cut(found: Sequence[dict[str, Any]]) -> str:
+    """Line about texts that --max_tokens cut off; empty if all of them ended by themselves."""
+    cut = sum(one["finish_reason"] == "length" for one in found)
+    if not cut:
+        return ""
+    which = "the text" if len(found) == 1 else f"{cut} of {len(found)} texts"
+    return f"--max_tokens={MAX_TOKENS.value} cut {which} off; a larger value goes on"
 
 
 def _ids(text: str) -> tuple[int, ...]:

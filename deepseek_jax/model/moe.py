@@ -21,9 +21,9 @@ from deepseek_jax.precision.saved import Saved, save
 FEW_TOKENS = 16  # most tokens of a decoding step that packed weights or all experts serve
 
 
-def swiglu(gate_up: jax.Array) -> jax.Array:
+def swiglu(gate_up: jax.Array, axis: int = -1) -> jax.Array:
     """silu(gate) * up, computed in float32: ...(2F), gate first -> ...F in the input's dtype."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=axis)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
 
 
@@ -173,11 +173,11 @@ class MixtureOfExperts(nnx.Module):
         """Whether all experts on so few tokens run faster than each token's own experts.
 
         True when tokens * top_k >= 2 * experts, for then 6 of 7 experts are read anyway (estimated
-        for a uniform router); with packed CPU weights from experts / 2 on (measured).
+        for a uniform router); with packed CPU weights from experts / 4 on (measured).
         """
         if axes.size("experts") > 1 or self.slots is not None or tokens > FEW_TOKENS:
             return False
-        enough = 0.5 if self.experts.packed is not None else 2.0
+        enough = 0.25 if self.experts.packed is not None else 2.0
         return tokens * self.config.top_k >= enough * self.config.experts
 
     def gate(self, x: jax.Array) -> Gated:
@@ -210,12 +210,11 @@ def through_every_expert(how: Execution, experts: Experts, gated: Gated) -> jax.
     # On a CPU, XLA is slow with rows that a batch of matrices shares: so each matrix has its own.
     rows = jnp.broadcast_to(tokens, (down.shape[0], *tokens.shape))
     hidden = swiglu(how.recipe.einsum("EMD,EDX->EMX", rows, _joined(gate_up)))
-    return how.recipe.einsum("EMF,EFD->MD", scaled_rows(hidden, scale), down)
+    return how.recipe.einsum("EMF,EFD->MD", scaled(hidden, scale[..., None]), down)
 
 
-def scaled_rows(hidden: jax.Array, scale: jax.Array) -> jax.Array:
-    """EMF times EM; 0 where the scale is 0, even of numbers that are not finite."""
-    scale = scale[..., None]
+def scaled(hidden: jax.Array, scale: jax.Array) -> jax.Array:
+    """`hidden` times `scale`; 0 where the scale is 0, even of numbers that are not finite."""
     return jnp.where(scale != 0, hidden.astype(jnp.float32) * scale, 0.0).astype(hidden.dtype)
 
 

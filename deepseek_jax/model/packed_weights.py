@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.model import params
-from deepseek_jax.model.moe import scaled_rows, swiglu
+from deepseek_jax.model.moe import scaled, swiglu
 from deepseek_jax.precision import packed_product
 
 
@@ -24,16 +24,17 @@ class PackedExperts(nnx.Module):
 
     def __init__(self, gate_up: jax.Array, down: jax.Array):
         """Packs gate_up ED2F and down EFD."""
-        both = gate_up.reshape(*gate_up.shape[:2], -1)  # ED2F -> ED(2F)
-        self.gate_up = params.unsharded(packed_product.pack(both))
-        self.down = params.unsharded(packed_product.pack(down))
+        depth = down.shape[-1]
+        both = gate_up.swapaxes(0, 1).reshape(depth, -1)  # ED2F -> D(E2F)
+        self.gate_up = params.unsharded(packed_product.pack_columns(both))
+        self.down = params.unsharded(packed_product.pack_sum(down.reshape(-1, depth)))  # (EF)D
 
     def __call__(self, tokens: jax.Array, scale: jax.Array) -> jax.Array:
         """Sum over all experts of their outputs for tokens MD, times scale EM -> MD."""
-        rows = jnp.broadcast_to(tokens, (scale.shape[0], *tokens.shape))
-        hidden = swiglu(packed_product.packed_product(rows, self.gate_up[...]))
-        out = packed_product.packed_product(scaled_rows(hidden, scale), self.down[...])
-        return out.astype(jnp.float32).sum(0).astype(tokens.dtype)
+        both = packed_product.product(tokens, self.gate_up[...])  # (E2F)M
+        both = both.reshape(scale.shape[0], -1, tokens.shape[0])  # E(2F)M
+        hidden = scaled(swiglu(both, axis=1), scale[:, None])  # EFM
+        return packed_product.sum_product(hidden.reshape(-1, tokens.shape[0]), self.down[...])
 
 
 class PackedHead(nnx.Module):
@@ -41,13 +42,13 @@ class PackedHead(nnx.Module):
 
     def __init__(self, table: jax.Array):
         """Packs table DV."""
-        self.table = params.unsharded(packed_product.pack(table[None]))
+        self.table = params.unsharded(packed_product.pack_columns(table))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x ...D -> logits ...V, float32."""
         table = self.table[...]
-        rows = x.astype(table.dtype).reshape(1, -1, x.shape[-1])
-        logits = packed_product.packed_product(rows, table, jnp.float32)
+        rows = x.astype(table.dtype).reshape(-1, x.shape[-1])
+        logits = packed_product.product(rows, table, jnp.float32).T
         return logits.reshape(*x.shape[:-1], -1)
 
 

@@ -146,21 +146,30 @@ def open_engine(
 
 
 def generate(
-    server: Engine, requests: Sequence[Request], words: TextCodec, tell: Callable[[str], None]
+    server: Engine,
+    requests: Sequence[Request],
+    words: TextCodec,
+    tell: Callable[[str], None],
+    begin: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Decodes some requests to their end.
 
     Args:
       tell: called with text as it is made if there is one request, else with each finished text
         after its number.
+      begin: text that is told before that of each request, such as the prompts.
 
     Returns:
-      `requests`, a row of prompt_tokens, tokens and text (None without a tokenizer) for each; and
-      `timing`.
+      `requests`, a row of prompt_tokens, tokens, text (None without a tokenizer), seed and
+      finish_reason for each; and `timing`. The reason is "stop" for a text that ended with a stop
+      token, and "length" for one of max_tokens tokens without a stop token at its end.
     """
+    begin = begin or [""] * len(requests)
     numbers = [server.add(request) for request in requests]
     made: dict[int, list[int]] = {number: [] for number in numbers}
     shown = ""
+    if len(requests) == 1:
+        tell(begin[0])
     while server.busy:
         for delta in server.step():
             tokens = made[delta.request]
@@ -171,11 +180,17 @@ def generate(
                 shown = text
             elif delta.done:
                 number = numbers.index(delta.request)
-                tell(f"[{number}] {_so_far(words, tokens, True)}\n")
+                tell(f"[{number}] {begin[number]}{_so_far(words, tokens, True)}\n")
     if len(requests) == 1:
         tell("\n")
     found = [
-        {"prompt_tokens": list(request.prompt), "tokens": made[n], "text": words.decode(made[n])}
+        {
+            "prompt_tokens": list(request.prompt),
+            "tokens": made[n],
+            "text": words.decode(made[n]),
+            "seed": request.seed,
+            "finish_reason": "stop" if made[n][-1] in words.stop else "length",
+        }
         for n, request in zip(numbers, requests, strict=True)
     ]
     return {"requests": found, "timing": timing(server.counts)}

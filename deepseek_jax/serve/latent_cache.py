@@ -66,6 +66,11 @@ class Latents:
     def write(self, layer: Any, positions: jax.Array, kept: Kept) -> "Latents":
         """Writes one layer's BSC and BSR at positions BS; positions of T or more are dropped."""
         latent, key_rope = kept
+        if positions.size == 1:
+            # XLA makes a scatter of one row an update of the array, which its fusions do twice and
+            # not in place: with copies of the whole cache. So a second row comes, and is dropped.
+            positions = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=self.key_rope.shape[2])
+            latent, key_rope = (jnp.pad(new, ((0, 0), (0, 1), (0, 0))) for new in kept)
         request = jnp.arange(positions.shape[0])[:, None]
 
         def put(whole: jax.Array, new: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
 import dataclasses
 import numbers
 import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +14,9 @@ from deepseek_jax.serve.sampling import HOTTEST
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to continue, with its sampling settings.
+    """A prompt to continue, with its sampling settings; without them, the likeliest tokens.
+
+    The command `generate` has other defaults, see `serve/sampling_choice.py`.
 
     Attributes:
       prompt: Token ids, at least one.
@@ -40,7 +44,7 @@ class Request:
         if not ids:
             raise ConfigError("an empty prompt; give at least one token, such as BOS")
         object.__setattr__(self, "prompt", ids)
-        for name, kind, holds, words in _RANGES:
+        for name, (kind, holds, words) in NUMBERS.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
                 raise ConfigError(f"request.{name}={value!r}; expected {words}")
@@ -64,13 +68,13 @@ class Request:
             )
 
 
-# Field, type, test and words for each number of a request; NaN passes no test.
-_RANGES = (
-    ("max_tokens", numbers.Integral, lambda x: x >= 1, "a whole number, at least 1"),
-    ("temperature", numbers.Real, lambda x: 0 <= x <= HOTTEST, "a number from 0 to 1e30"),
-    ("top_p", numbers.Real, lambda x: 0 < x <= 1, "a number above 0, up to 1"),
-    ("seed", numbers.Integral, lambda x: 0 <= x < 2**32, "a whole number, 0 to 2**32 - 1"),
-)
+# Type, test and words for each number of a request; NaN passes no test.
+NUMBERS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "max_tokens": (numbers.Integral, lambda x: x >= 1, "a whole number, at least 1"),
+    "temperature": (numbers.Real, lambda x: 0 <= x <= HOTTEST, "a number from 0 to 1e30"),
+    "top_p": (numbers.Real, lambda x: 0 < x <= 1, "a number above 0, up to 1"),
+    "seed": (numbers.Integral, lambda x: 0 <= x < 2**32, "a whole number, 0 to 2**32 - 1"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,14 +58,25 @@ def distribution(logits: jax.Array, settings: Settings) -> jax.Array:
 
 
 def _nucleus(probabilities: jax.Array, settings: Settings) -> jax.Array:
-    """Renormalised probabilities of the fewest tokens that reach `top_p`, ties of the last kept."""
-    falling = -jnp.sort(-probabilities, axis=-1)
-    before = jnp.cumsum(falling, axis=-1) - falling
-    top_p = _beside(settings.top_p, probabilities)
+    """Renormalised probabilities of the fewest tokens that reach `top_p`, ties of the last kept.
+
+    A token is kept where those above it do not reach `top_p`. The least probability that is kept is
+    found by bisection over the bits of floats, which a CPU does in a fraction of a sort's time.
+    """
+    bits = lax.bitcast_convert_type(probabilities, jnp.int32)  # in the order of the probabilities
     # A share below the least normal number counts as 0 on some devices; the first token is kept.
-    inside = before < jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
-    least = jnp.min(jnp.where(inside, falling, jnp.inf), axis=-1, keepdims=True)
-    kept = jnp.where(probabilities >= least, probabilities, 0.0)
+    top_p = _beside(settings.top_p, probabilities)
+    share = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        dropped, kept = bounds
+        middle = dropped + (kept - dropped) // 2
+        above = jnp.where(bits > middle, probabilities, 0.0).sum(-1, keepdims=True)
+        return jnp.where(above < share, dropped, middle), jnp.where(above < share, middle, kept)
+
+    most = bits.max(-1, keepdims=True)
+    _, least = lax.fori_loop(0, 31, halve, (jnp.full_like(most, -1), most))
+    kept = jnp.where(bits >= least, probabilities, 0.0)
     # A sum that rounds to more than 1 must not cut a request that asks for no cut.
     return jnp.where(top_p < 1, kept / kept.sum(-1, keepdims=True), probabilities)
 

@@ -301,7 +301,7 @@ def test_a_checkpoint_runs_in_the_dtype_that_it_states(
     monkeypatch.setattr(generation, "Engine", Recorded)
     monkeypatch.setattr(evaluation, "make_score", recorded)
     here = (f"--checkpoint={tmp_path}", *flags)
-    code, _, err = typed("generate", *here, "--prompt_tokens=1,2", "--max_tokens=2")
+    code, _, err = typed("generate", *here, "--prompt_tokens=1,2", "--max_tokens=2", "--json")
     assert (code, err) == (0, "")
     assert engines == [(want, want, want)]
     code, _, err = typed("evaluate", *here, f"--data={folder}/rows.jsonl", "--text_key=body")
@@ -314,7 +314,7 @@ def test_a_dtype_that_is_not_computed_in_is_told(typed, folder, tmp_path, no_con
     for name in ("model.safetensors", "tokenizer.json"):
         (tmp_path / name).symlink_to(folder / name)
     (tmp_path / "config.json").write_text(json.dumps(settings | {"torch_dtype": "float16"}))
-    flags = (f"--checkpoint={tmp_path}", "--prompt_tokens=1,2", "--max_tokens=1")
+    flags = (f"--checkpoint={tmp_path}", "--prompt_tokens=1,2", "--max_tokens=1", "--json")
     words = f"{tmp_path}/config.json states dtype 'float16'; computing in float32"
     with pytest.warns(UserWarning, match=words):
         code, _, err = typed("generate", *flags)

@@ -84,7 +84,7 @@ def test_generation_and_scoring_by_two_processes(tmp_path):
         np.save(tmp_path / "ids.npy", expected["input_ids"])
         loss = float(expected["loss"])
     flags = [f"--prompt_tokens={','.join(map(str, prompt))}" for prompt in prompts]
-    first, second = pair("generate", *common, *flags, "--max_tokens=24")
+    first, second = pair("generate", *common, *flags, "--max_tokens=24", "--temperature=0")
     assert second == (0, "", "") and (first[0], first[2]) == (0, "")
     found = json.loads(first[1])
     np.testing.assert_array_equal([r["tokens"] for r in found["requests"]], tokens)

@@ -28,6 +28,7 @@ def test_the_command_tells_the_tokens_of_the_fixture():
         prompts, want = expected["gen_prompt"], expected["gen_tokens"]
     flags = [f"--prompt_tokens={','.join(map(str, prompt))}" for prompt in prompts]
     flags += [f"--checkpoint={TINY}", "--max_tokens=24", "--config=configs/v3_tiny.py"]
+    flags += ["--temperature=0"]
     flags += ["--config.layout.unroll=1"]  # quick to compile
     done = runs.start([sys.executable, "-m", "deepseek_jax.generate", "--json", *flags])
     out, errors = done.communicate()
@@ -37,6 +38,8 @@ def test_the_command_tells_the_tokens_of_the_fixture():
     assert [r["text"] for r in found["requests"]] == [None, None]
     assert found["timing"]["decode_tokens_per_second"] > 0
     assert "acceptance" not in found["timing"]
+    assert found["sampling"]["temperature"] == 0 and found["sampling"]["top_p_from"] == "default"
+    assert {r["finish_reason"] for r in found["requests"]} == {"length"}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,8 @@ def test_text_is_told_as_it_comes(folder):
     texts = [request["text"] for request in found["requests"]]
     assert several == [f"[{number}] {text}\n" for number, text in enumerate(texts)]
     told: list[str] = []
-    found = generation.generate(server, [Request(prompt, 20)], words, told.append)
-    assert len(told) > 3 and "".join(told) == found["requests"][0]["text"] + "\n"
+    found = generation.generate(server, [Request(prompt, 20)], words, told.append, ["añ"])
+    assert len(told) > 3 and "".join(told) == "añ" + found["requests"][0]["text"] + "\n"
 
 
 def test_half_a_character_waits(folder):

@@ -1,5 +1,8 @@
 """Latent cache: bytes per token, and values read back."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +43,39 @@ def test_what_is_written_is_read(form, error, per_layer):
         np.testing.assert_allclose(got[0, 1:4], want[0], rtol=error, atol=error * 2e-2)
         np.testing.assert_allclose(got[1, 6:], want[1, :2], rtol=error, atol=error * 2e-2)
         assert not got[0, [0, 4, 5, 6, 7]].any() and not got[1, :6].any()
+
+
+@pytest.mark.parametrize("position", [0, 7, 8])
+def test_one_token_of_one_request(position):
+    """Its row alone changes, and nothing does where there is no room."""
+    config, rng = small.config().model, np.random.default_rng(0)
+    widths = config.kv_latent, config.d_rope
+    kept = tuple(jnp.asarray(rng.normal(size=(1, 1, width)), jnp.float32) for width in widths)
+    empty = latent_cache.make(config, 1, 8, "float32", mtp=False).moe
+    past = jax.jit(lambda at: empty.write(0, at, kept))(jnp.array([[position]]))
+    for got, new in zip(past.read(0, jnp.float32), kept, strict=True):
+        want = np.zeros(got.shape, np.float32)
+        want[:, position : position + 1] = new[:, : 8 - position]
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_step_of_one_request_copies_no_cache():
+    """The compiled loop of decoding updates the caches in place."""
+    config = small.config().model
+    past = latent_cache.make(config, 1, 32, "float32", mtp=False, per_layer=True).moe
+    new = jnp.ones((1, 1, config.kv_latent)), jnp.ones((1, 1, config.d_rope))
+
+    def step(number, carry):
+        past, total = carry
+        past = past.write(0, number.reshape(1, 1), new)
+        latent, key_rope = past.read(0, jnp.float32)
+        return past, total + jnp.einsum("BTC,BTR->CR", latent, key_rope)
+
+    start = past, jnp.zeros((config.kv_latent, config.d_rope))
+    compiled = jax.jit(lambda carry: jax.lax.fori_loop(0, 20, step, carry), donate_argnums=0)
+    text = compiled.lower(start).compile().as_text()
+    assert f"f32[1,1,32,{config.kv_latent}]" in text
+    assert not re.findall(r"= f32\[1,1,32,\d+\]\S* copy\(", text)
 
 
 def test_an_unknown_format_is_refused():
