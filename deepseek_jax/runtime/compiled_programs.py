@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -34,6 +35,8 @@ MOST_BYTES = 2 << 30  # of a folder, where JAX_COMPILATION_CACHE_MAX_SIZE gives 
 SUFFIX = ".program"
 
 _DIGEST = 16  # bytes
+_SCRATCH = ".writing"
+_ABANDONED = 24 * 3600 * 10**9  # ns without a change, for a scratch file of a process that died
 _MINIMUM_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 _TIMEOUT = 300_000  # ms
 # Lines of /proc/cpuinfo that tell one kind of CPU from another, on x86 and on Arm.
@@ -131,14 +134,15 @@ class Programs(CacheInterface):
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._make_room(len(value) + _DIGEST)
-            descriptor, scratch = tempfile.mkstemp(prefix=".", suffix=SUFFIX, dir=self._path)
+            descriptor, scratch = tempfile.mkstemp(suffix=_SCRATCH, dir=self._path)
             try:
                 with os.fdopen(descriptor, "wb") as stream:
                     stream.write(_digest(name.encode(), value))
                     stream.write(value)
                 os.replace(scratch, self._path / name)
             except OSError:
-                os.unlink(scratch)
+                with contextlib.suppress(OSError):
+                    os.unlink(scratch)
                 raise
         except OSError as error:
             self._give_up("written", error)
@@ -157,12 +161,13 @@ class Programs(CacheInterface):
         if self._left is not None and size <= self._left:
             self._left -= size
             return
-        found = []
+        found, abandoned = [], time.time_ns() - _ABANDONED
         with os.scandir(self._path) as entries:
             for entry in entries:
-                if entry.name.endswith(SUFFIX):
-                    with contextlib.suppress(FileNotFoundError):
-                        status = entry.stat(follow_symlinks=False)
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    left = entry.name.endswith(_SCRATCH) and status.st_mtime_ns < abandoned
+                    if left or entry.name.endswith(SUFFIX):
                         found.append((status.st_mtime_ns, status.st_size, entry.path))
         total = size + sum(bytes_ for _, bytes_, _ in found)
         if total > self._most_bytes:
