@@ -168,7 +168,9 @@ def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
 
 def abstract_model(config: ModelConfig) -> Transformer:
     """Model of shapes, dtypes and logical axes; no array is allocated."""
-    own: Transformer = jax.tree.map(lambda leaf: leaf, _abstract(config, jax.sharding.get_abstract_mesh()))
+    own: Transformer = jax.tree.map(
+        lambda leaf: leaf, _abstract(config, jax.sharding.get_abstract_mesh())
+    )
     return own
 
 

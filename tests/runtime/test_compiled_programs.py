@@ -149,7 +149,7 @@ def test_another_machine_reads_none_of_it(programs, tmp_path, monkeypatch, name,
 
 
 def test_the_longest_unused_go_when_the_folder_is_full(programs):
-    """The bound is 1,000 bytes: six programs of 150 and their hashes, and then a quarter is freed."""
+    """Six programs of 150 bytes fit into 1,000; the seventh frees a quarter of the bound."""
     keys = [KEY.replace("5", digit) for digit in "123456789"]
     for age, key in enumerate(keys[:6]):
         programs.put(key, bytes(134))
@@ -157,7 +157,7 @@ def test_the_longest_unused_go_when_the_folder_is_full(programs):
     programs.get(keys[0])  # which makes it the newest
     programs.put(keys[6], bytes(134))
     kept = [key for key in keys if programs.get(key) is not None]
-    assert kept == [keys[0], keys[3], keys[4], keys[5], keys[6]][-5:]
+    assert kept == [keys[0], *keys[3:7]]
     assert sum(file.stat().st_size for file in files(programs._path)) <= 750
     programs.put(keys[7], bytes(2000))  # larger than the whole bound
     assert programs.get(keys[7]) is None and len(files(programs._path)) == len(kept)
