@@ -37,7 +37,11 @@ SUFFIX = ".program"
 _DIGEST = 16  # bytes
 _SCRATCH = ".writing"
 _ABANDONED = 24 * 3600 * 10**9  # ns without a change, for a scratch file of a process that died
-_MINIMUM_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+_SETTINGS = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,  # a start has many small programs
+    # XLA would write its own files of autotuning there, with neither hash nor bound.
+    "jax_persistent_cache_enable_xla_caches": "none",
+}
 _TIMEOUT = 300_000  # ms
 # Lines of /proc/cpuinfo that tell one kind of CPU from another, on x86 and on Arm.
 _CPU = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features",
@@ -64,10 +68,9 @@ def keep(folder: str | None) -> None:
         )
         root = None
     jax.config.update("jax_compilation_cache_dir", None if root is None else str(root))
-    # XLA would write its own files of autotuning there, with neither hash nor bound.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    if _MINIMUM_SECONDS.upper() not in os.environ:
-        jax.config.update(_MINIMUM_SECONDS, 0.0)  # a start has a hundred small programs
+    for name, value in _SETTINGS.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
     compilation_cache.reset_cache()
     if root is None:
         return

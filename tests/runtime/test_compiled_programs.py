@@ -15,15 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src import compilation_cache, monitoring
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.runtime import compiled_programs
 from deepseek_jax.runtime.compiled_programs import Programs
 
 KEY = "jit_step-" + "5" * 64
-SETTINGS = (
-    "jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches",
-    "jax_persistent_cache_min_compile_time_secs",
-)  # fmt: skip
+SETTINGS = ("jax_compilation_cache_dir", *compiled_programs._SETTINGS)
 
 
 @pytest.fixture
@@ -89,6 +87,26 @@ def test_a_program_is_read_back_to_the_bit(keeping, tmp_path, monkeypatch):
             np.testing.assert_array_equal(mended, first)
     np.testing.assert_array_equal(again, first)
     assert "cache_hits" in run()[1]
+
+
+def test_another_flag_or_mesh_is_another_program(keeping, tmp_path, monkeypatch):
+    def run(devices: int) -> bool:
+        """Whether the program for so many devices was read, not compiled."""
+        jax.clear_caches()
+        mesh = jax.make_mesh((devices,), ("x",), devices=jax.devices()[:devices])
+        seen = events(monkeypatch)
+        spread = NamedSharding(mesh, PartitionSpec("x"))
+        x = jax.device_put(np.arange(8, dtype=np.float32), spread)
+        np.testing.assert_array_equal(jax.jit(lambda x: x * 2 + 1)(x), np.arange(8) * 2 + 1)
+        return "/jax/compilation_cache/cache_hits" in seen
+
+    keeping(str(tmp_path / "kept"))
+    assert [run(1), run(2), run(1), run(2)] == [False, False, True, True]
+    flags = os.environ.get("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_cpu_enable_fast_math=true")
+    assert not run(1)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert run(1)
 
 
 def test_off_keeps_nothing(keeping, tmp_path, monkeypatch):
