@@ -61,11 +61,7 @@ def keep(folder: str | None) -> None:
     try:
         root = _root(folder)
     except RuntimeError:  # no home folder
-        warnings.warn(
-            "compiled programs are not kept: this user has no home folder; give "
-            "--compilation_cache=DIR",
-            stacklevel=2,
-        )
+        _warn("this user has no home folder; give --compilation_cache=DIR")
         root = None
     jax.config.update("jax_compilation_cache_dir", None if root is None else str(root))
     for name, value in _SETTINGS.items():
@@ -184,11 +180,16 @@ class Programs(CacheInterface):
 
     def _give_up(self, what: str, error: OSError) -> None:
         self._usable = False
-        warnings.warn(
-            f"compiled programs are not kept: {one_line(self._path)} cannot be {what} "
-            f"({reason(error)}); give --compilation_cache=DIR, or off",
-            stacklevel=2,
+        _warn(
+            f"{one_line(self._path)} cannot be {what} ({reason(error)}); give "
+            "--compilation_cache=DIR, or off"
         )
+
+
+def _warn(why: str) -> None:
+    """Warns of it once for all processes of a run."""
+    if jax.process_index() == 0:
+        warnings.warn(f"compiled programs are not kept: {why}", stacklevel=3)
 
 
 def _root(folder: str | None) -> Path | None:
