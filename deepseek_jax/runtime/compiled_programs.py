@@ -227,7 +227,7 @@ def _machine() -> bytes:
 
 
 def _lines_of_one_cpu() -> list[str]:
-    """What the kernel says of the first CPU's kind."""
+    """Lines of /proc/cpuinfo on the kind of the first CPU."""
     found = []
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as stream:
         for line in stream:
