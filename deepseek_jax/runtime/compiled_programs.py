@@ -7,8 +7,8 @@ atomic rename, so that any number of processes may share the folder; a file that
 with its hash is compiled and written again. The programs that were used longest ago are removed
 where the folder outgrows its bound.
 
-Several processes must compile a program together or read it together. They agree at the start on
-the programs that all of them see, and read no other; without a shared folder that is none.
+A run of several processes keeps none: JAX's key differs between them on CPUs, and its process 0
+alone writes, so that some would read a program while the others wait for them to compile it.
 """
 
 import contextlib
@@ -19,12 +19,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax._src import compilation_cache, distributed
+from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
 from deepseek_jax.config.hints import one_line
@@ -42,7 +40,6 @@ _SETTINGS = {
     # XLA would write its own files of autotuning there, with neither hash nor bound.
     "jax_persistent_cache_enable_xla_caches": "none",
 }
-_TIMEOUT = 300_000  # ms
 # Lines of /proc/cpuinfo that tell one kind of CPU from another, on x86 and on Arm.
 _CPU = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features",
         "CPU implementer", "CPU architecture", "CPU variant", "CPU part")  # fmt: skip
@@ -51,13 +48,17 @@ _CPU = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "
 def keep(folder: str | None) -> None:
     """Keeps the programs that this process compiles from now on, and reads those kept before.
 
-    Call it in every process of a run, after they have joined.
+    Call it after the processes of a run have joined.
 
     Args:
       folder: the folder; "off" for none; None for JAX_COMPILATION_CACHE_DIR, without which it is
         deepseek_jax/programs in the user's cache folder. A folder that cannot be used costs a
-        warning.
+        warning. In a run of several processes JAX's own settings hold.
     """
+    if jax.process_count() > 1 and folder != "off":
+        if folder is not None:
+            _warn("each process of a run of several compiles its own")
+        return
     try:
         root = _root(folder)
     except RuntimeError:  # no home folder
@@ -72,8 +73,6 @@ def keep(folder: str | None) -> None:
         return
     most = jax.config.values["jax_compilation_cache_max_size"]
     programs = Programs(root, MOST_BYTES if most < 0 else most)
-    if jax.process_count() > 1:
-        programs.read_only_those(_seen_by_all(programs.names()))
     compilation_cache.get_file_cache = lambda path: (programs, path)
 
 
@@ -90,24 +89,12 @@ class Programs(CacheInterface):
         self._machine = _machine()
         self._most_bytes = most_bytes
         self._left: int | None = None  # bytes to write before the folder is looked through again
-        self._readable: frozenset[str] | None = None
         self._usable = True
-
-    def read_only_those(self, names: Iterable[str]) -> None:
-        """Reads no other program than those of these names, from `names`."""
-        self._readable = frozenset(names)
-
-    def names(self) -> list[str]:
-        """Names of the kept programs of any machine, in a stable order."""
-        try:
-            return sorted(name for name in os.listdir(self._path) if name.endswith(SUFFIX))
-        except OSError:
-            return []
 
     def get(self, key: str) -> bytes | None:
         """The program under JAX's `key`; None if it was not kept or its file is damaged."""
         name = self._name(key)
-        if not self._usable or (self._readable is not None and name not in self._readable):
+        if not self._usable:
             return None
         file = self._path / name
         try:
@@ -251,17 +238,3 @@ def _digest(*parts: bytes) -> bytes:
         hashed.update(len(part).to_bytes(8, "little"))
         hashed.update(part)
     return hashed.digest()
-
-
-def _seen_by_all(names: Collection[str]) -> set[str]:
-    """Names that every process of the run has; each of them calls this."""
-    client: Any = distributed.global_state.client
-    place = "deepseek_jax/programs"
-    client.key_value_set(f"{place}/{jax.process_index()}", " ".join([".", *names]))
-    if jax.process_index() == 0:
-        common = set(names)
-        for process in range(jax.process_count()):
-            seen = client.blocking_key_value_get(f"{place}/{process}", _TIMEOUT)
-            common &= set(seen.split())
-        client.key_value_set(f"{place}/common", " ".join([".", *sorted(common)]))
-    return set(client.blocking_key_value_get(f"{place}/common", _TIMEOUT).split())

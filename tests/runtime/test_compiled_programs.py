@@ -226,48 +226,13 @@ def test_a_full_disk_costs_one_warning(programs, monkeypatch):
     assert len(told) == 1 and not files(programs._path)
 
 
-def test_processes_read_what_all_of_them_have(monkeypatch):
-    """A program of one process alone is compiled by all, so that none waits for the others."""
-    values: dict[str, str] = {}
-    there = threading.Condition()
-
-    class Client:
-        def key_value_set(self, key, value):
-            with there:
-                values[key] = value
-                there.notify_all()
-
-        def blocking_key_value_get(self, key, timeout):
-            with there:
-                assert there.wait_for(lambda: key in values, timeout / 1000)
-                return values[key]
-
-    own = threading.local()
-    monkeypatch.setattr(compiled_programs.distributed.global_state, "client", Client())
-    monkeypatch.setattr(jax, "process_index", lambda: own.number)
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    had = (["a", "b", "c"], ["b", "c", "d"], ["c", "b"])
-    found: dict[int, set[str]] = {}
-
-    def work(number: int) -> None:
-        own.number = number
-        found[number] = compiled_programs._seen_by_all(had[number])
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[number] & {*"abcd"} for number in range(3)] == [{"b", "c"}] * 3
-
-
-def test_only_agreed_programs_are_read(programs):
-    other = KEY.replace("5", "6")
-    programs.put(KEY, b"machine code")
-    agreed = programs.names()
-    programs.put(other, b"machine code")
-    programs.read_only_those(agreed)
-    assert programs.get(KEY) == b"machine code" and programs.get(other) is None
+def test_a_run_of_several_processes_keeps_none(keeping, tmp_path, monkeypatch):
+    """JAX's keys differ between them, so that one would read what another compiles."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.warns(UserWarning, match="not kept: each process of a run of several"):
+        keeping(str(tmp_path / "kept"))
+    jax.jit(lambda x: x + 19)(np.float32(0))
+    assert not files(tmp_path)
 
 
 def test_the_flag_of_a_command(tmp_path):
