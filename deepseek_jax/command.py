@@ -134,11 +134,20 @@ def define_process_flags() -> None:
     flags.DEFINE_integer("processes", None, "How many processes there are.")
     flags.DEFINE_integer("process", None, "The number of this process, from 0.")
     flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the other processes.")
+    flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "Folder of compiled programs, or off; default: JAX_COMPILATION_CACHE_DIR, else the user's "
+        "cache folder.",
+    )
 
 
 def start_processes() -> None:
-    """Connects the processes; call it before anything asks JAX for a device."""
-    from deepseek_jax.runtime import processes
+    """Connects the processes and opens the folder of compiled programs.
+
+    Call it before anything asks JAX for a device.
+    """
+    from deepseek_jax.runtime import compiled_programs, processes
 
     values = flags.FLAGS
     processes.start(
@@ -147,6 +156,10 @@ def start_processes() -> None:
         values.process,
         values.emulate_devices,
         join_timeout=values.join_timeout,
+    )
+    given = values.compilation_cache
+    compiled_programs.keep(
+        given if given in (None, "off") else str(path("compilation_cache", given))
     )
 
 

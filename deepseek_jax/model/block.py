@@ -39,7 +39,8 @@ class Block(nnx.Module):
     def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:
         """x BSD -> BSD, and the cache entries of these tokens."""
         mixed, kept = self.attention.prefill(self.attention_norm(x), how)
-        return self._add_feed_forward(x + mixed, how)[0], kept
+        x = x + mixed
+        return x + self.feed.decode(self.feed_norm(x), how), kept  # a short prompt is few tokens
 
     @jax.named_scope("layer")
     def decode(

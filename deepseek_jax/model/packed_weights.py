@@ -57,8 +57,9 @@ class SplitKeyValueUp(nnx.Module):
 
     def __init__(self, kv_up: jax.Array, d_nope: int):
         """Splits kv_up CH(N+W)."""
-        key, value = jnp.split(kv_up.swapaxes(0, 1), [d_nope], axis=-1)
-        self.key, self.value = params.unsharded(key), params.unsharded(value)  # HCN, HCW
+        heads = kv_up.swapaxes(0, 1)
+        self.key = params.unsharded(heads[..., :d_nope])  # HCN
+        self.value = params.unsharded(heads[..., d_nope:])  # HCW
 
 
 def pack_block(block: Any) -> None:

@@ -1,6 +1,7 @@
 """Transformer: embedding, dense layers, MoE layers, final norm, MTP modules, head."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -167,7 +168,17 @@ def build_model(config: ModelConfig, key: jax.Array) -> Transformer:
 
 def abstract_model(config: ModelConfig) -> Transformer:
     """Model of shapes, dtypes and logical axes; no array is allocated."""
-    return jax.eval_shape(lambda key: build_model(config, key), jax.random.key(0))
+    own: Transformer = jax.tree.map(
+        lambda leaf: leaf, _abstract(config, jax.sharding.get_abstract_mesh())
+    )
+    return own
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: ModelConfig, mesh: Any) -> Transformer:
+    """The abstract model under a mesh, traced once; a start asks for it several times."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda key: build_model(config, key), key)
 
 
 def _walk(layers: Any, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:

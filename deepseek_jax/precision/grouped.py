@@ -35,7 +35,13 @@ Backend = Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]
 
 
 def by_platform(portable: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel in programs lowered for CUDA: the choice is by lowering platform, not by host."""
+    """The kernel in programs lowered for CUDA: the choice is by lowering platform, not by host.
+
+    Under a mesh of CPU devices the kernel is not traced at all.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "cpu":
+        return portable
     return lambda *arguments: lax.platform_dependent(*arguments, cuda=kernel, default=portable)
 
 

@@ -4,6 +4,7 @@
 imported by another program: its signal handlers and its sys.path stay as they are.
 """
 
+import gc
 import os
 import sys
 from types import TracebackType
@@ -20,6 +21,7 @@ def of_command() -> None:
     module = _module(sys.argv, sys.orig_argv)
     if not module.startswith(PREFIX):
         return
+    gc.set_threshold(100_000, 50, 100)  # traced programs have many objects, and few of them die
     _forget_working_directory()
     from deepseek_jax.runtime import signals  # its imports come after sys.path is set right
 

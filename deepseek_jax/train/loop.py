@@ -8,6 +8,7 @@ batch beside it, reads the metrics of the step before, and writes its row and it
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,9 @@ class Run:
         self._own = own
         adam = optimizer.build(config.optimizer)
         places = state.shardings(config, layout, mesh, adam)
-        self.state, self.tokens = _start(config, places, adam, store, data, report, fresh)
-        self.steps = int(self.state.step)
+        self.state, self.steps, self.tokens = _start(
+            config, places, adam, store, data, report, fresh
+        )
         self._tokens_place = NamedSharding(mesh, tokens_spec(layout))
         self._jitted_step = jax.jit(
             make_step(config, layout, mesh, adam),
@@ -404,37 +406,40 @@ def _start(
     data: TrainData,
     report: Report,
     fresh: state.TrainState | None = None,
-) -> tuple[state.TrainState, int]:
-    """State and consumed tokens of the newest checkpoint, or those of a fresh start.
+) -> tuple[state.TrainState, int, int]:
+    """State, steps and consumed tokens of the newest checkpoint, or those of a fresh start.
 
     A checkpoint of weights alone is a fresh start from these weights.
     """
-    abstract = state.abstract(config, places, adam)
     averaged = False  # whether the checkpoint holds an average
+
+    @functools.cache
+    def abstract() -> state.TrainState:
+        return state.abstract(config, places, adam)
 
     def held(meta: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
         nonlocal averaged
         averaged = any(name.startswith("ema.") for name in names)
         if meta.get("weights_only"):
-            return state.weights_only(abstract)
-        wanted = state.to_dict(abstract)
+            return state.weights_only(abstract())
+        wanted = state.to_dict(abstract())
         return wanted if averaged else {name: wanted[name] for name in wanted if name != "ema"}
 
     restored = store.restore(held, spare="ema")
     if restored is None:
-        return fresh or state.initialise(config, places, adam), 0
+        return fresh or state.initialise(config, places, adam), 0, 0
     step, values, meta = restored
     if meta.get("weights_only"):
         report.say("starting from the weights of another checkpoint")
-        return state.begin(config, abstract, adam, values), 0
+        return state.begin(config, abstract(), adam, values), 0, 0
     _restore_data(data, meta, config)
     report.say(f"resumed from step {step}, {meta['tokens']:,} tokens in")
-    if abstract.ema is None and averaged:
+    if places.ema is None and averaged:
         report.say("optimizer.ema_decay=0: the checkpoint's average of the weights is left out")
-    if abstract.ema is not None and not averaged:
+    if places.ema is not None and not averaged:
         report.say(f"the checkpoint has no average of the weights; it begins at step {step}")
-        values = state.begin_average(abstract, values)
-    return state.from_dict(abstract, values), int(meta["tokens"])
+        values = state.begin_average(abstract(), values)
+    return state.from_dict(abstract(), values), step, int(meta["tokens"])
 
 
 def _restore_data(data: TrainData, meta: dict[str, Any], config: Config) -> None:

@@ -158,3 +158,15 @@ def test_fewer_rows_than_a_block(rows):
     want = with_gradients(grouped.reference)(X[:rows], WEIGHT, sizes, PULL[:rows])
     for part, wanted in zip(got, want, strict=True):
         np.testing.assert_array_equal(part, wanted)
+
+
+def test_a_mesh_of_cpus_traces_no_kernel():
+    def kernel(x):
+        raise AssertionError("traced for a CPU")
+
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices("cpu")[:2])
+    chosen = jax.jit(lambda x: grouped.by_platform(lambda x: x + 1, kernel)(x))
+    with jax.set_mesh(mesh):
+        assert chosen(jnp.float32(1)) == 2
+    with pytest.raises(AssertionError, match="traced for a CPU"):  # the target is not known
+        chosen(jnp.float32(1))

@@ -72,7 +72,7 @@ def begun(config, tmp_path, said):
     places = state.shardings(config, layout, mesh, adam)
     data = SimpleNamespace(restore=lambda _: None)
     with Store(tmp_path / "checkpoints", keep=1) as store, jax.set_mesh(mesh):
-        now, _ = loop._start(config, places, adam, store, data, SimpleNamespace(say=said.append))
+        now, _, _ = loop._start(config, places, adam, store, data, SimpleNamespace(say=said.append))
         step = store.newest + 1
         now = dataclasses.replace(now, step=np.int32(step) + now.step * 0)
         store.save(step, state.to_dict(now), {"tokens": 7, "data": {}})
