@@ -8,20 +8,17 @@ batch beside it, reads the metrics of the step before, and writes its row and it
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import conversion, manifest
 from deepseek_jax.checkpoint.store import Store
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.errors import RunError
 from deepseek_jax.hardware import xla_options
@@ -37,6 +34,7 @@ from deepseek_jax.train import (
     lock,
     optimizer,
     profiling,
+    starting,
     state,
     system_metrics,
     token_schedule,
@@ -168,7 +166,7 @@ class Run:
         self._own = own
         adam = optimizer.build(config.optimizer)
         places = state.shardings(config, layout, mesh, adam)
-        self.state, self.steps, self.tokens = _start(
+        self.state, self.steps, self.tokens = starting.start(
             config, places, adam, store, data, report, fresh
         )
         self._tokens_place = NamedSharding(mesh, tokens_spec(layout))
@@ -396,63 +394,6 @@ def _open_data(
         say=report.say,
         resumes=(meta or {}).get("data"),
     )
-
-
-def _start(
-    config: Config,
-    places: state.TrainState,
-    adam: optax.GradientTransformation,
-    store: Store,
-    data: TrainData,
-    report: Report,
-    fresh: state.TrainState | None = None,
-) -> tuple[state.TrainState, int, int]:
-    """State, steps and consumed tokens of the newest checkpoint, or those of a fresh start.
-
-    A checkpoint of weights alone is a fresh start from these weights.
-    """
-    averaged = False  # whether the checkpoint holds an average
-
-    @functools.cache
-    def abstract() -> state.TrainState:
-        return state.abstract(config, places, adam)
-
-    def held(meta: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-        nonlocal averaged
-        averaged = any(name.startswith("ema.") for name in names)
-        if meta.get("weights_only"):
-            return state.weights_only(abstract())
-        wanted = state.to_dict(abstract())
-        return wanted if averaged else {name: wanted[name] for name in wanted if name != "ema"}
-
-    restored = store.restore(held, spare="ema")
-    if restored is None:
-        return fresh or state.initialise(config, places, adam), 0, 0
-    step, values, meta = restored
-    if meta.get("weights_only"):
-        report.say("starting from the weights of another checkpoint")
-        return state.begin(config, abstract(), adam, values), 0, 0
-    _restore_data(data, meta, config)
-    report.say(f"resumed from step {step}, {meta['tokens']:,} tokens in")
-    if places.ema is None and averaged:
-        report.say("optimizer.ema_decay=0: the checkpoint's average of the weights is left out")
-    if places.ema is not None and not averaged:
-        report.say(f"the checkpoint has no average of the weights; it begins at step {step}")
-        values = state.begin_average(abstract(), values)
-    return state.from_dict(abstract(), values), step, int(meta["tokens"])
-
-
-def _restore_data(data: TrainData, meta: dict[str, Any], config: Config) -> None:
-    try:
-        data.restore(meta["data"])
-    except ConfigError as error:
-        if config.data.path:
-            raise
-        # Before checkpoints kept the version, nothing said which Python's library it was.
-        raise ConfigError(
-            f"{error}. data.path='' is the running Python's library: resume with the Python that "
-            "made this run, or begin a new workdir with --config.data.path=FOLDER"
-        ) from error
 
 
 def _headline(config: Config, data: TrainData) -> str:

@@ -12,7 +12,7 @@ from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
 from deepseek_jax.errors import RunError
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.train import lock, loop, optimizer, state
+from deepseek_jax.train import lock, loop, optimizer, starting, state
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,8 @@ def begun(config, tmp_path, said):
     places = state.shardings(config, layout, mesh, adam)
     data = SimpleNamespace(restore=lambda _: None)
     with Store(tmp_path / "checkpoints", keep=1) as store, jax.set_mesh(mesh):
-        now, _, _ = loop._start(config, places, adam, store, data, SimpleNamespace(say=said.append))
+        told = SimpleNamespace(say=said.append)
+        now, _, _ = starting.start(config, places, adam, store, data, told)
         step = store.newest + 1
         now = dataclasses.replace(now, step=np.int32(step) + now.step * 0)
         store.save(step, state.to_dict(now), {"tokens": 7, "data": {}})
@@ -107,7 +108,7 @@ def test_a_changed_library_is_told_to_old_runs_too(text):
     words = r"^data\.path changed\. data\.path='' is the running Python's library: resume with the"
     config = runs.tiny(text)
     with pytest.raises(ConfigError, match=r"^data\.path changed$"):
-        loop._restore_data(data, {"data": {}}, config)
+        starting.restore_data(data, {"data": {}}, config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
     with pytest.raises(ConfigError, match=words):
-        loop._restore_data(data, {"data": {}}, config)
+        starting.restore_data(data, {"data": {}}, config)

@@ -1,0 +1,75 @@
+"""State with which a run starts: that of its newest checkpoint, or a fresh one."""
+
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import optax
+
+from deepseek_jax.checkpoint.store import Store
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.data.loader import TrainData
+from deepseek_jax.train import state
+from deepseek_jax.train.report import Report
+
+
+def start(
+    config: Config,
+    places: state.TrainState,
+    adam: optax.GradientTransformation,
+    store: Store,
+    data: TrainData,
+    report: Report,
+    fresh: state.TrainState | None = None,
+) -> tuple[state.TrainState, int, int]:
+    """State, steps and consumed tokens of the newest checkpoint, or those of a fresh start.
+
+    A checkpoint of weights alone is a fresh start from these weights.
+    """
+    averaged = False  # whether the checkpoint holds an average
+
+    @functools.cache
+    def abstract() -> state.TrainState:
+        return state.abstract(config, places, adam)
+
+    def held(meta: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+        nonlocal averaged
+        averaged = any(name.startswith("ema.") for name in names)
+        if meta.get("weights_only"):
+            return state.weights_only(abstract())
+        wanted = state.to_dict(abstract())
+        return wanted if averaged else {name: wanted[name] for name in wanted if name != "ema"}
+
+    restored = store.restore(held, spare="ema")
+    if restored is None:
+        return fresh or state.initialise(config, places, adam), 0, 0
+    step, values, meta = restored
+    if meta.get("weights_only"):
+        report.say("starting from the weights of another checkpoint")
+        return state.begin(config, abstract(), adam, values), 0, 0
+    restore_data(data, meta, config)
+    report.say(f"resumed from step {step}, {meta['tokens']:,} tokens in")
+    if places.ema is None and averaged:
+        report.say("optimizer.ema_decay=0: the checkpoint's average of the weights is left out")
+    if places.ema is not None and not averaged:
+        report.say(f"the checkpoint has no average of the weights; it begins at step {step}")
+        values = state.begin_average(abstract(), values)
+    return state.from_dict(abstract(), values), step, int(meta["tokens"])
+
+
+def restore_data(data: TrainData, meta: dict[str, Any], config: Config) -> None:
+    """Moves the data to the position of a checkpoint.
+
+    Raises:
+      ConfigError: the data is not that of the checkpoint.
+    """
+    try:
+        data.restore(meta["data"])
+    except ConfigError as error:
+        if config.data.path:
+            raise
+        # Before checkpoints kept the version, nothing said which Python's library it was.
+        raise ConfigError(
+            f"{error}. data.path='' is the running Python's library: resume with the Python that "
+            "made this run, or begin a new workdir with --config.data.path=FOLDER"
+        ) from error
