@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from deepseek_jax.config import Config
+from deepseek_jax.hardware import xla_options
 from deepseek_jax.model.count import count
 from deepseek_jax.model.flops import training_flops_per_token
 from deepseek_jax.parallel import mesh as meshes
@@ -82,7 +83,8 @@ class Stepper:
                 np.float32, token_schedule.hyper(config.schedule, step=0, tokens=0)
             )
             step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
-            compiled = step.lower(now, tokens, np.int32(1), hyper).compile()
+            options = xla_options.options(jax.default_backend())
+            compiled = step.lower(now, tokens, np.int32(1), hyper).compile(options)
             compile_seconds = time.perf_counter() - built
 
         def run() -> float:

@@ -1,5 +1,6 @@
-"""Compiler options for GPUs, the same for training and for a virtual cluster."""
+"""Compiler options of a training step: for GPUs, real and virtual, and for CPUs."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,18 @@ OPTIONS: Mapping[str, Any] = {
     "xla_gpu_memory_limit_slop_factor": 125,
     "xla_gpu_enable_command_buffer": "",
 }
+# Matmuls by Eigen in place of YNNPACK, which computes the batched products of attention on one
+# core. Reductions stay with YNNPACK. Measured on two cores with AVX-512: steps take 4 to 8 % less.
+MATMULS_ON_CPU = "xla_cpu_experimental_ynn_fusion_type"
+CPU_OPTIONS: Mapping[str, Any] = {MATMULS_ON_CPU: "LIBRARY_FUSION_TYPE_REDUCE"}
 PROFILE = "xla_gpu_pgle_profile_file_or_directory_path"
 SUFFIX = ".pbtxt"  # XLA silently ignores a profile in text form with any other suffix
 
 
 def options(backend: str, profile: str = "") -> dict[str, Any]:
-    """Compiler options of a training step; empty unless the backend is a GPU.
+    """Compiler options of a training step.
+
+    A choice of XLA_FLAGS for the matmuls of a CPU is left alone.
 
     Args:
       backend: Name of the backend, as `jax.default_backend()` returns it.
@@ -35,6 +42,8 @@ def options(backend: str, profile: str = "") -> dict[str, Any]:
             f"layout.cost_profile={name_shown(profile, 150)} {fault}; write one with python -m "
             "deepseek_jax.plan step, or set layout.cost_profile=''"
         )
+    if backend == "cpu" and MATMULS_ON_CPU not in os.environ.get("XLA_FLAGS", ""):
+        return dict(CPU_OPTIONS)
     if backend != "gpu":
         return {}
     return {**OPTIONS, **({PROFILE: str(Path(profile).absolute())} if profile else {})}
