@@ -79,7 +79,10 @@ class LatentAttention(nnx.Module):
         positions = jnp.arange(x.shape[1])
 
         # The non-rotary part comes first and is rotated by angle zero: no head is split.
-        rotation = rotary.cos_sin(config, positions, still=config.d_nope)
+        # The barrier makes one table of it: without it, each element computes its own cosine.
+        rotation = jax.lax.optimization_barrier(
+            rotary.cos_sin(config, positions, still=config.d_nope)
+        )
         query = rotary.rotate(self._query(x, how), *(part[None, :, None] for part in rotation))
 
         latent, key_rope = self.latent(x, how)  # BSC, BSR
@@ -87,7 +90,7 @@ class LatentAttention(nnx.Module):
         key_rope = axes.fan_out(key_rope, "heads")
         key_value = einsum("BSC,CHX->BSHX", latent, self.kv_up[...])
         key_nope, value = jnp.split(key_value, [config.d_nope], axis=-1)
-        rotation = rotary.cos_sin(config, positions)
+        rotation = (part[:, config.d_nope :] for part in rotation)
         key_rope = rotary.rotate(key_rope, *(part[None] for part in rotation))
         kept = latent, key_rope
         key_rope = broadcast(key_rope[:, :, None], (*key_nope.shape[:-1], config.d_rope))
