@@ -274,14 +274,15 @@ def _in_blocks_backward(
     for i, (start, end) in reversed(bounds):  # the last block has all keys
         rows, keys, values = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
         softmax = softmaxes[i] if keep_scores else _softmax(rows, keys, scale, start)
-        d_scores, d_values = _pull_back(softmax, values, d_out[:, :, start:end], scale)
-        d_query.append(exact_einsum("BHST,BHTX->BHSX", d_scores, keys).astype(query.dtype))
-        d_keys = exact_einsum("BHST,BHSX->BHTX", d_scores, rows)
-        d_key = d_keys if d_key is None else d_key.at[:, :, :end].add(d_keys)
-        d_value = d_values if d_value is None else d_value.at[:, :, :end].add(d_values)
+        d_scores, d_values = _pull_back(softmax, values, d_out[:, :, start:end])
+        d_rows = scale * exact_einsum("BHST,BHTX->BHSX", d_scores, keys)
+        d_query.append(d_rows.astype(query.dtype))
+        d_keys = exact_einsum("BHSX,BHST->BHXT", rows, d_scores)
+        d_key = d_keys if d_key is None else d_key.at[..., :end].add(d_keys)
+        d_value = d_values if d_value is None else d_value.at[..., :end].add(d_values)
     assert d_key is not None and d_value is not None, "there is at least one position"
-    d_rows = jnp.concatenate(d_query[::-1], axis=2)
-    return d_rows, d_key.astype(key.dtype), d_value.astype(value.dtype)
+    d_key, d_value = (scale * d_key).astype(key.dtype), d_value.astype(value.dtype)
+    return jnp.concatenate(d_query[::-1], axis=2), d_key.swapaxes(2, 3), d_value.swapaxes(2, 3)
 
 
 _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
@@ -293,28 +294,28 @@ def _blocks(length: int, block: int) -> Iterator[tuple[int, int]]:
 
 
 def _softmax(query: jax.Array, key: jax.Array, scale: float, start: int) -> _Softmax:
-    """Weights e = exp(scale (s - max s)) of the scores s = q . k, in the dtype of keys; their sums.
+    """Weights e = exp(s - max s) of the scores s = scale q . k, in the dtype of keys; their sums.
 
     The first query is at position `start`, and sees the keys up to itself.
     """
     scores = exact_einsum("BHSX,BHTX->BHST", query, key)
-    past = start + jnp.arange(query.shape[2])[:, None] >= jnp.arange(key.shape[2])  # ST
-    scores = jnp.where(past, scores, -jnp.inf)
-    weights = jnp.exp((scores - scores.max(-1, keepdims=True)) * scale)
+    past = start + jnp.arange(query.shape[2])[:, None] >= jnp.arange(key.shape[2])[None]  # ST
+    scores = jnp.where(past[None, None], scores * scale, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     return weights.astype(key.dtype), weights.sum(-1, keepdims=True)
 
 
 def _pull_back(
-    softmax: _Softmax, value: jax.Array, d_out: jax.Array, scale: float
+    softmax: _Softmax, value: jax.Array, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of the scores of a block, BHST, and of its values, BHTW float32.
+    """Gradients of the scores of a block, BHST, and of its values, BHWT float32.
 
-    With sums l, the softmax is P = e / l, and dS = scale P (dP - sum_T P dP). Here g = dO / l
-    makes e the only array of BHST: dV = e^T g, dE = g V^T, dS = scale e (dE - sum_T(e dE) / l).
+    With sums l, the softmax is P = e / l, and dS = P (dP - sum_T P dP). Here g = dO / l makes e the
+    only factor of BHST: dV = e^T g, dE = g V^T, dS = e (dE - sum_T(e dE) / l).
     """
     weights, total = softmax
     d_mean = (d_out / total).astype(d_out.dtype)
-    d_value = exact_einsum("BHST,BHSW->BHTW", weights, d_mean)
+    d_value = exact_einsum("BHSW,BHST->BHWT", d_mean, weights)
     d_weights = exact_einsum("BHSW,BHTW->BHST", d_mean, value)
     common = jnp.sum(weights * d_weights, axis=-1, keepdims=True) / total
-    return (scale * weights * (d_weights - common)).astype(value.dtype), d_value
+    return (weights * (d_weights - common)).astype(value.dtype), d_value
