@@ -7,7 +7,7 @@ same pass and saved, and no logits are made twice.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -56,11 +56,24 @@ def logits_of(rows: jax.Array, head: jax.Array) -> jax.Array:
     return exact_einsum("MD,DV->MV", rows, head)
 
 
-def entropy_of(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cross entropy, log-normaliser and column of the target, each M, from logits MV.
+class Scored(NamedTuple):
+    """Softmax of some rows, each part M: l and m give it back as exp(logits - m) / l.
 
-    A column outside [0, V) means that the target is in another device's shard of the vocabulary.
+    Attributes:
+      entropy: Cross entropy, in nats.
+      largest: The largest logit m.
+      normaliser: l, the sum of exp(logits - m) over the whole vocabulary.
+      column: Column of the target in this device's shard; outside [0, V) if it is in another.
     """
+
+    entropy: jax.Array
+    largest: jax.Array
+    normaliser: jax.Array
+    column: jax.Array
+
+
+def entropy_of(logits: jax.Array, targets: jax.Array) -> Scored:
+    """Cross entropy of logits MV, this device's shard, with targets M in the whole vocabulary."""
     over, width = axes.names("vocab"), logits.shape[-1]
     here = targets - width * axes.index("vocab")
     largest = logits.max(-1)
@@ -71,15 +84,14 @@ def entropy_of(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Ar
     if over:
         target = jnp.where((here >= 0) & (here < width), target, 0.0)
         normaliser, target = lax.psum((normaliser, target), over)
-    log_normaliser = jnp.log(normaliser) + largest
-    return log_normaliser - target, log_normaliser, here
+    return Scored(jnp.log(normaliser) + largest - target, largest, normaliser, here)
 
 
 def gradients_of(
     rows: jax.Array,
     head: jax.Array,
     logits: jax.Array,
-    scored: tuple[jax.Array, jax.Array, jax.Array],
+    scored: Scored,
     weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of the weighted sum of entropies: of the rows MD, and of the head DV.
@@ -89,10 +101,11 @@ def gradients_of(
     Args:
       scored: result of `entropy_of` for these logits.
     """
-    _, log_normaliser, column = scored
-    hit = column[:, None] == jnp.arange(logits.shape[-1])[None]
-    d_logits = (jnp.exp(logits - log_normaliser[:, None]) - hit) * weights[:, None]
-    d_logits = d_logits.astype(head.dtype)
+    hit = scored.column[:, None] == jnp.arange(logits.shape[-1])[None]
+    # weights * (softmax - hit), by the same exponentials as in `entropy_of`: XLA can keep them.
+    exps = jnp.exp(logits - scored.largest[:, None])
+    weighted = exps * (weights / scored.normaliser)[:, None]
+    d_logits = (weighted - jnp.where(hit, weights[:, None], 0.0)).astype(head.dtype)
     d_rows = exact_einsum("MV,DV->MD", d_logits, head)
     return d_rows, row_product("MD,MV->DV", rows, d_logits)
 
@@ -107,7 +120,7 @@ def _head_loss(
 ) -> tuple[jax.Array, jax.Array]:
     def one(_: None, part: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         rows, target = everywhere(*part)
-        return None, axes.own(entropy_of(logits_of(rows, head), target)[0], "vocab")
+        return None, axes.own(entropy_of(logits_of(rows, head), target).entropy, "vocab")
 
     _, entropies = lax.scan(one, None, _chunks(chunk, hidden, targets))
     entropies = entropies.reshape(-1)
@@ -125,7 +138,7 @@ def _forward(
         scored = entropy_of(logits, target)
         d_rows, more = gradients_of(rows, head, logits, scored, weight)
         d_rows = axes.fan_in(d_rows, "vocab").astype(hidden.dtype)
-        return d_head + more, (axes.own(scored[0], "vocab"), d_rows)
+        return d_head + more, (axes.own(scored.entropy, "vocab"), d_rows)
 
     start = jnp.zeros(head.shape, jnp.float32)
     parts = _chunks(chunk, hidden, targets, weights)

@@ -69,8 +69,28 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates each pair (a, b) of x ...X to (a cos - b sin, b cos + a sin); see `cos_sin`."""
+    """Rotates each pair (a, b) of x ...X to (a cos - b sin, b cos + a sin); see `cos_sin`.
+
+    The gradient of x is the inverse rotation; the angles have none.
+    """
     wide = x.astype(jnp.float32)
-    swapped = wide.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)  # (a, b) -> (b, a)
+    first = jnp.arange(x.shape[-1]) % 2 == 0
+    swapped = jnp.where(first, jnp.roll(wide, -1, -1), jnp.roll(wide, 1, -1))  # (a, b) -> (b, a)
     return (wide * cos + swapped * sin).astype(x.dtype)
+
+
+_Angles = tuple[jax.Array, jax.Array]  # cos and sin of `rotate`
+
+
+def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, _Angles]:
+    return rotate(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(saved: _Angles, d_out: jax.Array) -> tuple[jax.Array, None, None]:
+    cos, sin = saved
+    return rotate(d_out, cos, -sin), None, None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -156,7 +156,7 @@ class _LossHead:
             self._ready = yield here, logits, scored, self._gathered(1)
         for k in parts:
             here, logits, scored, ahead = self._ready
-            entropy = scored[0]
+            entropy = scored.entropy
             d_rows, d_table = gradients_of(here[0], self._table, logits, scored, here[2])
             self.d_table = self.d_table + d_table
             here, logits = ahead, ahead and logits_of(ahead[0], self._table)
