@@ -12,6 +12,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.router import Router, Routing
+from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.balancer import slots_for
 from deepseek_jax.parallel.experts.exchange import Exchange, Received
@@ -19,12 +20,6 @@ from deepseek_jax.parallel.experts.overflow import Rounds
 from deepseek_jax.precision.saved import Saved, save
 
 FEW_TOKENS = 16  # most tokens of a decoding step that packed weights or all experts serve
-
-
-def swiglu(gate_up: jax.Array, axis: int = -1) -> jax.Array:
-    """silu(gate) * up, computed in float32: ...(2F), gate first -> ...F in the input's dtype."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=axis)
-    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
 
 
 def _joined(gate_up: jax.Array) -> jax.Array:
@@ -106,8 +101,7 @@ def out_of_experts(
 
     The weight goes in before W_down, which is linear: so backward needs no outputs of experts.
     """
-    hidden = swiglu(up)
-    hidden = (hidden.astype(jnp.float32) * weights[:, None]).astype(hidden.dtype)
+    hidden = swiglu(up, weights)
     return how.recipe.grouped(hidden, down, arrived.sizes, arrived.likely)
 
 

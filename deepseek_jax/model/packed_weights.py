@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.model import params
-from deepseek_jax.model.moe import scaled, swiglu
+from deepseek_jax.model.moe import scaled
+from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.precision import packed_product
 
 

@@ -21,7 +21,7 @@ from jax import lax
 
 from deepseek_jax.kernels import grouped_triton
 from deepseek_jax.kernels.grouped_triton import Saved
-from deepseek_jax.precision.einsum import exact_einsum
+from deepseek_jax.precision.einsum import exact_einsum, transposed
 
 # Three numbers measured on a CPU.
 BLOCK_ROWS = 128  # rows of a block of the loop
@@ -190,7 +190,8 @@ def _weight_gradient(share: int, block: int, saved: Saved, d_out: jax.Array) -> 
     if share:
         row, used, _, _ = _in_shares(sizes, share, rows.shape[0])
         mine, theirs = _masked(used, _take(rows, row)), _take(d_out, row)
-        d_weight = exact_einsum("EJD,EJF->EDF", mine, theirs)
+        turned = transposed("EJD->EDJ", mine)
+        d_weight = exact_einsum("EDJ,EJF->EDF", turned, theirs)
     else:
         d_weight = jnp.zeros(weight.shape, jnp.float32)
     count, experts, starts = _overflow_blocks(sizes, share, block, rows.shape[0])
