@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 
 def swiglu(gate_up: jax.Array, scale: jax.Array | None = None, axis: int = -1) -> jax.Array:
@@ -45,7 +44,7 @@ def _backward(axis: int, saved: _Operands, d_out: jax.Array) -> _Operands:
     (gate, up), d_out = _halves(gate_up, axis), d_out.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    d_scale = _sum(d_out * silu * up, axis)
+    d_scale = (d_out * silu * up).sum(axis)
     d_product = d_out * jnp.expand_dims(scale, axis)
     d_gate = d_product * up * (sigmoid + silu * (1 - sigmoid))  # silu' = s + g s (1 - s)
     d_gate_up = jnp.concatenate([d_gate, d_product * silu], axis)
@@ -58,13 +57,3 @@ _swiglu.defvjp(_forward, _backward)
 def _halves(gate_up: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=axis)
     return gate, up
-
-
-def _sum(x: jax.Array, axis: int) -> jax.Array:
-    """Sum over one axis; on a CPU as a product with ones, in half the time (measured)."""
-
-    def product(x: jax.Array) -> jax.Array:
-        ones = jnp.ones(x.shape[axis], x.dtype)
-        return jnp.tensordot(x, ones, axes=([axis], [0]), precision="highest")
-
-    return lax.platform_dependent(x, cpu=product, default=functools.partial(jnp.sum, axis=axis))
