@@ -31,7 +31,7 @@ class SamplingChoice:
     sources: tuple[str, str]
 
     def told(self, seeds: Sequence[int]) -> str:
-        """One line that tells the settings, their sources and the seeds of the requests."""
+        """Line that tells the settings, their sources and the seeds of the requests."""
         if self.temperature == 0:
             return f"temperature 0 ({self.sources[0]}): the likeliest token each time"
         seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
