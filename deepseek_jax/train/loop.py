@@ -67,7 +67,8 @@ def train(
       there are no held-out scores.
 
     Raises:
-      ConfigError: before anything is compiled or written; another run has the workdir, for example.
+      ConfigError: before the step is compiled or anything is written; another run has the workdir,
+        for example.
       NotFinite: a loss, gradient norm or weight is NaN or infinite.
       RunError: the workdir is full or was removed, or another reason outside the config.
     """
