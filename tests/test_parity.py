@@ -254,24 +254,25 @@ def test_losses_of_every_depth(variant, tmp_path):
     assert_near(loss, want.loss + 0.3 * np.mean(want.mtp_losses), LOSS)
 
 
-def test_bfloat16_is_near_float32(tiny, out, expected):
-    """Eight bits of mantissa, four layers: 2 or 3 per cent of the logits' spread, 2.07.
+def test_bfloat16_is_near_float32(tiny):
+    """Eight bits of mantissa, four layers: about 2 per cent of the logits' spread, 2.07.
 
-    That is so where no choice of experts differs. Near-ties of the router do change hands, a few in
-    a hundred, and a token that went to another expert is another number to all tokens after it.
+    That is so where no choice of experts differs. Near-ties of the router do change hands, one in
+    twenty, and a token that went to another expert is another number to all tokens after it.
     """
     model = deepseek_jax.load(TINY, dtype=jnp.bfloat16)
     assert model.weights.head.table[...].dtype == jnp.bfloat16
     assert model.weights.norm.scale[...].dtype == jnp.float32
-    got = model(expected["input_ids"])
+    tokens = np.random.default_rng(0).integers(0, tiny.config.vocab, (16, 64))
+    want, got = tiny(tokens), model(tokens)
     assert got.logits.dtype == jnp.float32 and got.hidden.dtype == jnp.bfloat16
-    layers = [(by_expert(got.routing[i])[0], by_expert(out.routing[i])[0]) for i in out.routing]
+    layers = [(by_expert(got.routing[i])[0], by_expert(want.routing[i])[0]) for i in want.routing]
     other = np.array([(ours != theirs).any(-1) for ours, theirs in layers])  # layer, B, S
-    assert other.mean() < 0.05
+    assert other.mean() < 0.07
     same = np.cumsum(other.any(0), axis=1) == 0  # attention is causal
-    assert same.sum() > 40
-    difference = np.asarray(got.logits - out.logits)[same]
-    assert 1e-4 < np.sqrt(np.mean(difference**2)) < 0.06
+    assert same.sum() > 150
+    difference = np.asarray(got.logits - want.logits)[same]
+    assert 1e-4 < np.sqrt(np.mean(difference**2)) < 0.05
 
 
 def test_settings_of_a_published_model_are_read(tmp_path):

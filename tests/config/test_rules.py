@@ -141,7 +141,7 @@ RULES = [
     ({"optimizer.moments": "float16"}, r"optimizer\.moments .* float32, bfloat16"),
     ({"optimizer.decayed": "none"}, r"optimizer\.decayed .* matrices, all"),
     # The model.
-    ({"model.dense_layers": 5}, r"model\.dense_layers=5 is more than model\.layers=4"),
+    ({"model.dense_layers": 5}, r"model\.dense_layers=5 is more than model\.layers=3"),
     ({"model.d_rope": 15}, r"model\.d_rope=15 is odd.* set model\.d_rope=16"),
     ({"model.yarn_beta_fast": 0.5}, r"model\.yarn_beta_fast=0\.5 .* model\.yarn_beta_slow"),
     ({"model.groups": 5}, r"model\.experts=16 .* model\.groups=5 .* set model\.groups=4"),
@@ -176,7 +176,7 @@ RULES = [
     ({"layout.rules.heads": ("tensor", 3)}, r"layout\.rules\.heads"),
     ({"layout.rules": 3}, r"layout\.rules is 3"),
     # Sizes over devices.
-    ({"mesh.gpu": 3, "batch.micro_sequences": 3}, r"batch\.sequences=16 is no multiple"),
+    ({"mesh.gpu": 3, "batch.micro_sequences": 3}, r"batch\.sequences=8 is no multiple"),
     (
         {"model.experts": 6, "model.groups": 2, "model.top_k": 4, **SPLIT_IN_FOUR},
         r"model\.experts=6 .* 4 devices .*mesh\.node=2 x mesh\.gpu=2.* set model\.experts=8",
@@ -211,6 +211,7 @@ RULES = [
     (
         {
             "layout.micro_batches_in_flight": 2,
+            "batch.sequences": 16,
             "batch.micro_sequences": 16,
             "batch.ramp_sequences": 16,
         },
@@ -233,7 +234,7 @@ RULES = [
     ),
     ({"batch.sequences": 20}, r"batch\.sequences=20 .* set batch\.sequences=24$"),
     ({"batch.ramp_sequences": 4}, r"batch\.ramp_sequences=4 .* set batch\.ramp_sequences=8$"),
-    ({"batch.ramp_sequences": 24}, r"batch\.ramp_sequences=24 is more than batch\.sequences=16"),
+    ({"batch.ramp_sequences": 24}, r"batch\.ramp_sequences=24 is more than batch\.sequences=8"),
 ]  # fmt: skip
 
 
@@ -260,10 +261,10 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
         {"model.q_latent": 0, "model.score": "softmax", "model.group_score": "max"},
         {"model.experts": 64, "model.groups": 1, "model.top_groups": 1, "model.top_k": 6},
         {"model.dense_layers": 0},
-        {"model.dense_layers": 4},
+        {"model.dense_layers": 3},
         {"model.mtp_depth": 0},
         {"model.yarn_factor": 2.0, "model.yarn_original": 128},
-        {"batch.length": 4096, "schedule.warmup_steps": 10},
+        {"batch.length": 4096, "schedule.warmup_steps": 9},
         {"layout.dispatch": "reference", "mesh.gpu": 1},
         {"layout.dispatch": "reference"},
         {"layout.rules": {}, "mesh.gpu": 1},
@@ -280,7 +281,11 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
             "model.groups": 1,
             "model.top_groups": 1,
         },
-        {"layout.micro_batches_in_flight": 2, "precision.dispatch": "fp8"},
+        {
+            "layout.micro_batches_in_flight": 2,
+            "batch.sequences": 16,
+            "precision.dispatch": "fp8",
+        },
         {"evaluation.tokens": 0, "batch.ramp_tokens": 0, "optimizer.ema_decay": 0.0},
     ],
     ids=str,

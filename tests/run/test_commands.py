@@ -170,7 +170,7 @@ def test_a_score_beyond_numbers_is_null_in_json(typed, folder, monkeypatch):
 
     monkeypatch.setattr(evaluation, "score_checkpoint", score)
     files = (f"--checkpoint={folder}", f"--data={folder}/rows.jsonl")
-    for more, stride in (((), None), (("--documents",), 1024), (("--documents", "--stride=3"), 3)):
+    for more, stride in (((), None), (("--documents",), 256), (("--documents", "--stride=3"), 3)):
         code, out, _ = typed("evaluate", *files, "--json", *more)
         assert code == 0 and "Infinity" not in out
         assert json.loads(out) == {"loss": 710.0, "perplexity": None, "stride": stride}
