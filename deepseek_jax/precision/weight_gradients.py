@@ -55,7 +55,7 @@ def cotangents(weights: Any, gradients: Any) -> Any:
         if not isinstance(leaf, Fp8Weight):
             return gradient
         nothing: Any = None
-        return Fp8Weight(nothing, nothing, None if leaf.carrier is None else gradient)
+        return Fp8Weight(nothing, nothing, gradient)
 
     return jax.tree.map(one, weights, gradients, is_leaf=_is_fp8)
 
