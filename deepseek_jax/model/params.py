@@ -147,6 +147,7 @@ class Weight:
       dtype: dtype of the stored values.
       trained: whether gradients update it; not so for a router bias.
       sensitive: whether it stays float32 in every recipe.
+      roles: of a linear layer's weight, see `weight`; None for others.
     """
 
     path: str
@@ -155,6 +156,7 @@ class Weight:
     dtype: Any
     trained: bool
     sensitive: bool
+    roles: str | None
 
 
 def describe(tree: Any) -> Iterator[Weight]:
@@ -170,6 +172,7 @@ def describe(tree: Any) -> Iterator[Weight]:
             variable.dtype,
             trained=isinstance(variable, nnx.Param),
             sensitive=variable.get_metadata("sensitive"),
+            roles=variable.get_metadata().get("roles"),
         )
 
 
