@@ -158,6 +158,12 @@ class Weight:
     sensitive: bool
     roles: str | None
 
+    def linear(self, shape: tuple[int, ...]) -> Linear | None:
+        """A linear layer's weight of this shape, a stack of layers in front, on one device."""
+        if self.roles is None:
+            return None
+        return Linear.whole(self.roles, shape[len(shape) - len(self.roles) :])
+
 
 def describe(tree: Any) -> Iterator[Weight]:
     """Descriptions of all parameters of a module or state, abstract or real, in pytree order."""

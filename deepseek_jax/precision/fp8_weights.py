@@ -202,5 +202,5 @@ def _joined(sizes: tuple[int, ...], starts: tuple[Any, ...], part: tuple[int, ..
     place = jnp.zeros((1,), jnp.int32)
     for whole, start, count in zip(sizes, starts, part, strict=True):
         digit = start + jnp.arange(count, dtype=jnp.int32)
-        place = (place[:, None] * whole + digit).reshape(-1)
+        place = (place[:, None] * whole + digit[None]).reshape(-1)
     return _Axis(size, blocks, block=place // BLOCK)
