@@ -192,7 +192,7 @@ def _axes(linear: Linear, starts: tuple[Any, ...], part: tuple[int, ...]) -> lis
 
 
 def _joined(sizes: tuple[int, ...], starts: tuple[Any, ...], part: tuple[int, ...]) -> _Axis:
-    """One dimension of blocks, from those that are its digits, the most significant first."""
+    """Dimension of blocks, from those that are its digits, the most significant first."""
     size, blocks = math.prod(part), -(-math.prod(sizes) // BLOCK)
     inner = math.prod(sizes[1:])
     if part == sizes:
