@@ -101,8 +101,9 @@ class LatentAttention(nnx.Module):
         scale = rotary.softmax_scale(config)
         block, keep = how.attention_block, how.remat.keep_scores
         mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
-        mixed = save(Saved.ATTENTION, mixed)
-        return axes.fan_in(einsum("BSHW,HWD->BSD", mixed, self.out[...]), "heads"), kept
+        project = functools.partial(einsum, "BSHW,HWD->BSD")
+        out = how.recipe.from_kept(Saved.ATTENTION, project, mixed, self.out[...])
+        return axes.fan_in(out, "heads"), kept
 
     @jax.named_scope("attention")
     def decode(

@@ -41,8 +41,13 @@ class FeedForward(nnx.Module):
         einsum = how.recipe.einsum
         with jax.named_scope("dense_ffn" if self.axis == "dense_width" else "shared_experts"):
             gate_up = einsum("BSD,DX->BSX", axes.fan_out(x, self.axis), _joined(self.gate_up[...]))
-            hidden = swiglu(save(Saved.GATE_UP, gate_up))
-            return axes.fan_in(einsum("BSF,FD->BSD", hidden, self.down[...]), self.axis)
+            out = how.recipe.from_kept(
+                Saved.GATE_UP,
+                lambda gate_up, down: einsum("BSF,FD->BSD", swiglu(gate_up), down),
+                gate_up,
+                self.down[...],
+            )
+            return axes.fan_in(out, self.axis)
 
     def decode(self, x: jax.Array, how: Execution) -> jax.Array:
         """The same output for the tokens of one step of decoding, BSD."""
@@ -91,8 +96,7 @@ def into_experts(
     how: Execution, gate_up: jax.Array, rows: jax.Array, arrived: Received
 ) -> jax.Array:
     """SD through its experts' gate_up ED2F -> S(2F)."""
-    up = how.recipe.grouped(rows, _joined(gate_up), arrived.sizes, arrived.likely)
-    return save(Saved.GATE_UP, up)
+    return how.recipe.grouped(rows, _joined(gate_up), arrived.sizes, arrived.likely)
 
 
 @jax.named_scope("experts")
@@ -103,8 +107,11 @@ def out_of_experts(
 
     The weight goes in before W_down, which is linear: so backward needs no outputs of experts.
     """
-    hidden = swiglu(up, weights)
-    return how.recipe.grouped(hidden, down, arrived.sizes, arrived.likely)
+
+    def layer(up: jax.Array, down: Any, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+        return how.recipe.grouped(swiglu(up, weights), down, sizes, arrived.likely)
+
+    return how.recipe.from_kept(Saved.GATE_UP, layer, up, down, weights, arrived.sizes)
 
 
 @jax.tree_util.register_dataclass

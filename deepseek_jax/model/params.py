@@ -6,6 +6,7 @@ metadata, which no other module accesses. A stack of layers has one more dimensi
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -158,6 +159,16 @@ class Weight:
     sensitive: bool
     roles: str | None
 
+    @property
+    def axes_of_scales(self) -> Axes:
+        """Logical axes of an FP8 weight's scales; None for joined dimensions."""
+        roles = self.roles or ""
+        out = list(self.axes[: len(self.axes) - len(roles)])
+        axes = self.axes[len(out) :]
+        for role, group in itertools.groupby(range(len(roles)), roles.__getitem__):
+            out += [axes[dim] for dim in group] if role == "-" else [None]
+        return tuple(out)
+
     def linear(self, shape: tuple[int, ...]) -> Linear | None:
         """A linear layer's weight of this shape, a stack of layers in front, on one device."""
         if self.roles is None:
@@ -183,12 +194,18 @@ def describe(tree: Any) -> Iterator[Weight]:
 
 
 def place(tree: Any, where: Callable[[Axes, tuple[int, ...]], Any]) -> Any:
-    """Tree with `where(logical axes, whole shape)` for each parameter, stack included."""
-    flat = list(describe(tree))
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(
-        structure, [where(w.axes, w.shape) for w, _ in zip(flat, leaves, strict=True)]
-    )
+    """Tree with `where(logical axes, whole shape)` for each array of the parameters.
+
+    A stack has "layer" in front. Dimensions that the scales of an FP8 weight join have no axis.
+    """
+    structure, placed = jax.tree.structure(tree), []
+    variables = jax.tree.leaves(tree, is_leaf=is_variable)
+    for weight, variable in zip(describe(tree), variables, strict=True):
+        placed.append(where(weight.axes, weight.shape))
+        value = variable.get_value()
+        if isinstance(value, Fp8Weight):
+            placed.append(where(weight.axes_of_scales, value.scales.shape))
+    return jax.tree.unflatten(structure, placed)
 
 
 def whole(module: Any) -> Any:

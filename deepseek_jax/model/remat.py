@@ -4,12 +4,14 @@
     layer                  everything [1]     names              input
     step of a layer pass   matmuls, names     names              input
     attention scores       saved              recomputed         recomputed
-    pipeline stage         as its steps       as its steps       input, received tokens [2]
-    MTP at the last stage  as its steps       as its steps       as `report` [3]
+    pipeline stage         as its steps       as its steps [2]   input, received tokens [2]
+    MTP at the last stage  as its steps       as its steps [3]   as `report` [3]
 
 [1] With ZeRO-3 matmuls and names: everything would include each layer's gathered weights.
-[2] `LayerPass` recomputes attention, and resends the tokens over the fast hop alone.
-[3] Residuals of MTP live within one tick, so recomputation would send messages twice for nothing.
+[2] Tokens are saved as received over the slow hop; backward resends them over the fast hop alone.
+    With `full` the `LayerPass` recomputes attention, too.
+[3] Residuals of MTP live within one tick, so recomputation would send messages twice for nothing:
+    tokens are saved at their experts.
 
 The form in which a named residual is saved is decided in `precision.saved.save`.
 """
@@ -31,10 +33,13 @@ class Remat:
     Attributes:
       names: residuals that are saved.
       matmuls: whether results of matmuls are saved too, and the scores of attention.
+      resend: whether a pipeline stage saves tokens as received over the slow hop, before the fast
+        hop copies each to its experts' devices, and resends them in backward.
     """
 
     names: tuple[Saved, ...]
     matmuls: bool = False
+    resend: bool = False
 
     def layer(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """The function of a layer, which saves for backward what this policy says."""
@@ -63,10 +68,11 @@ class Remat:
 
     def within_tick(self) -> "Remat":
         """The policy of MTP at a pipeline's last stage, whose residuals live within one tick."""
-        return REPORT if self.recompute_all else self
+        return WITHIN_TICK if self.resend else self
 
 
 NONE = Remat(tuple(Saved), matmuls=True)
-REPORT = Remat(tuple(Saved))
-FULL = Remat(())
+REPORT = Remat(tuple(Saved), resend=True)
+WITHIN_TICK = Remat(tuple(Saved))
+FULL = Remat((), resend=True)
 BY_NAME: Mapping[str, Remat] = {"none": NONE, "report": REPORT, "full": FULL}  # layout.recompute

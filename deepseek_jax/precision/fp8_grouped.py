@@ -51,7 +51,8 @@ def _forward(
 ) -> tuple[jax.Array, _Kept]:
     tiles = quantise_rows(rows, sizes, power_of_two)
     like = jnp.zeros((0,), rows.dtype)
-    out = _grouped(rows, weight, sizes, plan, power_of_two)
+    bare = Fp8Weight(weight.values, weight.scales)  # as in `fp8_linear`
+    out = _grouped(rows, bare, sizes, plan, power_of_two)
     return out, (tiles, like, kept_weight(weight), sizes)
 
 

@@ -74,7 +74,10 @@ _Kept = tuple[Tiles, jax.Array, Fp8Weight]
 def _forward(x: jax.Array, weight: Fp8Weight, power_of_two: bool) -> tuple[jax.Array, _Kept]:
     tiles = quantise_tiles(x, power_of_two=power_of_two, axis=-2)
     like = jnp.zeros((0,), x.dtype)
-    return _matmul(x, weight, power_of_two), (tiles, like, kept_weight(weight))
+    kept = kept_weight(weight)
+    # A checkpoint would save the carrier as an argument of this product.
+    bare = Fp8Weight(weight.values, weight.scales)
+    return _matmul(x, bare, power_of_two), (tiles, like, kept)
 
 
 def kept_weight(weight: Fp8Weight) -> Fp8Weight:

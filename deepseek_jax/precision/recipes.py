@@ -7,6 +7,7 @@ Sensitive parts (router, norms, softmax, loss) do not ask a recipe: they are flo
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from deepseek_jax.precision import fp8_grouped, fp8_linear
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
 from deepseek_jax.precision.grouped import grouped_matmul
+from deepseek_jax.precision.kept_input import from_fp8_input
+from deepseek_jax.precision.saved import Saved, save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,22 @@ class Recipe:
         rows, weight = rows.astype(self.activation_dtype), weight.astype(self.activation_dtype)
         return grouped_matmul(rows, weight, sizes, likely=likely)
 
+    def from_kept(
+        self,
+        name: Saved,
+        layer: Callable[..., jax.Array],
+        x: jax.Array,
+        weight: Any,
+        *rest: jax.Array,
+    ) -> jax.Array:
+        """layer(x, weight, *rest), of which backward needs x: a residual with a name.
+
+        Args:
+          layer: closes over no array; it multiplies with the weight by this recipe.
+          weight: a prepared weight.
+        """
+        return layer(save(name, x), weight, *rest)
+
 
 FLOAT32 = Recipe("float32", jnp.dtype(jnp.float32))
 BFLOAT16 = Recipe("bfloat16", jnp.dtype(jnp.bfloat16))
@@ -138,6 +157,16 @@ class Fp8Recipe(Recipe):
         return fp8_grouped.grouped_matmul(
             rows, weight, sizes, likely=likely, power_of_two=self.power_of_two
         )
+
+    def from_kept(
+        self,
+        name: Saved,
+        layer: Callable[..., jax.Array],
+        x: jax.Array,
+        weight: Any,
+        *rest: jax.Array,
+    ) -> jax.Array:
+        return from_fp8_input(name, layer, x, weight, *rest)
 
 
 FP8 = Fp8Recipe("fp8", jnp.dtype(jnp.bfloat16))

@@ -34,8 +34,8 @@ def test_what_each_policy_answers():
     }
     assert answers == {
         "none": (True, False, remat.NONE),
-        "report": (False, False, remat.REPORT),
-        "full": (False, True, remat.REPORT),
+        "report": (False, False, remat.WITHIN_TICK),
+        "full": (False, True, remat.WITHIN_TICK),
     }
 
 

@@ -109,9 +109,10 @@ class LayerPass:
       kind: kind of the layer.
       defer: whether backward leaves gradients of weights for later (zero bubble's W).
       recompute_all: full recomputation by the pass itself. It saves only the layer's input and the
-        tokens received over the slow hop; backward recomputes attention, and resends the tokens
-        over the fast hop in one message with the output's gradients. Without it, full recomputation
-        is left to the checkpoint around the layer.
+        tokens; backward recomputes attention. Without it, full recomputation is left to the
+        checkpoint around the layer.
+      resend: whether the tokens are saved as received over the slow hop. Backward resends them over
+        the fast hop in one message with the output's gradients. No effect where one hop is all.
     """
 
     how: Execution
@@ -120,6 +121,7 @@ class LayerPass:
     kind: LayerKind = MOE_LAYER
     defer: bool = False
     recompute_all: bool = False
+    resend: bool = False
 
     def forward(self, x: jax.Array) -> "ForwardPass":
         """The forward pass of one micro-batch, x BSD."""
@@ -151,6 +153,18 @@ class LayerPass:
 
         routing = jax.eval_shape(self.gate, self.weights["gate"], like).routing
         return dataclasses.replace(jax.tree.map(nothing, routing), balance=d_balance)
+
+    @property
+    def recomputes_shared(self) -> bool:
+        """Whether backward recomputes the step beside the experts, given its input.
+
+        A slot that may have a dense layer would save the input of the wide network's SwiGLU on all
+        ranks, of which one has a dense layer. It recomputes where tokens are resent.
+        """
+        shared = self.weights["shared"]
+        if shared is None:
+            return False
+        return self.recompute_all or (self.resend and len(shared) > 2)
 
     # What a step computes.
 
@@ -237,9 +251,11 @@ class ForwardPass(_Pass):
 
     def shared_steps(self) -> Steps[None]:
         """The shared experts, a step that needs attention alone."""
-        self._shared = yield self._step(
-            "shared", self.layer.beside_experts, self.weights["shared"], self.x
-        )
+        layer, weights = self.layer, self.weights["shared"]
+        if layer.recomputes_shared:
+            self._shared = yield layer.beside_experts(weights, self.x)
+        else:
+            self._shared = yield self._step("shared", layer.beside_experts, weights, self.x)
 
     def result(self) -> tuple[jax.Array, Routing, Residuals]:
         """The layer's output BSD, its routing, and what its backward pass needs.
@@ -252,11 +268,10 @@ class ForwardPass(_Pass):
         return out, routing, self._residuals(routing.traffic.rounds)
 
     def _residuals(self, rounds: jax.Array) -> Residuals:
-        again = self.layer.recompute_all
-        resent = again and self.arrived.slow_hop_words is not None
+        resent = self.layer.resend and self.arrived.slow_hop_words is not None
         without: dict[str, Any] = {"rows" if resent else "slow_hop_words": None}
         arrived = dataclasses.replace(self.arrived, **without)
-        x = self._entering if again else self.x
+        x = self._entering if self.layer.recompute_all else self.x
         sent = self._gated.weights, self._gated.chosen
         kept = x, sent, arrived, self._exchange.left, rounds, self._vjps
         return without_weights(self.weights, kept)
@@ -299,6 +314,10 @@ class BackwardPass(_Pass):
         layer, arrived = self.layer, self.arrived
         if layer.recompute_all:
             self._recompute_attention()
+        if layer.recomputes_shared:
+            self._vjps["shared"] = _recomputing_vjp(
+                layer.beside_experts, self.weights["shared"], self.x
+            )
         d_routed = self._d_out.reshape(-1, self._d_out.shape[-1])
         gradient = self.dispatch.combine_gradient(d_routed, arrived.route, arrived.slow_hop_words)
         travelled, rows = yield from with_scope("combine", gradient)
@@ -364,8 +383,6 @@ class BackwardPass(_Pass):
         self.x, vjp = weight_gradients.vjp(attention, weights["attend"], self._entering)
         chosen = functools.partial(layer.gate, chosen=self._sent[1])
         self._vjps = {"attend": vjp, "gate": _recomputing_vjp(chosen, weights["gate"], self.x)}
-        if weights["shared"] is not None:
-            self._vjps["shared"] = _recomputing_vjp(layer.beside_experts, weights["shared"], self.x)
 
     def _gate_up_vjp(self, d_up: jax.Array) -> Any:
         gate_up, _ = self.weights["experts"]

@@ -127,6 +127,7 @@ class Stage:
             dataclasses.replace(slot.kind, routed=slot.kind.routed & on),
             self.defer,
             self.how.remat.recompute_all,
+            self.how.remat.resend,
         )
 
 

@@ -1,0 +1,60 @@
+"""Inputs that backward keeps as FP8 tiles, while forward computes with the inputs themselves.
+
+The tiles are those of 128 channels of one token, with power-of-two scales (section 3.3.3 of the
+report), under the name of the residual, so that a recompute policy can save them. What follows from
+the input, such as SwiGLU's output or the tiles along tokens that the gradient of a weight
+multiplies, is computed again in backward from the kept tiles.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from deepseek_jax.precision import weight_gradients
+from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles, quantise_tiles
+from deepseek_jax.precision.fp8_weights import Fp8Weight
+from deepseek_jax.precision.saved import Saved, save
+
+# Output of a linear layer, given its input, its weight, and other arrays.
+Layer = Callable[..., jax.Array]
+
+
+def from_fp8_input(
+    name: Saved, layer: Layer, x: jax.Array, weight: Fp8Weight, *rest: jax.Array
+) -> jax.Array:
+    """layer(x, weight, *rest), of whose x backward has only FP8 tiles.
+
+    Args:
+      name: of the residual.
+      layer: closes over no array.
+      x: ...D, in tiles of 128 along D. A NaN or an infinity makes its whole tile NaN in backward.
+      rest: arrays of any dtype, which backward keeps as they are.
+    """
+    trained = weight.carrier is not None
+    dtype = x.dtype
+
+    @jax.custom_vjp
+    def run(x: jax.Array, weight: Fp8Weight, rest: Any) -> jax.Array:
+        return layer(x, weight, *rest)
+
+    def forward(x: jax.Array, weight: Fp8Weight, rest: Any) -> tuple[jax.Array, Any]:
+        tiles: Tiles = save(name, quantise_tiles(x, power_of_two=True))
+        bare = dataclasses.replace(weight, carrier=None)
+        return layer(x, bare, *rest), (tiles, bare, rest)
+
+    def backward(kept: Any, d_out: jax.Array) -> tuple[Any, Any, Any]:
+        tiles, weight, rest = kept
+        again = dequantise_tiles(tiles, dtype)
+        if not trained:
+            d_x, *d_rest = jax.vjp(lambda x, *rest: layer(x, weight, *rest), again, *rest)[1](d_out)
+            return d_x, None, tuple(d_rest)
+        pull = weight_gradients.vjp(
+            lambda weight, x, *rest: layer(x, weight, *rest), weight, again, *rest
+        )[1]
+        d_weight, d_x, *d_rest = pull(d_out)
+        return d_x, weight_gradients.cotangents(weight, d_weight), tuple(d_rest)
+
+    run.defvjp(forward, backward)
+    return run(x, weight, rest)
