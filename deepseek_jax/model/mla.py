@@ -249,7 +249,10 @@ def _forward(
     """Output BHSW, and the softmax of each block."""
     rows, softmaxes = [], []
     for start, end in _blocks(query.shape[2], block):
-        softmax = _softmax(query[:, :, start:end], key[:, :, :end], scale, start)
+        own = query[:, :, start:end]
+        if rows:  # one block after the other, or XLA holds float32 scores of several at once
+            own, rows[-1] = jax.lax.optimization_barrier((own, rows[-1]))
+        softmax = _softmax(own, key[:, :, :end], scale, start)
         mean = exact_einsum("BHST,BHTW->BHSW", softmax[0], value[:, :, :end]) / softmax[1]
         rows.append(mean.astype(query.dtype))
         softmaxes.append(softmax)
@@ -276,6 +279,10 @@ def _in_blocks_backward(
     bounds = list(enumerate(_blocks(query.shape[2], block)))
     for i, (start, end) in reversed(bounds):  # the last block has all keys
         rows, keys, values = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
+        if d_query:  # one block after the other, as in forward
+            rows, d_query[-1], d_key, d_value = jax.lax.optimization_barrier(
+                (rows, d_query[-1], d_key, d_value)
+            )
         softmax = softmaxes[i] if keep_scores else _softmax(rows, keys, scale, start)
         d_scores, d_values = _pull_back(softmax, values, d_out[:, :, start:end])
         d_rows = scale * exact_einsum("BHST,BHTX->BHSX", d_scores, keys)
