@@ -1,0 +1,83 @@
+"""Bytes that a layer keeps for backward, per token: counted from shapes; nothing is compiled.
+
+The layer is a MoE layer as a pipeline stage runs it, on one device, whose experts get as many tokens
+as each device of an expert-parallel group gets. BF16 stands beside FP8, each with tokens that travel
+in the recipe's own format and in FP8.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from deepseek_jax.aot import layer as one_layer
+from deepseek_jax.config import Config
+from deepseek_jax.model import execution
+from deepseek_jax.model.overlapped.layer_pass import LayerPass, block_modules, layer_weights
+from deepseek_jax.parallel.overlap import run_to_end
+
+RECIPES = (("bfloat16", "compute"), ("bfloat16", "fp8"), ("fp8", "fp8"))  # and its dispatch
+CORE = 4  # rank of attention scores, which `recompute=none` keeps in every recipe
+
+
+def measure(config: Config) -> list[dict[str, Any]]:
+    """A row for each policy and recipe: bytes per token, and their share of the first recipe's.
+
+    Scores of the attention core, which no recipe keeps in FP8, are a column of their own.
+    """
+    rows: list[dict[str, Any]] = []
+    for recompute in ("report", "none"):
+        first: float | None = None
+        for recipe, dispatch in RECIPES:
+            kept = kept_bytes(_with(config, recompute, recipe, dispatch))
+            tokens = config.batch.length
+            each = {name: size / tokens for name, size in kept.items()}
+            first = first or each["kept"]
+            named = {"recompute": recompute, "recipe": recipe, "dispatch": dispatch}
+            rows.append({**named, **each, "share": each["kept"] / first})
+    return rows
+
+
+def kept_bytes(config: Config) -> dict[str, int]:
+    """Bytes that one sequence leaves for backward of one MoE layer, besides its weights.
+
+    Returns:
+      Of attention scores as "scores", and of all others as "kept".
+    """
+    how = dataclasses.replace(execution.of(config), in_flight=1)
+    graph, weights, rest = one_layer.abstract(config, how)
+
+    def residuals(weights: Any, rest: Any, x: jax.Array) -> list[jax.Array]:
+        block: Any = nnx.merge(graph, weights, rest)
+        layer = LayerPass(
+            how,
+            config.model.experts,
+            layer_weights(block_modules(block)),
+            recompute_all=how.remat.recompute_all,
+            resend=how.remat.resend,
+        )
+        forward = layer.forward(x)
+        run_to_end(forward.steps(shared=layer.weights["shared"] is not None))
+        return forward.result()[2].leaves
+
+    shape = 1, config.batch.length, config.model.d_model
+    x = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
+    leaves = jax.eval_shape(residuals, weights, rest, x)
+    sizes = {"kept": 0, "scores": 0}
+    for leaf in leaves:
+        scores = leaf.ndim == CORE and leaf.shape[1] == config.model.heads
+        sizes["scores" if scores else "kept"] += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return sizes
+
+
+def _with(config: Config, recompute: str, recipe: str, dispatch: str) -> Config:
+    """The config on one device, with a policy, a recipe and a payload of tokens."""
+    one = {key: 1 for key in ("pipe", "replica", "node", "gpu", "tensor")}
+    return dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, **one),
+        layout=dataclasses.replace(config.layout, recompute=recompute),
+        precision=dataclasses.replace(config.precision, recipe=recipe, dispatch=dispatch),
+    )

@@ -1,0 +1,26 @@
+"""Bytes that a layer of V3 keeps for backward, from shapes."""
+
+import pytest
+
+from configs import v3_671b
+from deepseek_jax import config as configs
+from deepseek_jax.bench import residuals
+
+
+def kept(recipe, dispatch):
+    config = v3_671b.get_config()
+    config.layout.recompute = "report"
+    config.precision.update(recipe=recipe, dispatch=dispatch)
+    config.mesh.update(pipe=1, replica=1, node=1, gpu=1)
+    found = residuals.kept_bytes(configs.parse(config))
+    assert found["scores"] == 0
+    return found["kept"] / 4096
+
+
+@pytest.mark.parametrize("dispatch", ["compute", "fp8"])
+def test_fp8_keeps_a_byte_and_a_scale_for_each_number(dispatch):
+    """Of 8 copies of a token their tiles, SwiGLU's inputs, heads; the rest stays BF16."""
+    tile = 1 + 4 / 128
+    swiglu_and_heads = 8 * 4096 + 4096 + 128 * 128
+    bfloat16, fp8 = kept("bfloat16", dispatch), kept("fp8", dispatch)
+    assert bfloat16 - fp8 == swiglu_and_heads * (2 - tile)
