@@ -1,8 +1,9 @@
 """Bytes that a layer keeps for backward, per token: counted from shapes; nothing is compiled.
 
-The layer is a MoE layer as a pipeline stage runs it, on one device, whose experts get as many tokens
-as each device of an expert-parallel group gets. BF16 stands beside FP8, each with tokens that travel
-in the recipe's own format and in FP8.
+The layer is a MoE layer as a pipeline stage runs it, on one device, which gets as many copies of
+tokens as each device of an expert-parallel group does when all experts are equally loaded. With two
+hops a stage keeps fewer: tokens as received over the slow hop. BF16 stands beside FP8, with tokens
+that travel as they are and in FP8.
 """
 
 import dataclasses
@@ -74,7 +75,7 @@ def kept_bytes(config: Config) -> dict[str, int]:
 
 def _with(config: Config, recompute: str, recipe: str, dispatch: str) -> Config:
     """The config on one device, with a policy, a recipe and a payload of tokens."""
-    one = {key: 1 for key in ("pipe", "replica", "node", "gpu", "tensor")}
+    one = dict.fromkeys(("pipe", "replica", "node", "gpu", "tensor"), 1)
     return dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, **one),

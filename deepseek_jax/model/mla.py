@@ -247,7 +247,8 @@ def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int
 ) -> tuple[jax.Array, list[_Softmax]]:
     """Output BHSW, and the softmax of each block."""
-    rows, softmaxes = [], []
+    rows: list[jax.Array] = []
+    softmaxes: list[_Softmax] = []
     for start, end in _blocks(query.shape[2], block):
         own = query[:, :, start:end]
         if rows:  # one block after the other, or XLA holds float32 scores of several at once
