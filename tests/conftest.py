@@ -3,9 +3,12 @@
 import gc
 import importlib.metadata
 import os
+import signal
 import tempfile
 
 gc.set_threshold(100_000, 50, 100)  # collecting the many objects of traced programs is slow
+if hasattr(signal, "SIGHUP"):  # `nohup` ignores it, also in the processes that tests start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Read when JAX starts, here and in the processes that tests start. Compiling takes most of the
 # tests' time, and nearly every program runs a few steps on a few numbers only.

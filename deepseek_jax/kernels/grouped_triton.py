@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 
 EXACT = lax.Precision.HIGHEST  # no TF32 for float32; products of bfloat16 are exact anyway
 
@@ -94,16 +95,27 @@ def rows_gradient(
 
 
 def weight_gradient(
-    saved: Saved, d_out: jax.Array, *, tile: Tile | None = None, interpret: bool = False
+    saved: Saved,
+    d_out: jax.Array,
+    *,
+    shape: tuple[int, ...] | None = None,
+    dtype: DTypeLike | None = None,
+    tile: Tile | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Gradient of the weight of `product`: EDF, in the weight's dtype."""
+    """Gradient of the weight of `product`: EDF, summed in float32 and rounded once.
+
+    Args:
+      shape, dtype: of the gradient; None for those of the weight.
+    """
     rows, weight, sizes = saved
+    shape, dtype = shape or weight.shape, dtype or weight.dtype
     tile = tile or _default_tile(rows.dtype)
-    experts, deep, wide = weight.shape
+    experts, deep, wide = shape
     ends = jnp.cumsum(sizes)
     return _call(
         _weight_gradient_kernel,
-        jax.ShapeDtypeStruct(weight.shape, weight.dtype),
+        jax.ShapeDtypeStruct(shape, dtype),
         grid=(
             tile.neighbours,
             pl.cdiv(wide, tile.width),

@@ -35,7 +35,7 @@ class Execution:
 def of(config: Config) -> Execution:
     """The values that a config names."""
     return Execution(
-        recipe=recipe(config.precision.recipe),
+        recipe=recipe(config.precision.recipe, config.precision.scales),
         dispatch=dispatch.of(config),
         remat=remat.BY_NAME[config.layout.recompute],
         attention_block=config.layout.attention_block,

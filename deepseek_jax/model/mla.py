@@ -49,21 +49,23 @@ class LatentAttention(nnx.Module):
         q_latent, kv_latent = ("q_latent", config.q_latent), ("kv_latent", config.kv_latent)
         std = config.init_std
         if config.q_latent:
-            self.query_down = params.weight(rngs, model, q_latent, std=std)  # DQ, W^DQ
+            self.query_down = params.weight(rngs, model, q_latent, std=std, roles="io")  # DQ, W^DQ
             self.query_norm = RMSNorm(config.q_latent, eps=LATENT_NORM_EPS, axis="q_latent")
             self.query_up = params.weight(
-                rngs, q_latent, heads, query, std=std
+                rngs, q_latent, heads, query, std=std, roles="ioo"
             )  # QH(N+R), W^UQ, W^QR
         else:
-            self.query = params.weight(rngs, model, heads, query, std=std)  # DH(N+R)
+            self.query = params.weight(rngs, model, heads, query, std=std, roles="ioo")  # DH(N+R)
         latent_and_rope = (None, config.kv_latent + config.d_rope)
-        self.kv_down = params.weight(rngs, model, latent_and_rope, std=std)  # D(C+R), W^DKV, W^KR
+        self.kv_down = params.weight(
+            rngs, model, latent_and_rope, std=std, roles="io"
+        )  # D(C+R), W^DKV, W^KR
         self.kv_norm = RMSNorm(config.kv_latent, eps=LATENT_NORM_EPS, axis="kv_latent")
         self.kv_up = params.weight(
-            rngs, kv_latent, heads, key_value, std=std
+            rngs, kv_latent, heads, key_value, std=std, roles="ioo"
         )  # CH(N+W), W^UK, W^UV
         value = ("head_width", config.d_value)
-        self.out = params.weight(rngs, heads, value, model, std=std)  # HWD, W^O
+        self.out = params.weight(rngs, heads, value, model, std=std, roles="iio")  # HWD, W^O
         self.split_kv_up: Any = None  # kv_up split into halves, see model/packed_weights.py
         self.config = config
 

@@ -32,8 +32,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, width: tuple[str, int], *, rngs: nnx.Rngs):
         model, std = ("model", config.d_model), config.init_std
-        self.gate_up = params.weight(rngs, model, (None, 2), width, std=std)  # D2F
-        self.down = params.weight(rngs, width, model, std=std)  # FD
+        self.gate_up = params.weight(rngs, model, (None, 2), width, std=std, roles="i-o")  # D2F
+        self.down = params.weight(rngs, width, model, std=std, roles="io")  # FD
         self.packed: Any = None  # these weights for few tokens, model/packed_weights.py
         self.axis = width[0]
 
@@ -58,8 +58,10 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         experts, model = ("experts", config.experts), ("model", config.d_model)
         width, std = ("expert_width", config.d_expert), config.init_std
-        self.gate_up = params.weight(rngs, experts, model, (None, 2), width, std=std)  # ED2F
-        self.down = params.weight(rngs, experts, width, model, std=std)  # EFD
+        self.gate_up = params.weight(
+            rngs, experts, model, (None, 2), width, std=std, roles="-i-o"
+        )  # ED2F
+        self.down = params.weight(rngs, experts, width, model, std=std, roles="-io")  # EFD
         self.packed: Any = None  # these weights for few tokens, model/packed_weights.py
 
     def weights(self) -> tuple[jax.Array, jax.Array]:

@@ -30,7 +30,9 @@ class MTPModule(nnx.Module):
         self.embedding_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.hidden_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         halves = ((None, 2), ("model", config.d_model), (None, config.d_model))
-        self.project = params.weight(rngs, *halves, std=config.init_std)  # 2DD, embedding first
+        self.project = params.weight(
+            rngs, *halves, std=config.init_std, roles="iio"
+        )  # 2DD, embedding first
         self.block = Block(config, dense=False, rngs=rngs)
         self.out_norm = RMSNorm(config.d_model, eps=config.norm_eps)
 

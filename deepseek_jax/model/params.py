@@ -5,6 +5,7 @@ metadata, which no other module accesses. A stack of layers has one more dimensi
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import nnx
 from deepseek_jax.parallel import axes as mesh_axes
 from deepseek_jax.parallel.axes import Axes
 from deepseek_jax.parallel.pipeline import stage_assignment
+from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear
 from deepseek_jax.precision.recipes import Recipe
 
 Dim = tuple[str | None, int]
@@ -25,15 +27,19 @@ class RouterBias(nnx.Variable):
     """Bias of a router: updated from expert load (auxiliary-loss-free), never by a gradient."""
 
 
-def weight(rngs: nnx.Rngs, *dims: Dim, std: float, sensitive: bool = False) -> nnx.Param:
+def weight(
+    rngs: nnx.Rngs, *dims: Dim, std: float, sensitive: bool = False, roles: str | None = None
+) -> nnx.Param:
     """Float32 parameter from (logical axis, size) pairs, normal with standard deviation `std`.
 
     Args:
       sensitive: whether it stays float32 in every precision recipe.
+      roles: of a linear layer's weight, the role of each dimension in its matrices: "i" input, "o"
+        output, "-" none, see `fp8_weights.Linear`. None for a weight of another kind.
     """
     axes, sizes = zip(*dims, strict=True)
     value = std * jax.random.normal(rngs.params(), sizes, jnp.float32)
-    return nnx.Param(value, axes=axes, sizes=sizes, sensitive=sensitive)
+    return nnx.Param(value, axes=axes, sizes=sizes, sensitive=sensitive, roles=roles)
 
 
 def ones(*dims: Dim) -> nnx.Param:
@@ -73,14 +79,40 @@ def per_slot(variable: nnx.Param, expert_of_slot: jax.Array) -> nnx.Param:
 def prepare(tree: Any, recipe: Recipe) -> Any:
     """The weights as a step computes with them: `Recipe.prepare` of each master or stored weight.
 
-    Made once per step, before `gather`.
+    Made once per step, before `gather`. Under a layout the tree has this device's ZeRO shards.
     """
 
     def one(variable: Any) -> Any:
         sensitive = variable.get_metadata("sensitive")
-        return variable.replace(recipe.prepare(variable[...], sensitive=sensitive))
+        linear = _linear(variable)
+        return variable.replace(recipe.prepare(variable[...], sensitive=sensitive, linear=linear))
 
     return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def _linear(variable: nnx.Variable) -> Linear | None:
+    """The dimensions of a linear layer's weight, and this device's part of it."""
+    roles, layout = variable.get_metadata().get("roles"), mesh_axes.current()
+    if roles is None:
+        return None
+    axes, sizes = _meta(variable)
+    if layout is None:
+        return Linear.whole(roles, sizes)
+    dim, zero = layout.zero_split(axes, sizes)
+    used = [layout.mesh_axes(axis) for axis in axes]
+    used_sizes = layout.local(layout.spec(axes), sizes)
+    starts, used_starts = [], []
+    over: list[str] = []
+    for i, (names, size) in enumerate(zip(used, used_sizes, strict=True)):
+        start = size * jax.lax.axis_index(names) if names else 0
+        used_starts.append(start)
+        if zero and i == dim:
+            part = size // mesh_axes.devices(zero)
+            start = start + part * jax.lax.axis_index(zero)
+            names = (*names, *zero)
+        starts.append(start)
+        over += names if roles[i] != "-" else ()
+    return Linear(roles, sizes, tuple(starts), tuple(used_starts), used_sizes, tuple(over))
 
 
 def stored(tree: Any, recipe: Recipe) -> Any:
@@ -164,8 +196,15 @@ def gather(tree: Any, layout: mesh_axes.Layout) -> Any:
     def one(variable: Any) -> Any:
         if isinstance(variable, RouterBias):
             return variable
-        axes, shape = _stacked(variable)
-        return variable.replace(mesh_axes.gather(variable[...], axes, shape, layout))
+        where, value = (*_stacked(variable), layout), variable[...]
+        if not isinstance(value, Fp8Weight):
+            return variable.replace(mesh_axes.gather(value, *where))
+        carrier = value.carrier
+        if carrier is not None:
+            carrier = mesh_axes.gather_gradient(carrier, *where)
+        # Scales are whole already, on every rank of ZeRO.
+        gathered = mesh_axes.gather(value.values, *where)
+        return variable.replace(Fp8Weight(gathered, value.scales, carrier))
 
     return jax.tree.map(one, tree, is_leaf=is_variable)
 
@@ -202,8 +241,17 @@ def to_stages(stacks: Sequence[Any], rows: np.ndarray, layout: mesh_axes.Layout)
 
     def one(*variables: Any) -> Any:
         dim, over = _zero_split(variables[0], layout)
-        stack = jnp.concatenate([variable[...] for variable in variables])
-        return variables[0].replace(stage_assignment.fetch(stack, rows, dim, over))
+        fetch = functools.partial(stage_assignment.fetch, rows=rows)
+        values = [variable[...] for variable in variables]
+        if isinstance(values[0], Fp8Weight):  # every rank has the scales of all layers
+            quantised = jnp.concatenate([value.values for value in values])
+            scales = jnp.concatenate([value.scales for value in values])
+            fetched: Any = Fp8Weight(
+                fetch(quantised, dim=dim, over=over), fetch(scales, dim=0, over=())
+            )
+        else:
+            fetched = fetch(jnp.concatenate(values), dim=dim, over=over)
+        return variables[0].replace(fetched)
 
     return jax.tree.map(one, *stacks, is_leaf=is_variable)
 

@@ -222,6 +222,19 @@ def gather(weight: Any, axes: Axes, shape: tuple[int, ...], layout: Layout) -> A
     return _gather(weight, dim, over) if over else weight
 
 
+def gather_gradient(shard: Any, axes: Axes, shape: tuple[int, ...], layout: Layout) -> Any:
+    """Zeros in the shape of the whole weight, with the gradient of `gather`: no message forward."""
+    dim, over = layout.zero_split(axes, shape)
+    return _zeros(shard, dim, over) if over else shard
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _zeros(shard: jax.Array, dim: int, over: tuple[str, ...]) -> jax.Array:
+    shape = list(shard.shape)
+    shape[dim] *= devices(over)
+    return jnp.zeros(shape, shard.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(weight: jax.Array, dim: int, over: tuple[str, ...]) -> jax.Array:
     return lax.all_gather(weight, over, axis=dim, tiled=True)
@@ -234,3 +247,4 @@ def _scatter(dim: int, over: tuple[str, ...], _: None, d_weight: jax.Array) -> t
 
 
 _gather.defvjp(lambda weight, dim, over: (_gather(weight, dim, over), None), _scatter)
+_zeros.defvjp(lambda shard, dim, over: (_zeros(shard, dim, over), None), _scatter)

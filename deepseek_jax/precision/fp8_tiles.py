@@ -1,6 +1,6 @@
 """FP8 tiles: 1x128 values in E4M3 under one scale (section 3.3.2 of the report).
 
-A tile runs along the last axis, which a matmul contracts: 128 channels of one token share a scale.
+A tile runs along the axis that a matmul contracts: 128 channels of one token share a scale.
 The scale follows from the present values (online quantisation), not from a history of maxima.
 """
 
@@ -33,36 +33,54 @@ class Tiles:
     """An array values * scales, each scale over its tile.
 
     Attributes:
-      values: (..., D) float8_e4m3fn.
-      scales: (..., ceil(D / 128)) float32, above zero.
+      values: float8_e4m3fn, of any shape.
+      scales: float32, above zero; ceil(size / 128) along the axis of the tiles, like `values` along
+        the others.
     """
 
     values: jax.Array
     scales: jax.Array
 
 
-def quantise_tiles(x: jax.Array, *, power_of_two: bool) -> Tiles:
+def quantise_tiles(x: jax.Array, *, power_of_two: bool, axis: int = -1) -> Tiles:
     """Tiles nearest to x; the error is at most 2^-4 of a value or 2^-10 of its scale.
 
+    A tile of zeros has the scale of the floor, and values of zero; magnitudes below 2^-10 of a
+    scale become zero.
+
     Args:
-      x: (..., D), any float dtype, below 2^127 in magnitude. A NaN or an infinity makes its whole
-        tile NaN.
+      x: any float dtype, below 2^127 in magnitude. A NaN or an infinity makes its whole tile NaN.
       power_of_two: whether to round scales up to the next power of two. `dequantise_tiles` is then
         exact in bfloat16, and quantising its result again, along another axis too, loses only
         values that underflow.
+      axis: that the tiles run along: -1 for 128 channels of one token, -2 for one channel of 128
+        tokens, as the gradient of a weight contracts them.
     """
     x = x.astype(jnp.float32)
-    width = x.shape[-1]
-    padded = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 1) + [(0, -width % BLOCK)])
-    largest = padded.reshape(*x.shape[:-1], -1, BLOCK).max(-1)  # ...D -> ...(D/128)128
+    scales = scales_of(largest_of_tiles(jnp.abs(x), axis), power_of_two)
+    return Tiles(quantised(x, spread(scales, x.shape), power_of_two), scales)
+
+
+def largest_of_tiles(x: jax.Array, axis: int) -> jax.Array:
+    """Largest value of each tile of x >= 0 along `axis`; NaN if there is one."""
+    axis %= x.ndim
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % BLOCK)
+    padded = jnp.pad(x, padding)
+    tiles = (*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :])
+    return padded.reshape(tiles).max(axis + 1)
+
+
+def scales_of(largest: jax.Array, power_of_two: bool) -> jax.Array:
+    """Scales of tiles or blocks with these largest magnitudes, float32."""
     scales = jnp.maximum(largest, FLOOR) * _PER_LARGEST
-    if power_of_two:
-        scales = _next_power_of_two(scales)
-        inverse = _inverse_power_of_two(scales)
-    else:
-        inverse = 1 / scales
-    scaled = jnp.clip(x * spread(inverse, x.shape), -LARGEST, LARGEST)
-    return Tiles(rounded(scaled, E4M3), scales)
+    return _next_power_of_two(scales) if power_of_two else scales
+
+
+def quantised(x: jax.Array, scales: jax.Array, power_of_two: bool) -> jax.Array:
+    """Values x / scales in E4M3, for float32 x and scales of its shape."""
+    inverse = _inverse_power_of_two(scales) if power_of_two else 1 / scales
+    return rounded(jnp.clip(x * inverse, -LARGEST, LARGEST), E4M3)
 
 
 def dequantise_tiles(tiles: Tiles, dtype: DTypeLike) -> jax.Array:

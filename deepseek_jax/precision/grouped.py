@@ -11,6 +11,7 @@ On a GPU each iteration of such a loop is a read-back to the host, so programs f
 kernels of `kernels/grouped_triton.py` instead.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import grouped_triton
 from deepseek_jax.kernels.grouped_triton import Saved
@@ -65,8 +67,49 @@ def grouped_matmul(
     Returns:
       MF, `rows.dtype`, summed in float32; padding is zero, in the gradient too.
     """
-    share, block = _share_and_block(min(likely, rows.shape[0]), weight.shape[0])
-    return _grouped(rows, weight, sizes, share, min(block, rows.shape[0]), backend)
+    return _grouped(rows, weight, sizes, plan(rows.shape[0], weight.shape[0], likely, backend))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Products of rows and weights of as many experts, forward and backward.
+
+    Each chooses its backend separately: a single choice would keep the residuals of both forms, and
+    the gradient of the weight may be deferred.
+
+    Attributes:
+      share: J.
+      block: rows of a block of the loop.
+      backend: chooses between the portable form and the kernel.
+    """
+
+    share: int
+    block: int
+    backend: Backend
+
+    def product(self, rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Product rows @ weight[expert], MF in the dtype of the rows."""
+        portable = functools.partial(_product, share=self.share, block=self.block, transpose=False)
+        return self.backend(portable, grouped_triton.product)(rows, weight, sizes)
+
+    def rows_gradient(self, saved: Saved, d_out: jax.Array) -> jax.Array:
+        """Gradient of the rows MD, in the dtype of `d_out`."""
+        portable = functools.partial(_rows_gradient, self.share, self.block)
+        return self.backend(portable, grouped_triton.rows_gradient)(saved, d_out)
+
+    def weight_gradient(
+        self, saved: Saved, d_out: jax.Array, shape: tuple[int, ...], dtype: DTypeLike
+    ) -> jax.Array:
+        """Gradient of the weight, EDF = `shape`, summed in float32 and rounded to `dtype`."""
+        portable = functools.partial(_weight_gradient, self.share, self.block, shape, dtype)
+        kernel = functools.partial(grouped_triton.weight_gradient, shape=shape, dtype=dtype)
+        return self.backend(portable, kernel)(saved, d_out)
+
+
+def plan(rows: int, experts: int, likely: int, backend: Backend = by_platform) -> Plan:
+    """The plan for M = `rows` and E = `experts`; the rest as in `grouped_matmul`."""
+    share, block = _share_and_block(min(likely, rows), experts)
+    return Plan(share, min(block, rows), backend)
 
 
 def _share_and_block(likely: int, experts: int) -> tuple[int, int]:
@@ -156,28 +199,15 @@ def _product(
     return lax.fori_loop(0, count, body, out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _grouped(
-    rows: jax.Array,
-    weight: jax.Array,
-    sizes: jax.Array,
-    share: int,
-    block: int,
-    backend: Backend,
-) -> jax.Array:
-    portable = functools.partial(_product, share=share, block=block, transpose=False)
-    return backend(portable, grouped_triton.product)(rows, weight, sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(rows: jax.Array, weight: jax.Array, sizes: jax.Array, plan: Plan) -> jax.Array:
+    return plan.product(rows, weight, sizes)
 
 
 def _forward(
-    rows: jax.Array,
-    weight: jax.Array,
-    sizes: jax.Array,
-    share: int,
-    block: int,
-    backend: Backend,
+    rows: jax.Array, weight: jax.Array, sizes: jax.Array, plan: Plan
 ) -> tuple[jax.Array, Saved]:
-    return _grouped(rows, weight, sizes, share, block, backend), (rows, weight, sizes)
+    return _grouped(rows, weight, sizes, plan), (rows, weight, sizes)
 
 
 def _rows_gradient(share: int, block: int, saved: Saved, d_out: jax.Array) -> jax.Array:
@@ -185,15 +215,22 @@ def _rows_gradient(share: int, block: int, saved: Saved, d_out: jax.Array) -> ja
     return _product(d_out, weight, sizes, share, block, transpose=True)
 
 
-def _weight_gradient(share: int, block: int, saved: Saved, d_out: jax.Array) -> jax.Array:
-    rows, weight, sizes = saved
+def _weight_gradient(
+    share: int,
+    block: int,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    saved: Saved,
+    d_out: jax.Array,
+) -> jax.Array:
+    rows, _, sizes = saved
     if share:
         row, used, _, _ = _in_shares(sizes, share, rows.shape[0])
         mine, theirs = _masked(used, _take(rows, row)), _take(d_out, row)
         turned = transposed("EJD->EDJ", mine)
         d_weight = exact_einsum("EDJ,EJF->EDF", turned, theirs)
     else:
-        d_weight = jnp.zeros(weight.shape, jnp.float32)
+        d_weight = jnp.zeros(shape, jnp.float32)
     count, experts, starts = _overflow_blocks(sizes, share, block, rows.shape[0])
     ends = jnp.cumsum(sizes)
 
@@ -207,23 +244,13 @@ def _weight_gradient(share: int, block: int, saved: Saved, d_out: jax.Array) -> 
         more = so_far + exact_einsum("MD,MF->DF", mine, theirs)
         return lax.dynamic_update_index_in_dim(total, more, experts[i], 0)
 
-    return lax.fori_loop(0, count, body, d_weight).astype(weight.dtype)
+    return lax.fori_loop(0, count, body, d_weight).astype(dtype)
 
 
-def _gradients(
-    share: int, block: int, backend: Backend, saved: Saved, d_out: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    # The backend is chosen separately for forward and each gradient: a single choice would keep the
-    # residuals of both forms, and the weight's gradient may be deferred.
-    makers = (
-        (_rows_gradient, grouped_triton.rows_gradient),
-        (_weight_gradient, grouped_triton.weight_gradient),
-    )
-    d_rows, d_weight = (
-        backend(functools.partial(portable, share, block), kernel)(saved, d_out)
-        for portable, kernel in makers
-    )
-    return d_rows, d_weight, None
+def _gradients(plan: Plan, saved: Saved, d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    weight = saved[1]
+    d_weight = plan.weight_gradient(saved, d_out, weight.shape, weight.dtype)
+    return plan.rows_gradient(saved, d_out), d_weight, None
 
 
 _grouped.defvjp(_forward, _gradients)

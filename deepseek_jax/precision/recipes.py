@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.precision import fp8_grouped, fp8_linear
 from deepseek_jax.precision.einsum import exact_einsum, row_product
+from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
 from deepseek_jax.precision.grouped import grouped_matmul
 
 
@@ -27,10 +29,9 @@ class Recipe:
     what gets gathered and what `einsum` and `grouped` take. Code outside `precision/` asks these
     methods about all three, and never which recipe it has.
 
-    Here the prepared form is an array in `activation_dtype`. A recipe of FP8 may return a pytree
-    of arrays instead, as `fp8_tiles.Tiles` with values and scales: quantised once per step, and
-    gathered in that form. Each of its leaves then keeps the dimensions of the weight in their
-    order, so that the layers of a stack and the parts of ZeRO are cut from every leaf alike.
+    Here the prepared form is an array in `activation_dtype`. `Fp8Recipe` makes an `Fp8Weight` of
+    the weight of a linear layer: quantised once per step, and gathered in that form. Gradients of
+    prepared weights go through `weight_gradients`, and are arrays in every recipe.
 
     Attributes:
       name: the value of `precision.recipe`.
@@ -40,16 +41,18 @@ class Recipe:
     name: str
     activation_dtype: jnp.dtype
 
-    def prepare(self, weight: jax.Array, *, sensitive: bool) -> Any:
+    def prepare(
+        self, weight: jax.Array, *, sensitive: bool, linear: Linear | None = None
+    ) -> jax.Array | Fp8Weight:
         """The form of a weight that a step computes with.
 
         Args:
           weight: a master or a stored weight, of one layer or a stack of layers.
           sensitive: whether it stays float32 in every recipe.
-
-        Returns:
-          An array here, a pytree of arrays in general.
+          linear: dimensions of the weight of a linear layer; None for others, such as the embedding
+            and the head, which are in `activation_dtype` in every recipe.
         """
+        del linear
         return weight if sensitive else weight.astype(self.activation_dtype)
 
     @property
@@ -61,9 +64,11 @@ class Recipe:
         """
         return self.activation_dtype
 
-    def prepared_bytes(self, shape: tuple[int, ...], *, sensitive: bool) -> int:
+    def prepared_bytes(
+        self, shape: tuple[int, ...], *, sensitive: bool, linear: Linear | None = None
+    ) -> int:
         """Bytes of the prepared form of a float32 weight; nothing is allocated."""
-        prepare = functools.partial(self.prepare, sensitive=sensitive)
+        prepare = functools.partial(self.prepare, sensitive=sensitive, linear=linear)
         leaves = jax.tree.leaves(jax.eval_shape(prepare, jax.ShapeDtypeStruct(shape, jnp.float32)))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -72,14 +77,17 @@ class Recipe:
         """Dtype whose peak bounds the products, as `hardware/chips.py` names it."""
         return self.name  # these recipes are named after it
 
-    def einsum(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    @property
+    def serving(self) -> "Recipe":
+        """The recipe of generation with weights that this one trained."""
+        return self
+
+    def einsum(self, subscripts: str, x: jax.Array, weight: Any) -> jax.Array:
         """Linear layer: contraction of an activation with a prepared weight."""
         dtype = self.activation_dtype
         return _linear(subscripts, x.astype(dtype), weight.astype(dtype)).astype(dtype)
 
-    def grouped(
-        self, rows: jax.Array, weight: jax.Array, sizes: jax.Array, likely: int
-    ) -> jax.Array:
+    def grouped(self, rows: jax.Array, weight: Any, sizes: jax.Array, likely: int) -> jax.Array:
         """Linear layers of all experts at once; arguments as in `grouped_matmul`."""
         rows, weight = rows.astype(self.activation_dtype), weight.astype(self.activation_dtype)
         return grouped_matmul(rows, weight, sizes, likely=likely)
@@ -87,18 +95,70 @@ class Recipe:
 
 FLOAT32 = Recipe("float32", jnp.dtype(jnp.float32))
 BFLOAT16 = Recipe("bfloat16", jnp.dtype(jnp.bfloat16))
-_RECIPES = {recipe.name: recipe for recipe in (FLOAT32, BFLOAT16)}
 
 
-def recipe(name: str) -> Recipe:
+@dataclasses.dataclass(frozen=True)
+class Fp8Recipe(Recipe):
+    """Linear layers with operands in E4M3 and scales of tiles and blocks (section 3.3.2).
+
+    All three matmuls of a linear layer, forward and both gradients, have FP8 operands and sums in
+    float32; see `fp8_linear`. Activations between them are bfloat16.
+
+    Attributes:
+      power_of_two: whether scales are powers of two.
+    """
+
+    power_of_two: bool = True
+
+    def prepare(
+        self, weight: jax.Array, *, sensitive: bool, linear: Linear | None = None
+    ) -> jax.Array | Fp8Weight:
+        if sensitive or linear is None:
+            return super().prepare(weight, sensitive=sensitive)
+        return quantise_blocks(weight, linear, power_of_two=self.power_of_two)
+
+    @property
+    def stored_dtype(self) -> jnp.dtype:
+        return jnp.dtype(jnp.float32)  # blocks made of bfloat16 weights would be rounded twice
+
+    @property
+    def matmul_dtype(self) -> str:
+        return "float8"
+
+    @property
+    def serving(self) -> Recipe:
+        return BFLOAT16  # absorbed decoding multiplies with parts of weights, along other axes
+
+    def einsum(self, subscripts: str, x: jax.Array, weight: Any) -> jax.Array:
+        x = x.astype(self.activation_dtype)
+        return fp8_linear.einsum(subscripts, x, weight, power_of_two=self.power_of_two)
+
+    def grouped(self, rows: jax.Array, weight: Any, sizes: jax.Array, likely: int) -> jax.Array:
+        rows = rows.astype(self.activation_dtype)
+        return fp8_grouped.grouped_matmul(
+            rows, weight, sizes, likely=likely, power_of_two=self.power_of_two
+        )
+
+
+FP8 = Fp8Recipe("fp8", jnp.dtype(jnp.bfloat16))
+_RECIPES = {recipe.name: recipe for recipe in (FLOAT32, BFLOAT16, FP8)}
+
+
+def recipe(name: str, scales: str = "power_of_two") -> Recipe:
     """The recipe that `precision.recipe` names.
+
+    Args:
+      scales: `precision.scales`: "power_of_two" or "free"; read by FP8 alone.
 
     Raises:
       ConfigError: no such recipe.
     """
     if name not in _RECIPES:
         raise ConfigError(f"precision.recipe is {name!r}; known recipes: {', '.join(_RECIPES)}")
-    return _RECIPES[name]
+    chosen = _RECIPES[name]
+    if isinstance(chosen, Fp8Recipe):
+        return dataclasses.replace(chosen, power_of_two=scales == "power_of_two")
+    return chosen
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

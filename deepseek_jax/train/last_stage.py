@@ -29,6 +29,7 @@ from deepseek_jax.model.overlapped.stage import Stage, single_layer
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.overlap import Steps, interleave, storing, with_scope
+from deepseek_jax.precision import weight_gradients
 from deepseek_jax.train.objective import Sums, counted, no_layers, targets_of
 
 PARTS = 8  # of a head's rows that overlap with a module: half in its forward, half in its backward
@@ -107,7 +108,7 @@ class LastStage:
             d_embedded = d_embedded + more
         d_norm, d_y = vjp_norm(heads[0].gradient() + d_state)
 
-        grads: Any = jax.tree.map(lambda leaf: leaf, ends)
+        grads: Any = weight_gradients.carriers(ends)
         grads.embedding, grads.norm = vjp_embedded(d_embedded)[0], d_norm
         d_table = sum(head.d_table for head in heads)
         grads.head = jax.tree.map(lambda _: d_table, ends.head)
@@ -229,7 +230,7 @@ class _OverlappedMTP:
           The next state and the next head's input, both BSD.
         """
         enter, weights = jax.checkpoint(self._enter, prevent_cse=False), self._module.joining()
-        x, self._vjp_in = jax.vjp(enter, weights, state, embedded)
+        x, self._vjp_in = weight_gradients.vjp(enter, weights, state, embedded)
         turns = forward_turns(hops_of(self._how))
         done: dict[str, Any] = {}
         work = with_scope("mtp", self._stage.forward(x, jnp.bool_(True)))
@@ -272,7 +273,7 @@ class _OverlappedMTP:
         return join(embedding_norm, hidden_norm, project, state, token, self._how)
 
     def _all(self, of_join: Any, of_block: dict[str, Any], d_norm: Any) -> Any:
-        grads = jax.tree.map(lambda leaf: leaf, self._module)
+        grads = weight_gradients.carriers(self._module)
         grads.embedding_norm, grads.hidden_norm, project = of_join
         grads.project = jax.tree.map(lambda _: project, grads.project)
         grads.out_norm, feed = d_norm, grads.block.feed

@@ -30,6 +30,7 @@ from deepseek_jax.parallel.pipeline.stage_assignment import (
     assign_layers,
     stage_map,
 )
+from deepseek_jax.precision import weight_gradients
 from deepseek_jax.train.last_stage import LastStage
 from deepseek_jax.train.token_schedule import fewest_micro_batches, most_micro_batches
 
@@ -174,7 +175,8 @@ class _ModelStages(StageChunks):
         """Total of no micro-batch: zeros in float32."""
         y = jnp.zeros(like.shape, like.dtype)
         *_, sums = jax.eval_shape(self.last_stage.gradients, self.ends, y, self.tokens[0])
-        grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), self.ends)
+        ends = weight_gradients.carriers(self.ends)
+        grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), ends)
         return grads, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
 
     def _tokens(self, micro: jax.Array) -> jax.Array:

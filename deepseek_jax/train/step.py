@@ -21,6 +21,7 @@ from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
+from deepseek_jax.precision import weight_gradients
 from deepseek_jax.train import optimizer as optimizers
 from deepseek_jax.train import pipeline_step, token_schedule
 from deepseek_jax.train import state as states
@@ -71,8 +72,9 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
             sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
 
             def loss(
-                weights: nnx.State, micro: jax.Array, how: execution.Execution
+                arrays: nnx.State, micro: jax.Array, how: execution.Execution
             ) -> tuple[jax.Array, Sums]:
+                weights = weight_gradients.with_carriers(compute, arrays)
                 model = nnx.merge(graph, weights, bias)
                 return objective(
                     model,
@@ -88,7 +90,9 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
             @functools.partial(jax.jit, static_argnums=1, inline=True)
             def gradients(micro: jax.Array, in_flight: int) -> tuple[nnx.State, Sums]:
                 run = dataclasses.replace(how, in_flight=in_flight)
-                grads, sums = jax.grad(loss, has_aux=True)(compute, micro, run)
+                grads, sums = jax.grad(loss, has_aux=True)(
+                    weight_gradients.carriers(compute), micro, run
+                )
                 return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
 
             grads, sums = _over_micro_batches(gradients, tokens, count, how.in_flight)

@@ -60,7 +60,7 @@ def inference_config(model: ModelConfig, recipe: str) -> Config:
         model=model,
         mesh=MeshConfig(pipe=1, replica=1, node=1, gpu=1, tensor=1),
         layout=_layout(model),
-        precision=PrecisionConfig(recipe=recipe, dispatch="compute"),
+        precision=PrecisionConfig(recipe=recipe, scales="power_of_two", dispatch="compute"),
         batch=BatchConfig(
             length=1024, sequences=8, ramp_sequences=8, ramp_tokens=0, micro_sequences=8
         ),

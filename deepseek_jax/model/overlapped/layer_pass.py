@@ -46,6 +46,7 @@ from deepseek_jax.parallel.experts.exchange import (
 )
 from deepseek_jax.parallel.overlap import Steps, with_scope
 from deepseek_jax.parallel.pipeline import split_backward
+from deepseek_jax.precision import weight_gradients
 
 
 def stepped(how: Execution) -> SteppedDispatch:
@@ -264,7 +265,7 @@ class ForwardPass(_Pass):
         """fn(*inputs), whose VJP is kept for backward."""
         if self.layer.recompute_all:
             return fn(*inputs)
-        out, self._vjps[name] = jax.vjp(self.how.remat.step(fn), *inputs)
+        out, self._vjps[name] = weight_gradients.vjp(self.how.remat.step(fn), *inputs)
         return out
 
 
@@ -360,7 +361,7 @@ class BackwardPass(_Pass):
         """Attention from the layer's input, and the VJPs of the steps that read its output."""
         layer, weights = self.layer, self.weights
         attention = remat.REPORT.step(layer.attend)
-        self.x, vjp = jax.vjp(attention, weights["attend"], self._entering)
+        self.x, vjp = weight_gradients.vjp(attention, weights["attend"], self._entering)
         chosen = functools.partial(layer.gate, chosen=self._sent[1])
         self._vjps = {"attend": vjp, "gate": _recomputing_vjp(chosen, weights["gate"], self.x)}
         if weights["shared"] is not None:
@@ -368,7 +369,7 @@ class BackwardPass(_Pass):
 
     def _gate_up_vjp(self, d_up: jax.Array) -> Any:
         gate_up, _ = self.weights["experts"]
-        return jax.vjp(self._into, gate_up, self._rows())[1](d_up)
+        return weight_gradients.vjp(self._into, gate_up, self._rows())[1](d_up)
 
     def _down_vjp(self, d_out: jax.Array) -> Any:
         if "down" in self._vjps:
@@ -376,7 +377,7 @@ class BackwardPass(_Pass):
         else:
             gate_up, down = self.weights["experts"]
             up = self._into(gate_up, self._rows())
-            vjp = jax.vjp(self._out_of, down, up, self.arrived.weights)[1]
+            vjp = weight_gradients.vjp(self._out_of, down, up, self.arrived.weights)[1]
             d_down, *d_hidden = vjp(d_out)
         return d_down, d_hidden
 
@@ -396,4 +397,4 @@ class BackwardPass(_Pass):
 
 def _recomputing_vjp(fn: Any, weights: Any, x: jax.Array) -> Any:
     """VJP of fn(weights, x) that recomputes fn when it is called."""
-    return lambda d: jax.vjp(fn, weights, x)[1](d)
+    return lambda d: weight_gradients.vjp(fn, weights, x)[1](d)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.parallel.pipeline.split_backward import Later
+from deepseek_jax.precision import weight_gradients
 from deepseek_jax.precision.saved import Saved, save
 
 
@@ -63,7 +64,8 @@ def with_zeros_for_deferred(weights: Any, gradients: Any) -> Any:
     def each(gradient: Any, weight: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, weight) if is_deferred(gradient) else gradient
 
-    return jax.tree.map(each, gradients, weights, is_leaf=is_deferred)
+    arrays = weight_gradients.carriers(weights)
+    return jax.tree.map(each, gradients, arrays, is_leaf=is_deferred)
 
 
 def is_deferred(x: Any) -> bool:

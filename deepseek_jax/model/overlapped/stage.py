@@ -20,6 +20,7 @@ from deepseek_jax.model.overlapped.layer_pass import (
 )
 from deepseek_jax.model.overlapped.residuals import Residuals, deferred_gradients
 from deepseek_jax.parallel.overlap import Steps, with_scope
+from deepseek_jax.precision import weight_gradients
 
 
 def turns(slots: int, hops: int) -> list[str]:
@@ -151,5 +152,5 @@ class StageChunks:
 
 def _of_modules(slot: LayerSlot, gradients: dict[str, Any]) -> Any:
     """Gradients of `layer_weights` -> float32 gradients of the modules that they are in."""
-    _, vjp = jax.vjp(layer_weights, slot.modules)
+    _, vjp = jax.vjp(layer_weights, weight_gradients.carriers(slot.modules))
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), vjp(gradients)[0])

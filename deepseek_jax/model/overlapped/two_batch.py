@@ -15,6 +15,7 @@ from deepseek_jax.model.overlapped.layer_pass import (
 )
 from deepseek_jax.model.router import Routing, joined
 from deepseek_jax.parallel.overlap import interleave, side_by_side, with_scope
+from deepseek_jax.precision import weight_gradients
 
 MICRO_BATCHES = "ab"  # in capitals: their shared experts
 
@@ -82,6 +83,7 @@ def _layer(how: Execution, experts: int, weights: dict[str, Any], parts: Parts) 
 def _layer_forward(
     how: Execution, experts: int, weights: dict[str, Any], parts: Parts
 ) -> tuple[Done, Any]:
+    weights = weight_gradients.without_carriers(weights)
     layer = LayerPass(how, experts, weights)
     each = {name: layer.forward(x) for name, x in zip(MICRO_BATCHES, parts, strict=True)}
     works = {name: one.steps() for name, one in each.items()}
@@ -109,7 +111,7 @@ def _layer_backward(
     works = {name: with_scope(f"pass_{name}", work) for name, work in works.items()}
     interleave(works, backward_turns(hops_of(how), shared))
     gradients = jax.tree.map(jnp.add, *(one.gradients() for one in each.values()))
-    return gradients, tuple(one.d_x for one in each.values())
+    return weight_gradients.cotangents(weights, gradients), tuple(one.d_x for one in each.values())
 
 
 _layer.defvjp(_layer_forward, _layer_backward)

@@ -17,6 +17,7 @@ from jax import lax
 
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.exchange import Dispatch, Exchange, Received, cotangent
+from deepseek_jax.precision import weight_gradients
 
 # (the experts' weights, rows) -> SD, each row through its expert, times its routing weight
 Work = Callable[[Any, Received], jax.Array]
@@ -106,18 +107,21 @@ def _overflow_rounds(
 
 def _overflow_rounds_forward(rounds: Rounds, exchange: Exchange, out: jax.Array) -> tuple[Any, Any]:
     done = _overflow_rounds(rounds, exchange, out)
-    return done, (exchange, done[1] > 0)
+    experts = weight_gradients.without_carriers(exchange.experts)
+    return done, (dataclasses.replace(exchange, experts=experts), done[1] > 0)
 
 
 def _overflow_rounds_backward(
     rounds: Rounds, saved: Any, cotangents: Any
 ) -> tuple[Exchange, jax.Array]:
     exchange, more = saved
+    experts = weight_gradients.carriers(exchange.experts)
     zeros = jax.tree.map(
-        jnp.zeros_like,
-        cotangent(exchange.total, exchange.tokens, exchange.weights, exchange.experts),
+        jnp.zeros_like, cotangent(exchange.total, exchange.tokens, exchange.weights, experts)
     )
-    return _overflow_rounds_gradients(rounds, exchange, more, cotangents[0], zeros), cotangents[0]
+    done = _overflow_rounds_gradients(rounds, exchange, more, cotangents[0], zeros)
+    d_experts = weight_gradients.cotangents(exchange.experts, done.experts)
+    return dataclasses.replace(done, experts=d_experts), cotangents[0]
 
 
 _overflow_rounds.defvjp(_overflow_rounds_forward, _overflow_rounds_backward)
@@ -131,13 +135,14 @@ def _overflow_rounds_gradients(
     def one(state: Any) -> Any:
         _, left, gradients = state
 
-        def through(tokens: jax.Array, weights: jax.Array, experts: Any) -> Any:
+        def through(experts: Any, tokens: jax.Array, weights: jax.Array) -> Any:
             given = Exchange(tokens, weights, exchange.chosen, left, exchange.total, experts)
             return rounds.one(given)
 
-        given = exchange.tokens, exchange.weights, exchange.experts
-        _, vjp, served = jax.vjp(through, *given, has_aux=True)
-        left, each = left & ~served, cotangent(exchange.total, *vjp(d_out))
+        given = exchange.experts, exchange.tokens, exchange.weights
+        _, vjp, served = weight_gradients.vjp(through, *given, has_aux=True)
+        d_experts, *rest = vjp(d_out)
+        left, each = left & ~served, cotangent(exchange.total, *rest, d_experts)
         return _any(left), left, jax.tree.map(jnp.add, gradients, _wide(each))
 
     start = more, exchange.left, _wide(first)
