@@ -203,9 +203,7 @@ def _grouped_backward(
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _short_weight_gradient(
-    form: Tensor, a: jax.Array, b: jax.Array, sizes: jax.Array
-) -> jax.Array:
+def _short_weight_gradient(form: Tensor, a: jax.Array, b: jax.Array, sizes: jax.Array) -> jax.Array:
     """Sums of a MK times b MN over the rows of each expert, in steps -> EKN."""
     step = form.step or 1
     first = jnp.cumsum(sizes) - sizes

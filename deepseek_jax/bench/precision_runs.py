@@ -20,6 +20,7 @@ from deepseek_jax.data.loader import TrainData
 from deepseek_jax.errors import RunError
 from deepseek_jax.hardware import xla_options
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.precision.recipes import Recipe
 from deepseek_jax.train import batches, evaluation, optimizer, state, token_schedule
 from deepseek_jax.train.step import make_step, tokens_spec
 
@@ -30,24 +31,25 @@ _PERTURBATION = 7919  # folded into a run's seed for the key of its perturbation
 class Trainer:
     """Runs of one recipe, which share a compiled step and a compiled score."""
 
-    def __init__(self, config: Config, corpus: Corpus):
+    def __init__(self, config: Config, corpus: Corpus, recipe: Recipe | None = None):
         """Compiles nothing yet.
 
         Args:
           config: of all runs, but for the seed; it trains on one device.
           corpus: its text.
+          recipe: in place of the config's; None for the config's.
         """
         self._config, self._corpus = config, corpus
         self._mesh, self._layout = meshes.build(config.mesh), meshes.layout(config)
         self._adam = optimizer.build(config.optimizer)
         self._places = state.shardings(config, self._layout, self._mesh, self._adam)
         self._tokens_place = NamedSharding(self._mesh, tokens_spec(self._layout))
-        step = make_step(config, self._layout, self._mesh, self._adam)
+        step = make_step(config, self._layout, self._mesh, self._adam, recipe)
         self._step = jax.jit(
             step, donate_argnums=0, out_shardings=(self._places, None),
             compiler_options=xla_options.options(jax.default_backend()),
         )  # fmt: skip
-        self._score = evaluation.make_score(config, self._layout, self._mesh)
+        self._score = evaluation.make_score(config, self._layout, self._mesh, recipe)
         self._held_out = scoring.held_out(
             corpus, length=config.batch.length, tokens=config.evaluation.tokens
         )

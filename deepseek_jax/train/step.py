@@ -22,6 +22,7 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.precision import weight_gradients
+from deepseek_jax.precision.recipes import Recipe
 from deepseek_jax.train import optimizer as optimizers
 from deepseek_jax.train import pipeline_step, token_schedule
 from deepseek_jax.train import state as states
@@ -42,8 +43,13 @@ def tokens_spec(layout: Layout) -> P:
     return P(None, layout.mesh_axes("batch") or None, None)
 
 
-def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., Any]:
+def make_gradients(
+    config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None = None
+) -> Callable[..., Any]:
     """Makes a step's gradient function: one shard_map, manual over every mesh axis.
+
+    Args:
+      recipe: in place of the config's, in a step without a pipeline; None for the config's.
 
     Returns:
       gradients(masters, biases, tokens AB(S+1), count of micro-batches, mtp_weight) -> (gradients
@@ -54,7 +60,7 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
         return pipeline_step.make_gradients(config, layout, mesh, tokens_spec(layout))
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
-    how = execution.of(config)
+    how = execution.of(config, recipe)
     per_layer = config.layout.zero == 3
     data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)
 
@@ -141,10 +147,18 @@ def _over_micro_batches(gradients: Any, tokens: jax.Array, count: jax.Array, in_
 
 
 def make_step(
-    config: Config, layout: Layout, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: Config,
+    layout: Layout,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe | None = None,
 ) -> Step:
-    """Makes the pure training step; the caller jits it and donates the state."""
-    gradients = make_gradients(config, layout, mesh)
+    """Makes the pure training step; the caller jits it and donates the state.
+
+    Args:
+      recipe: as in `make_gradients`.
+    """
+    gradients = make_gradients(config, layout, mesh, recipe)
     length, depth = config.batch.length, config.model.mtp_depth
     ranks = math.prod(layout.sizes[name] for name in DATA_AXES)
 
