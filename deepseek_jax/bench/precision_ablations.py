@@ -209,7 +209,7 @@ def _short_weight_gradient(form: Tensor, a: jax.Array, b: jax.Array, sizes: jax.
     first = jnp.cumsum(sizes) - sizes
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        place = i * step + jnp.arange(step, dtype=sizes.dtype)
+        place = i * step + jnp.arange(step, dtype=sizes.dtype)[None]
         row = jnp.minimum(first[:, None] + place, a.shape[0] - 1)  # E(step)
         own = jnp.where((place < sizes[:, None])[..., None], a[row], 0)
         return form.add(total, exact_einsum("EJK,EJN->EKN", own, b[row]))

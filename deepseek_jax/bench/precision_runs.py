@@ -134,8 +134,12 @@ def _save(file: Path, now: state.TrainState) -> None:
     """Writes weights and router biases, so that the file appears whole or not at all."""
     content = io.BytesIO()
     parts = state.weights_only(now)
-    arrays = {f"{part}/{name}": x for part, named in parts.items() for name, x in named.items()}
-    np.savez(content, **{name: np.asarray(x) for name, x in arrays.items()})
+    arrays: Any = {
+        f"{part}/{name}": np.asarray(x)
+        for part, named in parts.items()
+        for name, x in named.items()
+    }
+    np.savez(content, **arrays)
     files.replace(file, content.getvalue())
 
 

@@ -86,7 +86,7 @@ def quantise_rows(x: jax.Array, sizes: jax.Array, power_of_two: bool) -> Tiles:
     number = jnp.arange(_most_tiles(count, sizes.shape[0]), dtype=sizes.dtype)
     expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), sizes.shape[0] - 1)
     first = (ends - sizes)[expert] + (number - (last - tiles)[expert]) * BLOCK
-    row = first[:, None] + jnp.arange(BLOCK, dtype=sizes.dtype)  # T128
+    row = first[:, None] + jnp.arange(BLOCK, dtype=sizes.dtype)[None]  # T128
     inside = (row < ends[expert][:, None]) & (number < last[-1])[:, None]
     own = jnp.abs(x).at[jnp.minimum(row, count - 1)].get(mode="promise_in_bounds")  # T128D
     largest = jnp.where(inside[..., None], own, 0).max(1)
