@@ -48,9 +48,6 @@ def make_gradients(
 ) -> Callable[..., Any]:
     """Makes a step's gradient function: one shard_map, manual over every mesh axis.
 
-    Args:
-      recipe: in place of the config's, in a step without a pipeline; None for the config's.
-
     Returns:
       gradients(masters, biases, tokens AB(S+1), count of micro-batches, mtp_weight) -> (gradients
       float32, placed as `Layout.storage`; `Sums` over all ranks). All communication of the step is
@@ -60,6 +57,7 @@ def make_gradients(
         return pipeline_step.make_gradients(config, layout, mesh, tokens_spec(layout))
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
+    biases = jax.tree.map(lambda _: P(), abstract_bias)
     how = execution.of(config, recipe)
     per_layer = config.layout.zero == 3
     data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)
@@ -109,13 +107,7 @@ def make_gradients(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(
-            stored,
-            jax.tree.map(lambda _: P(), abstract_bias),
-            tokens_spec(layout),
-            P(),
-            P(),
-        ),
+        in_specs=(stored, biases, tokens_spec(layout), P(), P()),
         out_specs=(stored, P()),
         check_vma=False,  # fan_out and fan_in place the sums that the check would otherwise infer
     )
@@ -156,7 +148,7 @@ def make_step(
     """Makes the pure training step; the caller jits it and donates the state.
 
     Args:
-      recipe: as in `make_gradients`.
+      recipe: in place of the config's, in a step without a pipeline; None for the config's.
     """
     gradients = make_gradients(config, layout, mesh, recipe)
     length, depth = config.batch.length, config.model.mtp_depth

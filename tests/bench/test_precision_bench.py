@@ -1,6 +1,7 @@
 """`bench precision`: its arithmetic, its ablations, and what a second call makes again."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +34,27 @@ def of_tensor(x):
     return e4m3(x, np.abs(x).max() / np.float32(448))
 
 
-def pulled(recipe, subscripts, x, weight, d_out):
-    out, pull = jax.vjp(
-        lambda x, w: recipe.einsum(subscripts, x, w), jnp.asarray(x, jnp.bfloat16), weight
-    )
-    return [np.asarray(a, np.float64) for a in (out, *pull(jnp.asarray(d_out, jnp.bfloat16)))]
+def pulled(product, x, weight, d_out):
+    """Result, gradient of x and gradient of the weight of a product, float64."""
+
+    @jax.jit
+    def all_three(x, weight, d_out):
+        out, pull = jax.vjp(product, x, weight)
+        return out, *pull(d_out)
+
+    low = jnp.bfloat16
+    found = all_three(jnp.asarray(x, low), jnp.asarray(weight), jnp.asarray(d_out, low))
+    return [np.asarray(a, np.float64) for a in found]
+
+
+def linear(recipe, subscripts):
+    return functools.partial(recipe.einsum, subscripts)
 
 
 def test_one_scale_for_each_tensor():
     """All three products against float64, each operand rounded under one scale."""
     x, w, d_out = normal(40, 160), normal(160, 2, 24), normal(40, 2, 24)
-    out, d_x, d_w = pulled(TENSOR_SCALES, "MD,DHK->MHK", x, jnp.asarray(w), d_out)
+    out, d_x, d_w = pulled(linear(TENSOR_SCALES, "MD,DHK->MHK"), x, w, d_out)
     x, w, d_out = of_tensor(x), of_tensor(w), of_tensor(d_out)
     for got, want, rtol in (
         (out, np.einsum("MD,DHK->MHK", x, w), 2**-8),  # bfloat16
@@ -70,7 +81,7 @@ def test_short_sums_drop_what_is_small_beside_the_sum():
     x = np.zeros((1, 160), np.float32)
     x[0, 0], x[0, 32::32] = 1, 2.0**-7
     w = np.concatenate([np.ones((32, 1)), np.full((128, 1), 2.0**-7)]).astype(np.float32)
-    out, _, _ = pulled(SHORT_SUMS, "MD,DF->MF", x, jnp.asarray(w), np.ones((1, 1), np.float32))
+    out, _, _ = pulled(linear(SHORT_SUMS, "MD,DF->MF"), x, w, np.ones((1, 1)))
     assert x.astype(np.float64) @ w == 1 + 2 * 2.0**-13 and out == 1
 
 
@@ -86,26 +97,19 @@ def test_experts_as_linear_layers_of_their_own(recipe):
     for first in (0, 37):
         rows[first], d_out[first] = 8 * np.sign(rows[first]), 8 * np.sign(d_out[first])
     rows, d_out = np.clip(rows, -8, 8), np.clip(d_out, -8, 8)
-    out, pull = jax.vjp(
-        lambda x, w: recipe.grouped(x, w, jnp.asarray(sizes, jnp.int32), 167),
-        jnp.asarray(rows, jnp.bfloat16),
-        jnp.asarray(w),
-    )
-    got = (out, *pull(jnp.asarray(d_out, jnp.bfloat16)))
+    numbers = jnp.asarray(sizes, jnp.int32)
+    got = pulled(lambda x, w: recipe.grouped(x, w, numbers, 167), rows, w, d_out)
     start = 0
     for expert, size in enumerate(sizes):
         own = slice(start, start + size)
         start += size
         if not size:
-            assert not np.asarray(got[2][expert]).any()
+            assert not got[2][expert].any()
             continue
-        want = pulled(recipe, "MD,DF->MF", rows[own], jnp.asarray(w[expert]), d_out[own])
+        want = pulled(linear(recipe, "MD,DF->MF"), rows[own], w[expert], d_out[own])
         for a, b in zip((got[0][own], got[1][own], got[2][expert]), want, strict=True):
-            # Short sums begin with another order of additions.
-            np.testing.assert_allclose(
-                np.asarray(a, np.float64), b, rtol=0, atol=2e-3 * abs(b).max()
-            )
-    assert not np.asarray(got[0][167:], np.float32).any()
+            np.testing.assert_allclose(a, b, rtol=0, atol=2**-9 * abs(b).max())
+    assert not got[0][167:].any()
 
 
 def test_table_and_verdict():
