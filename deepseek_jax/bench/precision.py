@@ -190,7 +190,7 @@ class Bench:
             seed for seed in sorted({seed for _, seed in todo}) if not self._weights(seed).exists()
         ]
         steps = [_steps(self._start)] * len(fresh) + [_steps(self._pairs)] * len(todo)
-        progress = Progress(steps)
+        progress = TimeLeft(steps)
         self._make_weights(fresh, corpus, progress)
         made: Any = None
         for name, seed in todo:
@@ -208,7 +208,7 @@ class Bench:
             )
             self._kept.add(name, seed, found)
 
-    def _make_weights(self, seeds: list[int], corpus: Corpus, progress: "Progress") -> None:
+    def _make_weights(self, seeds: list[int], corpus: Corpus, progress: "TimeLeft") -> None:
         """Trains the weights that the runs of these seeds begin with."""
         if not seeds:
             return
@@ -231,7 +231,7 @@ def _steps(config: Config) -> int:
     return config.schedule.tokens // (config.batch.sequences * config.batch.length)
 
 
-class Progress:
+class TimeLeft:
     """Lines on the screen with the time left, ten for each run."""
 
     def __init__(self, steps: list[int], say: Callable[[str], None] | None = None):

@@ -33,8 +33,8 @@ NEIGHBOURS = 32  # products that a tensor core adds at once
 FRACTION_BITS = 13  # of the sums of a tensor core; the leading bit is the fourteenth
 
 
-class Tensor:
-    """One scale for each operand, and sums in float32."""
+class TensorScales:
+    """A scale for each operand, and sums in float32."""
 
     def matrix(self, x: jax.Array, axis: int) -> jax.Array:
         """A token matrix in E4M3, as float32; `axis` is summed over."""
@@ -55,7 +55,7 @@ class Tensor:
     step: int | None = None  # numbers that are summed before `add`; None for all
 
 
-class Short(Tensor):
+class ShortSums(TensorScales):
     """Scales of tiles and blocks, and sums that keep `FRACTION_BITS`."""
 
     step = NEIGHBOURS
@@ -100,7 +100,7 @@ class Ablation(Recipe):
       form: scales and sums.
     """
 
-    form: Tensor = dataclasses.field(default_factory=Tensor)
+    form: TensorScales = dataclasses.field(default_factory=TensorScales)
 
     def prepare(
         self, weight: jax.Array, *, sensitive: bool, linear: Linear | None = None
@@ -126,11 +126,11 @@ class Ablation(Recipe):
         return _grouped(rows, matrices, sizes, plan, self.form)
 
 
-TENSOR_SCALES = Ablation("fp8", jnp.dtype(jnp.bfloat16), Tensor())
-SHORT_SUMS = Ablation("fp8", jnp.dtype(jnp.bfloat16), Short())
+TENSOR_SCALES = Ablation("fp8", jnp.dtype(jnp.bfloat16), TensorScales())
+SHORT_SUMS = Ablation("fp8", jnp.dtype(jnp.bfloat16), ShortSums())
 
 
-def _in_steps(form: Tensor, product: Any, size: int) -> jax.Array:
+def _in_steps(form: TensorScales, product: Any, size: int) -> jax.Array:
     """Sum of product(start, stop) over steps of [0, size)."""
     step = form.step or size
     total = product(0, min(step, size))
@@ -139,7 +139,7 @@ def _in_steps(form: Tensor, product: Any, size: int) -> jax.Array:
     return total if form.step is None else form.add(total, jnp.zeros_like(total))
 
 
-def _product(form: Tensor, a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(form: TensorScales, a: jax.Array, b: jax.Array) -> jax.Array:
     """MK times KN -> MN float32."""
     return _in_steps(
         form, lambda i, j: exact_einsum("MK,KN->MN", a[:, i:j], b[i:j]), a.shape[1]
@@ -147,15 +147,17 @@ def _product(form: Tensor, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x: jax.Array, weight: jax.Array, form: Tensor) -> jax.Array:
+def _linear(x: jax.Array, weight: jax.Array, form: TensorScales) -> jax.Array:
     return _product(form, form.matrix(x, -1), form.weight(weight)).astype(x.dtype)
 
 
-def _linear_forward(x: jax.Array, weight: jax.Array, form: Tensor) -> tuple[jax.Array, Any]:
+def _linear_forward(x: jax.Array, weight: jax.Array, form: TensorScales) -> tuple[jax.Array, Any]:
     return _linear(x, weight, form), (x, weight)
 
 
-def _linear_backward(form: Tensor, saved: Any, d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _linear_backward(
+    form: TensorScales, saved: Any, d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     d_x = _product(form, form.matrix(d_out, -1), form.weight(weight).T)
     d_weight = _product(form, form.matrix(x, -2).T, form.matrix(d_out, -2))
@@ -167,7 +169,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _grouped(
-    rows: jax.Array, weight: jax.Array, sizes: jax.Array, plan: Plan, form: Tensor
+    rows: jax.Array, weight: jax.Array, sizes: jax.Array, plan: Plan, form: TensorScales
 ) -> jax.Array:
     a, b = form.matrix(rows, -1), form.weight(weight)
     out = _in_steps(
@@ -177,13 +179,13 @@ def _grouped(
 
 
 def _grouped_forward(
-    rows: jax.Array, weight: jax.Array, sizes: jax.Array, plan: Plan, form: Tensor
+    rows: jax.Array, weight: jax.Array, sizes: jax.Array, plan: Plan, form: TensorScales
 ) -> tuple[jax.Array, Any]:
     return _grouped(rows, weight, sizes, plan, form), (rows, weight, sizes)
 
 
 def _grouped_backward(
-    plan: Plan, form: Tensor, saved: Any, d_out: jax.Array
+    plan: Plan, form: TensorScales, saved: Any, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     rows, weight, sizes = saved
     sent, matrices = form.matrix(d_out, -1), form.weight(weight)
@@ -203,7 +205,9 @@ def _grouped_backward(
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _short_weight_gradient(form: Tensor, a: jax.Array, b: jax.Array, sizes: jax.Array) -> jax.Array:
+def _short_weight_gradient(
+    form: TensorScales, a: jax.Array, b: jax.Array, sizes: jax.Array
+) -> jax.Array:
     """Sums of a MK times b MN over the rows of each expert, in steps -> EKN."""
     step = form.step or 1
     first = jnp.cumsum(sizes) - sizes

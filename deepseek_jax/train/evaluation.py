@@ -59,9 +59,7 @@ def perplexity(loss: float) -> float:
 ScoreFn = Callable[[nnx.State, nnx.State, np.ndarray, np.ndarray], Score]
 
 
-def make_score(
-    config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None = None
-) -> ScoreFn:
+def make_score(config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None = None) -> ScoreFn:
     """Makes score(weights, biases, sequences N(S+1), valid NS); the caller sets the mesh.
 
     Weights are masters or stored ones, placed as `Layout.storage`. The N sequences are scored in

@@ -141,7 +141,7 @@ def test_time_left_counts_runs_by_their_steps(monkeypatch):
     clock = iter([0.0, 30.0, 90.0])
     monkeypatch.setattr(precision.time, "monotonic", lambda: next(clock))
     said = []
-    progress = precision.Progress([100, 300], said.append)
+    progress = precision.TimeLeft([100, 300], said.append)
     progress.of("a")(50)
     tick = progress.of("b")
     tick(49)
