@@ -121,7 +121,7 @@ def load(directory: str | Path, dtype: Any = "float32") -> Model:
         raise ConfigError(f"dtype is {name!r}; expected float32 or bfloat16")
     known = None if name is None else recipes.recipe(name)
     checkpoint = checkpoints.open_checkpoint(Path(directory))
-    recipe = known or recipes.recipe(checkpoint.config().precision.recipe)
+    recipe = known or recipes.recipe(checkpoint.config().precision.recipe).serving
     model = params.prepare(checkpoint.load(recipe), recipe)
     return Model(model.config, model, Execution(recipe=recipe))
 

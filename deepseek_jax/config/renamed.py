@@ -1,4 +1,4 @@
-"""Renamed config keys."""
+"""Config keys that were renamed or added since a `config.json` was written."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,8 @@ from deepseek_jax.config.schema import ConfigError
 
 # old -> new
 RENAMED = {"layout.buffer": "layout.capacity_factor"}
+# key -> what a run computed with before there was the key
+ADDED = {"precision.scales": "power_of_two"}
 
 
 def renamed(key: str) -> str:
@@ -15,7 +17,7 @@ def renamed(key: str) -> str:
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a `config.json`, with renamed keys under their new names.
+    """Values of a `config.json`, with renamed keys under their new names, and with added keys.
 
     Raises:
       ConfigError: a key is there under both names.
@@ -31,4 +33,8 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
             if new_name in held:
                 raise ConfigError(f"{renamed(old)}, and config.json has both; remove {old}")
             held[new_name] = value
+    for key, value in ADDED.items():
+        section, name = key.split(".")
+        if isinstance(out.get(section), dict):
+            out[section].setdefault(name, value)
     return out

@@ -147,6 +147,7 @@ class Weight:
       dtype: dtype of the stored values.
       trained: whether gradients update it; not so for a router bias.
       sensitive: whether it stays float32 in every recipe.
+      roles: of a linear layer's weight, see `weight`; None for others.
     """
 
     path: str
@@ -155,6 +156,13 @@ class Weight:
     dtype: Any
     trained: bool
     sensitive: bool
+    roles: str | None
+
+    def linear(self, shape: tuple[int, ...]) -> Linear | None:
+        """A linear layer's weight of this shape, a stack of layers in front, on one device."""
+        if self.roles is None:
+            return None
+        return Linear.whole(self.roles, shape[len(shape) - len(self.roles) :])
 
 
 def describe(tree: Any) -> Iterator[Weight]:
@@ -170,6 +178,7 @@ def describe(tree: Any) -> Iterator[Weight]:
             variable.dtype,
             trained=isinstance(variable, nnx.Param),
             sensitive=variable.get_metadata("sensitive"),
+            roles=variable.get_metadata().get("roles"),
         )
 
 

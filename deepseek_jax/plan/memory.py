@@ -83,7 +83,9 @@ def memory(config: Config) -> Memory:
         mine_shape = layout.local(layout.storage(weight.axes, weight.shape), weight.shape)
         whole_shape = layout.local(layout.spec(weight.axes), weight.shape)
         mine, whole = math.prod(mine_shape), math.prod(whole_shape)
-        prepared = prepared_bytes(whole_shape, sensitive=weight.sensitive)
+        prepared = prepared_bytes(
+            whole_shape, sensitive=weight.sensitive, linear=weight.linear(whole_shape)
+        )
         stored += mine if weight.trained else 0
         bias += 0 if weight.trained else float32 * whole
         if held := rows.get(_kind(weight.path)):
@@ -94,7 +96,9 @@ def memory(config: Config) -> Memory:
         elif weight.trained:
             kept_shape = mine_shape if per_layer else whole_shape
             kept = math.prod(kept_shape)
-            copied = prepared_bytes(kept_shape, sensitive=weight.sensitive)
+            copied = prepared_bytes(
+                kept_shape, sensitive=weight.sensitive, linear=weight.linear(kept_shape)
+            )
             compute += copied if (kept, copied) != (mine, float32 * mine) else 0
             gradients += float32 * kept
             reduced += float32 * mine if kept != mine else 0

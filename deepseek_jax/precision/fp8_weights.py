@@ -192,7 +192,7 @@ def _axes(linear: Linear, starts: tuple[Any, ...], part: tuple[int, ...]) -> lis
 
 
 def _joined(sizes: tuple[int, ...], starts: tuple[Any, ...], part: tuple[int, ...]) -> _Axis:
-    """One dimension of blocks, from those that are its digits, the most significant first."""
+    """Dimension of blocks, from those that are its digits, the most significant first."""
     size, blocks = math.prod(part), -(-math.prod(sizes) // BLOCK)
     inner = math.prod(sizes[1:])
     if part == sizes:
@@ -202,5 +202,5 @@ def _joined(sizes: tuple[int, ...], starts: tuple[Any, ...], part: tuple[int, ..
     place = jnp.zeros((1,), jnp.int32)
     for whole, start, count in zip(sizes, starts, part, strict=True):
         digit = start + jnp.arange(count, dtype=jnp.int32)
-        place = (place[:, None] * whole + digit).reshape(-1)
+        place = (place[:, None] * whole + digit[None]).reshape(-1)
     return _Axis(size, blocks, block=place // BLOCK)

@@ -21,8 +21,8 @@ from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
-from deepseek_jax.precision import weight_gradients
 from deepseek_jax.precision.recipes import Recipe
+from deepseek_jax.precision.weight_gradients import carriers, with_carriers
 from deepseek_jax.train import optimizer as optimizers
 from deepseek_jax.train import pipeline_step, token_schedule
 from deepseek_jax.train import state as states
@@ -78,8 +78,7 @@ def make_gradients(
             def loss(
                 arrays: nnx.State, micro: jax.Array, how: execution.Execution
             ) -> tuple[jax.Array, Sums]:
-                weights = weight_gradients.with_carriers(compute, arrays)
-                model = nnx.merge(graph, weights, bias)
+                model = nnx.merge(graph, with_carriers(compute, arrays), bias)
                 return objective(
                     model,
                     micro,
@@ -94,9 +93,7 @@ def make_gradients(
             @functools.partial(jax.jit, static_argnums=1, inline=True)
             def gradients(micro: jax.Array, in_flight: int) -> tuple[nnx.State, Sums]:
                 run = dataclasses.replace(how, in_flight=in_flight)
-                grads, sums = jax.grad(loss, has_aux=True)(
-                    weight_gradients.carriers(compute), micro, run
-                )
+                grads, sums = jax.grad(loss, has_aux=True)(carriers(compute), micro, run)
                 return jax.tree.map(lambda x: x.astype(jnp.float32), (grads, sums))
 
             grads, sums = _over_micro_batches(gradients, tokens, count, how.in_flight)

@@ -138,7 +138,7 @@ def test_bytes_of_a_prepared_weight(recipe, each):
 
 def test_bytes_of_a_prepared_weight_count_all_its_arrays():
     class Tiled(recipes.Recipe):
-        def prepare(self, weight, *, sensitive):
+        def prepare(self, weight, *, sensitive, linear=None):
             return weight if sensitive else fp8_tiles.quantise_tiles(weight, power_of_two=True)
 
     recipe = Tiled("tiled", jnp.dtype(jnp.bfloat16))
