@@ -56,7 +56,14 @@ def draw(runs: dict[str, dict[int, dict[str, Any]]], path: Path, bounds: tuple[f
         )  # fmt: skip
         for axes in (loss, apart):
             axes.grid(axis="y", alpha=0.25)
-            axes.legend(loc="upper right", ncols=2, fontsize=8)
+            axes.legend(
+                loc="upper right",
+                ncols=2,
+                fontsize=8,
+                frameon=True,
+                framealpha=1,
+                edgecolor="white",
+            )
             axes.margins(x=0.01)
         return save(figure, path)
 
