@@ -5,7 +5,7 @@ tiles of 128, MLA, one dense and one MoE layer with bias balancing, one MTP modu
 The output of the projection to the key-value latent, 288 wide, has a ragged last tile.
 
 For each seed a run in BF16 trains fresh weights. All runs to be compared begin at its weights, with
-fresh moments, the same new part of the text in the same order, and a calm learning rate. From fresh
+fresh moments, the text in another order, the same for all, and a calm learning rate. From fresh
 weights the comparison proves little at this cost. At the rate that learns, 1e-3, losses fall so
 fast that a perturbation by 1e-4 moves them by a percent after 1,000 steps in BF16; at the calm rate
 the model does not leave the frequencies of single tokens (both measured).
