@@ -66,7 +66,10 @@ CACHE = flags.DEFINE_enum(
 )
 SLOTS = flags.DEFINE_integer("slots", 8, "Most requests that decode at once.", lower_bound=1)
 CACHE_LENGTH = flags.DEFINE_integer(
-    "cache_length", None, "Tokens that a slot holds, prompt included.", lower_bound=1
+    "cache_length",
+    None,
+    "Tokens that a slot holds, prompt included. Default: enough for all, a multiple of 64.",
+    lower_bound=1,
 )
 DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Dtype of weights and matmuls.")
 CONFIG = command.define_config_flag()
@@ -106,7 +109,7 @@ def _generate(
     from deepseek_jax.checkpoint.load import open_checkpoint
     from deepseek_jax.runtime import processes
     from deepseek_jax.runtime.agreement import raise_together
-    from deepseek_jax.serve import generation
+    from deepseek_jax.serve import generation, sizes
     from deepseek_jax.serve.requests import Request
     from deepseek_jax.serve.sampling_choice import sampling_of
 
@@ -123,7 +126,7 @@ def _generate(
         Request(prompt, MAX_TOKENS.value, chosen.temperature, chosen.top_p, SEED.value + number)
         for number, prompt in enumerate(prompts)
     ]
-    length = CACHE_LENGTH.value or max(map(len, prompts)) + MAX_TOKENS.value
+    length = CACHE_LENGTH.value or sizes.length_for(prompts, MAX_TOKENS.value)
     for request in requests:
         request.check_fits(checkpoint.model.vocab, length)
     server = generation.open_engine(

@@ -1,8 +1,8 @@
 """Benchmarks: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, moe, memory, residuals, layer, grouped, tiles, dispatch, pipeline, load, decode,
-speculate or kinds. The config gives the recipe, and the benchmark the sizes; kinds scores the run
-in the workdir of --checkpoint.
+NAME is train, profile, moe, memory, residuals, layer, grouped, tiles, dispatch, pipeline, load,
+decode, speculate, kinds or precision. The config gives the recipe, and the benchmark the sizes;
+kinds scores the run in the workdir of --checkpoint.
 """
 
 import importlib
@@ -25,8 +25,8 @@ EMULATE = flags.DEFINE_integer(
 )
 CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/v3_tiny", "Workdir of a run; kinds.")
 NAMES = (
-    "train", "moe", "memory", "residuals", "layer", "grouped", "tiles", "dispatch", "pipeline",
-    "load", "decode", "speculate", "kinds",
+    "train", "profile", "moe", "memory", "residuals", "layer", "grouped", "tiles", "dispatch",
+    "pipeline", "load", "decode", "speculate", "kinds", "precision",
 )  # fmt: skip
 
 

@@ -56,12 +56,14 @@ class Stepper:
     Attributes:
       config: Config of the benchmark.
       run: Function that runs one step and returns its seconds.
+      program: Text of the compiled step.
       build_seconds: Time of initialising the state.
       compile_seconds: Time of tracing and compiling the step.
     """
 
     config: Config
     run: Any
+    program: str
     build_seconds: float
     compile_seconds: float
 
@@ -94,7 +96,7 @@ class Stepper:
             jax.block_until_ready(metrics)
             return time.perf_counter() - begin
 
-        return cls(config, run, built - start, compile_seconds)
+        return cls(config, run, compiled.as_text() or "", built - start, compile_seconds)
 
     @property
     def tokens(self) -> int:

@@ -181,8 +181,7 @@ class PrecisionConfig:
     """Number formats of computation and communication.
 
     Attributes:
-      recipe: Format of weights and matmuls in a step: "float32", "bfloat16" or "fp8"; masters are
-        float32.
+      recipe: Format of weights and matmuls: "float32", "bfloat16", "fp8"; masters are float32.
       scales: Scales of FP8 tiles and blocks: "power_of_two" or "free"; other recipes ignore it.
       dispatch: Format of tokens sent to experts: "compute", as they are, or "fp8" (section 3.3.3).
     """

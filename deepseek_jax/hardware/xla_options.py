@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config.hints import name_shown
 
@@ -17,9 +19,12 @@ OPTIONS: Mapping[str, Any] = {
     "xla_gpu_enable_command_buffer": "",
 }
 # Matmuls by Eigen in place of YNNPACK, which computes the batched products of attention on one
-# core. Reductions stay with YNNPACK. Measured on two cores with AVX-512: steps take 4 to 8 % less.
+# core in jax 0.10. Reductions stay with YNNPACK. Measured on two cores with AVX-512: steps take 4
+# to 8 % less. In jax 0.12 the default uses all cores, and this option one.
 MATMULS_ON_CPU = "xla_cpu_experimental_ynn_fusion_type"
-CPU_OPTIONS: Mapping[str, Any] = {MATMULS_ON_CPU: "LIBRARY_FUSION_TYPE_REDUCE"}
+CPU_OPTIONS: Mapping[str, Any] = (
+    {MATMULS_ON_CPU: "LIBRARY_FUSION_TYPE_REDUCE"} if jax.__version_info__ < (0, 11) else {}
+)
 PROFILE = "xla_gpu_pgle_profile_file_or_directory_path"
 SUFFIX = ".pbtxt"  # XLA silently ignores a profile in text form with any other suffix
 

@@ -32,10 +32,14 @@ class Execution:
     in_flight: int = 1
 
 
-def of(config: Config) -> Execution:
-    """The values that a config names."""
+def of(config: Config, own: Recipe | None = None) -> Execution:
+    """The values that a config names.
+
+    Args:
+      own: a recipe in place of the config's, for experiments; None for the config's.
+    """
     return Execution(
-        recipe=recipe(config.precision.recipe, config.precision.scales),
+        recipe=own or recipe(config.precision.recipe, config.precision.scales),
         dispatch=dispatch.of(config),
         remat=remat.BY_NAME[config.layout.recompute],
         attention_block=config.layout.attention_block,

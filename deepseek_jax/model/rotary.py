@@ -76,7 +76,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     The gradient of x is the inverse rotation; the angles have none.
     """
     wide = x.astype(jnp.float32)
-    first = jnp.arange(x.shape[-1]) % 2 == 0
+    first = jnp.arange(-x.shape[-1], 0) % 2 == 0  # the pairs are whole from the end
     swapped = jnp.where(first, jnp.roll(wide, -1, -1), jnp.roll(wide, 1, -1))  # (a, b) -> (b, a)
     return (wide * cos + swapped * sin).astype(x.dtype)
 

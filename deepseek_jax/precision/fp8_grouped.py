@@ -5,7 +5,7 @@ one expert: the first begins with the expert's first row, the last may be shorte
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def _backward(
     sent = dequantise_tiles(quantise_tiles(d_out, power_of_two=power_of_two), dtype)
     saved = sent, weight.dequantised(depth, dtype), sizes
     d_rows = plan.rows_gradient(saved, sent).astype(like.dtype)
-    d_weight, nothing = None, None
+    d_weight, nothing = None, cast(Any, None)
     if weight.carrier is not None:
         saved = dequantise_rows(tiles, sizes, dtype), jnp.zeros((0,), dtype), sizes
         d_out = dequantise_rows(quantise_rows(d_out, sizes, power_of_two), sizes, dtype)

@@ -63,12 +63,13 @@ def cotangents(weights: Any, gradients: Any) -> Any:
 def vjp(fn: Callable[..., Any], weights: Any, *inputs: Any, has_aux: bool = False) -> Any:
     """`jax.vjp` of fn(weights, *inputs), whose function returns one array for each weight."""
     weights, arrays = without_carriers(weights), carriers(weights)
-    return jax.vjp(
-        lambda arrays, *inputs: fn(with_carriers(weights, arrays), *inputs),
-        arrays,
-        *inputs,
-        has_aux=has_aux,
-    )
+
+    def of_arrays(arrays: Any, *inputs: Any) -> Any:
+        return fn(with_carriers(weights, arrays), *inputs)
+
+    if has_aux:
+        return jax.vjp(of_arrays, arrays, *inputs, has_aux=True)
+    return jax.vjp(of_arrays, arrays, *inputs)
 
 
 def _is_fp8(x: Any) -> bool:

@@ -89,12 +89,12 @@ class Programs(CacheInterface):
         self._machine = _machine()
         self._most_bytes = most_bytes
         self._left: int | None = None  # bytes to write before the folder is looked through again
-        self._usable = True
+        self._readable = self._writable = True
 
     def get(self, key: str) -> bytes | None:
         """The program under JAX's `key`; None if it was not kept or its file is damaged."""
         name = self._name(key)
-        if not self._usable:
+        if not self._readable:
             return None
         file = self._path / name
         try:
@@ -109,12 +109,13 @@ class Programs(CacheInterface):
         except FileNotFoundError:
             pass
         except OSError as error:
+            self._readable = False
             self._give_up("read", error)
         return None
 
     def put(self, key: str, value: bytes) -> None:
         """Keeps a program; one that is under `key` already is replaced."""
-        if not self._usable or len(value) + _DIGEST > self._most_bytes:
+        if not self._writable or len(value) + _DIGEST > self._most_bytes:
             return
         name = self._name(key)
         try:
@@ -166,7 +167,10 @@ class Programs(CacheInterface):
         self._left = self._most_bytes - total
 
     def _give_up(self, what: str, error: OSError) -> None:
-        self._usable = False
+        """Writes no more; after a write that failed, good programs are still read."""
+        warned, self._writable = not self._writable, False
+        if warned:
+            return
         _warn(
             f"{one_line(self._path)} cannot be {what} ({reason(error)}); give "
             "--compilation_cache=DIR, or off"

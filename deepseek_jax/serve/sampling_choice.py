@@ -65,7 +65,13 @@ def sampling_of(
       ConfigError: a stated value that would be used and is none; the message names the file.
     """
     stated = dict(checkpoint.generation)
-    if stated.get("do_sample") is False:
+    sampled = stated.get("do_sample")
+    if temperature is None and not (sampled is None or isinstance(sampled, bool)):
+        raise ConfigError(
+            f"{checkpoint.directory / FILE}: do_sample is {shown(sampled)}; expected true or "
+            "false; set request.temperature"
+        )
+    if sampled is False:
         stated["temperature"] = 0.0
 
     def one(name: str, given: float | None, default: float) -> tuple[float, str]:

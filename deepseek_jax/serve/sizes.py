@@ -1,12 +1,23 @@
 """Sizes of an engine that cannot work, told before anything is loaded or compiled."""
 
 import numbers
+from collections.abc import Sequence
 
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.hardware import machine_memory
 from deepseek_jax.serve import latent_cache
 
 _INT32 = 2**31 - 1  # positions are int32
+_STEP = 64  # tokens; a length that is a multiple of it serves many requests with one program
+
+
+def length_for(prompts: Sequence[Sequence[int]], max_tokens: int) -> int:
+    """Tokens of a slot that holds the longest prompt and `max_tokens` more, in whole steps of 64.
+
+    Programs are compiled for one length of the slots. Prompts that differ by a few tokens thereby
+    find the programs that were kept.
+    """
+    return -(-(max(map(len, prompts)) + max_tokens) // _STEP) * _STEP
 
 
 def check_numbers(config: ModelConfig, *, slots: int, length: int, drafts: int, steps: int) -> None:

@@ -27,6 +27,7 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
 from deepseek_jax.parallel.mesh import forward_config, spread
+from deepseek_jax.precision.recipes import Recipe
 
 _PUBLISHED_LENGTH = 1024  # of sequences, for a model that says nothing of its training
 _SHORTEST = 2  # tokens of a sequence that `evaluate` takes
@@ -58,15 +59,18 @@ def perplexity(loss: float) -> float:
 ScoreFn = Callable[[nnx.State, nnx.State, np.ndarray, np.ndarray], Score]
 
 
-def make_score(config: Config, layout: Layout, mesh: Mesh) -> ScoreFn:
+def make_score(config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None = None) -> ScoreFn:
     """Makes score(weights, biases, sequences N(S+1), valid NS); the caller sets the mesh.
 
     Weights are masters or stored ones, placed as `Layout.storage`. The N sequences are scored in
     micro-batches of the training size, the last one padded.
+
+    Args:
+      recipe: in place of the config's; None for the config's.
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
-    how = dataclasses.replace(execution.of(config), remat=remat.NONE, in_flight=1)
+    how = dataclasses.replace(execution.of(config, recipe), remat=remat.NONE, in_flight=1)
     how = dataclasses.replace(how, unroll=1)  # compiles sooner, and runs as fast
     per_layer = config.layout.zero == 3
     batch_spec = P(layout.mesh_axes("batch") or None, None)

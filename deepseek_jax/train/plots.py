@@ -40,15 +40,15 @@ def draw(workdir: Path) -> list[Path]:
     drawn = []
     with matplotlib.rc_context(STYLE):
         if rows:
-            drawn.append(_save(_losses(rows, _held_out(workdir)), Path(workdir) / "loss.png"))
+            drawn.append(save(_losses(rows, _held_out(workdir)), Path(workdir) / "loss.png"))
         if routed := [row for row in rows if _has_all(row, "expert_load")]:
             figure = _expert_load(routed, _layer_names(workdir, len(routed[-1]["expert_load"])))
-            drawn.append(_save(figure, Path(workdir) / "expert_load.png"))
+            drawn.append(save(figure, Path(workdir) / "expert_load.png"))
         if spread := [row for row in rows if _is_spread(row)]:
             per_gpu, per_node = (np.array(spread[-1][f"tokens_per_{at}"]) for at in ("gpu", "node"))
             names, tokens = _layer_names(workdir, len(per_gpu)), _step_tokens(workdir, spread[-1])
             figure = _device_load(per_gpu, per_node, tokens, names)
-            drawn.append(_save(figure, Path(workdir) / "device_load.png"))
+            drawn.append(save(figure, Path(workdir) / "device_load.png"))
     return drawn
 
 
@@ -251,7 +251,8 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Writes a figure, so that the file appears whole or not at all, and returns its path."""
     image = io.BytesIO()
     figure.savefig(image)
     files.replace(path, image.getvalue())

@@ -21,6 +21,7 @@ from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import DATA_AXES, Layout
+from deepseek_jax.precision.recipes import Recipe
 from deepseek_jax.precision.weight_gradients import carriers, with_carriers
 from deepseek_jax.train import optimizer as optimizers
 from deepseek_jax.train import pipeline_step, token_schedule
@@ -42,7 +43,9 @@ def tokens_spec(layout: Layout) -> P:
     return P(None, layout.mesh_axes("batch") or None, None)
 
 
-def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., Any]:
+def make_gradients(
+    config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None = None
+) -> Callable[..., Any]:
     """Makes a step's gradient function: one shard_map, manual over every mesh axis.
 
     Returns:
@@ -54,7 +57,8 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
         return pipeline_step.make_gradients(config, layout, mesh, tokens_spec(layout))
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
-    how = execution.of(config)
+    biases = jax.tree.map(lambda _: P(), abstract_bias)
+    how = execution.of(config, recipe)
     per_layer = config.layout.zero == 3
     data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)
 
@@ -100,13 +104,7 @@ def make_gradients(config: Config, layout: Layout, mesh: Mesh) -> Callable[..., 
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(
-            stored,
-            jax.tree.map(lambda _: P(), abstract_bias),
-            tokens_spec(layout),
-            P(),
-            P(),
-        ),
+        in_specs=(stored, biases, tokens_spec(layout), P(), P()),
         out_specs=(stored, P()),
         check_vma=False,  # fan_out and fan_in place the sums that the check would otherwise infer
     )
@@ -138,10 +136,18 @@ def _over_micro_batches(gradients: Any, tokens: jax.Array, count: jax.Array, in_
 
 
 def make_step(
-    config: Config, layout: Layout, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: Config,
+    layout: Layout,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe | None = None,
 ) -> Step:
-    """Makes the pure training step; the caller jits it and donates the state."""
-    gradients = make_gradients(config, layout, mesh)
+    """Makes the pure training step; the caller jits it and donates the state.
+
+    Args:
+      recipe: in place of the config's, in a step without a pipeline; None for the config's.
+    """
+    gradients = make_gradients(config, layout, mesh, recipe)
     length, depth = config.batch.length, config.model.mtp_depth
     ranks = math.prod(layout.sizes[name] for name in DATA_AXES)
 

@@ -15,8 +15,12 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.aot import cluster, hlo, layer
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.parallel.experts import reference
+from deepseek_jax.precision import weight_gradients
 from deepseek_jax.precision.einsum import table_rows
+from deepseek_jax.precision.fp8_weights import Linear
 from deepseek_jax.precision.payload import FP8_PAYLOAD
+from deepseek_jax.precision.recipes import BFLOAT16
+from deepseek_jax.precision.recipes import FP8 as FP8_RECIPE
 from deepseek_jax.precision.rounding import rounded
 from deepseek_jax.serve.latent_cache import FORMATS, Latents
 from deepseek_jax.train import step
@@ -60,6 +64,36 @@ def test_a_rounding_is_not_undone():
 
     module = compiled(for_a_gpu(there_and_back, ((64, 256), WIDE)))
     assert {name: made(module, name) for name in types} == dict.fromkeys(types, 1)
+
+
+@pytest.mark.parametrize("recipe", [FP8_RECIPE, BFLOAT16], ids=lambda recipe: recipe.name)
+def test_operands_of_linear_layers_are_rounded(recipe):
+    """Forward and both gradients of a linear layer, and of the experts': none is left in BF16.
+
+    In FP8 each layer quantises x along both axes, its gradient along both, and its weight once.
+    """
+    linear, experts = Linear.whole("io", (256, 384)), Linear.whole("-io", (2, 256, 384))
+
+    def local(x, weight, rows, weights, sizes):
+        weight = recipe.prepare(weight, sensitive=False, linear=linear)
+        weights = recipe.prepare(weights, sensitive=False, linear=experts)
+
+        def plain(weight, x):
+            return recipe.einsum("MD,DF->MF", x, weight)
+
+        def grouped(weights, rows):
+            return recipe.grouped(rows, weights, sizes, likely=512)
+
+        def gradients(fn, weights, x):
+            out, vjp = weight_gradients.vjp(fn, weights, x)
+            return vjp(out * out)
+
+        return gradients(plain, weight, x), gradients(grouped, weights, rows)
+
+    shapes = ((512, 256), NARROW), ((256, 384), WIDE), ((512, 256), NARROW), ((2, 256, 384), WIDE)
+    lowered = for_a_gpu(local, *shapes, ((2,), jnp.int32))
+    assert asked_for(lowered) == (10 if recipe is FP8_RECIPE else 0)
+    assert made(compiled(lowered), FP8) >= asked_for(lowered)
 
 
 def test_what_does_not_travel_is_rounded_all_the_same():

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
     ("arguments", "message"),
     [
         ((), "no NAME given"),
-        (("mo",), "there is no 'mo'; name one of train, moe, memory, layer,"),
+        (("mo",), "there is no 'mo'; name one of train, profile, moe, memory,"),
         (("moe", "more"), "unexpected argument 'more'"),
     ],
 )

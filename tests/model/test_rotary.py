@@ -33,15 +33,18 @@ def test_rotation_follows_the_equation(rule):
     np.testing.assert_allclose(got, want, atol=6e-5)
 
 
-def test_the_still_part_does_not_turn():
+@pytest.mark.parametrize("still", [5, 6])
+def test_the_still_part_does_not_turn(still):
+    """Neither an even nor an odd one moves the pairs of the rest."""
     config = model_config(checkpoints.make("yarn_ratio")[0])
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, 14)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, still + 8)), jnp.float32)
     positions = jnp.arange(9)
-    cos, sin = ours.cos_sin(config, positions, still=6)
+    cos, sin = ours.cos_sin(config, positions, still=still)
     got = ours.rotate(x, cos[None], sin[None])
-    np.testing.assert_array_equal(got[..., :6], x[..., :6])
+    np.testing.assert_array_equal(got[..., :still], x[..., :still])
     cos, sin = ours.cos_sin(config, positions)
-    np.testing.assert_array_equal(got[..., 6:], ours.rotate(x[..., 6:], cos[None], sin[None]))
+    want = ours.rotate(x[..., still:], cos[None], sin[None])
+    np.testing.assert_array_equal(got[..., still:], want)
 
 
 def test_scores_depend_on_the_distance_alone():

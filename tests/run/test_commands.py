@@ -86,12 +86,12 @@ MISTAKES = [
     (
         "generate",
         {"max_tokens": 2**30},
-        "--cache_length=1073741826 tokens (a prompt and its --max_t",
+        "--cache_length=1073741888 tokens (a prompt and its --max_t",
     ),
     (
         "generate",
         {"max_tokens": 10**30},
-        "--cache_length=1000000000000000000000000000002; expected",
+        "--cache_length=1000000000000000000000000000064; expected",
     ),
     ("generate", {"cache_length": 20}, "and --max_tokens=128 need room for 130, and a slot has 20"),
     ("generate", {"temperature": "inf"}, "--temperature=inf; expected a number from 0 to 1e30"),

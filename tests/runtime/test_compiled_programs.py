@@ -216,6 +216,10 @@ def test_a_folder_that_cannot_be_costs_one_warning(tmp_path):
 
 
 def test_a_full_disk_costs_one_warning(programs, monkeypatch):
+    """The programs that are there already are still read."""
+    kept = KEY.replace("5", "6")
+    programs.put(kept, b"machine code")
+
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -223,7 +227,8 @@ def test_a_full_disk_costs_one_warning(programs, monkeypatch):
     with pytest.warns(UserWarning, match="No space left on device") as told:
         programs.put(KEY, b"machine code")
         programs.put(KEY, b"machine code")
-    assert len(told) == 1 and not files(programs._path)
+    assert len(told) == 1 and len(files(programs._path)) == 1
+    assert programs.get(kept) == b"machine code" and programs.get(KEY) is None
 
 
 def test_a_run_of_several_processes_keeps_none(keeping, tmp_path, monkeypatch):

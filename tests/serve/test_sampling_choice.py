@@ -44,11 +44,20 @@ def test_flags_come_before_the_checkpoint_and_that_before_defaults(
 
 
 @pytest.mark.parametrize(
-    "stated", [{"temperature": "hot"}, {"temperature": -1}, {"top_p": 0}, {"top_p": True}], ids=str
+    "stated",
+    [
+        {"temperature": "hot"},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": True},
+        {"do_sample": "false"},
+    ],
+    ids=str,
 )
 def test_a_stated_value_that_is_none_is_refused_where_it_is_used(opened, stated):
     checkpoint, name = opened(stated), next(iter(stated))
-    words = rf"{FILE}: {name} is .*; expected a number .*; set request\.{name}"
+    flag = "temperature" if name == "do_sample" else name
+    words = rf"{FILE}: {name} is .*; expected (a number|true or false).*; set request\.{flag}"
     with pytest.raises(ConfigError, match=words):
         sampling_of(checkpoint, None, None)
     assert sampling_of(checkpoint, 0.5, 0.5).sources == ("flag", "flag")

@@ -141,8 +141,9 @@ def _overflow_rounds_gradients(
 
         given = exchange.experts, exchange.tokens, exchange.weights
         _, vjp, served = weight_gradients.vjp(through, *given, has_aux=True)
-        d_experts, *rest = vjp(d_out)
-        left, each = left & ~served, cotangent(exchange.total, *rest, d_experts)
+        d_experts, d_tokens, d_weights = vjp(d_out)
+        each = cotangent(exchange.total, d_tokens, d_weights, d_experts)
+        left = left & ~served
         return _any(left), left, jax.tree.map(jnp.add, gradients, _wide(each))
 
     start = more, exchange.left, _wide(first)
