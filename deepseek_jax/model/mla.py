@@ -239,19 +239,18 @@ _Softmax = tuple[jax.Array, jax.Array]  # weights e BHST and their sums BHS1, fl
 def _in_blocks(
     query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
 ) -> jax.Array:
-    del keep_scores
-    return _forward(query, key, value, scale, block)[0]
+    return _forward(query, key, value, scale, block, keep_scores)[0]
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
 ) -> tuple[jax.Array, list[_Softmax]]:
     """Output BHSW, and the softmax of each block."""
     rows: list[jax.Array] = []
     softmaxes: list[_Softmax] = []
     for start, end in _blocks(query.shape[2], block):
         own = query[:, :, start:end]
-        if rows:  # one block after the other, or XLA holds float32 scores of several at once
+        if rows and not keep_scores:  # one after the other, or XLA holds the scores of several
             own, rows[-1] = jax.lax.optimization_barrier((own, rows[-1]))
         softmax = _softmax(own, key[:, :, :end], scale, start)
         mean = exact_einsum("BHST,BHTW->BHSW", softmax[0], value[:, :, :end]) / softmax[1]
@@ -264,7 +263,7 @@ def _in_blocks_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
 ) -> tuple[jax.Array, Any]:
     """Output, and for backward the queries, keys and values, with the softmaxes if kept."""
-    out, softmaxes = _forward(query, key, value, scale, block)
+    out, softmaxes = _forward(query, key, value, scale, block, keep_scores)
     return out, (query, key, value, softmaxes if keep_scores else None)
 
 
@@ -280,7 +279,7 @@ def _in_blocks_backward(
     bounds = list(enumerate(_blocks(query.shape[2], block)))
     for i, (start, end) in reversed(bounds):  # the last block has all keys
         rows, keys, values = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
-        if d_query:  # one block after the other, as in forward
+        if d_query and not keep_scores:  # one after the other, as in forward
             rows, d_query[-1], d_key, d_value = jax.lax.optimization_barrier(
                 (rows, d_query[-1], d_key, d_value)
             )
