@@ -20,6 +20,7 @@ from deepseek_jax.model import execution, params
 from deepseek_jax.model.block import Block
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
+from deepseek_jax.precision import weight_gradients
 
 
 def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
@@ -32,7 +33,12 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     layout, how = meshes.layout(config), execution.of(config)
     graph, weights, rest = abstract(config, how)
     batch = P(layout.mesh_axes("batch") or None)
-    specs = params.place(weights, lambda names, _: layout.spec(names)), P(), batch
+
+    def placed_as_in_a_step(tree: Any) -> Any:
+        return params.place(tree, lambda names, _: layout.spec(names))
+
+    specs = placed_as_in_a_step(weights), P(), batch
+    gradients = placed_as_in_a_step(jax.eval_shape(weight_gradients.carriers, weights))
 
     def local(weights, rest, x):
         def total(weights, x):
@@ -42,10 +48,11 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
             return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
         with axes.active(layout):
-            return jax.grad(total, (0, 1))(weights, x)
+            squares, pull = weight_gradients.vjp(total, weights, x)
+            return pull(jnp.ones_like(squares))
 
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=specs, out_specs=(specs[0], batch), check_vma=False
+        local, mesh=mesh, in_specs=specs, out_specs=(gradients, batch), check_vma=False
     )
     sequences = config.batch.micro_sequences * how.in_flight
     shape = sequences, config.batch.length, config.model.d_model

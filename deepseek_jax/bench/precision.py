@@ -183,18 +183,22 @@ class Bench:
 
     def make(self, names: list[str], seeds: int) -> None:
         """Makes the runs of these forms that are not kept, and keeps each when it has ended."""
-        todo = [(name, seed) for name in names for seed in range(seeds) if self._lacks(name, seed)]
-        if not todo:
+        missing = [
+            (name, seed) for name in names for seed in range(seeds) if self._lacks(name, seed)
+        ]
+        if not missing:
             return
         corpus = prepare(self._pairs.data, vocab=self._pairs.model.vocab, say=_say)
         fresh = [
-            seed for seed in sorted({seed for _, seed in todo}) if not self._weights(seed).exists()
+            seed
+            for seed in sorted({seed for _, seed in missing})
+            if not self._weights(seed).exists()
         ]
-        steps = [_steps(self._start)] * len(fresh) + [_steps(self._pairs)] * len(todo)
+        steps = [_steps(self._start)] * len(fresh) + [_steps(self._pairs)] * len(missing)
         progress = TimeLeft(steps)
         self._make_weights(fresh, corpus, progress)
         made: Any = None
-        for name, seed in todo:
+        for name, seed in missing:
             form = FORMS[name]
             if made != (form.precision, form.recipe):  # a twin shares the program of its base
                 made = form.precision, form.recipe

@@ -13,7 +13,7 @@
 [3] Residuals of MTP live within one tick, so recomputation would send messages twice for nothing:
     tokens are saved at their experts.
 
-The form in which a named residual is saved is decided in `precision.saved.save`.
+The recipe decides in which form the input of a linear layer is saved: `Recipe.from_kept`.
 """
 
 import dataclasses

@@ -158,15 +158,7 @@ class Fp8Recipe(Recipe):
             rows, weight, sizes, likely=likely, power_of_two=self.power_of_two
         )
 
-    def from_kept(
-        self,
-        name: Saved,
-        layer: Callable[..., jax.Array],
-        x: jax.Array,
-        weight: Any,
-        *rest: jax.Array,
-    ) -> jax.Array:
-        return from_fp8_input(name, layer, x, weight, *rest)
+    from_kept = staticmethod(from_fp8_input)
 
 
 FP8 = Fp8Recipe("fp8", jnp.dtype(jnp.bfloat16))

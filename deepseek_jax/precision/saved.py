@@ -33,7 +33,7 @@ class Saved(enum.StrEnum):
 def save(name: Saved, tree: Tree) -> Tree:
     """The same arrays, under a name that a recompute policy can save.
 
-    Every named residual passes through here. A recipe that saves some of them in another form (FP8,
-    say) gives that form here: name the encoded arrays, and return what they decode to.
+    Every named residual passes through here, in the form in which it is saved: `kept_input.py`
+    names the FP8 tiles of an input, and not the input.
     """
     return jax.tree.map(lambda x: checkpoint_name(x, name.value), tree)

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+import small
 
 from configs import v3_671b
 from deepseek_jax import config as configs
@@ -99,3 +100,15 @@ def test_nodes_that_a_token_visits():
     assert 3.9 < nodes <= 4 and 6.5 < gpus < 8
     each = [int(visits(experts[:, i : i + 1], model.experts, 8).sum()) for i in range(256)]
     assert max(each) <= 4
+
+
+@pytest.mark.parametrize("recipe", ["bfloat16", "fp8"])
+def test_a_layer_is_lowered_in_its_recipe(recipe):
+    """In FP8 the weights are E4M3 arguments, and each gradient is one float32 array."""
+    c = small.config(precision_recipe=recipe, mesh_node=2, mesh_gpu=2)
+    lowered = layer.lower(c, cluster.mesh(c.mesh))
+    assert ("f8E4M3FN" in lowered.as_text()) == (recipe == "fp8")
+    arrays, gradients = map(jax.tree.leaves, (lowered.args_info[0][0], lowered.out_info[0]))
+    narrow = sum(array.dtype == jnp.float8_e4m3fn for array in arrays)  # each beside its scales
+    assert (narrow > 0) == (recipe == "fp8") and len(gradients) == len(arrays) - narrow
+    assert not any(gradient.dtype == jnp.float8_e4m3fn for gradient in gradients)

@@ -63,7 +63,8 @@ def test_forward_is_exact_and_gradients_are_those_of_the_kept_tiles():
 def test_gradients_differ_from_those_of_the_source_by_the_rounding_of_the_tiles():
     """E4M3 errs by 2.6 % in the mean square, and four such roundings differ, so by 5.3 %.
 
-    They are those of gate and up, and of SwiGLU's output, which differs and is rounded anew.
+    They are those of gate and up, and of SwiGLU's output, which differs and is rounded anew. That
+    is an estimate: the largest of five seeds had 5.4 % for the weight, and this one has 5.05 %.
     """
     gate_up, weight = inputs()
     _, d_gate_up, d_weight, _ = pulled(kept, gate_up, weight)
