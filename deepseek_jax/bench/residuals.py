@@ -23,8 +23,8 @@ RECIPES = (("bfloat16", "compute"), ("bfloat16", "fp8"), ("fp8", "fp8"))  # and 
 CORE = 4  # rank of attention scores, which `recompute=none` keeps in every recipe
 
 
-def measure(config: Config) -> list[dict[str, Any]]:
-    """A row for each policy and recipe: bytes per token, and their share of the first recipe's.
+def measure(config: Config) -> dict[str, Any]:
+    """Rows by policy and recipe: bytes per token, and their share of the policy's first recipe.
 
     Scores of the attention core, which no recipe keeps in FP8, are a column of their own.
     """
@@ -38,7 +38,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
             first = first or each["kept"]
             named = {"recompute": recompute, "recipe": recipe, "dispatch": dispatch}
             rows.append({**named, **each, "share": each["kept"] / first})
-    return rows
+    return {"layer": rows}
 
 
 def kept_bytes(config: Config) -> dict[str, int]:

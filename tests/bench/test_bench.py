@@ -1,9 +1,11 @@
 """Bench commands: refused arguments, and the claims that need no clock."""
 
 import dataclasses
+import importlib
 import pathlib
 import subprocess
 import sys
+import typing
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from configs import v3_671b, v3_tiny
 from deepseek_jax import config as configs
+from deepseek_jax.bench import __main__ as bench
 from deepseek_jax.bench import grouped, layer, load, memory, moe, tiles
 from deepseek_jax.hardware import chips
 from deepseek_jax.kernels import grouped_triton
@@ -32,6 +35,13 @@ def test_names(arguments, message):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_each_result_can_be_printed():
+    """`table.text` prints a dict."""
+    for name in bench.NAMES:
+        measure = importlib.import_module(f"deepseek_jax.bench.{name}").measure
+        assert typing.get_origin(typing.get_type_hints(measure)["return"]) is dict, name
 
 
 @pytest.fixture(scope="module")
