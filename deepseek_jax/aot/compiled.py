@@ -261,14 +261,14 @@ def gemms(
     module: Module, computation: str, line: Instruction, kernels: Kernels | None = None
 ) -> Iterator[Gemm]:
     """Yields the GEMMs of an instruction: itself, or those of the computations that it calls."""
-    own = _gemm(line, module.inputs(computation, line), kernels or {})
+    own = gemm(line, module.inputs(computation, line), kernels or {})
     if own:
         yield own
     for called in line.calls:
         times = line.trips if called == line.body and line.trips is not None else 1
         for inner in module.computations[called].values():
-            for gemm in gemms(module, called, inner, kernels):
-                yield dataclasses.replace(gemm, times=times * gemm.times)
+            for each in gemms(module, called, inner, kernels):
+                yield dataclasses.replace(each, times=times * each.times)
 
 
 def copies(module: Module) -> tuple[Copy, ...]:
@@ -305,7 +305,8 @@ def _partners(devices: np.ndarray, mesh: Mapping[str, int]) -> tuple[tuple[str, 
     return axes, devices.shape[1] if axes else 1, int(hosts)
 
 
-def _gemm(line: Instruction, inputs: tuple[Array, ...], kernels: Kernels) -> Gemm | None:
+def gemm(line: Instruction, inputs: tuple[Array, ...], kernels: Kernels) -> Gemm | None:
+    """The GEMM that an instruction with these inputs is; None for other instructions."""
     op, flops = line.target or line.opcode, None
     if op == "dot":
         flops = _dot_flops(inputs[0], line.arrays[0], line.dimensions("lhs_contracting_dims"))

@@ -22,6 +22,7 @@ from deepseek_jax.precision.fp8_tiles import (
 )
 from deepseek_jax.precision.fp8_weights import Fp8Weight
 from deepseek_jax.precision.grouped import Plan
+from deepseek_jax.precision.scopes import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 
 
 def grouped_matmul(
@@ -33,6 +34,7 @@ def grouped_matmul(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@jax.named_scope(FORWARD)
 def _grouped(
     rows: jax.Array, weight: Fp8Weight, sizes: jax.Array, plan: Plan, power_of_two: bool
 ) -> jax.Array:
@@ -63,13 +65,16 @@ def _backward(
     dtype, depth = operand_dtype(power_of_two), tiles.values.shape[1]
     sent = dequantise_tiles(quantise_tiles(d_out, power_of_two=power_of_two), dtype)
     saved = sent, weight.dequantised(depth, dtype), sizes
-    d_rows = plan.rows_gradient(saved, sent).astype(like.dtype)
+    with jax.named_scope(INPUT_GRADIENT):
+        d_rows = plan.rows_gradient(saved, sent).astype(like.dtype)
     d_weight, nothing = None, cast(Any, None)
     if weight.carrier is not None:
         saved = dequantise_rows(tiles, sizes, dtype), jnp.zeros((0,), dtype), sizes
         d_out = dequantise_rows(quantise_rows(d_out, sizes, power_of_two), sizes, dtype)
         shape = (weight.shape[0], depth, d_out.shape[1])
-        d_weight = plan.weight_gradient(saved, d_out, shape, jnp.float32).reshape(weight.shape)
+        with jax.named_scope(WEIGHT_GRADIENT):
+            d_weight = plan.weight_gradient(saved, d_out, shape, jnp.float32)
+        d_weight = d_weight.reshape(weight.shape)
     return d_rows, Fp8Weight(nothing, nothing, d_weight), None
 
 

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight
+from deepseek_jax.precision.scopes import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 
 
 def operand_dtype(power_of_two: bool) -> jnp.dtype:
@@ -59,6 +60,7 @@ def einsum(subscripts: str, x: jax.Array, weight: Fp8Weight, *, power_of_two: bo
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@jax.named_scope(FORWARD)
 def _matmul(x: jax.Array, weight: Fp8Weight, power_of_two: bool) -> jax.Array:
     """MK times a weight of K rows -> MN, in the dtype of x."""
     dtype = operand_dtype(power_of_two)
@@ -100,12 +102,14 @@ def _backward(power_of_two: bool, kept: _Kept, d_out: jax.Array) -> tuple[Any, A
 _matmul.defvjp(_forward, _backward)
 
 
+@jax.named_scope(INPUT_GRADIENT)
 def input_gradient(d_out: jax.Array, matrix: jax.Array, power_of_two: bool) -> jax.Array:
     """d_out w^T: MN, in tiles along N, and w KN -> MK float32."""
     tiles = dequantise_tiles(quantise_tiles(d_out, power_of_two=power_of_two), matrix.dtype)
     return exact_einsum("MN,KN->MK", tiles, matrix)
 
 
+@jax.named_scope(WEIGHT_GRADIENT)
 def weight_gradient(tiles: Tiles, d_out: jax.Array, power_of_two: bool) -> jax.Array:
     """x^T d_out: tiles of x MK along M, and MN -> KN float32."""
     dtype: DTypeLike = operand_dtype(power_of_two)
