@@ -14,16 +14,16 @@ def get_config() -> ConfigDict:
     """Config of a DeepSeek-V3 for a laptop."""
     config = v3_671b.get_config()
     config.model.update(
-        vocab=4096, layers=3, dense_layers=1, d_model=128, d_dense=384, heads=4,
+        vocab=4096, layers=2, dense_layers=1, d_model=96, d_dense=256, heads=4,
         q_latent=64, kv_latent=32, d_nope=32, d_rope=16, d_value=32,
-        experts=16, top_k=4, groups=4, top_groups=2, d_expert=64, init_std=0.045,
+        experts=16, top_k=4, groups=4, top_groups=2, d_expert=64, init_std=0.052,
     )  # fmt: skip
     config.mesh.update(pipe=1, replica=1, node=1, gpu=-1, tensor=1)
     config.layout.update(
         recompute="none", attention_block=128, unroll=4, loss_chunk=256, capacity_factor=2.0
     )
     config.precision.update(recipe="float32", dispatch="compute")
-    v3_671b.scale_schedule(config, tokens=480_000)
+    v3_671b.scale_schedule(config, tokens=620_000)
     config.schedule.update(
         warmup_steps=40, learning_rate=5e-3, decayed_learning_rate=5e-4,
         final_learning_rate=1.75e-4, bias_speed=0.01,

@@ -141,7 +141,7 @@ RULES = [
     ({"optimizer.moments": "float16"}, r"optimizer\.moments .* float32, bfloat16"),
     ({"optimizer.decayed": "none"}, r"optimizer\.decayed .* matrices, all"),
     # The model.
-    ({"model.dense_layers": 5}, r"model\.dense_layers=5 is more than model\.layers=3"),
+    ({"model.dense_layers": 5}, r"model\.dense_layers=5 is more than model\.layers=2"),
     ({"model.d_rope": 15}, r"model\.d_rope=15 is odd.* set model\.d_rope=16"),
     ({"model.yarn_beta_fast": 0.5}, r"model\.yarn_beta_fast=0\.5 .* model\.yarn_beta_slow"),
     ({"model.groups": 5}, r"model\.experts=16 .* model\.groups=5 .* set model\.groups=4"),
