@@ -23,6 +23,7 @@ FLOOR = 1e-12  # least magnitude that a scale is made of, so that tiles of zeros
 # agree with NumPy to the bit (run on a CPU, compiled for a GPU). Other scales need a reciprocal:
 # on a GPU their values may differ in the last bit.
 _PER_LARGEST = np.float32(1 / LARGEST)
+_MANTISSA_BITS = np.uint32(23)  # of a float32
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 
@@ -87,6 +88,21 @@ def dequantise_tiles(tiles: Tiles, dtype: DTypeLike) -> jax.Array:
     """Product values * scales in float32, rounded once to `dtype`."""
     values = tiles.values.astype(jnp.float32)
     return (values * spread(tiles.scales, values.shape)).astype(dtype)
+
+
+def exponents(scales: jax.Array) -> jax.Array:
+    """Power-of-two scales as uint8, one byte each: their biased exponents (E8M0 of OCP MX).
+
+    A scale that is not finite has 255.
+    """
+    bits = jax.lax.bitcast_convert_type(scales, jnp.uint32)
+    return (bits >> _MANTISSA_BITS).astype(jnp.uint8)
+
+
+def scales_from(exponents: jax.Array) -> jax.Array:
+    """Inverse of `exponents`, float32; 255 becomes infinity, whose products with NaN are NaN."""
+    bits = exponents.astype(jnp.uint32) << _MANTISSA_BITS
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def spread(scales: Array, shape: tuple[int, ...]) -> Array:

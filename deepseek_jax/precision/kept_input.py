@@ -1,7 +1,8 @@
 """Inputs that backward keeps as FP8 tiles, while forward computes with the inputs themselves.
 
 The tiles are those of 128 channels of one token, with power-of-two scales (section 3.3.3 of the
-report), under the name of the residual, so that a recompute policy can save them. What follows from
+report), under the name of the residual, so that a recompute policy can save them: a byte for each
+number, and one for the exponent of each tile's scale. What follows from
 the input, such as SwiGLU's output or the tiles along tokens that the gradient of a weight
 multiplies, is computed again in backward from the kept tiles.
 """
@@ -13,7 +14,13 @@ from typing import Any
 import jax
 
 from deepseek_jax.precision import weight_gradients
-from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles, quantise_tiles
+from deepseek_jax.precision.fp8_tiles import (
+    Tiles,
+    dequantise_tiles,
+    exponents,
+    quantise_tiles,
+    scales_from,
+)
 from deepseek_jax.precision.fp8_weights import Fp8Weight
 from deepseek_jax.precision.saved import Saved, save
 
@@ -40,13 +47,14 @@ def from_fp8_input(
         return layer(x, weight, *rest)
 
     def forward(x: jax.Array, weight: Fp8Weight, rest: Any) -> tuple[jax.Array, Any]:
-        tiles: Tiles = save(name, quantise_tiles(x, power_of_two=True))
+        tiles = quantise_tiles(x, power_of_two=True)
+        kept = save(name, (tiles.values, exponents(tiles.scales)))
         bare = dataclasses.replace(weight, carrier=None)
-        return layer(x, bare, *rest), (tiles, bare, rest)
+        return layer(x, bare, *rest), (kept, bare, rest)
 
     def backward(kept: Any, d_out: jax.Array) -> tuple[Any, Any, Any]:
-        tiles, weight, rest = kept
-        again = dequantise_tiles(tiles, dtype)
+        (values, bytes_of_scales), weight, rest = kept
+        again = dequantise_tiles(Tiles(values, scales_from(bytes_of_scales)), dtype)
         if not trained:
             d_x, *d_rest = jax.vjp(lambda x, *rest: layer(x, weight, *rest), again, *rest)[1](d_out)
             return d_x, None, tuple(d_rest)

@@ -261,7 +261,7 @@ def test_each_rule_names_the_key_and_its_advice_works(changes, words):
         {"model.q_latent": 0, "model.score": "softmax", "model.group_score": "max"},
         {"model.experts": 64, "model.groups": 1, "model.top_groups": 1, "model.top_k": 6},
         {"model.dense_layers": 0},
-        {"model.dense_layers": 3},
+        {"model.dense_layers": 2},
         {"model.mtp_depth": 0},
         {"model.yarn_factor": 2.0, "model.yarn_original": 128},
         {"batch.length": 4096, "schedule.warmup_steps": 9},

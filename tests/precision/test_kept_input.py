@@ -91,8 +91,8 @@ def test_nothing_else_of_the_input_is_kept(policy):
     leaves = jax.tree.leaves(pulled(policy.step(kept), gate_up, weight)[-1])
     of_input = [leaf for leaf in leaves if leaf.shape[:1] == (TOKENS,)]
     assert sorted((str(leaf.dtype), leaf.shape) for leaf in of_input) == [
-        ("float32", (TOKENS, 2 * WIDTH // 128)),
         ("float8_e4m3fn", (TOKENS, 2 * WIDTH)),
+        ("uint8", (TOKENS, 2 * WIDTH // 128)),
     ]
     # No zeros that stand for a weight's gradient, either.
     assert not any(leaf.dtype == jnp.float32 and leaf.shape == weight.shape for leaf in leaves)

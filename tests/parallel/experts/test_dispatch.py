@@ -256,12 +256,12 @@ def test_messages_are_as_large_as_the_formula_says():
     assert [hop.parts * hop.slots for hop in plan.hops] == [4 * 4096, 8 * 4096]
     assert plan.slots == plan.likely == 8 * 4096 and plan.here == 4
     slow, fast = message_bytes(plan, FP8_PAYLOAD, 7168, jnp.bfloat16, 8)["send"]
-    assert slow == 4 * 4096 * (7168 + 224 + 8 * 4 + 8 * 2) and fast == 2 * slow
+    assert slow == 4 * 4096 * (7168 + 56 + 8 * 4 + 8 * 2) and fast == 2 * slow
     assert message_bytes(plan, FP8_PAYLOAD, 7168, jnp.bfloat16, 8)["combine"][0] == 4 * 4096 * (
         14336 + 8
     )
     assert message_bytes(plan, FP8_PAYLOAD, 7168, jnp.bfloat16, 8)["combine gradient"] == [
-        copies * 4096 * (7168 + 224) for copies in (4, 8)
+        copies * 4096 * (7168 + 56) for copies in (4, 8)
     ]
     assert message_bytes(plan, UNCHANGED_PAYLOAD, 7168, jnp.bfloat16, 8)["send gradient"] == [
         copies * 4096 * (14336 + 8 * 4) for copies in (4, 8)
