@@ -23,7 +23,7 @@ import jax
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.errors import RunError
-from deepseek_jax.runtime import joining, signals
+from deepseek_jax.runtime import background, joining, signals
 
 TRACEBACK = "DEEPSEEK_JAX_TRACEBACK"
 LONGEST_LINE = 800
@@ -103,9 +103,10 @@ def at_once(error: BaseException) -> bool:
     """Whether to leave out what libraries do at the exit after this error.
 
     JAX would wait there for processes that are gone or go on. And an import that a signal broke off
-    can leave a library in a state in which its end crashes (seen with jax 0.10.2).
+    can leave a library in a state in which its end crashes (seen with jax 0.10.2). So may a thread
+    that is at work in the compiler.
     """
-    if isinstance(error, signals.Stopped | KeyboardInterrupt):
+    if isinstance(error, signals.Stopped | KeyboardInterrupt) or background.is_busy():
         return True
     return jax.distributed.is_initialized() and not isinstance(error, ConfigError)
 

@@ -28,17 +28,17 @@ from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax.checkpoint import chunks as files
 from deepseek_jax.checkpoint import manifest
-from deepseek_jax.checkpoint.background import failed_save, in_background
 from deepseek_jax.checkpoint.chunks import Leaves
+from deepseek_jax.checkpoint.failed_save import failed_save
 from deepseek_jax.checkpoint.quiet import silence
 from deepseek_jax.checkpoint.reading import is_being_read, kept_for_reading
 from deepseek_jax.config import ConfigError
 from deepseek_jax.errors import RunError
 from deepseek_jax.runtime.agreement import all_true, from_primary, raise_together
+from deepseek_jax.runtime.background import in_background
 
 PyTree = Any
 T = TypeVar("T")
-
 _PATIENCE_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Store:
                 response = ocp.save_async(path, leaves, custom_metadata=record)
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise self._failed(error) from error
-        self._pending = in_background(functools.partial(self._finish, step, response))
+        self._pending = in_background(functools.partial(self._finish, step, response), "checkpoint")
 
     def save_parts(
         self,

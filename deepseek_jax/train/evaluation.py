@@ -19,6 +19,7 @@ from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data import rolling, scoring, source
 from deepseek_jax.data.tokenizer import Marks, Tokenizer
 from deepseek_jax.errors import RunError
+from deepseek_jax.hardware import xla_options
 from deepseek_jax.model import execution, params, remat
 from deepseek_jax.model.loss import head_loss
 from deepseek_jax.model.params import split
@@ -59,7 +60,13 @@ def perplexity(loss: float) -> float:
 ScoreFn = Callable[[nnx.State, nnx.State, np.ndarray, np.ndarray], Score]
 
 
-def make_score(config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None = None) -> ScoreFn:
+def make_score(
+    config: Config,
+    layout: Layout,
+    mesh: Mesh,
+    recipe: Recipe | None = None,
+    like: tuple[nnx.State, nnx.State] | None = None,
+) -> ScoreFn:
     """Makes score(weights, biases, sequences N(S+1), valid NS); the caller sets the mesh.
 
     Weights are masters or stored ones, placed as `Layout.storage`. The N sequences are scored in
@@ -67,6 +74,8 @@ def make_score(config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None
 
     Args:
       recipe: in place of the config's; None for the config's.
+      like: abstract weights and biases, for which the program is compiled now, for sequences of
+        `batch.length`; None compiles it at the first call.
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
@@ -90,21 +99,28 @@ def make_score(config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None
             nats, _ = head_loss(rows, head, tokens[:, 1:].reshape(-1), counted, chunk)
             return lax.psum(nats, data_axes) if data_axes else nats
 
-    total = jax.jit(
+    total: Any = jax.jit(
         jax.shard_map(
             local,
             mesh=mesh,
             in_specs=(stored, jax.tree.map(lambda _: P(), abstract_bias), batch_spec, batch_spec),
             out_specs=P(),
             check_vma=False,
-        )
+        ),
+        compiler_options=xla_options.forward_options(jax.default_backend()),
     )
+    place = NamedSharding(mesh, batch_spec)
+    size = config.batch.micro_sequences
+    if like is not None:
+        length = config.batch.length
+        tokens = jax.ShapeDtypeStruct((size, length + 1), jnp.int32, sharding=place)
+        valid = jax.ShapeDtypeStruct((size, length), jnp.bool_, sharding=place)
+        total = total.lower(*like, tokens, valid).compile()
 
     def score(
         weights: nnx.State, bias: nnx.State, sequences: np.ndarray, valid: np.ndarray
     ) -> Score:
-        size, nats = config.batch.micro_sequences, 0.0
-        place = NamedSharding(mesh, batch_spec)
+        nats = 0.0
         for start in range(0, len(sequences), size):
             parts = sequences[start : start + size], valid[start : start + size]
             short = size - len(parts[0])

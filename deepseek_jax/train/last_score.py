@@ -2,17 +2,16 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.scoring import HeldOut, held_out, trained
 from deepseek_jax.errors import RunError, reason
-from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.train import evaluation, state
 
 _log = logging.getLogger(__name__)
@@ -41,14 +40,14 @@ def text_of(config: Config, corpus: Corpus) -> Texts | None:
 
 
 def scores(
-    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: Texts
+    make_score: Callable[[], evaluation.ScoreFn], now: state.TrainState, text: Texts
 ) -> dict[str, Any]:
     """Scores on held-out and training text; without them, after a warning, where scoring fails.
 
     The run is trained by now: its summary, pictures and checkpoint are not lost with them.
     """
     try:
-        return _scored(config, layout, mesh, now, text)
+        return _scored(make_score(), now, text)
     except RunError:
         raise
     except Exception as error:
@@ -56,11 +55,8 @@ def scores(
         return {}
 
 
-def _scored(
-    config: Config, layout: Layout, mesh: Mesh, now: state.TrainState, text: Texts
-) -> dict[str, Any]:
+def _scored(score: evaluation.ScoreFn, now: state.TrainState, text: Texts) -> dict[str, Any]:
     """Loss and bits per byte of the weights on both texts, and of their average on the first."""
-    score = evaluation.make_score(config, layout, mesh)
     out = _fields(score, now.params, now.bias, text.held_out, "held_out", "gzip")
     out |= _fields(score, now.params, now.bias, text.trained, "trained", "trained_gzip")
     if now.ema is not None and text.held_out.bytes:

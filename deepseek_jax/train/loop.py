@@ -32,7 +32,6 @@ from deepseek_jax.train import (
     batches,
     last_score,
     lock,
-    optimizer,
     profiling,
     starting,
     state,
@@ -43,8 +42,9 @@ from deepseek_jax.train import (
 from deepseek_jax.train.batches import Inputs
 from deepseek_jax.train.completions import Completions
 from deepseek_jax.train.metrics import Row
+from deepseek_jax.train.programs import RunPrograms
 from deepseek_jax.train.report import Report
-from deepseek_jax.train.step import make_ema, make_step, tokens_spec
+from deepseek_jax.train.step import tokens_spec
 
 
 class NotFinite(RunError):
@@ -100,10 +100,11 @@ def _train(
         raise_together(lambda: workdir.check_library(config, meta))
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             opening = pool.submit(_open_data, config, layout, mesh, report, meta)
-            fresh = None if meta else state.meanwhile(opening, config, layout, mesh)
+            programs = RunPrograms(config, layout, mesh)
+            fresh = starting.meanwhile(opening, config, programs, meta)
             data = raise_together(opening.result)
-        with contextlib.closing(data), jax.set_mesh(mesh):
-            run = Run(config, mesh, layout, data, store, report, own, fresh)
+        with contextlib.closing(data), jax.set_mesh(mesh), programs:
+            run = Run(config, programs, data, store, report, own, fresh)
             text = raise_together(lambda: last_score.text_of(config, data.corpus))
             # Checkpoints and data fit one another.
             raise_together(lambda: workdir.claim(own.directory, config, data.corpus))
@@ -111,7 +112,8 @@ def _train(
                 summary = run.to_the_end(profiler)
             if not summary["stopped"] and text is not None:
                 report.say("scoring held-out text")
-                summary |= last_score.scores(config, layout, mesh, run.state, text)
+                report.load_plots()
+                summary |= last_score.scores(programs.score.result, run.state, text)
     if summary["stopped"]:
         report.say(f"stopped after step {summary['step']}; the same command goes on from there")
         report.settle()
@@ -150,8 +152,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        mesh: Mesh,
-        layout: Layout,
+        programs: RunPrograms,
         data: TrainData,
         store: Store,
         report: Report,
@@ -165,19 +166,12 @@ class Run:
         """
         self._config, self._data, self._store, self._report = config, data, store, report
         self._own = own
-        adam = optimizer.build(config.optimizer)
-        places = state.shardings(config, layout, mesh, adam)
+        self._programs, self._tokens_place = programs, programs.tokens_place
         self.state, self.steps, self.tokens = starting.start(
-            config, places, adam, store, data, report, fresh
-        )
-        self._tokens_place = NamedSharding(mesh, tokens_spec(layout))
-        self._jitted_step = jax.jit(
-            make_step(config, layout, mesh, adam),
-            donate_argnums=0,
-            out_shardings=(dataclasses.replace(places, ema=None), None),
+            config, programs.places, programs.adam, store, data, report, fresh
         )
         self._compiled_step: Any = None
-        self._move_ema: Any = make_ema(config, places)
+        self._move_ema: Any = None
         self._stop = processes.StopSignal()
         self._problem: RunError | None = None  # of this process, which the others may not have
         self._system, self._completions = system_metrics.of(config), Completions()
@@ -250,7 +244,7 @@ class Run:
         if self._compiled_step is None:
             self._report.say("compiling the training step")
             with self._system.compiling():
-                self._compile(arguments)
+                self._compile()
             self._stop.install()  # before this step there is nothing to save
         if before and jax.default_backend() == "cpu":
             # With two steps in flight XLA would hold the temporaries of both in turn.
@@ -340,17 +334,13 @@ class Run:
             good = f"the last good checkpoint is step {self._store.newest}"
         return f"{said}; {good}. Lower schedule.learning_rate, or look at the data of this step"
 
-    def _compile(self, arguments: tuple[Any, ...]) -> None:
-        """Compiles all that a turn of the loop runs, so that no later step has it in its time."""
-        profile = self._config.layout.cost_profile
-        options = xla_options.options(jax.default_backend(), profile)
-        lowered = self._jitted_step.lower(*arguments)
-        compiled = lowered.compile(compiler_options=options)
+    def _compile(self) -> None:
+        """Takes all that a turn of the loop runs, so that no later step compiles in its time."""
+        compiled = self._programs.step.result()
         raise_together(lambda: least_memory.check_compiled(compiled, self._config))
         self._compiled_step = compiled
-        now = self.state
-        if now.ema is not None:
-            self._move_ema = self._move_ema.lower(now.ema, now.params).compile()
+        if self.state.ema is not None:
+            self._move_ema = self._programs.average.result()
 
     def _row(self, taken: Taken) -> Row:
         values = {name: np.asarray(value).tolist() for name, value in taken.metrics.items()}

@@ -27,6 +27,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def load() -> None:
+    """Imports matplotlib with its fonts, which `draw` would otherwise do."""
+    import matplotlib.figure  # noqa: F401
+
+
 def draw(workdir: Path) -> list[Path]:
     """Draws `loss.png`, `expert_load.png` and `device_load.png` into `workdir` from its metrics.
 

@@ -10,11 +10,13 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import files
 from deepseek_jax.errors import RunError, reason
+from deepseek_jax.runtime.background import in_background
 from deepseek_jax.train.events import Events
 from deepseek_jax.train.metrics import METRICS, SUMMARY, MetricsFile, Row, Sink, plain
 from deepseek_jax.train.screens import screen_for
@@ -109,6 +111,11 @@ class Report:
                 "and its checkpoint is saved. Make room: the same command scores again"
             )
 
+    def load_plots(self) -> None:
+        """Loads in a thread what the pictures need: matplotlib looks for fonts at its first use."""
+        if self._sinks:
+            in_background(_plots, "load matplotlib")
+
     def settle(self) -> None:
         """Writes the rows that wait; RunError if they cannot be written."""
         try:
@@ -156,9 +163,7 @@ class Report:
         return ""
 
     def _draw(self) -> None:
-        from deepseek_jax.train import plots
-
-        plots.draw(self._workdir)
+        _plots().draw(self._workdir)
 
     def _name_files(self) -> None:
         names = sorted(path.name + "/" * path.is_dir() for path in self._workdir.iterdir())
@@ -168,6 +173,13 @@ class Report:
         steps = self._rows.waiting
         span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         return f"{self._rows.name} lacks {len(steps)} rows of {span}"
+
+
+def _plots() -> ModuleType:
+    from deepseek_jax.train import plots
+
+    plots.load()
+    return plots
 
 
 def last_word(summary: Row) -> str:

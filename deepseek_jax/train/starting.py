@@ -1,16 +1,50 @@
 """State with which a run starts: that of its newest checkpoint, or a fresh one."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from concurrent import futures
 from typing import Any
 
+import jax
 import optax
 
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.train import state
+from deepseek_jax.train.programs import RunPrograms
 from deepseek_jax.train.report import Report
+
+_GRACE = 0.3  # seconds in which most bad text is found
+
+
+def meanwhile(
+    opening: futures.Future[Any],
+    config: Config,
+    programs: RunPrograms,
+    meta: Mapping[str, Any] | None,
+) -> state.TrainState | None:
+    """Begins to compile, and builds a fresh state, while another thread prepares the text.
+
+    Nothing is begun for text that is found to be bad at once.
+
+    Args:
+      opening: the other thread's work.
+      meta: of the newest checkpoint, if there is one.
+
+    Returns:
+      The state; None where a checkpoint has it, where the text is there by now, and in a run of
+      several processes, which build theirs later, in the same order.
+    """
+    there, _ = futures.wait([opening], timeout=_GRACE)
+    if there and opening.exception():
+        return None
+    done = meta["tokens"] if meta and not meta.get("weights_only") else 0
+    programs.begin(steps=done < config.schedule.tokens)
+    if there or meta or jax.process_count() > 1:
+        return None
+    with jax.set_mesh(programs.mesh):
+        return state.initialise(config, programs.places, programs.adam)
 
 
 def start(

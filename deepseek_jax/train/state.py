@@ -1,6 +1,5 @@
 """State of a training run on the devices, and the placement of each of its parts."""
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import Config
+from deepseek_jax.hardware import xla_options
 from deepseek_jax.model import params as weights
 from deepseek_jax.model.transformer import abstract_model, build_model
 from deepseek_jax.parallel.axes import Axes, Layout
-from deepseek_jax.train import optimizer as adams
 
 
 @jax.tree_util.register_dataclass
@@ -91,38 +90,21 @@ def _fresh(config: Config, optimizer: optax.GradientTransformation, key: jax.Arr
 
 def initialise(config: Config, places: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state, each part built in its place; the numbers are the same on every layout."""
-    # On a CPU, optimised code may round the last, incomplete vector of a loop in another way, and
-    # its length depends on the layout. Unoptimised code gives the same numbers on all layouts.
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    quick = dict(xla_options.ONCE_ON_CPU) if jax.default_backend() == "cpu" else None
     build = jax.jit(
         lambda key: _fresh(config, optimizer, key), out_shardings=places, compiler_options=quick
     )
     return build(jax.random.key(config.seed))
 
 
-def meanwhile(
-    opening: concurrent.futures.Future[Any], config: Config, layout: Layout, mesh: Mesh
-) -> TrainState | None:
-    """A fresh state, built while another thread works; None where that takes less than a second.
-
-    Several processes build theirs later, in the same order.
-
-    Args:
-      opening: the other thread's work, such as the preparation of the text.
-    """
-    done, _ = concurrent.futures.wait([opening], timeout=1)
-    if done or jax.process_count() > 1:
-        return None
-    with jax.set_mesh(mesh):
-        adam = adams.build(config.optimizer)
-        return initialise(config, shardings(config, layout, mesh, adam), adam)
-
-
 def abstract(
     config: Config, places: TrainState, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Shapes, dtypes and placement of a state, into which a checkpoint is restored."""
-    shapes = jax.eval_shape(lambda key: _fresh(config, optimizer, key), jax.random.key(0))
+    _, params, bias = weights.split(abstract_model(config.model))
+    shapes = jax.eval_shape(
+        lambda params, bias: _around(config, optimizer, params, bias), params, bias
+    )
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,

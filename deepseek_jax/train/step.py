@@ -194,8 +194,30 @@ def _move_biases(biases: nnx.State, load: jax.Array, speed: Any, moe_layers: int
     return jax.tree_util.tree_map_with_path(move, biases)
 
 
-def make_ema(config: Config, places: TrainState) -> Callable[[nnx.State, nnx.State], nnx.State]:
-    """Makes update(average, parameters) -> the new average; averages are in host memory.
+def abstract_arguments(
+    config: Config, layout: Layout, mesh: Mesh, number_place: NamedSharding | None = None
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Hyper]:
+    """Shapes, dtypes and placement of a step's arguments besides the state.
+
+    Args:
+      number_place: placement of the numbers; None where the caller gives NumPy's.
+    """
+    batch = config.batch
+    tokens = jax.ShapeDtypeStruct(
+        (token_schedule.most_micro_batches(batch), batch.micro_sequences, batch.length + 1),
+        jnp.int32,
+        sharding=NamedSharding(mesh, tokens_spec(layout)),
+    )
+
+    def number(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((), dtype, sharding=number_place)
+
+    hyper = Hyper(*(number(jnp.float32) for _ in dataclasses.fields(Hyper)))
+    return tokens, number(jnp.int32), hyper
+
+
+def make_ema(config: Config, places: TrainState) -> Any:
+    """Makes the jitted update(average, parameters) -> the new average, in host memory.
 
     The old average is not donated, because a checkpoint that is being written may still read it.
     """
@@ -221,18 +243,8 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     config = dataclasses.replace(config, optimizer=without)
     layout, adam = meshes.layout(config), optimizers.build(config.optimizer)
     places = states.shardings(config, layout, mesh, adam)
-    whole, batch = NamedSharding(mesh, P()), config.batch
-
-    def number(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((), dtype, sharding=whole)
-
-    tokens = jax.ShapeDtypeStruct(
-        (token_schedule.most_micro_batches(batch), batch.micro_sequences, batch.length + 1),
-        jnp.int32,
-        sharding=NamedSharding(mesh, tokens_spec(layout)),
-    )
-    hyper = Hyper(*(number(jnp.float32) for _ in dataclasses.fields(Hyper)))
+    rest = abstract_arguments(config, layout, mesh, NamedSharding(mesh, P()))
     step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
-    start = states.abstract(config, places, adam)  # not under the mesh: it makes a random key
+    start = states.abstract(config, places, adam)
     with jax.set_mesh(mesh):
-        return step.lower(start, tokens, number(jnp.int32), hyper)
+        return step.lower(start, *rest)

@@ -11,7 +11,7 @@ from deepseek_jax.errors import RunError
 from deepseek_jax.train import last_score
 
 
-def test_the_text_is_read_at_the_start(tmp_path, monkeypatch):
+def test_the_text_is_read_at_the_start(tmp_path):
     """Its files may be gone at the end."""
     text = runs.documents(tmp_path / "text")
     config = runs.tiny(text)
@@ -21,13 +21,12 @@ def test_the_text_is_read_at_the_start(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "cache")
     seen = []
 
-    def make_score(*_):
+    def make_score():
         return lambda params, bias, tokens, valid: seen.append(int(valid.sum())) or scored
 
     scored = last_score.evaluation.Score(nats=6.0, targets=3)
-    monkeypatch.setattr(last_score.evaluation, "make_score", make_score)
     now = SimpleNamespace(params=None, bias=None, ema=None)
-    found = last_score.scores(config, None, None, now, kept)
+    found = last_score.scores(make_score, now, kept)
     assert found["held_out_loss"] == 2.0 and found["held_out_bytes"] == kept.held_out.bytes > 0
     assert found["trained_loss"] == 2.0 and found["trained_bytes"] == kept.trained.bytes > 0
     assert seen == [int(part.valid.sum()) for part in (kept.held_out, kept.trained)]
@@ -39,27 +38,25 @@ def test_no_text_is_read_where_none_is_scored(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("out of memory"), RunError("a peer is lost")])
-def test_a_run_whose_scoring_fails_has_no_scores_and_a_warning(monkeypatch, caplog, error):
-    def fails(*_):
+def test_a_run_whose_scoring_fails_has_no_scores_and_a_warning(caplog, error):
+    def fails():
         raise error
 
-    monkeypatch.setattr(last_score.evaluation, "make_score", fails)
     if isinstance(error, RunError):
         with pytest.raises(RunError, match=r"^a peer is lost$"):
-            last_score.scores(None, None, None, None, None)
+            last_score.scores(fails, None, None)
         return
-    assert last_score.scores(None, None, None, None, None) == {}
+    assert last_score.scores(fails, None, None) == {}
     assert caplog.messages == [
         "no score on held-out text (out of memory); the same command scores again"
     ]
 
 
-def test_held_out_text_without_bytes_has_a_loss_alone(monkeypatch):
+def test_held_out_text_without_bytes_has_a_loss_alone():
     scored = last_score.evaluation.Score(nats=6.0, targets=3)
-    monkeypatch.setattr(last_score.evaluation, "make_score", lambda *_: lambda *_: scored)
     marks = SimpleNamespace(sequences=None, valid=None, bytes=0, gzip_bytes=20)
     text = last_score.Texts(held_out=marks, trained=marks)
     now = SimpleNamespace(params=None, bias=None, ema=None)
-    assert last_score.scores(None, None, None, now, text) == {
+    assert last_score.scores(lambda: lambda *_: scored, now, text) == {
         "held_out_loss": 2.0, "held_out_bytes": 0, "trained_loss": 2.0, "trained_bytes": 0,
     }  # fmt: skip

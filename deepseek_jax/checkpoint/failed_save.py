@@ -1,29 +1,11 @@
-"""A thread for the end of a save, and the words for a save that failed."""
+"""The words for a save that failed."""
 
 import errno
 import os
 import shutil
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 from deepseek_jax.errors import RunError, reason
-
-
-def in_background(act: Callable[[], None]) -> Future[None]:
-    """Calls `act` in a thread that does not keep the program from ending."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            act()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
 
 
 def failed_save(error: Exception, step: Path, size: int, newest: int | None) -> RunError:
