@@ -1,8 +1,8 @@
 """Encoding of rows in messages: tokens go to their experts in BF16 or FP8, outputs return in BF16.
 
-FP8 (sections 3.2.2 and 3.3.3) is E4M3 in tiles of 1x128, sent beside power-of-two scales, of which
-a byte is sent each: the exponent. Backward mirrors this: gradients of the experts' outputs are dispatched in the payload of tokens, gradients
-of their inputs return in that of outputs.
+FP8 (sections 3.2.2 and 3.3.3) is E4M3 in tiles of 1x128, sent beside power-of-two scales, each as
+one byte, its exponent. Backward mirrors this: gradients of the experts' outputs are dispatched in
+the payload of tokens, gradients of their inputs return in that of outputs.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Latent cache of MLA: one latent (c^KV) and one rotated key (k^R) per token and layer.
 
 V3 caches 576 elements per token and layer: 70,272 bytes per token over all layers in the format
-"bfloat16". The format "fp8" keeps the latent as E4M3 in tiles of 1x128 with power-of-two scales, and the
-rotated key in bfloat16: 644 bytes per token and layer, 39,284 over all layers.
+"bfloat16". The format "fp8" keeps the latent as E4M3 in tiles of 1x128 with power-of-two scales,
+a byte each, and the rotated key in bfloat16: 644 bytes per token and layer, 39,284 over all layers.
 
 L layers, B requests, T positions, C latent width, R rotary width, S positions written at once,
 N requests admitted at once.
