@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.mesh.update(pipe=1, replica=1, node=1, gpu=8, tensor=1)
     config.layout.recompute = "report"
+    config.precision.recipe = "bfloat16"
     v3_671b.scale_schedule(config, tokens=5_700 * v3_671b.BILLION)
     config.schedule.update(
         learning_rate=4.2e-4, decayed_learning_rate=4.2e-5, final_learning_rate=1.4e-5

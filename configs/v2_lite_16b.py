@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.mesh.update(pipe=1, replica=1, node=1, gpu=8, tensor=1)
     config.layout.recompute = "report"
+    config.precision.recipe = "bfloat16"
     v3_671b.scale_schedule(config, tokens=TOKENS)
     config.schedule.update(
         learning_rate=4.2e-4, decay_start=TOKENS, decay_end=TOKENS, final_start=TOKENS,

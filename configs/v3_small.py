@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.mesh.update(pipe=1, replica=1, node=1, gpu=1, tensor=1)
     config.layout.update(recompute="report", loss_chunk=2048)
+    config.precision.recipe = "bfloat16"
     v3_671b.scale_schedule(config, tokens=20 * v3_671b.BILLION)
     config.schedule.update(
         learning_rate=6e-4, decayed_learning_rate=6e-5, final_learning_rate=2e-5, warmup_steps=500

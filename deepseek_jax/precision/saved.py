@@ -35,5 +35,13 @@ def save(name: Saved, tree: Tree) -> Tree:
 
     Every named residual passes through here, in the form in which it is saved: `kept_input.py`
     names the FP8 tiles of an input, and not the input.
+
+    The heads BSHW of attention are saved as BS(HW). They are computed heads first, and with four
+    axes XLA would give the array that a pipeline carries that order, and copy it whole each tick.
     """
-    return jax.tree.map(lambda x: checkpoint_name(x, name.value), tree)
+
+    def one(x: jax.Array) -> jax.Array:
+        merged = x.reshape(*x.shape[:2], -1) if x.ndim > 3 else x
+        return checkpoint_name(merged, name.value).reshape(x.shape)
+
+    return jax.tree.map(one, tree)
