@@ -111,7 +111,7 @@ class Linear:
 def quantise_blocks(weight: jax.Array, linear: Linear, *, power_of_two: bool) -> Fp8Weight:
     """FP8 form of a float32 weight, or of this device's part of it.
 
-    A NaN stays a NaN, and an infinity makes its whole block NaN. See `fp8_tiles.quantise_tiles`
+    A NaN or an infinity makes its whole block NaN. See `fp8_tiles.quantise_tiles`
     for the error of each value, and for `power_of_two`.
 
     Args:
@@ -127,7 +127,8 @@ def quantise_blocks(weight: jax.Array, linear: Linear, *, power_of_two: bool) ->
     for number, axis in numbered:
         largest = axis.largest(largest, number)
     if linear.over:
-        largest = lax.pmax(largest, linear.over)
+        bits = lax.pmax(fp8_tiles.as_integers(largest), linear.over)
+        largest = fp8_tiles.as_floats(bits)
     table = fp8_tiles.scales_of(largest, power_of_two)
     own, kept = table, table
     for (number, axis), other in zip(numbered, used, strict=True):
@@ -157,8 +158,9 @@ class _Axis:
         if self.blocks is None:
             return x
         if self.block is not None:
-            sums = jax.ops.segment_max(jnp.moveaxis(x, axis, 0), self.block, self.blocks)
-            return jnp.moveaxis(jnp.where(sums == -jnp.inf, 0, sums), 0, axis)
+            bits = jnp.moveaxis(fp8_tiles.as_integers(x), axis, 0)
+            bits = jax.ops.segment_max(bits, self.block, self.blocks)
+            return jnp.moveaxis(fp8_tiles.as_floats(jnp.maximum(bits, 0)), 0, axis)
         here = fp8_tiles.largest_of_tiles(x, axis)
         if here.shape[axis] == self.blocks:
             return here
