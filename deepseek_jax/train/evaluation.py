@@ -59,7 +59,13 @@ def perplexity(loss: float) -> float:
 ScoreFn = Callable[[nnx.State, nnx.State, np.ndarray, np.ndarray], Score]
 
 
-def make_score(config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None = None) -> ScoreFn:
+def make_score(
+    config: Config,
+    layout: Layout,
+    mesh: Mesh,
+    recipe: Recipe | None = None,
+    like: nnx.State | None = None,
+) -> ScoreFn:
     """Makes score(weights, biases, sequences N(S+1), valid NS); the caller sets the mesh.
 
     Weights are masters or stored ones, placed as `Layout.storage`. The N sequences are scored in
@@ -67,9 +73,10 @@ def make_score(config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None
 
     Args:
       recipe: in place of the config's; None for the config's.
+      like: weights in the form of those that are scored; None for arrays.
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
-    stored = params.place(abstract, layout.storage)
+    stored = params.storage(abstract if like is None else like, layout)
     how = dataclasses.replace(execution.of(config, recipe), remat=remat.NONE, in_flight=1)
     how = dataclasses.replace(how, unroll=1)  # compiles sooner, and runs as fast
     per_layer = config.layout.zero == 3
@@ -195,7 +202,7 @@ def score_checkpoint(
     with jax.set_mesh(grid):
         recipe = execution.of(config).recipe
         _, stored, bias = split(checkpoint.load(recipe, layout, grid))
-        score = make_score(config, layout, grid)
+        score = make_score(config, layout, grid, like=stored)
         scores = [score(stored, bias, sequences, valid) for sequences, valid in laid.blocks]
     total = Score(math.fsum(part.nats for part in scores), sum(part.targets for part in scores))
     loss = total.nats / total.targets

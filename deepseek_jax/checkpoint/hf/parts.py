@@ -25,7 +25,7 @@ HOST = ("cpu",)  # platforms whose devices keep arrays in host memory
 BF16 = safetensors.DTYPES["BF16"]
 
 
-class Source(Protocol):
+class TensorReader(Protocol):
     """Published tensors by name."""
 
     def read(self, name: str, index: Slices) -> np.ndarray:
@@ -38,7 +38,7 @@ class Source(Protocol):
 
 
 def placed(
-    weight: params.Weight, where: Sharding, parts: Sequence[Piece], source: Source
+    weight: params.Weight, where: Sharding, parts: Sequence[Piece], source: TensorReader
 ) -> jax.Array:
     """A sharded parameter; each local device's part is filled on that device."""
     copies: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
@@ -59,7 +59,7 @@ def _on_device(
     weight: params.Weight,
     held: Slices,
     parts: Sequence[Piece],
-    source: Source,
+    source: TensorReader,
 ) -> jax.Array:
     """The part of a parameter that one device holds.
 
@@ -84,7 +84,11 @@ def _set_layer(stack: jax.Array, row: jax.Array, number: int) -> jax.Array:
 
 
 def fill(
-    out: np.ndarray, shape: tuple[int, ...], held: Slices, parts: Sequence[Piece], source: Source
+    out: np.ndarray,
+    shape: tuple[int, ...],
+    held: Slices,
+    parts: Sequence[Piece],
+    source: TensorReader,
 ) -> None:
     """Fills `out`, the part `held` of a parameter of this shape, from published tensors."""
     if not parts:
@@ -106,7 +110,7 @@ def fill(
         source.release(piece.name)
 
 
-def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: Source) -> np.ndarray:
+def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: TensorReader) -> np.ndarray:
     """The wanted part of a published tensor, in the shape of our parameter.
 
     An axis of the published tensor is a run of consecutive dimensions of ours. The span of the

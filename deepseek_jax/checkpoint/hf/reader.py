@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from deepseek_jax.checkpoint.hf.safetensors import Tensor
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
-from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, spread
+from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, LARGEST, spread
+from deepseek_jax.precision.fp8_weights import Fp8Weight
 from deepseek_jax.precision.recipes import Recipe
 
 Place = Callable[[params.Weight], Sharding]
@@ -69,12 +70,7 @@ class Published:
         tensor = self.tensors[name]
         index = tuple(slice(0, size) for size in tensor.shape) if index is None else index
         value = self._values(name, index)
-        bad = not_finite(value)
-        if bad:
-            raise ConfigError(
-                f"{tensor.file}: {name} holds {bad} values of {value.size} that are not finite, "
-                "expected none"
-            )
+        _check_finite(value, tensor, name)
         for copy in self._copies(name):
             if not _same(value, self._values(copy, index)):
                 raise ConfigError(
@@ -118,6 +114,40 @@ class Published:
         for stored in (name, name + SCALE):
             if stored in self.tensors:
                 self.tensors[stored].release()
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """FP8 values of a checkpoint and the scales of their 128x128 blocks, both as stored.
+
+    Attributes:
+      published: the checkpoint.
+      recipe: refuses scales that it does not compute with.
+    """
+
+    published: Published
+    recipe: Recipe
+
+    def read(self, name: str, index: Slices) -> np.ndarray:
+        """E4M3 values of a tensor's part `index`, or float32 scales where the tensor is of scales.
+
+        Raises:
+          ConfigError: values that are not finite, also of products, or scales that are refused.
+        """
+        tensor = self.published.tensors[name]
+        value = tensor.array[index]
+        if not name.endswith(SCALE):
+            _check_finite(value, tensor, name)
+            return value
+        value = value.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            _check_finite(value * np.float32(LARGEST), tensor, name)
+        self.recipe.check_scales(value, f"{tensor.file}: {name}")
+        return value
+
+    def release(self, name: str) -> None:
+        """Gives back the memory that reading a tensor took."""
+        self.published.tensors[name].release()
 
 
 def open_folder(folder: Path, settings: Mapping[str, Any]) -> Published:
@@ -181,24 +211,60 @@ def _check_count(folder: Path, config: ModelConfig, found: int) -> None:
         )
 
 
-def load(source: Published, recipe: Recipe, place: Place) -> Transformer:
+def load(
+    source: Published, recipe: Recipe, place: Place, kept: Container[str] = frozenset()
+) -> Transformer:
     """Reads the model of an opened checkpoint.
 
     Args:
       recipe: its `stored_dtype` is that of the weights; norms, router and biases stay float32.
       place: sharding of each parameter. A process reads the parts of its own devices, and keeps one
         layer of one device's part at a time in host memory.
+      kept: paths among `blocks`, whose weights become `Fp8Weight` of the values and scales in the
+        files.
 
     Raises:
-      ConfigError: values that are not finite.
+      ConfigError: values that are not finite, or scales that the recipe does not compute with.
     """
-    abstract = jax.eval_shape(lambda m: params.stored(m, recipe), abstract_model(source.config))
-    parts = _by_path(source)
-    leaves = [
-        placed(weight, place(weight), parts.get(weight.path, []), source)
-        for weight in params.describe(abstract)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    parts, raw = _by_path(source), Blocks(source, recipe)
+
+    def value(weight: params.Weight) -> jax.Array | Fp8Weight:
+        own = parts.get(weight.path, [])
+        if weight.path not in kept:
+            weight = dataclasses.replace(weight, dtype=weight.stored_dtype(recipe))
+            return placed(weight, place(weight), own, source)
+        narrow, scales = dataclasses.replace(weight, dtype=E4M3), weight.scales
+        tables = [piece.scales for piece in own]
+        return Fp8Weight(
+            placed(narrow, place(narrow), own, raw), placed(scales, place(scales), tables, raw)
+        )
+
+    return params.filled(abstract_model(source.config), value)
+
+
+def blocks(source: Published, recipe: Recipe) -> frozenset[str]:
+    """Paths of the parameters that `load` can read as the FP8 blocks that the checkpoint holds.
+
+    These are weights of linear layers all of whose tensors are FP8. A matrix of ours is one
+    published tensor, transposed, so that its blocks are those of the tensor whatever its sizes. If
+    only some tensors of a parameter are FP8, such as those of some layers, it is read as floats, of
+    which `prepare` makes other blocks; a warning says so.
+    """
+    if not recipe.keeps_blocks:
+        return frozenset()
+    parts, kept = _by_path(source), set()
+    for weight in params.describe(abstract_model(source.config)):
+        own = parts.get(weight.path, []) if weight.roles is not None else []
+        narrow = sum(source.tensors[piece.name].dtype == E4M3 for piece in own)
+        if own and narrow == len(own):
+            kept.add(weight.path)
+        elif narrow and jax.process_index() == 0:
+            warnings.warn(
+                f"{narrow} of the {len(own)} tensors of {weight.path} are FP8; all of them are "
+                "quantised again",
+                stacklevel=2,
+            )
+    return frozenset(kept)
 
 
 def parts_of(source: Published) -> Callable[[params.Weight, Slices], np.ndarray]:
@@ -232,6 +298,15 @@ def _layer(piece: Piece) -> int:
     return piece.index[0] if piece.index else 0
 
 
+def _check_finite(values: np.ndarray, tensor: Tensor, name: str) -> None:
+    bad = not_finite(values)
+    if bad:
+        raise ConfigError(
+            f"{tensor.file}: {name} holds {bad} values of {values.size} that are not finite, "
+            "expected none"
+        )
+
+
 def not_finite(values: np.ndarray) -> int:
     """Number of NaN and infinite values; counted some rows at a time to bound memory."""
     bad, rows = 0, max(1, (1 << 18) // max(1, math.prod(values.shape[1:])))
@@ -239,6 +314,8 @@ def not_finite(values: np.ndarray) -> int:
         some = values[start : start + rows]
         if some.dtype == BF16:
             bad += int(np.count_nonzero((some.view(np.uint16) & 0x7F80) == 0x7F80))
+        elif some.dtype == E4M3:
+            bad += int(np.count_nonzero((some.view(np.uint8) & 0x7F) == 0x7F))
         else:
             bad += some.size - int(np.count_nonzero(np.isfinite(some)))
     return bad
@@ -271,8 +348,7 @@ def _check_tensors(
         elif re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
             expected[name] = (config.d_rope // 2,)
         if tensor.dtype == E4M3 and len(tensor.shape) == 2:
-            rows, columns = tensor.shape
-            expected[name + SCALE] = (-(-rows // BLOCK), -(-columns // BLOCK))
+            expected[name + SCALE] = tuple(-(-size // BLOCK) for size in tensor.shape)
     wrong = []
     for name in sorted(expected.keys() | tensors.keys()):
         found, shape = tensors.get(name), expected.get(name)

@@ -330,7 +330,7 @@ def test_folders_that_are_refused(made, tmp_path):
     assert_refused(tmp_path, "neither model.safetensors nor", "pickled ones are never read")
     with pytest.raises(ConfigError, match="float8"):
         deepseek_jax.load(tmp_path, dtype="float8_e4m3fn")
-    with pytest.raises(ConfigError, match="expected float32 or bfloat16"):
+    with pytest.raises(ConfigError, match="expected float32, bfloat16, fp8"):
         deepseek_jax.load(tmp_path, dtype="no such type")
 
 
