@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.checkpoint import conversion, new_folder
 from deepseek_jax.checkpoint import load as checkpoints
+from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.hardware import machine_memory
 from deepseek_jax.model import params
@@ -19,6 +21,8 @@ from deepseek_jax.model.router import Routing
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.precision import recipes
 
+DTYPES = ("float32", "bfloat16", "fp8")
+FILE_BYTES = 5 * 10**9  # size of the largest file of `Model.save`
 LOSS_CHUNK = 512  # tokens whose logits `Model.loss` holds at once
 
 
@@ -51,11 +55,13 @@ class Model:
       config: sizes and rules of the model.
       weights: the Flax module that holds the parameters.
       how: precision and other choices of the forward pass.
+      source: the opened checkpoint.
     """
 
     config: ModelConfig
     weights: Transformer
     how: Execution
+    source: Checkpoint
 
     def __call__(self, tokens: Any) -> Output:
         """Outputs for tokens BT, integers from 0 to `config.vocab` - 1.
@@ -71,6 +77,22 @@ class Model:
         """Mean cross entropy, in nats, of the B(T - 1) next tokens, () float32; no other term."""
         tokens = self._checked(tokens, least=2, numbers=self.config.d_model)
         return _loss(self.weights, tokens, self.how)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a Hugging Face directory with these weights, in the format of their dtype.
+
+        Settings and tokenizer are those of the source. FP8 weights are written as they are: from a
+        checkpoint in FP8 blocks, byte for byte what was read.
+
+        Args:
+          directory: a folder that does not exist, or is empty.
+
+        Raises:
+          ConfigError: a folder that cannot be written, or a model without a published form.
+        """
+        target, form = Path(directory), self.how.recipe.name
+        new_folder.check_target(target)
+        conversion.to_published(self.source, target, form, FILE_BYTES, self.weights)
 
     def _checked(self, tokens: Any, *, least: int, numbers: int) -> jax.Array:
         """Tokens as an array, of which each has that many float32 numbers at the same time."""
@@ -105,25 +127,38 @@ def load(directory: str | Path, dtype: Any = "float32") -> Model:
     Args:
       directory: a Hugging Face checkpoint (config.json and safetensors files), or the workdir of a
         training run, whose newest readable checkpoint is taken.
-      dtype: dtype of weights and matmuls, float32 or bfloat16, as a name or a dtype. The default is
-        float32 whatever the checkpoint is stored in: it holds every stored value. None is the dtype
-        that the commands take: the one that config.json states, or that the run trained in. Norms,
-        router and softmax are float32 always.
+      dtype: dtype of weights and matmuls, float32 or bfloat16, as a name or a dtype; or "fp8". The
+        default is float32 whatever the checkpoint is stored in: it holds every stored value. None
+        is the dtype that the commands take: the one that config.json states, or that the run
+        trained in. Norms, router and softmax are float32 always. With "fp8" linear layers multiply
+        in E4M3 and the rest is bfloat16. Weights that a published checkpoint holds in FP8 blocks
+        then keep their values and scales, and take a byte each; other weights of linear layers are
+        loaded in float32 and quantised. Scales are powers of two where config.json has scale_fmt
+        "ue8m0" or the run's precision.scales says so, else free.
 
     Raises:
       ConfigError: a directory that cannot be loaded; the message says what was found and expected.
     """
-    try:
-        name = None if dtype is None else jnp.dtype(dtype).name
-    except TypeError as error:
-        raise ConfigError(f"dtype is {dtype!r}; expected float32 or bfloat16") from error
-    if name not in (None, "float32", "bfloat16"):  # refused before a file is opened
-        raise ConfigError(f"dtype is {name!r}; expected float32 or bfloat16")
-    known = None if name is None else recipes.recipe(name)
+    name = _name(dtype)  # refused before a file is opened
     checkpoint = checkpoints.open_checkpoint(Path(directory))
-    recipe = known or recipes.recipe(checkpoint.config().precision.recipe).serving
+    precision = checkpoint.config(name).precision
+    recipe = recipes.recipe(precision.recipe, precision.scales)
+    recipe = recipe.serving if name is None else recipe
     model = params.prepare(checkpoint.load(recipe), recipe)
-    return Model(model.config, model, Execution(recipe=recipe))
+    return Model(model.config, model, Execution(recipe=recipe), checkpoint)
+
+
+def _name(dtype: Any) -> str | None:
+    """The recipe that `load` is asked for, by name; None for the checkpoint's own."""
+    if dtype is None or (isinstance(dtype, str) and dtype in DTYPES):
+        return dtype
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}; expected {', '.join(DTYPES)}")
+    return name
 
 
 @functools.partial(jax.jit, static_argnames="how")

@@ -1,7 +1,8 @@
 """Loss of a text: python -m deepseek_jax.evaluate --checkpoint=DIR --data=PATH [--json].
 
 Layout and precision are chosen as in `generate`: those of --config, else those of the run that made
-the checkpoint, else the dtype that a Hugging Face directory states; --dtype takes its place.
+the checkpoint, else the dtype that a Hugging Face directory states; --dtype takes its place. With
+--dtype=fp8 linear layers multiply in E4M3, with the values and scales of a directory in FP8 blocks.
 
 By default documents are packed as in training: BOS, text and EOS of each file or row, one after
 another, cut into sequences of --length. Every token but the first BOS is predicted once, EOS and
@@ -35,7 +36,9 @@ DOCUMENTS = flags.DEFINE_bool("documents", False, "Score each document apart, wi
 STRIDE = flags.DEFINE_integer(
     "stride", None, "Tokens that each further window predicts; default: --length.", lower_bound=1
 )
-DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Dtype of weights and matmuls.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ("float32", "bfloat16", "fp8"), "Dtype of weights and matmuls."
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 command.define_process_flags()
 

@@ -1,5 +1,6 @@
 """A small config, and a part of the model run on one or on the first few of eight devices."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from deepseek_jax.config import MESH_AXES, Config
 from deepseek_jax.model import params
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.axes import Layout
+from deepseek_jax.precision import fp8_tiles
 
 RULES = v3_671b.get_config().layout.rules.to_dict()
 # The vocabulary and dense layers over devices that see the same tokens, and no others.
@@ -104,6 +106,24 @@ def spread(
     )
     with jax.set_mesh(mesh):
         return jax.device_get(jax.jit(whole)(*jax.device_put(arguments, places)))
+
+
+def whole_fp8(variable: Any, layout: Layout) -> jax.Array:
+    """An FP8 weight, multiplied with its scales and gathered from all devices."""
+    weight, roles = variable[...], variable.get_metadata("roles")
+    layers = weight.shape[: weight.ndim - len(roles)]
+    shape = list(layers)
+    for role, dims in itertools.groupby(
+        zip(roles, weight.shape[len(layers) :], strict=True), lambda d: d[0]
+    ):
+        sizes = [size for _, size in dims]
+        shape += sizes if role == "-" else [math.prod(sizes)]
+    values = weight.values.astype(np.float32).reshape(shape)
+    out = (values * fp8_tiles.spread(weight.scales, values.shape)).reshape(weight.shape)
+    for dim, axis in enumerate(variable.get_metadata("axes"), len(layers)):
+        if names := layout.mesh_axes(axis):
+            out = jax.lax.all_gather(out, names, axis=dim, tiled=True)
+    return out
 
 
 def assert_close(got: Any, want: Any, rtol: float = 1e-5) -> None:

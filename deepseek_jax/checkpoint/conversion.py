@@ -23,7 +23,7 @@ from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
 from deepseek_jax.errors import reason
 from deepseek_jax.model import params
-from deepseek_jax.model.transformer import abstract_model
+from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.precision.fp8_tiles import E4M3
 
 _MARKS = ("bos_token_id", "eos_token_id")
@@ -106,13 +106,20 @@ def _run_config(found: reader.Published, target: Path, base: Config, own_tokeniz
     return dataclasses.replace(base, model=found.config, data=data, schedule=schedule)
 
 
-def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) -> None:
+def to_published(
+    source: Checkpoint,
+    target: Path,
+    form: str,
+    shard_bytes: int,
+    weights: Transformer | None = None,
+) -> None:
     """Makes a Hugging Face directory with the weights of a workdir, or of another such directory.
 
     Args:
       target: a folder that does not exist, or is empty.
       form: one of `export.FORMATS`.
       shard_bytes: the largest size of a file.
+      weights: the model on one device, whose weights are written instead of those of `source`.
 
     Raises:
       ConfigError: values that loading refuses, a model without a published form, or a target that
@@ -139,7 +146,10 @@ def to_published(source: Checkpoint, target: Path, form: str, shard_bytes: int) 
         if own_tokenizer is not None:
             (folder / "tokenizer_config.json").write_text(own_tokenizer.settings_for_readers())
         _write_marks(folder, marks)
-        if source.published is not None:
+        if weights is not None:
+            biased = config_json.topk_method(described) == "noaux_tc"
+            values = export.of_model(weights, biased)
+        elif source.published is not None:
             source.published.compare_copies()
             values = _of_folder(source.published)
         else:

@@ -80,7 +80,8 @@ class Checkpoint:
         if self.run is None:
             stated = self.directory / "config.json"
             chosen = recipe or inference.stated_recipe(self.settings, stated)
-            return inference.inference_config(self.model, chosen)
+            scales = inference.stated_scales(self.settings)
+            return inference.inference_config(self.model, chosen, scales)
         return self.run if recipe is None else with_recipe(self.run, recipe)
 
     @functools.cached_property
@@ -124,7 +125,8 @@ class Checkpoint:
 
         Args:
           recipe: its `stored_dtype` is that of the weights, for `params.prepare`; norms, router
-            and biases stay float32.
+            and biases stay float32. Where it `keeps_blocks`, weights that a published checkpoint
+            holds in FP8 keep their values and scales.
           layout, mesh: placement of each parameter, `layout.storage`: the places that compute
             wants, and under ZeRO the parts that it gathers. Without them, the default device.
 
@@ -133,13 +135,15 @@ class Checkpoint:
         """
 
         def loaded() -> Transformer:
-            least_memory.check_weights(self.model, recipe, layout)
+            source = self.published
+            kept = frozenset() if source is None else reader.blocks(source, recipe)
+            least_memory.check_weights(self.model, recipe, layout, kept)
 
             def where(weight: Weight) -> Sharding:
                 return place(weight, layout, mesh)
 
-            if self.published is not None:
-                return reader.load(self.published, recipe, where)
+            if source is not None:
+                return reader.load(source, recipe, where, kept)
             return _restored(self.directory, self.model, recipe, where)
 
         return raise_together(loaded)
@@ -182,10 +186,13 @@ def with_recipe(config: Config, recipe: str) -> Config:
 
 
 def place(weight: Weight, layout: Layout | None, mesh: Mesh | None) -> Sharding:
-    """Sharding of a parameter's master in training; a router bias is whole on every device."""
+    """Sharding of a parameter's master in training; ZeRO shards what gradients update, alone."""
     if layout is None or mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    return NamedSharding(mesh, layout.storage(weight.axes, weight.shape) if weight.trained else P())
+    if weight.trained:
+        return NamedSharding(mesh, layout.storage(weight.axes, weight.shape))
+    spec = layout.spec(weight.axes)
+    return NamedSharding(mesh, spec if any(spec) else P())
 
 
 def open_run(workdir: Path, config: ModelConfig) -> Callable[[str, tuple[Any, ...]], np.ndarray]:

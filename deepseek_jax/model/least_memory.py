@@ -7,7 +7,7 @@ prints the estimate of all weights and gradients; a run needs more than this bou
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
@@ -69,20 +69,27 @@ def check_training(config: Config) -> None:
         _check(on_host, machine_memory.host_bytes(), HOST)
 
 
-def check_weights(model: ModelConfig, stored: Recipe, layout: Layout | None = None) -> None:
+def check_weights(
+    model: ModelConfig,
+    stored: Recipe,
+    layout: Layout | None = None,
+    blocks: Container[str] = frozenset(),
+) -> None:
     """Checks the bytes of a model's weights alone, as `stored` keeps them, against this machine.
 
     Args:
       layout: their placement; None for the default device.
+      blocks: paths of the weights that stay FP8 blocks, one byte each without their scales.
 
     Raises:
       ConfigError: they do not fit; the message names the largest sizes.
     """
-    wide, narrow = FLOAT32, stored.stored_dtype.itemsize
+
+    def size(weight: Weight) -> int:
+        return 1 if weight.path in blocks else weight.stored_dtype(stored).itemsize
 
     def need(model: ModelConfig) -> int:
-        each = ((w, wide if w.sensitive else narrow) for w in weights(model))
-        return sum(size * _held(weight, layout) for weight, size in each)
+        return sum(size(weight) * _held(weight, layout) for weight in weights(model))
 
     part = Part("weights", need(model), lambda: _largest(model, need))
     if jax.default_backend() == "cpu":

@@ -18,7 +18,8 @@ from flax import nnx
 from deepseek_jax.parallel import axes as mesh_axes
 from deepseek_jax.parallel.axes import Axes
 from deepseek_jax.parallel.pipeline import stage_assignment
-from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear
+from deepseek_jax.precision.fp8_tiles import E4M3
+from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, scales_shape
 from deepseek_jax.precision.recipes import Recipe
 
 Dim = tuple[str | None, int]
@@ -122,9 +123,33 @@ def stored(tree: Any, recipe: Recipe) -> Any:
     def one(variable: Any) -> Any:
         if variable.get_metadata("sensitive"):
             return variable
-        return variable.replace(variable[...].astype(recipe.stored_dtype))
+        linear = variable.get_metadata().get("roles") is not None
+        return variable.replace(variable[...].astype(recipe.stored_dtype(linear=linear)))
 
     return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
+def filled(tree: Any, value_of: Callable[["Weight"], Any]) -> Any:
+    """The tree with `value_of` the description of each parameter as its value."""
+    variables, structure = jax.tree.flatten(tree, is_leaf=is_variable)
+    values = zip(variables, map(value_of, describe(tree)), strict=True)
+    return jax.tree.unflatten(structure, [variable.replace(value) for variable, value in values])
+
+
+def storage(tree: Any, layout: mesh_axes.Layout) -> Any:
+    """Placement of masters or stored weights between steps.
+
+    Scales of weights that are stored in FP8 are whole on every rank of ZeRO.
+    """
+
+    def one(weight: Weight) -> Any:
+        spec: Any = layout.storage(weight.axes, weight.shape)
+        if weight.dtype != E4M3:
+            return spec
+        scales: Any = layout.spec(weight.scales.axes)
+        return Fp8Weight(spec, scales)
+
+    return filled(tree, one)
 
 
 def stack(count: int, make: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
@@ -146,7 +171,7 @@ class Weight:
       axes: logical axes, "layer" in front for a stack.
       shape: whole (unsharded) sizes, with the stack's.
       dtype: dtype of the stored values.
-      trained: whether gradients update it; not so for a router bias.
+      trained: whether gradients update it; not so for a router bias, or scales of FP8 blocks.
       sensitive: whether it stays float32 in every recipe.
       roles: of a linear layer's weight, see `weight`; None for others.
     """
@@ -168,6 +193,27 @@ class Weight:
         for role, group in itertools.groupby(range(len(roles)), roles.__getitem__):
             out += [axes[dim] for dim in group] if role == "-" else [None]
         return tuple(out)
+
+    @property
+    def scales(self) -> "Weight":
+        """Description of the scales that a linear layer's weight has if it is stored in FP8."""
+        assert self.roles is not None
+        layers = len(self.shape) - len(self.roles)
+        shape = (*self.shape[:layers], *scales_shape(self.roles, self.shape[layers:]))
+        return Weight(
+            self.path,
+            self.axes_of_scales,
+            shape,
+            np.dtype(np.float32),
+            trained=False,
+            sensitive=True,
+            roles=None,
+        )
+
+    def stored_dtype(self, recipe: Recipe) -> np.dtype:
+        """Dtype of a master after `stored`."""
+        linear = self.roles is not None
+        return np.dtype(self.dtype if self.sensitive else recipe.stored_dtype(linear=linear))
 
     def linear(self, shape: tuple[int, ...]) -> Linear | None:
         """A linear layer's weight of this shape, a stack of layers in front, on one device."""

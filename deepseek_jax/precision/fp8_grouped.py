@@ -15,6 +15,8 @@ from deepseek_jax.precision.fp8_linear import kept_weight, operand_dtype
 from deepseek_jax.precision.fp8_tiles import (
     BLOCK,
     Tiles,
+    as_floats,
+    as_integers,
     dequantise_tiles,
     quantise_tiles,
     quantised,
@@ -95,8 +97,8 @@ def quantise_rows(x: jax.Array, sizes: jax.Array, power_of_two: bool) -> Tiles:
     row = first[:, None] + jnp.arange(BLOCK, dtype=sizes.dtype)[None]  # T128
     inside = (row < ends[expert][:, None]) & (number < last[-1])[:, None]
     own = jnp.abs(x).at[jnp.minimum(row, count - 1)].get(mode="promise_in_bounds")  # T128D
-    largest = jnp.where(inside[..., None], own, 0).max(1)
-    scales = scales_of(largest, power_of_two)
+    largest = as_integers(jnp.where(inside[..., None], own, 0)).max(1)
+    scales = scales_of(as_floats(largest), power_of_two)
     tile, real = _tile_of_row(count, sizes)
     values = quantised(jnp.where(real, x, 0), _of_rows(scales, tile), power_of_two)
     return Tiles(values, scales)

@@ -1,5 +1,7 @@
 """FP8 weights: 128x128 values in E4M3 under one scale, made once per step (section 3.3.2).
 
+Weights of a published FP8 checkpoint are such blocks already: `of_part` takes them as they are.
+
 The blocks are those of the matrix [in, out] that a linear layer multiplies with, as published FP8
 checkpoints have them: a weight HWD of heads and their widths is the matrix (HW)D. One block has one
 scale on every layout. A device that holds a part of a weight therefore takes the largest magnitude
@@ -111,7 +113,7 @@ class Linear:
 def quantise_blocks(weight: jax.Array, linear: Linear, *, power_of_two: bool) -> Fp8Weight:
     """FP8 form of a float32 weight, or of this device's part of it.
 
-    A NaN stays a NaN, and an infinity makes its whole block NaN. See `fp8_tiles.quantise_tiles`
+    A NaN or an infinity makes its whole block NaN. See `fp8_tiles.quantise_tiles`
     for the error of each value, and for `power_of_two`.
 
     Args:
@@ -127,13 +129,37 @@ def quantise_blocks(weight: jax.Array, linear: Linear, *, power_of_two: bool) ->
     for number, axis in numbered:
         largest = axis.largest(largest, number)
     if linear.over:
-        largest = lax.pmax(largest, linear.over)
+        bits = lax.pmax(fp8_tiles.as_integers(largest), linear.over)
+        largest = fp8_tiles.as_floats(bits)
     table = fp8_tiles.scales_of(largest, power_of_two)
     own, kept = table, table
     for (number, axis), other in zip(numbered, used, strict=True):
         own, kept = axis.scales(own, number), other.scales(kept, number)
     values = fp8_tiles.quantised(x, fp8_tiles.spread(own, x.shape), power_of_two)
     return Fp8Weight(values.reshape(weight.shape), kept)
+
+
+def of_part(weight: Fp8Weight, linear: Linear) -> Fp8Weight:
+    """The FP8 form of this device's part of a weight that is stored in FP8; no value changes.
+
+    Args:
+      weight: values of the part, and the scales of whole matrices, `scales_shape`; a stack of
+        layers in front of both.
+    """
+    scales, layers = weight.scales, weight.ndim - len(linear.sizes)
+    used = _axes(linear, linear.used_starts, linear.used_sizes)
+    for number, axis in enumerate(used, layers):
+        scales = axis.scales(scales, number)
+    return dataclasses.replace(weight, scales=scales)
+
+
+def scales_shape(roles: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a whole weight with these roles and sizes, without layers."""
+    shape: list[int] = []
+    for role, group in itertools.groupby(zip(roles, sizes, strict=True), lambda dim: dim[0]):
+        counts = [size for _, size in group]
+        shape += counts if role == "-" else [-(-math.prod(counts) // BLOCK)]
+    return tuple(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +183,9 @@ class _Axis:
         if self.blocks is None:
             return x
         if self.block is not None:
-            sums = jax.ops.segment_max(jnp.moveaxis(x, axis, 0), self.block, self.blocks)
-            return jnp.moveaxis(jnp.where(sums == -jnp.inf, 0, sums), 0, axis)
+            bits = jnp.moveaxis(fp8_tiles.as_integers(x), axis, 0)
+            bits = jax.ops.segment_max(bits, self.block, self.blocks)
+            return jnp.moveaxis(fp8_tiles.as_floats(jnp.maximum(bits, 0)), 0, axis)
         here = fp8_tiles.largest_of_tiles(x, axis)
         if here.shape[axis] == self.blocks:
             return here

@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.precision import fp8_grouped, fp8_linear
 from deepseek_jax.precision.einsum import exact_einsum, row_product
-from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
+from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, of_part, quantise_blocks
 from deepseek_jax.precision.grouped import grouped_matmul
 from deepseek_jax.precision.kept_input import from_fp8_input
 from deepseek_jax.precision.saved import Saved, save
@@ -27,10 +28,11 @@ class Recipe:
     """Operands and results in `activation_dtype`, products accumulated in float32.
 
     A weight has three forms. The *master* is float32 and moves with each step. The *stored* form
-    is an array in `stored_dtype`, as loading a checkpoint leaves it. The *prepared* form is made
-    by `prepare` from either of the two, once per step, before ZeRO's parts are gathered; it is
-    what gets gathered and what `einsum` and `grouped` take. Code outside `precision/` asks these
-    methods about all three, and never which recipe it has.
+    is an array in `stored_dtype`, as loading a checkpoint leaves it; where `keeps_blocks`, it is an
+    `Fp8Weight` if the checkpoint holds FP8 blocks. The *prepared* form is made by `prepare` from
+    either of the two, once per step, before ZeRO's parts are gathered; it is what gets gathered and
+    what `einsum` and `grouped` take. Code outside `precision/` asks these methods about all three,
+    and never which recipe it has.
 
     Here the prepared form is an array in `activation_dtype`. `Fp8Recipe` makes an `Fp8Weight` of
     the weight of a linear layer: quantised once per step, and gathered in that form. Gradients of
@@ -45,12 +47,13 @@ class Recipe:
     activation_dtype: jnp.dtype
 
     def prepare(
-        self, weight: jax.Array, *, sensitive: bool, linear: Linear | None = None
+        self, weight: Any, *, sensitive: bool, linear: Linear | None = None
     ) -> jax.Array | Fp8Weight:
         """The form of a weight that a step computes with.
 
         Args:
-          weight: a master or a stored weight, of one layer or a stack of layers.
+          weight: a master or a stored weight, of one layer or a stack of layers; the part of it
+            that this device holds.
           sensitive: whether it stays float32 in every recipe.
           linear: dimensions of the weight of a linear layer; None for others, such as the embedding
             and the head, which are in `activation_dtype` in every recipe.
@@ -58,14 +61,32 @@ class Recipe:
         del linear
         return weight if sensitive else weight.astype(self.activation_dtype)
 
-    @property
-    def stored_dtype(self) -> jnp.dtype:
+    def stored_dtype(self, *, linear: bool) -> jnp.dtype:
         """The narrowest dtype of weights from which `prepare` makes the same as from masters.
 
         Loading casts to it while it streams, before a weight reaches its device; sensitive weights
         stay as they are.
+
+        Args:
+          linear: whether the weight is that of a linear layer.
         """
+        del linear
         return self.activation_dtype
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether `prepare` leaves weights that a checkpoint holds in FP8 blocks as they are."""
+        return False
+
+    def check_scales(self, scales: np.ndarray, source: str) -> None:
+        """Refuses scales of FP8 blocks that this recipe does not compute with; by default none.
+
+        Args:
+          source: the tensor that holds them, for the message.
+
+        Raises:
+          ConfigError: scales of another kind than `precision.scales`.
+        """
 
     def prepared_bytes(
         self, shape: tuple[int, ...], *, sensitive: bool, linear: Linear | None = None
@@ -130,15 +151,28 @@ class Fp8Recipe(Recipe):
     power_of_two: bool = True
 
     def prepare(
-        self, weight: jax.Array, *, sensitive: bool, linear: Linear | None = None
+        self, weight: Any, *, sensitive: bool, linear: Linear | None = None
     ) -> jax.Array | Fp8Weight:
         if sensitive or linear is None:
             return super().prepare(weight, sensitive=sensitive)
+        if isinstance(weight, Fp8Weight):
+            return of_part(weight, linear)
         return quantise_blocks(weight, linear, power_of_two=self.power_of_two)
 
+    def stored_dtype(self, *, linear: bool) -> jnp.dtype:
+        # Blocks made of bfloat16 weights would be rounded twice.
+        return jnp.dtype(jnp.float32) if linear else self.activation_dtype
+
     @property
-    def stored_dtype(self) -> jnp.dtype:
-        return jnp.dtype(jnp.float32)  # blocks made of bfloat16 weights would be rounded twice
+    def keeps_blocks(self) -> bool:
+        return True
+
+    def check_scales(self, scales: np.ndarray, source: str) -> None:
+        if self.power_of_two and not (np.frexp(scales)[0] == 0.5).all():
+            raise ConfigError(
+                f"{source} holds scales that are no powers of two, so its FP8 weights do not keep "
+                "their bits under precision.scales=power_of_two; set precision.scales=free"
+            )
 
     @property
     def matmul_dtype(self) -> str:

@@ -65,7 +65,8 @@ def make_score(
     layout: Layout,
     mesh: Mesh,
     recipe: Recipe | None = None,
-    like: tuple[nnx.State, nnx.State] | None = None,
+    like: nnx.State | None = None,
+    compiled_for: tuple[nnx.State, nnx.State] | None = None,
 ) -> ScoreFn:
     """Makes score(weights, biases, sequences N(S+1), valid NS); the caller sets the mesh.
 
@@ -74,11 +75,12 @@ def make_score(
 
     Args:
       recipe: in place of the config's; None for the config's.
-      like: abstract weights and biases, for which the program is compiled now, for sequences of
-        `batch.length`; None compiles it at the first call.
+      like: weights in the form of those that are scored; None for arrays.
+      compiled_for: abstract weights and biases, for which the program is compiled now, for
+        sequences of `batch.length`; None compiles it at the first call.
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
-    stored = params.place(abstract, layout.storage)
+    stored = params.storage(abstract if like is None else like, layout)
     how = dataclasses.replace(execution.of(config, recipe), remat=remat.NONE, in_flight=1)
     how = dataclasses.replace(how, unroll=1)  # compiles sooner, and runs as fast
     per_layer = config.layout.zero == 3
@@ -111,11 +113,11 @@ def make_score(
     )
     place = NamedSharding(mesh, batch_spec)
     size = config.batch.micro_sequences
-    if like is not None:
+    if compiled_for is not None:
         length = config.batch.length
         tokens = jax.ShapeDtypeStruct((size, length + 1), jnp.int32, sharding=place)
         valid = jax.ShapeDtypeStruct((size, length), jnp.bool_, sharding=place)
-        total = total.lower(*like, tokens, valid).compile()
+        total = total.lower(*compiled_for, tokens, valid).compile()
 
     def score(
         weights: nnx.State, bias: nnx.State, sequences: np.ndarray, valid: np.ndarray
@@ -211,7 +213,7 @@ def score_checkpoint(
     with jax.set_mesh(grid):
         recipe = execution.of(config).recipe
         _, stored, bias = split(checkpoint.load(recipe, layout, grid))
-        score = make_score(config, layout, grid)
+        score = make_score(config, layout, grid, like=stored)
         scores = [score(stored, bias, sequences, valid) for sequences, valid in laid.blocks]
     total = Score(math.fsum(part.nats for part in scores), sum(part.targets for part in scores))
     loss = total.nats / total.targets

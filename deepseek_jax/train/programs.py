@@ -128,7 +128,7 @@ class RunPrograms:
         with self._context():
             like = self._like()
             return evaluation.make_score(
-                self._config, self._layout, self.mesh, like=(like.params, like.bias)
+                self._config, self._layout, self.mesh, compiled_for=(like.params, like.bias)
             )
 
     def _like(self) -> state.TrainState:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.checkpoint import conversion, load
-from deepseek_jax.checkpoint.hf import names, reader
+from deepseek_jax.checkpoint.hf import names, parts, reader
 from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data import tokenizer
@@ -78,7 +78,7 @@ def test_a_part_is_read_once_by_the_device_that_holds_it(published, monkeypatch)
 
 
 def test_devices_with_memory_of_their_own_are_filled_layer_by_layer(published, whole, monkeypatch):
-    monkeypatch.setattr(reader, "HOST", ())
+    monkeypatch.setattr(parts, "HOST", ())
     sizes = dict(gpu=2)
     model = load.load(published, BFLOAT16, small.layout_of(sizes), small.mesh_of(sizes))
     half = params.stored(whole, BFLOAT16)

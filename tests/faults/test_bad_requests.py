@@ -141,11 +141,11 @@ def test_prompts_of_nothing_and_of_much():
 )
 def test_arrays_of_tokens(tokens, words):
     with pytest.raises(ValueError) as error:
-        api.Model(serving.model().config, serving.model(), serving.HOW)(tokens)
+        api.Model(serving.model().config, serving.model(), serving.HOW, source=None)(tokens)
     assert words in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16", "float33", 5, []])
 def test_dtypes_that_are_not_computed_in(dtype):
-    with pytest.raises(ConfigError, match=r"^dtype is .*; expected float32 or bfloat16$"):
+    with pytest.raises(ConfigError, match=r"^dtype is .*; expected float32, bfloat16, fp8$"):
         api.load(serving.TINY, dtype)

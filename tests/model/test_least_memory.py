@@ -1,6 +1,7 @@
 """Least memory of a run: sizes that cannot exist are refused before anything is allocated."""
 
 import dataclasses
+import math
 
 import pytest
 import small
@@ -8,8 +9,9 @@ import small
 from deepseek_jax.config import ConfigError
 from deepseek_jax.hardware import machine_memory
 from deepseek_jax.model import least_memory
+from deepseek_jax.model.count import weights
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.precision.recipes import BFLOAT16, FLOAT32
+from deepseek_jax.precision.recipes import BFLOAT16, FLOAT32, FP8
 
 GIB = 2**30
 
@@ -93,6 +95,22 @@ def test_weights_alone(recipe, need):
         least_memory.check_weights(model, recipe)
     assert f"{need} of host memory are needed" in str(error.value)
     least_memory.check_weights(with_sizes().model, recipe)
+
+
+def test_blocks_take_a_byte_each(monkeypatch):
+    model = with_sizes().model
+    each = {weight.path: weight for weight in weights(model)}
+    blocks = {path for path, weight in each.items() if weight.roles is not None}
+    wide = {path for path, weight in each.items() if weight.sensitive}
+    need = sum(
+        (1 if path in blocks else 4 if path in wide else 2) * math.prod(weight.shape)
+        for path, weight in each.items()
+    )
+    monkeypatch.setattr(machine_memory, "host_bytes", lambda: need)
+    least_memory.check_weights(model, FP8, blocks=blocks)
+    for fewer in (blocks - {"moe_layers.feed.experts.down"}, frozenset()):
+        with pytest.raises(ConfigError, match="for weights"):
+            least_memory.check_weights(model, FP8, blocks=fewer)
 
 
 class Compiled:

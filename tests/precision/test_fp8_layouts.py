@@ -5,9 +5,6 @@ weights are rounded otherwise; and bfloat16 activations differ from the order of
 near-tie of the router may change hands. In bfloat16 the same layouts differ by 0.4 per cent.
 """
 
-import itertools
-import math
-
 import jax
 import numpy as np
 import pytest
@@ -21,7 +18,6 @@ from deepseek_jax.model import params
 from deepseek_jax.model.transformer import build_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.precision import fp8_tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight
 from deepseek_jax.precision.recipes import FP8
 
@@ -32,24 +28,6 @@ RAGGED = dict(
 )  # fmt: skip
 SHARDED = dict(mesh_gpu=2, mesh_tensor=2, layout_zero=3, layout_rules=small.NARROW)
 PIPELINE = dict(mesh_pipe=2, mesh_gpu=2, layout_zero=1)
-
-
-def whole(variable, layout):
-    """An FP8 weight, multiplied with its scales and gathered from all devices."""
-    weight, roles = variable[...], variable.get_metadata("roles")
-    layers = weight.shape[: weight.ndim - len(roles)]
-    shape = list(layers)
-    for role, dims in itertools.groupby(
-        zip(roles, weight.shape[len(layers) :], strict=True), lambda d: d[0]
-    ):
-        sizes = [size for _, size in dims]
-        shape += sizes if role == "-" else [math.prod(sizes)]
-    values = weight.values.astype(np.float32).reshape(shape)
-    out = (values * fp8_tiles.spread(weight.scales, values.shape)).reshape(weight.shape)
-    for dim, axis in enumerate(variable.get_metadata("axes"), len(layers)):
-        if names := layout.mesh_axes(axis):
-            out = jax.lax.all_gather(out, names, axis=dim, tiled=True)
-    return out
 
 
 def prepared(config):
@@ -63,7 +41,7 @@ def prepared(config):
         with axes.active(layout):
             ready = params.gather(params.prepare(weights, FP8), layout)
             variables = jax.tree.leaves(ready, is_leaf=params.is_variable)
-            return [whole(v, layout) for v in variables if isinstance(v[...], Fp8Weight)]
+            return [small.whole_fp8(v, layout) for v in variables if isinstance(v[...], Fp8Weight)]
 
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(local, mesh=mesh, in_specs=(stored,), out_specs=P(), check_vma=False)

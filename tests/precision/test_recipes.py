@@ -8,6 +8,7 @@ import small
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.precision import fp8_tiles, recipes
+from deepseek_jax.precision.fp8_weights import Linear
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -122,12 +123,25 @@ def test_by_name():
         recipes.recipe("float64")
 
 
-@pytest.mark.parametrize("recipe", [recipes.FLOAT32, recipes.BFLOAT16], ids=lambda r: r.name)
-def test_preparing_a_stored_weight_is_preparing_its_master(recipe):
+@pytest.mark.parametrize("linear", [None, Linear.whole("io", (5, 7))], ids=["plain", "linear"])
+@pytest.mark.parametrize(
+    "recipe", [recipes.FLOAT32, recipes.BFLOAT16, recipes.FP8], ids=lambda r: r.name
+)
+def test_preparing_a_stored_weight_is_preparing_its_master(recipe, linear):
     master = jnp.asarray(normal(5, 7, seed=0))
-    stored = recipe.prepare(master.astype(recipe.stored_dtype), sensitive=False)
-    np.testing.assert_array_equal(stored, recipe.prepare(master, sensitive=False))
+    stored = master.astype(recipe.stored_dtype(linear=linear is not None))
+    ready, want = (recipe.prepare(x, sensitive=False, linear=linear) for x in (stored, master))
+    jax.tree.map(np.testing.assert_array_equal, ready, want)
     assert recipe.prepare(master, sensitive=True) is master
+
+
+def test_preparing_a_weight_in_fp8_changes_nothing():
+    linear = Linear.whole("io", (200, 140))
+    once = recipes.FP8.prepare(
+        jnp.asarray(normal(200, 140, seed=0)), sensitive=False, linear=linear
+    )
+    again = recipes.FP8.prepare(once, sensitive=False, linear=linear)
+    assert again.values is once.values and again.scales is once.scales
 
 
 @pytest.mark.parametrize("recipe, each", [(recipes.FLOAT32, 4), (recipes.BFLOAT16, 2)])

@@ -103,10 +103,10 @@ def test_a_loss_beyond_numbers_is_told(folder, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("text")
     for nats, perplexity in ((5 * 709.0, math.exp(709)), (5 * 710.0, math.inf)):
         fixed = evaluation.Score(nats, 5)
-        monkeypatch.setattr(evaluation, "make_score", lambda *_, fixed=fixed: lambda *_: fixed)
+        monkeypatch.setattr(evaluation, "make_score", lambda *_, one=fixed, **__: lambda *_: one)
         assert scored(folder, tmp_path / "text.txt")["perplexity"] == perplexity
     lost = evaluation.Score(math.nan, 5)
-    monkeypatch.setattr(evaluation, "make_score", lambda *_: lambda *_: lost)
+    monkeypatch.setattr(evaluation, "make_score", lambda *_, **__: lambda *_: lost)
     with pytest.raises(RunError, match=r"^the loss is not a number: activations overflow"):
         scored(folder, tmp_path / "text.txt")
 

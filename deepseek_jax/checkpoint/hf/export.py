@@ -2,13 +2,13 @@
 
 Formats: `float32`; `bfloat16`, matrices rounded to BF16; `fp8`, the matrices that the released
 checkpoint keeps in FP8 (those of attention and feed-forward networks) in blocks of 128x128 with
-float32 scales, the rest as in bfloat16. Router biases are float32 in all formats. Norms and
-routers, which the model keeps in float32, are BF16 if that changes none of their values, else
-float32.
+float32 scales, the rest as in bfloat16. MTP projections are BF16 in the released checkpoint; one
+that comes in FP8 stays FP8. Router biases are float32 in all formats. Norms and routers, which the
+model keeps in float32, are BF16 if that changes none of their values, else float32.
 
 Reading the directory again gives the same bits: in float32 always; in bfloat16 for weights that
 BF16 holds; in fp8 for weights that came from FP8 blocks, even by way of our own float32 masters
-(`checkpoint/hf/fp8_blocks.py`).
+(`checkpoint/hf/fp8_blocks.py`). Weights that are in FP8 now are written as they are.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ import numpy as np
 
 from deepseek_jax.checkpoint.hf import fp8_blocks, safetensors
 from deepseek_jax.checkpoint.hf.config_json import UNQUANTISED
-from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
+from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces, to_published
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
-from deepseek_jax.model.transformer import abstract_model
-from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3
+from deepseek_jax.model.transformer import Transformer, abstract_model
+from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, spread
 
 FORMATS = ("bfloat16", "float32", "fp8")
 BF16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -50,6 +50,24 @@ class WeightSource:
     biased: bool
     read: Read
     stored: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda name: None
+
+
+def of_model(model: Transformer, biased: bool) -> WeightSource:
+    """The weights of a model on one device, in the dtypes that they have there.
+
+    Args:
+      biased: whether router biases are published.
+    """
+    found = to_published(model.config, model)
+
+    def stored(name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        return (found[name], found[name + SCALE]) if name + SCALE in found else None
+
+    def read(piece: Piece) -> np.ndarray:
+        pair, value = stored(piece.name), found[piece.name]
+        return value if pair is None else value.astype(np.float32) * spread(pair[1], value.shape)
+
+    return WeightSource(model.config, biased, read, stored)
 
 
 def write(
@@ -115,7 +133,7 @@ def _unquantised(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _groups(source: WeightSource, form: str, unquantised: tuple[str, ...]) -> Iterator[_Group]:
     for name, piece in _with_copies(source.config, source.biased):
-        dtype = _dtype(piece, source.read, form)
+        dtype = _dtype(piece, source, form)
         if dtype == E4M3 and any(f".{module}." in f".{name}" for module in unquantised):
             dtype = BF16
         tensors = {name: (dtype, piece.shape)}
@@ -139,13 +157,15 @@ def _with_copies(config: ModelConfig, biased: bool) -> Iterator[tuple[str, Piece
                 yield layer + name, table
 
 
-def _dtype(piece: Piece, read: Read, form: str) -> np.dtype:
+def _dtype(piece: Piece, source: WeightSource, form: str) -> np.dtype:
     if form == "float32" or piece.path.endswith("router.bias"):
         return FLOAT32
     if len(piece.shape) == 1 or piece.path.endswith("router.centroids"):
-        value = read(piece).astype(np.float32)
+        value = source.read(piece).astype(np.float32)
         return BF16 if (value.astype(BF16).astype(np.float32) == value).all() else FLOAT32
     in_blocks = ".attention." in piece.path or ".feed." in piece.path
+    if form == "fp8" and piece.path == "mtp.project":
+        in_blocks = source.stored(piece.name) is not None
     return E4M3 if form == "fp8" and in_blocks else BF16
 
 

@@ -49,18 +49,28 @@ def stated_recipe(settings: Mapping[str, Any], source: Path) -> str:
     return "float32"
 
 
-def inference_config(model: ModelConfig, recipe: str) -> Config:
+def stated_scales(settings: Mapping[str, Any]) -> str:
+    """The value of `precision.scales` for a checkpoint that is computed in FP8.
+
+    Published code makes scales of activations as those of weights were made: powers of two where
+    `scale_fmt` is "ue8m0" (V3.1), else any (V3, R1).
+    """
+    quantised = settings.get("quantization_config") or {}
+    return "power_of_two" if quantised.get("scale_fmt") == "ue8m0" else "free"
+
+
+def inference_config(model: ModelConfig, recipe: str, scales: str) -> Config:
     """Config of a forward pass of this model on one device; a mesh is set by `forward_config`.
 
     Args:
-      recipe: `precision.recipe`.
+      recipe, scales: `precision.recipe` and `precision.scales`.
     """
     return Config(
         seed=0,
         model=model,
         mesh=MeshConfig(pipe=1, replica=1, node=1, gpu=1, tensor=1),
         layout=_layout(model),
-        precision=PrecisionConfig(recipe=recipe, scales="power_of_two", dispatch="compute"),
+        precision=PrecisionConfig(recipe=recipe, scales=scales, dispatch="compute"),
         batch=BatchConfig(
             length=1024, sequences=8, ramp_sequences=8, ramp_tokens=0, micro_sequences=8
         ),

@@ -11,6 +11,8 @@ import numpy as np
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
+from deepseek_jax.precision.fp8_tiles import BLOCK
+from deepseek_jax.precision.fp8_weights import Fp8Weight
 
 SCALE = "_scale_inv"  # suffix of an FP8 weight's scales; despite the name they are multiplied
 
@@ -32,6 +34,12 @@ class Piece:
     path: str
     index: tuple[Any, ...]
     transposed: bool = True
+
+    @property
+    def scales(self) -> "Piece":
+        """The scales of this tensor's FP8 blocks, as a part of those of our parameter."""
+        shape = tuple(-(-size // BLOCK) for size in self.shape)
+        return dataclasses.replace(self, name=self.name + SCALE, shape=shape)
 
     def published(self, part: np.ndarray) -> np.ndarray:
         """The part of our parameter in the published shape."""
@@ -127,13 +135,20 @@ def to_published(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
     """Published name -> [out, in] array, a view where it can be.
 
     Args:
-      tree: a model, or a tree of its structure such as the gradients of its parameters; names of
-        parameters that it does not hold are left out.
+      tree: a model on one device, or a tree of its structure such as the gradients of its
+        parameters; names of parameters that it does not hold are left out. A weight in FP8 gives
+        two arrays: its E4M3 values, and the scales of their blocks.
     """
     paths = [weight.path for weight in params.describe(tree)]
-    ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(tree)), strict=True))
-    return {
-        piece.name: piece.published(ours[piece.path][piece.index])
-        for piece in pieces(config)
-        if piece.path in ours
-    }
+    variables = jax.tree.leaves(tree, is_leaf=params.is_variable)
+    ours = {path: variable[...] for path, variable in zip(paths, variables, strict=True)}
+    found: dict[str, np.ndarray] = {}
+    for piece in pieces(config):
+        value = ours.get(piece.path)
+        if isinstance(value, Fp8Weight):
+            table = piece.scales
+            found[table.name] = table.published(np.asarray(value.scales)[table.index])
+            value = value.values
+        if value is not None:
+            found[piece.name] = piece.published(np.asarray(value)[piece.index])
+    return found

@@ -10,37 +10,31 @@ which follow from the settings. MTP layers beyond those that the settings count 
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
 from deepseek_jax.checkpoint.hf import safetensors, stacked
 from deepseek_jax.checkpoint.hf.config_json import model_config, topk_method
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
+from deepseek_jax.checkpoint.hf.parts import BF16, Slices, fill, placed
 from deepseek_jax.checkpoint.hf.safetensors import Tensor
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
-from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, spread
+from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, LARGEST, spread
+from deepseek_jax.precision.fp8_weights import Fp8Weight
 from deepseek_jax.precision.recipes import Recipe
 
 Place = Callable[[params.Weight], Sharding]
-
-Slices = tuple[slice, ...]  # start and stop along each dimension
-
-HOST = ("cpu",)  # platforms whose devices keep arrays in host memory
-
-BF16 = safetensors.DTYPES["BF16"]
 
 # An MTP layer's copies of shared tables -> the shared tables.
 COPIES = {
@@ -76,12 +70,7 @@ class Published:
         tensor = self.tensors[name]
         index = tuple(slice(0, size) for size in tensor.shape) if index is None else index
         value = self._values(name, index)
-        bad = not_finite(value)
-        if bad:
-            raise ConfigError(
-                f"{tensor.file}: {name} holds {bad} values of {value.size} that are not finite, "
-                "expected none"
-            )
+        _check_finite(value, tensor, name)
         for copy in self._copies(name):
             if not _same(value, self._values(copy, index)):
                 raise ConfigError(
@@ -125,6 +114,40 @@ class Published:
         for stored in (name, name + SCALE):
             if stored in self.tensors:
                 self.tensors[stored].release()
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """FP8 values of a checkpoint and the scales of their 128x128 blocks, both as stored.
+
+    Attributes:
+      published: the checkpoint.
+      recipe: refuses scales that it does not compute with.
+    """
+
+    published: Published
+    recipe: Recipe
+
+    def read(self, name: str, index: Slices) -> np.ndarray:
+        """E4M3 values of a tensor's part `index`, or float32 scales where the tensor is of scales.
+
+        Raises:
+          ConfigError: values that are not finite, also of products, or scales that are refused.
+        """
+        tensor = self.published.tensors[name]
+        value = tensor.array[index]
+        if not name.endswith(SCALE):
+            _check_finite(value, tensor, name)
+            return value
+        value = value.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            _check_finite(value * np.float32(LARGEST), tensor, name)
+        self.recipe.check_scales(value, f"{tensor.file}: {name}")
+        return value
+
+    def release(self, name: str) -> None:
+        """Gives back the memory that reading a tensor took."""
+        self.published.tensors[name].release()
 
 
 def open_folder(folder: Path, settings: Mapping[str, Any]) -> Published:
@@ -188,24 +211,60 @@ def _check_count(folder: Path, config: ModelConfig, found: int) -> None:
         )
 
 
-def load(source: Published, recipe: Recipe, place: Place) -> Transformer:
+def load(
+    source: Published, recipe: Recipe, place: Place, kept: Container[str] = frozenset()
+) -> Transformer:
     """Reads the model of an opened checkpoint.
 
     Args:
       recipe: its `stored_dtype` is that of the weights; norms, router and biases stay float32.
       place: sharding of each parameter. A process reads the parts of its own devices, and keeps one
         layer of one device's part at a time in host memory.
+      kept: paths among `blocks`, whose weights become `Fp8Weight` of the values and scales in the
+        files.
 
     Raises:
-      ConfigError: values that are not finite.
+      ConfigError: values that are not finite, or scales that the recipe does not compute with.
     """
-    abstract = jax.eval_shape(lambda m: params.stored(m, recipe), abstract_model(source.config))
-    parts = _by_path(source)
-    leaves = [
-        _placed(weight, place(weight), parts.get(weight.path, []), source)
-        for weight in params.describe(abstract)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    parts, raw = _by_path(source), Blocks(source, recipe)
+
+    def value(weight: params.Weight) -> jax.Array | Fp8Weight:
+        own = parts.get(weight.path, [])
+        if weight.path not in kept:
+            weight = dataclasses.replace(weight, dtype=weight.stored_dtype(recipe))
+            return placed(weight, place(weight), own, source)
+        narrow, scales = dataclasses.replace(weight, dtype=E4M3), weight.scales
+        tables = [piece.scales for piece in own]
+        return Fp8Weight(
+            placed(narrow, place(narrow), own, raw), placed(scales, place(scales), tables, raw)
+        )
+
+    return params.filled(abstract_model(source.config), value)
+
+
+def blocks(source: Published, recipe: Recipe) -> frozenset[str]:
+    """Paths of the parameters that `load` can read as the FP8 blocks that the checkpoint holds.
+
+    These are weights of linear layers all of whose tensors are FP8. A matrix of ours is one
+    published tensor, transposed, so that its blocks are those of the tensor whatever its sizes. If
+    only some tensors of a parameter are FP8, such as those of some layers, it is read as floats, of
+    which `prepare` makes other blocks; a warning says so.
+    """
+    if not recipe.keeps_blocks:
+        return frozenset()
+    parts, kept = _by_path(source), set()
+    for weight in params.describe(abstract_model(source.config)):
+        own = parts.get(weight.path, []) if weight.roles is not None else []
+        narrow = sum(source.tensors[piece.name].dtype == E4M3 for piece in own)
+        if own and narrow == len(own):
+            kept.add(weight.path)
+        elif narrow and jax.process_index() == 0:
+            warnings.warn(
+                f"{narrow} of the {len(own)} tensors of {weight.path} are FP8; all of them are "
+                "quantised again",
+                stacklevel=2,
+            )
+    return frozenset(kept)
 
 
 def parts_of(source: Published) -> Callable[[params.Weight, Slices], np.ndarray]:
@@ -221,7 +280,7 @@ def parts_of(source: Published) -> Callable[[params.Weight, Slices], np.ndarray]
         numbers = range(held[0].start, held[0].stop) if stacked else (0,)
         parts = [piece for number in numbers for piece in layers.get(number, ())]
         out = np.empty([span.stop - span.start for span in held], weight.dtype)
-        _fill(out, weight.shape, held, parts, source)
+        fill(out, weight.shape, held, parts, source)
         return out
 
     return read
@@ -239,123 +298,13 @@ def _layer(piece: Piece) -> int:
     return piece.index[0] if piece.index else 0
 
 
-def _placed(
-    weight: params.Weight, where: Sharding, parts: Sequence[Piece], source: Published
-) -> jax.Array:
-    """A sharded parameter; each local device's part is filled on that device."""
-    copies: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    indices: Any = where.addressable_devices_indices_map(weight.shape)
-    for device, index in indices.items():
-        held = (one.indices(size)[:2] for one, size in zip(index, weight.shape, strict=True))
-        copies.setdefault(tuple(held), []).append(device)
-    arrays = []
-    for spans, (device, *others) in copies.items():
-        part = tuple(itertools.starmap(slice, spans))
-        first = _on_device(device, weight, part, parts, source)
-        arrays += [first, *(jax.device_put(first, other) for other in others)]
-    return jax.make_array_from_single_device_arrays(weight.shape, where, arrays)
-
-
-def _on_device(
-    device: jax.Device,
-    weight: params.Weight,
-    held: Slices,
-    parts: Sequence[Piece],
-    source: Published,
-) -> jax.Array:
-    """The part of a parameter that one device holds.
-
-    A CPU device takes over host memory as it is; other devices get the part layer by layer.
-    """
-    dtype, shape = np.dtype(weight.dtype), tuple(span.stop - span.start for span in held)
-    if device.platform in HOST or weight.axes[0] != "layer":
-        whole = _aligned(shape, dtype)
-        _fill(whole, weight.shape, held, parts, source)
-        return jax.device_put(whole, device, may_alias=True)
-    stack = jax.device_put(jnp.zeros(shape, dtype, device=device), device)
-    for number, layer in enumerate(range(held[0].start, held[0].stop)):
-        row = np.empty((1, *shape[1:]), dtype)
-        _fill(row, weight.shape, (slice(layer, layer + 1), *held[1:]), parts, source)
-        stack = jax.block_until_ready(_set_layer(stack, jax.device_put(row, device), number))
-    return stack
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, row: jax.Array, number: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(stack, row, number, 0)
-
-
-def _fill(
-    out: np.ndarray, shape: tuple[int, ...], held: Slices, parts: Sequence[Piece], source: Published
-) -> None:
-    """Fills `out`, the part `held` of a parameter of this shape, from published tensors."""
-    if not parts:
-        out[...] = 0  # a router bias where none is published
-    for piece in parts:
-        whole = piece.index + (slice(None),) * (len(held) - len(piece.index))
-        numbers = [(n, span) for n, span in zip(whole, held, strict=True) if type(n) is int]
-        if not all(span.start <= n < span.stop for n, span in numbers):
-            continue
-        here = tuple(
-            n - span.start if type(n) is int else n for n, span in zip(whole, held, strict=True)
+def _check_finite(values: np.ndarray, tensor: Tensor, name: str) -> None:
+    bad = not_finite(values)
+    if bad:
+        raise ConfigError(
+            f"{tensor.file}: {name} holds {bad} values of {values.size} that are not finite, "
+            "expected none"
         )
-        dims = [
-            (size, span)
-            for n, size, span in zip(whole, shape, held, strict=True)
-            if type(n) is not int
-        ]
-        _copy(out[here], _part(piece, dims, source))
-        source.release(piece.name)
-
-
-def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: Published) -> np.ndarray:
-    """The wanted part of a published tensor, in the shape of our parameter.
-
-    An axis of the published tensor is a run of consecutive dimensions of ours. The span of the
-    run's first dimension is read; the spans of the other dimensions are cut out of the values.
-
-    Args:
-      dims: whole size and wanted span of each dimension of ours.
-    """
-    left, read, shape, kept = list(dims), [], [], []
-    for size in reversed(piece.shape) if piece.transposed else piece.shape:
-        run = [left.pop(0)]
-        while math.prod(length for length, _ in run) < size:
-            run.append(left.pop(0))
-        first, inner = run[0][1], [length for length, _ in run[1:]]
-        step = math.prod(inner)
-        read.append(slice(first.start * step, first.stop * step))
-        shape += [first.stop - first.start, *inner]
-        kept += [slice(None), *(span for _, span in run[1:])]
-    index = tuple(reversed(read)) if piece.transposed else tuple(read)
-    values = source.read(piece.name, index)
-    values = values.T if piece.transposed else values
-    return values.reshape(shape + [1] * len(left))[tuple(kept)]
-
-
-def _copy(out: np.ndarray, values: np.ndarray) -> None:
-    """out[...] = values, fast where one of the two is a transpose.
-
-    NumPy copies values of foreign dtypes one by one, so BF16 is copied as integers. Rows of 2^n
-    bytes would fall into the same cache lines, so a transpose goes by blocks through a buffer whose
-    rows are `pad` values longer.
-    """
-    if values.dtype == BF16 and out.dtype == np.float32:
-        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if values.dtype == out.dtype:
-        bits = f"u{out.itemsize}"
-        values, out = values.view(bits), out.view(bits)
-    if out.ndim != 2:
-        out[...] = values
-        return
-    rows, columns, pad = 64, 512, 32
-    spread_out = np.empty((columns, len(out) + pad), values.dtype)
-    for column in range(0, out.shape[1], columns):
-        to = out[:, column : column + columns]
-        held = spread_out[: to.shape[1], : len(out)]
-        held[...] = values[:, column : column + columns].T
-        for row in range(0, len(out), rows):
-            to[row : row + rows] = held[:, row : row + rows].T
 
 
 def not_finite(values: np.ndarray) -> int:
@@ -365,6 +314,8 @@ def not_finite(values: np.ndarray) -> int:
         some = values[start : start + rows]
         if some.dtype == BF16:
             bad += int(np.count_nonzero((some.view(np.uint16) & 0x7F80) == 0x7F80))
+        elif some.dtype == E4M3:
+            bad += int(np.count_nonzero((some.view(np.uint8) & 0x7F) == 0x7F))
         else:
             bad += some.size - int(np.count_nonzero(np.isfinite(some)))
     return bad
@@ -382,14 +333,6 @@ def _same(values: np.ndarray, others: np.ndarray) -> bool:
     )
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array at an address that a CPU device takes over without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
 def _check_tensors(
     folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], wanted: Sequence[Piece]
 ) -> None:
@@ -405,8 +348,7 @@ def _check_tensors(
         elif re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
             expected[name] = (config.d_rope // 2,)
         if tensor.dtype == E4M3 and len(tensor.shape) == 2:
-            rows, columns = tensor.shape
-            expected[name + SCALE] = (-(-rows // BLOCK), -(-columns // BLOCK))
+            expected[name + SCALE] = tuple(-(-size // BLOCK) for size in tensor.shape)
     wrong = []
     for name in sorted(expected.keys() | tensors.keys()):
         found, shape = tensors.get(name), expected.get(name)

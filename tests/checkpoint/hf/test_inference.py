@@ -31,6 +31,13 @@ def test_the_stated_dtype_is_computed_in(settings, recipe):
         assert inference.stated_recipe(settings, FILE) == recipe
 
 
+def test_scales_are_those_that_the_blocks_state():
+    assert inference.stated_scales({}) == "free"
+    for form, scales in (({}, "free"), ({"scale_fmt": "ue8m0"}, "power_of_two")):
+        settings = {"quantization_config": {"quant_method": "fp8", **form}}
+        assert inference.stated_scales(settings) == scales
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -50,7 +57,7 @@ def test_the_config_fits_every_model_on_every_mesh(mesh):
     models = [config_json.model_config(checkpoints.make(v)[0], source=FILE) for v in ("v3", "mtp")]
     models += [configs.parse(m.get_config()).model for m in (v3_671b, v2_lite_16b, moonlight_16b)]
     for model in models:
-        config = inference.inference_config(model, "bfloat16")
+        config = inference.inference_config(model, "bfloat16", "free")
         configs.check(config)
         found = meshes.forward_config(config, mesh, 64)
         assert found.model == model and found.precision.recipe == "bfloat16"

@@ -15,7 +15,7 @@ import deepseek_jax
 from configs import v3_671b, v3_tiny
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import load
-from deepseek_jax.checkpoint.hf import names, reader, safetensors
+from deepseek_jax.checkpoint.hf import names, parts, reader, safetensors
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model import params
@@ -330,7 +330,7 @@ def test_folders_that_are_refused(made, tmp_path):
     assert_refused(tmp_path, "neither model.safetensors nor", "pickled ones are never read")
     with pytest.raises(ConfigError, match="float8"):
         deepseek_jax.load(tmp_path, dtype="float8_e4m3fn")
-    with pytest.raises(ConfigError, match="expected float32 or bfloat16"):
+    with pytest.raises(ConfigError, match="expected float32, bfloat16, fp8"):
         deepseek_jax.load(tmp_path, dtype="no such type")
 
 
@@ -350,7 +350,7 @@ def test_tokens_that_are_refused(tokens, made, tmp_path):
 
 def test_weights_are_not_copied_on_the_cpu():
     """An array of the layout that is read into becomes the device's own buffer."""
-    array = reader._aligned((3, 1000), np.dtype(np.float32))
+    array = parts._aligned((3, 1000), np.dtype(np.float32))
     array[...] = 1
     device = jax.device_put(array, jax.devices("cpu")[0], may_alias=True)
     assert device.unsafe_buffer_pointer() == array.ctypes.data
