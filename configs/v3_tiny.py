@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         recompute="none", attention_block=128, unroll=4, loss_chunk=256, capacity_factor=2.0
     )
     config.precision.update(recipe="float32", dispatch="compute")
-    v3_671b.scale_schedule(config, tokens=620_000)
+    v3_671b.scale_schedule(config, tokens=600_000)
     config.schedule.update(
         warmup_steps=40, learning_rate=5e-3, decayed_learning_rate=5e-4,
         final_learning_rate=1.75e-4, bias_speed=0.01,
