@@ -14,10 +14,11 @@ from tiny import get_config as small
 
 from configs import v3_671b
 from deepseek_jax import config as configs
-from deepseek_jax.aot import cluster, compiled, cost_model, hlo, pipelined_step
+from deepseek_jax.aot import cluster, compiled, cost_model, hlo, pipelined_step, products
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.lockstep import lockstep
+from deepseek_jax.precision.scopes import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from deepseek_jax.train import step
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
@@ -57,12 +58,29 @@ def test_each_chunk_hides_the_messages_of_the_other(tmp_path):
     assert last is None
     hides_its_messages(program, pair, layers=1)
     assert pipelined_step.under_the_other(pair) >= 10
-    # Residuals of a layer: its input and the tokens after the slow hop, no result of a weight.
+    # In FP8, or before a norm: tokens after the slow hop; inputs of SwiGLU, of the routed and of
+    # the shared expert; the layer's input, and that of its experts; heads; query latents.
     slots = lockstep_slots(config)
-    kept = {array.shape[1:] for array in pair.kept if array.shape[:1] == (slots,)}
-    crossed, words = 4096 * 4 * 5 // 4, (7168 + 4 * 7168 // 128) // 4
-    large = {shape for shape in kept if len(shape) > 1 and shape[-1] > 1000}
-    assert large == {(crossed, words), (1, 4096, 7168)}
+    kept = {array.shape[1:]: array.dtype for array in pair.kept if array.shape[:1] == (slots,)}
+    crossed, copies, words = 4096 * 4 * 5 // 4, 4096 * 8 * 5 // 4, (7168 + 7168 // 128) // 4
+    assert {
+        shape: dtype for shape, dtype in kept.items() if len(shape) > 1 and shape[-1] > 1000
+    } == {
+        (crossed, words): "u32",
+        (copies, 4096): products.FP8,
+        (1, 4096, 4096): products.FP8,
+        (1, 4096, 7168): "bf16",
+        (1, 4096, 128 * 128): products.FP8,
+        (1, 4096, 1536): "bf16",
+    }
+    # Each tick: 9 linear layers, and the experts' 2 of them again in a round of overflow; backward
+    # computes MLA's 2 up-projections and the experts' 2 of such a round again.
+    found = products.counts(program.module, pipelined_step.KERNELS)
+    assert {key: count for key, count in found.items() if key[0] != products.OTHER} == {
+        (FORWARD, True): 2 * (9 + 2 + 2 + 2),
+        (INPUT_GRADIENT, True): 2 * (9 + 2),
+        (WEIGHT_GRADIENT, True): 2 * (9 + 2),
+    }
     # Sums are in float32, and in a fixed order: no scatter adds atomically.
     for line, dtype in hlo.sums(program.module):
         assert dtype == "f32" and (line.opcode != "scatter" or line.unique), line
