@@ -24,8 +24,8 @@ OPTIONS: Mapping[str, Any] = {
 MATMULS_ON_CPU = "xla_cpu_experimental_ynn_fusion_type"
 _LEVEL = "xla_backend_optimization_level"
 _BEFORE_0_11 = jax.__version_info__ < (0, 11)
-# LLVM's level 2 compiles the step of `v3_tiny` in 11.9 s of processor time; level 3, the default, in
-# 14.0 s. Steps took 128.7 and 130.0 ms, and 112 losses were equal (measured once, two cores).
+# LLVM's level 2 compiles the step of `v3_tiny` in 11.9 s of processor time, and level 3, which is
+# the default, in 14.0 s; steps took 128.7 and 130.0 ms, and 112 losses were equal (measured once).
 CPU_OPTIONS: Mapping[str, Any] = {
     _LEVEL: 2,
     **({MATMULS_ON_CPU: "LIBRARY_FUSION_TYPE_REDUCE"} if _BEFORE_0_11 else {}),
