@@ -141,8 +141,10 @@ def position(number: Any, down: int, across: int, band: int) -> tuple[Any, Any]:
 WIDE = Tiling()
 TALL = Tiling(256, 128, "rows")
 SQUARE = Tiling(128, 128, "rows", stages=6)
+OUTER = Tiling(128, 128, "rows", stages=5, producer_registers=40)
 PRODUCT_TILINGS = tuple(
     dataclasses.replace(tiling, pair=pair)
     for tiling in (WIDE, TALL, SQUARE)
     for pair in (False, True)
 )
+OUTER_TILINGS = (OUTER, dataclasses.replace(OUTER, pair=True))

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.aot import cluster
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.kernels import fp8_product
-from deepseek_jax.kernels.matmul_tiling import H100_SMS, PRODUCT_TILINGS
+from deepseek_jax.kernels import fp8_outer, fp8_product
+from deepseek_jax.kernels.matmul_tiling import H100_SMS, OUTER_TILINGS, PRODUCT_TILINGS
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
 
@@ -68,3 +68,14 @@ def test_products_of_all_experts(compile_kernel, tiling):
         operand((E,), jnp.int32),
     )  # fmt: skip
     check(*compile_kernel(fn, *operands), "fp8_product")
+
+
+@pytest.mark.parametrize("tiling", OUTER_TILINGS, ids=str)
+def test_outer_products_of_all_experts(compile_kernel, tiling):
+    fn = functools.partial(fp8_outer.outer, tiling=tiling, sms=H100_SMS)
+    operands = (
+        operand((K, M)), operand((M // 128, K), jnp.float32),
+        operand((N, M)), operand((M // 128, N), jnp.float32),
+        operand((E,), jnp.int32),
+    )  # fmt: skip
+    check(*compile_kernel(fn, *operands), "fp8_outer")

@@ -11,7 +11,7 @@ import pytest
 import scaled
 
 from deepseek_jax.kernels import fp8_product, matmul_tiling, row_blocks
-from deepseek_jax.kernels.matmul_tiling import PRODUCT_TILINGS, SQUARE, TALL
+from deepseek_jax.kernels.matmul_tiling import PRODUCT_TILINGS, SQUARE, TALL, WIDE
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -19,11 +19,11 @@ M, N, K, E = 256, 256, 256, 3
 # Rows of each expert. Those after the last are nobody's.
 SIZES = [
     (130, 0, 70),
+    (1, 254, 1),
     (0, 0, 0),
     (256, 0, 0),
     (0, 0, 256),
     (128, 0, 128),
-    (1, 254, 1),
     (0, 5, 0),
 ]
 
@@ -60,7 +60,13 @@ def by_loop(x, x_scales, weights, weight_scales, sizes):
     return out
 
 
-@pytest.mark.parametrize("tiling", PRODUCT_TILINGS, ids=str)
+slow = pytest.mark.slow  # the interpreter compiles every simulated warpgroup, in each run
+
+
+@pytest.mark.parametrize(
+    "tiling", [t if t == WIDE or t.pair else pytest.param(t, marks=slow) for t in PRODUCT_TILINGS],
+    ids=str,
+)  # fmt: skip
 def test_products_are_exact(tiling):
     """One thread block, or pair, for two tiles or four."""
     if tiling.pair and not interpreted.PAIRS:
@@ -70,19 +76,26 @@ def test_products_are_exact(tiling):
     np.testing.assert_array_equal(got, by_loop(*given, [M]))
 
 
-@pytest.mark.parametrize("tiling", [SQUARE, TALL], ids=str)
-def test_rows_of_several_experts(tiling):
-    """Experts that begin and end inside a block of rows, or have none; three thread blocks."""
+@pytest.mark.parametrize(
+    ("tiling", "sms", "sizes"),
+    [
+        (SQUARE, 1, SIZES[0]),
+        (TALL, 1, SIZES[1]),
+        *(pytest.param(t, 2, sizes, marks=slow) for t in (SQUARE, TALL) for sizes in SIZES),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rows_of_several_experts(tiling, sms, sizes):
+    """Experts that begin and end inside a block of rows, or have none; rows of nobody are NaN."""
     x, x_scales, *rest = operands(128, E)
-    for sizes in SIZES:
-        nobodys = np.arange(M) >= sum(sizes)
-        given = (
-            jnp.where(nobodys[:, None], jnp.asarray(np.nan, x.dtype), x),
-            jnp.where(nobodys, jnp.float32(np.nan), x_scales),
-            *rest,
-        )
-        got = interpreted.run(kernel(tiling, 3, True), *given, jnp.asarray(sizes, jnp.int32))
-        np.testing.assert_array_equal(got, by_loop(x, x_scales, *rest, sizes))
+    nobodys = np.arange(M) >= sum(sizes)
+    given = (
+        jnp.where(nobodys[:, None], jnp.asarray(np.nan, x.dtype), x),
+        jnp.where(nobodys, jnp.float32(np.nan), x_scales),
+        *rest,
+    )
+    got = interpreted.run(kernel(tiling, sms, True), *given, jnp.asarray(sizes, jnp.int32))
+    np.testing.assert_array_equal(got, by_loop(x, x_scales, *rest, sizes))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
