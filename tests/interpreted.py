@@ -12,7 +12,9 @@ from jax._src.pallas.mosaic.interpret import utils
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
 from jax._src.state.types import TransposeTransform
 
-GPU = params.InterpretGPUParams()
+# A race: ordinary accesses and copies of the same memory that no barrier orders, or no fence. Only
+# newer releases than jax 0.10 know of fences.
+GPU = params.InterpretGPUParams(detect_races=True)
 # Clusters and copies for both blocks of a cluster.
 PAIRS = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
 

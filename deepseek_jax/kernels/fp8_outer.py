@@ -52,7 +52,11 @@ def outer(
 
     Returns:
       EKN float32.
+
+    Raises:
+      ValueError: the tiling does not divide K and N, or 128 does not divide M.
     """
+    tiling.check(x.shape[0], y.shape[0], x.shape[1])
     if blocks is None:
         table = jnp.asarray([[0, x.shape[1] // STEP]], jnp.int32)
     else:
@@ -142,7 +146,9 @@ class _Outer:
             s_y = lax.broadcast_in_dim(self.y_scale_smem[slot, columns], PIECE, [1])
             scale = s_x * s_y
             part = warp_specialised.multiply(
-                self.x_smem.at[slot, rows, :], self.y_smem.at[slot, columns, :].T
+                self.x_smem.at[slot, rows, :],
+                self.y_smem.at[slot, columns, :].T,
+                commit_reads=True,
             )
             self.ring.release(slot)
             return total + part * scale

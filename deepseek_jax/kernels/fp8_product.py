@@ -61,8 +61,12 @@ def product(
 
     Returns:
       MN, summed in float32, rounded once; rows past sum(sizes) are zero.
+
+    Raises:
+      ValueError: the tiling does not divide M and N, or 128 does not divide K.
     """
     rows = x.shape[0]
+    tiling.check(rows, weights.shape[1], x.shape[1])
     if sizes is None:
         table = one_expert(rows, tiling.height)
     else:
@@ -190,13 +194,14 @@ class _Product:
         weight = self.weight_smem.at[slot, span(right, PIECE[1]), :].T
         sums = []
         for i, total in enumerate(totals):
-            at = span(down + i * PIECE[0], PIECE[0])
+            last, rows = i == len(totals) - 1, span(down + i * PIECE[0], PIECE[0])
+            s_x = self.scale_smem[slot, rows]
             m = _rows(row + down + i * PIECE[0], PIECE[:1])
             own = (m >= visit.first) & (m < visit.end)
-            scale = jnp.where(own, self.scale_smem[slot, at] * s_w, 0.0)
-            scale = lax.broadcast_in_dim(scale, PIECE, [0])
-            part = warp_specialised.multiply(self.x_smem.at[slot, at, :], weight)
-            if i == len(totals) - 1:
+            scale = lax.broadcast_in_dim(jnp.where(own, s_x * s_w, 0.0), PIECE, [0])
+            x = self.x_smem.at[slot, rows, :]
+            part = warp_specialised.multiply(x, weight, commit_reads=last)
+            if last:
                 self.ring.release(slot)
             sums.append(total + part * scale)
         return tuple(sums)

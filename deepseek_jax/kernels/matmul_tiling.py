@@ -107,6 +107,14 @@ class Tiling:
         """Whether tiles, or pairs of them, fill a result of that size."""
         return rows % self.height == 0 and columns % (self.width * self.cluster) == 0
 
+    def check(self, rows: int, columns: int, depth: int) -> None:
+        """Raises ValueError if a kernel with this tiling cannot compute a product M, N, K."""
+        if not self.fits(rows, columns) or depth % STEP:
+            raise ValueError(
+                f"a kernel in tiles of {self} cannot compute {rows} x {columns} x {depth}; pad all "
+                f"three to multiples of {STEP}, and take a tiling from `choose`"
+            )
+
 
 def choose(
     candidates: Iterable[Tiling], shape: tuple[int, int, int], experts: int, sms: int

@@ -15,8 +15,8 @@ tile, the producer already loads the next one.
 Why no read meets a write of the same memory:
 
 - Full: each copy arrives once on `full` and counts its bytes; a wait ends when all bytes are there.
-- Empty: each thread of both consumers arrives on `empty`, after it has waited for its own tensor
-  core products and holds the scales in registers.
+- Empty: each thread of both consumers arrives on `empty`, after it has waited for its tensor core
+  products. Scales are read by ordinary loads, which a fence orders before later copies.
 - Pairs: a slot receives copies that either block of a cluster starts. Each producer therefore waits
   for its own consumers, then tells both blocks, and starts a copy when both have told. Both blocks
   take the same number of steps, because they work on the same rows.
@@ -176,15 +176,21 @@ def span(start: Any, size: int) -> Any:
     return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, size), size)
 
 
-def multiply(left: Any, right: Any) -> jax.Array:
-    """left right^T of two parts of shared memory, 64 x 128 and 128 x 128 in E4M3, in float32.
+def multiply(left: Any, right: Any, *, commit_reads: bool) -> jax.Array:
+    """left right of two parts of shared memory, 64 x 128 and 128 x 128 in E4M3, in float32.
 
     An accumulator that is made just before its product starts from zero at no cost. The sum over
     128 values is that of the tensor cores; sums beyond are added outside, in float32 (3.3.2).
+
+    Args:
+      commit_reads: whether to order what ordinary loads have read from the slot, its scales, before
+        the copies that will overwrite it. The tensor cores work in the meantime.
     """
 
     def product(accumulator: Any) -> jax.Array:
         plgpu.wgmma(accumulator, left, right)
+        if commit_reads:
+            plgpu.commit_smem()
         return plgpu.wgmma_accumulator_load(accumulator)
 
     return pl.run_scoped(product, plgpu.ACC(PIECE, jnp.float32))

@@ -122,6 +122,26 @@ def test_each_tile_has_one_number(down, across, band):
     assert max(row for row, _ in first_band) == min(band, down) - 1
 
 
+@pytest.mark.parametrize(
+    ("shape", "experts", "name"),
+    [
+        ((4096, 1536, 7168), 1, "128x128 in pairs"),  # W^DQ: few tiles
+        ((4096, 24576, 1536), 1, "256x128 in pairs"),  # W^UQ
+        ((4096, 640, 7168), 1, "256x128"),  # W^DKV and W^KR, 576 padded: 5 columns of tiles
+        ((4096, 7168, 16384), 1, "256x128 in pairs"),  # W^O
+        ((32768, 4096, 7168), 4, "256x128 in pairs"),  # gate and up of 4 experts
+        ((32768, 4096, 7168), 32, "128x256 in pairs"),  # of 32: lower tiles, less cut by experts
+    ],
+)
+def test_tilings_of_the_model(shape, experts, name):
+    assert str(matmul_tiling.choose(PRODUCT_TILINGS, shape, experts, 132)) == name
+
+
+def test_a_tiling_that_does_not_divide_the_result():
+    with pytest.raises(ValueError, match="in tiles of 256x128 in pairs cannot compute 256 x 128"):
+        jax.eval_shape(kernel(PRODUCT_TILINGS[3], 2, False), *operands(128, 1), None)
+
+
 def test_a_shape_that_no_tiling_fits():
     with pytest.raises(ValueError, match="no tiling fits 128 x 576; pad both to multiples of 128"):
         matmul_tiling.choose(PRODUCT_TILINGS, (128, 576, 7168), 1, 132)
