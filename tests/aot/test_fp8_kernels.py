@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.aot import cluster
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.kernels import fp8_outer, fp8_product
+from deepseek_jax.kernels import fp8_outer, fp8_product, fp8_quantise
 from deepseek_jax.kernels.matmul_tiling import H100_SMS, OUTER_TILINGS, PRODUCT_TILINGS
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
@@ -79,3 +79,14 @@ def test_outer_products_of_all_experts(compile_kernel, tiling):
         operand((E,), jnp.int32),
     )  # fmt: skip
     check(*compile_kernel(fn, *operands), "fp8_outer")
+
+
+def test_quantised_rows(compile_kernel):
+    """One reading; largest values keep a NaN; the cast rounds to nearest in hardware."""
+    fn = functools.partial(fp8_quantise.quantise, largest=448.0, floor=1e-12)
+    said, code, text = compile_kernel(fn, operand((M, K), jnp.bfloat16))
+    assert len(re.findall("mosaic_gpu_v2", text)) == 1 and "/fp8_quantise/" in text
+    assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= 96  # five blocks of threads to an SM
+    assert "cvt.rn.satfinite.e4m3x2.f32" in code
+    assert "max.NaN.f32" in code and "max.f32" not in code
