@@ -22,7 +22,6 @@ from jax import lax
 STEP = 128  # values of K in a step
 PIECE = (64, 128)  # rows and columns of one accumulator
 H100_SMS = 132
-SHARED_BYTES = 232_448  # of one thread block (227 KiB)
 # Registers of a thread: 65,536 over 3 warpgroups, rounded down to a multiple of 8 at launch. The
 # warpgroup that loads gives its share up, and the consumers take what it leaves.
 _REGISTERS = 3 * 168
@@ -82,10 +81,6 @@ class Tiling:
     def blocks(self, sms: int) -> int:
         """Thread blocks, or pairs of them, that run at once on so many SMs."""
         return max(sms // self.cluster, 1)
-
-    def operand_bytes(self) -> int:
-        """Bytes of both operands in one step, in E4M3."""
-        return (self.height + self.width) * STEP
 
     def step_cycles(self) -> float:
         """Estimated clocks of a step, if every SM runs this tiling."""
