@@ -12,8 +12,8 @@ from jax._src.pallas.mosaic.interpret import utils
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, params
 from jax._src.state.types import TransposeTransform
 
-# A race: ordinary accesses and copies of the same memory that no barrier orders, or no fence. Only
-# newer releases than jax 0.10 know of fences.
+# A race: ordinary accesses and copies of the same memory that no barrier orders, or no fence. jax
+# 0.10 does not know of fences; 0.12 does.
 GPU = params.InterpretGPUParams(detect_races=True)
 # Clusters and copies for both blocks of a cluster.
 PAIRS = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)

@@ -25,8 +25,10 @@ Why no read meets a write of the same memory:
 - Store: a consumer writes shared memory with ordinary stores, makes them visible to TMA, and starts
   a copy. It reuses the buffer when the copy has read it.
 
-`tests/kernels/` runs the kernels in JAX's interpreter, which checks indices and ring, but no
-hazards of asynchronous products; and compiles them for an H100. None has run on a GPU yet.
+JAX's interpreter runs the kernels in `tests/kernels/`: it checks indices, barriers, and the fences
+between ordinary accesses and copies. `tests/aot/` compiles them for an H100. None has run on a GPU.
+Nothing but the reasoning above stands for what the interpreter does not simulate: tensor core
+products that are under way, copies that a block receives from its mate, and the end of a block.
 """
 
 import dataclasses
