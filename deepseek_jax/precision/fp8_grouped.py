@@ -89,14 +89,9 @@ def quantise_rows(x: jax.Array, sizes: jax.Array, power_of_two: bool) -> Tiles:
     Rows past sum(sizes) are padding: their values are zero, and no scale depends on them.
     """
     x = x.astype(jnp.float32)
-    count, ends = x.shape[0], jnp.cumsum(sizes)
-    tiles, last = (sizes + BLOCK - 1) // BLOCK, _tile_ends(sizes)
-    number = jnp.arange(_most_tiles(count, sizes.shape[0]), dtype=sizes.dtype)
-    expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), sizes.shape[0] - 1)
-    first = (ends - sizes)[expert] + (number - (last - tiles)[expert]) * BLOCK
-    row = first[:, None] + jnp.arange(BLOCK, dtype=sizes.dtype)[None]  # T128
-    inside = (row < ends[expert][:, None]) & (number < last[-1])[:, None]
-    own = jnp.abs(x).at[jnp.minimum(row, count - 1)].get(mode="promise_in_bounds")  # T128D
+    count = x.shape[0]
+    row, inside = rows_of_tiles(count, sizes)
+    own = jnp.abs(x).at[row].get(mode="promise_in_bounds")  # T128D
     largest = as_integers(jnp.where(inside[..., None], own, 0)).max(1)
     scales = scales_of(as_floats(largest), power_of_two)
     tile, real = _tile_of_row(count, sizes)
@@ -108,6 +103,18 @@ def dequantise_rows(tiles: Tiles, sizes: jax.Array, dtype: Any) -> jax.Array:
     """The rows MD of `quantise_rows`, in `dtype`."""
     tile, _ = _tile_of_row(tiles.values.shape[0], sizes)
     return (tiles.values.astype(jnp.float32) * _of_rows(tiles.scales, tile)).astype(dtype)
+
+
+def rows_of_tiles(count: int, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of each tile of `count` rows, T128 in [0, count), and whether they are its own."""
+    ends = jnp.cumsum(sizes)
+    tiles, last = (sizes + BLOCK - 1) // BLOCK, _tile_ends(sizes)
+    number = jnp.arange(_most_tiles(count, sizes.shape[0]), dtype=sizes.dtype)
+    expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), sizes.shape[0] - 1)
+    first = (ends - sizes)[expert] + (number - (last - tiles)[expert]) * BLOCK
+    row = first[:, None] + jnp.arange(BLOCK, dtype=sizes.dtype)[None]
+    inside = (row < ends[expert][:, None]) & (number < last[-1])[:, None]
+    return jnp.minimum(row, count - 1), inside
 
 
 def _most_tiles(rows: int, experts: int) -> int:

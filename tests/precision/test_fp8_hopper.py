@@ -1,0 +1,140 @@
+"""FP8 products by kernels against the portable form, which they must equal to the bit.
+
+Operands have values and scales whose sums are exact in any order (`scaled.py`).
+"""
+
+import functools
+
+import interpreted
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scaled
+
+from deepseek_jax.precision import fp8_grouped, fp8_linear, grouped
+from deepseek_jax.precision.einsum import exact_einsum
+from deepseek_jax.precision.fp8_hopper import HopperProducts, takes
+from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles, quantise_tiles
+from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+M, K, N, E = 200, 200, 136, 3  # no size is a multiple of 128
+SIZES = jnp.asarray([130, 0, 61], jnp.int32)  # the last 9 rows are nobody's
+BFLOAT16 = jnp.bfloat16
+HOPPER = HopperProducts(sms=1, pairs=False, interpret=interpreted.GPU)
+
+
+def tiles(rows, columns, seed, axis=-1):
+    shape = (rows, -(-columns // 128)) if axis == -1 else (-(-rows // 128), columns)
+    return Tiles(scaled.values(rows, columns, seed=seed), scaled.scales(*shape, seed=seed + 1))
+
+
+def weight(*experts):
+    values = scaled.values(*experts, K, N, seed=8)
+    return Fp8Weight(values, scaled.scales(*experts, 2, 2, seed=9))
+
+
+def equal(kernel, portable, *arguments):
+    got, want = interpreted.run(jax.jit(kernel), *arguments), jax.jit(portable)(*arguments)
+    assert got.dtype == want.dtype and np.abs(np.asarray(want, np.float32)).max() > 100
+    np.testing.assert_array_equal(got, np.asarray(want))
+
+
+def portable_product(x, w):
+    whole = w.dequantised(x.values.shape[1], BFLOAT16)
+    return exact_einsum("MK,KN->MN", dequantise_tiles(x, BFLOAT16), whole).astype(BFLOAT16)
+
+
+def portable_input_gradient(d_out, w):
+    whole = w.dequantised(K, BFLOAT16)
+    d_x = exact_einsum("MN,KN->MK", dequantise_tiles(d_out, BFLOAT16), whole)
+    return d_x.astype(BFLOAT16)
+
+
+PLAN = grouped.plan(M, E, M)
+
+
+def portable_grouped(x, w, sizes):
+    whole = w.dequantised(K, BFLOAT16)
+    return PLAN.product(dequantise_tiles(x, BFLOAT16), whole, sizes)
+
+
+def portable_grouped_input_gradient(d_out, w, sizes):
+    sent = dequantise_tiles(d_out, BFLOAT16)
+    return PLAN.rows_gradient((sent, w.dequantised(K, BFLOAT16), sizes), sent)
+
+
+def portable_grouped_weight_gradient(x, d_out, sizes):
+    x, d_out = (fp8_grouped.dequantise_rows(tiles, sizes, BFLOAT16) for tiles in (x, d_out))
+    saved = x, jnp.zeros((0,), BFLOAT16), sizes
+    return PLAN.weight_gradient(saved, d_out, (E, K, N), jnp.float32)
+
+
+def test_products_of_all_experts():
+    kernel = functools.partial(HOPPER.product, dtype=BFLOAT16)
+    equal(kernel, portable_grouped, tiles(M, K, 0), weight(E), SIZES)
+
+
+@pytest.mark.slow
+def test_input_gradients_of_all_experts():
+    kernel = functools.partial(HOPPER.input_gradient, dtype=BFLOAT16)
+    equal(kernel, portable_grouped_input_gradient, tiles(M, N, 2), weight(E), SIZES)
+
+
+def test_weight_gradients_of_all_experts():
+    """Tiles along rows: three of 130 and 61 rows, and a fourth that no expert has."""
+    given = [
+        Tiles(scaled.values(M, width, seed=width), scaled.scales(4, width, seed=1))
+        for width in (K, N)
+    ]
+    equal(HOPPER.grouped_weight_gradient, portable_grouped_weight_gradient, *given, SIZES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("power_of_two", [True, False], ids=["power of two", "free scales"])
+def test_a_linear_layer_of_real_numbers(power_of_two):
+    """All three products, to the rounding of sums in float32 where they are not exact."""
+    random = np.random.default_rng(0)
+    x, d_out, w = (
+        jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((M, K), (M, N), (K, N))
+    )
+    linear = Linear.whole("io", (K, N))
+    blocks = quantise_blocks(w, linear, power_of_two=power_of_two)
+    quantise = functools.partial(quantise_tiles, power_of_two=power_of_two)
+    dtype = fp8_linear.operand_dtype(power_of_two)
+    whole = blocks.dequantised(K, dtype)
+    pairs = [
+        (
+            lambda: HOPPER.product(quantise(x), blocks, dtype=jnp.float32),
+            exact_einsum("MK,KN->MN", dequantise_tiles(quantise(x), dtype), whole),
+        ),
+        (
+            lambda: HOPPER.input_gradient(quantise(d_out), blocks, dtype=jnp.float32),
+            fp8_linear.input_gradient(d_out, whole, power_of_two),
+        ),
+        (
+            lambda: HOPPER.weight_gradient(quantise(x, axis=-2), quantise(d_out, axis=-2)),
+            fp8_linear.weight_gradient(quantise(x, axis=-2), d_out, power_of_two),
+        ),
+    ]
+    for kernel, want in pairs:
+        got = interpreted.run(jax.jit(kernel))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.slow
+def test_one_matrix():
+    product = functools.partial(HOPPER.product, dtype=BFLOAT16)
+    equal(product, portable_product, tiles(M, K, 0), weight())
+    gradient = functools.partial(HOPPER.input_gradient, dtype=BFLOAT16)
+    equal(gradient, portable_input_gradient, tiles(M, N, 2), weight())
+
+
+def test_weights_that_the_kernels_take():
+    """Whole blocks; not a part of a device that cuts them, here of heads of 48 columns."""
+    assert takes(weight(), K) and takes(weight(E), K)
+    heads = Linear("ioo", (128, 8, 48), (0, 1, 0), (0, 1, 0), (128, 1, 48))
+    part = quantise_blocks(jnp.ones((128, 1, 48)), heads, power_of_two=True)
+    assert part.scales.shape == (1, 48) and not takes(part, 128)
