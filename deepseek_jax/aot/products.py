@@ -75,7 +75,7 @@ def _is_matrix(line: Instruction) -> bool:
 
 
 class _Trace:
-    """Where arrays of a module come from."""
+    """Origins of the arrays of a module."""
 
     def __init__(self, module: Module):
         self._module = module

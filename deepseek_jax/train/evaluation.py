@@ -79,39 +79,8 @@ def make_score(
       compiled_for: abstract weights and biases, for which the program is compiled now, for
         sequences of `batch.length`; None compiles it at the first call.
     """
-    graph, abstract, abstract_bias = split(abstract_model(config.model))
-    stored = params.storage(abstract if like is None else like, layout)
-    how = dataclasses.replace(execution.of(config, recipe), remat=remat.NONE, in_flight=1)
-    how = dataclasses.replace(how, unroll=1)  # compiles sooner, and runs as fast
-    per_layer = config.layout.zero == 3
-    batch_spec = P(layout.mesh_axes("batch") or None, None)
-    data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)
-
-    def local(
-        weights: nnx.State, bias: nnx.State, tokens: jax.Array, valid: jax.Array
-    ) -> jax.Array:
-        with axes.active(layout):
-            compute = params.prepare(weights, how.recipe)
-            compute = compute if per_layer else params.gather(compute, layout)
-            model: Any = nnx.merge(graph, compute, bias)
-            rows = model.trunk(tokens[:, :-1], how).hidden.reshape(-1, config.model.d_model)
-            counted = valid.reshape(-1).astype(jnp.float32)
-            chunk = min(config.layout.loss_chunk, rows.shape[0])
-            head = params.whole(model.head).table[...]
-            nats, _ = head_loss(rows, head, tokens[:, 1:].reshape(-1), counted, chunk)
-            return lax.psum(nats, data_axes) if data_axes else nats
-
-    total: Any = jax.jit(
-        jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(stored, jax.tree.map(lambda _: P(), abstract_bias), batch_spec, batch_spec),
-            out_specs=P(),
-            check_vma=False,
-        ),
-        compiler_options=xla_options.forward_options(jax.default_backend()),
-    )
-    place = NamedSharding(mesh, batch_spec)
+    total: Any = _total(config, layout, mesh, recipe, like)
+    place = NamedSharding(mesh, _batch_spec(layout))
     size = config.batch.micro_sequences
     if compiled_for is not None:
         length = config.batch.length
@@ -131,6 +100,48 @@ def make_score(
         return Score(nats, int(valid.sum()))
 
     return score
+
+
+def _batch_spec(layout: Layout) -> P:
+    return P(layout.mesh_axes("batch") or None, None)
+
+
+def _total(
+    config: Config, layout: Layout, mesh: Mesh, recipe: Recipe | None, like: nnx.State | None
+) -> Any:
+    """Jitted (weights, biases, tokens, valid) -> nats of one micro-batch, over all devices."""
+    graph, abstract, abstract_bias = split(abstract_model(config.model))
+    stored = params.storage(abstract if like is None else like, layout)
+    how = dataclasses.replace(execution.of(config, recipe), remat=remat.NONE, in_flight=1)
+    how = dataclasses.replace(how, unroll=1)  # compiles sooner, and runs as fast
+    per_layer = config.layout.zero == 3
+    batch_spec = _batch_spec(layout)
+    data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)
+
+    def local(
+        weights: nnx.State, bias: nnx.State, tokens: jax.Array, valid: jax.Array
+    ) -> jax.Array:
+        with axes.active(layout):
+            compute = params.prepare(weights, how.recipe)
+            compute = compute if per_layer else params.gather(compute, layout)
+            model: Any = nnx.merge(graph, compute, bias)
+            rows = model.trunk(tokens[:, :-1], how).hidden.reshape(-1, config.model.d_model)
+            counted = valid.reshape(-1).astype(jnp.float32)
+            chunk = min(config.layout.loss_chunk, rows.shape[0])
+            head = params.whole(model.head).table[...]
+            nats, _ = head_loss(rows, head, tokens[:, 1:].reshape(-1), counted, chunk)
+            return lax.psum(nats, data_axes) if data_axes else nats
+
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(stored, jax.tree.map(lambda _: P(), abstract_bias), batch_spec, batch_spec),
+            out_specs=P(),
+            check_vma=False,
+        ),
+        compiler_options=xla_options.forward_options(jax.default_backend()),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
