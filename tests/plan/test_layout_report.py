@@ -98,13 +98,16 @@ def test_bytes_of_the_published_model(full):
     dense, all in one chunk of the end ranks, and what a chunk's slot has on one rank it has on all.
     """
     expert, wide, bias = 3 * 7168 * 2048, 3 * 7168 * 18_432 // 8, 256
-    matrices = 187_105_280 + (4 + 1) * expert  # bfloat16: attention, routed and shared experts
+    matrices = 187_105_280 + (4 + 1) * expert  # FP8: attention, routed and shared experts
     float32 = 2 * 7168 + 1536 + 512 + 7168 * 256  # norms and the router
     tables, norm = 2 * 129_280 // 8 * 7168, 7168
     mtp, mtp_norms = matrices + 2 * 7168 * 7168, float32 + 3 * 7168
     each = full["bytes_per_device"]
-    slots = 8 * (2 * matrices + 4 * (float32 + bias) + 2 * wide)
-    assert each["compute_weights"] == slots + 2 * (tables + mtp) + 4 * (norm + mtp_norms)
+    blocks = 12 * (56 + 192) + 56 * 5 + 4 * 256 + 128 * 56 + 5 * 3 * 56 * 16  # of the matrices
+    wide_blocks, joined_blocks = 3 * 56 * 18, 112 * 56
+    slots = 8 * (matrices + wide + 4 * (blocks + wide_blocks + float32 + bias))
+    ends = 2 * tables + mtp + 4 * (blocks + joined_blocks + norm + mtp_norms)
+    assert each["compute_weights"] == slots + ends
     slots = 8 * (matrices + float32 + bias) + 3 * wide
     assert each["gradients"] == 4 * (slots + tables + norm + mtp + mtp_norms + bias)
     assert each["moments"] == each["masters"] == each["reduced_gradients"] == each["ema_host"]

@@ -292,7 +292,7 @@ def test_a_checkpoint_runs_in_the_dtype_that_it_states(
             engines.append((how.recipe.name, model.head.table.dtype.name, options["cache"]))
             super().__init__(model, how, *rest, **options)
 
-    def recorded(config, layout, mesh):
+    def recorded(config, layout, mesh, **_):
         scored.append((config.precision.recipe, config.precision.dispatch))
         return lambda masters, bias, *rest: evaluation.Score(
             scored.append(masters.head.table.dtype.name) or 1.0, 1
