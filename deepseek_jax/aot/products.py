@@ -61,7 +61,7 @@ def products(module: Module, kernels: Kernels | None = None) -> Iterator[Product
             parts = gemm.op_name.split("/")
             kind = next((scope for scope in PRODUCTS if _inside(scope, parts)), OTHER)
             matrices = [name for name in line.operands if _is_matrix(lines[name])][:2]
-            in_fp8 = all(trace.from_fp8(computation, name) for name in matrices)
+            in_fp8 = len(matrices) == 2 and all(trace.from_fp8(computation, m) for m in matrices)
             yield Product(gemm, kind, in_fp8)
 
 
@@ -112,8 +112,9 @@ class _Trace:
         if line.opcode in ("fusion", "call", "conditional"):
             roots = (self._root(called) for called in line.calls)
             return all(self.from_fp8(*root, index, multiplied) for root in roots)
-        if line.opcode == "while":
-            return self.from_fp8(computation, line.operands[0], index, multiplied)
+        if line.opcode == "while":  # only what no trip changes keeps its origin
+            root = self._root(line.body)
+            return self.from_fp8(*root, index, multiplied)
         if line.opcode == "parameter" and computation in self._callers:
             outer, caller = self._callers[computation]
             given = caller.operands[self._operand(caller, computation, line.index)]

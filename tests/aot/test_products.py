@@ -16,6 +16,53 @@ LINEAR = 9
 OTHERS = 6 + 3 + 3
 
 
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%dequantise (values: f8e4m3fn[64,128], scales: f32[64,128]) -> bf16[64,128] {
+  %values = f8e4m3fn[64,128]{1,0} parameter(0)
+  %wide = f32[64,128]{1,0} convert(%values)
+  %scales = f32[64,128]{1,0} parameter(1)
+  %product = f32[64,128]{1,0} multiply(%wide, %scales)
+  ROOT %rounded = bf16[64,128]{1,0} convert(%product)
+}
+
+%body (state: (bf16[64,128], bf16[64,128])) -> (bf16[64,128], bf16[64,128]) {
+  %state = (bf16[64,128]{1,0}, bf16[64,128]{1,0}) parameter(0)
+  %kept = bf16[64,128]{1,0} get-tuple-element(%state), index=0
+  %moved = bf16[64,128]{1,0} get-tuple-element(%state), index=1
+  %next = bf16[64,128]{1,0} add(%moved, %kept)
+  ROOT %out = (bf16[64,128]{1,0}, bf16[64,128]{1,0}) tuple(%kept, %next)
+}
+
+ENTRY %main (values: f8e4m3fn[64,128], scales: f32[64,128]) -> f32[64,64] {
+  %values.1 = f8e4m3fn[64,128]{1,0} parameter(0)
+  %scales.1 = f32[64,128]{1,0} parameter(1)
+  %x = bf16[64,128]{1,0} fusion(%values.1, %scales.1), kind=kLoop, calls=%dequantise
+  %computed = bf16[64,128]{1,0} exponential(%x)
+  %initial = (bf16[64,128]{1,0}, bf16[64,128]{1,0}) tuple(%x, %x)
+  %loop = (bf16[64,128]{1,0}, bf16[64,128]{1,0}) while(%initial), condition=%c, body=%body
+  %kept.1 = bf16[64,128]{1,0} get-tuple-element(%loop), index=0
+  %moved.1 = bf16[64,128]{1,0} get-tuple-element(%loop), index=1
+  ROOT %out.1 = f32[64,64]{1,0} dot(LEFT, RIGHT), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "in_fp8"),
+    [
+        ("%x", "%x", True),
+        ("%x", "%kept.1", True),
+        ("%computed", "%x", False),
+        ("%x", "%computed", False),
+        ("%x", "%moved.1", False),
+    ],
+)
+def test_both_operands_are_tiles_times_scales(left, right, in_fp8):
+    module = hlo.parse(PROGRAM.replace("LEFT", left).replace("RIGHT", right))
+    assert products.counts(module) == {(products.OTHER, in_fp8): 1}
+
+
 def counted():
     config = small.config(precision_recipe="fp8", mesh_node=2, mesh_gpu=2)
     lowered = layer.lower(config, cluster.mesh(config.mesh))

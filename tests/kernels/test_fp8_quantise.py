@@ -21,8 +21,8 @@ kernel = functools.partial(
 def hard_rows():
     """128 x 256: magnitudes over the range of bfloat16, zeros, ties, infinities.
 
-    No NaN: XLA for CPUs loses one in the maximum of a large array, so that neither side shows what
-    a GPU does. There the kernel's maximum keeps it (`tests/aot/test_fp8_kernels.py`).
+    No NaN: XLA for CPUs loses one in the maximum that the interpreter takes of a large array. On a
+    GPU the kernel's maximum keeps it (`tests/aot/test_fp8_kernels.py`).
     """
     random = np.random.default_rng(0)
     x = random.normal(size=(128, 256)) * 2.0 ** random.integers(-140, 126, (128, 1))

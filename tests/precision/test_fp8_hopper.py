@@ -36,7 +36,7 @@ def weight(*experts):
     return Fp8Weight(values, scaled.scales(*experts, 2, 2, seed=9))
 
 
-def equal(kernel, portable, *arguments):
+def assert_equal(kernel, portable, *arguments):
     got, want = interpreted.run(jax.jit(kernel), *arguments), jax.jit(portable)(*arguments)
     assert got.dtype == want.dtype and np.abs(np.asarray(want, np.float32)).max() > 100
     np.testing.assert_array_equal(got, np.asarray(want))
@@ -74,13 +74,13 @@ def portable_grouped_weight_gradient(x, d_out, sizes):
 
 def test_products_of_all_experts():
     kernel = functools.partial(HOPPER.product, dtype=BFLOAT16)
-    equal(kernel, portable_grouped, tiles(M, K, 0), weight(E), SIZES)
+    assert_equal(kernel, portable_grouped, tiles(M, K, 0), weight(E), SIZES)
 
 
 @pytest.mark.slow
 def test_input_gradients_of_all_experts():
     kernel = functools.partial(HOPPER.input_gradient, dtype=BFLOAT16)
-    equal(kernel, portable_grouped_input_gradient, tiles(M, N, 2), weight(E), SIZES)
+    assert_equal(kernel, portable_grouped_input_gradient, tiles(M, N, 2), weight(E), SIZES)
 
 
 def test_weight_gradients_of_all_experts():
@@ -89,7 +89,7 @@ def test_weight_gradients_of_all_experts():
         Tiles(scaled.values(M, width, seed=width), scaled.scales(4, width, seed=1))
         for width in (K, N)
     ]
-    equal(HOPPER.grouped_weight_gradient, portable_grouped_weight_gradient, *given, SIZES)
+    assert_equal(HOPPER.grouped_weight_gradient, portable_grouped_weight_gradient, *given, SIZES)
 
 
 @pytest.mark.slow
@@ -127,9 +127,9 @@ def test_a_linear_layer_of_real_numbers(power_of_two):
 @pytest.mark.slow
 def test_one_matrix():
     product = functools.partial(HOPPER.product, dtype=BFLOAT16)
-    equal(product, portable_product, tiles(M, K, 0), weight())
+    assert_equal(product, portable_product, tiles(M, K, 0), weight())
     gradient = functools.partial(HOPPER.input_gradient, dtype=BFLOAT16)
-    equal(gradient, portable_input_gradient, tiles(M, N, 2), weight())
+    assert_equal(gradient, portable_input_gradient, tiles(M, N, 2), weight())
 
 
 def test_weights_that_the_kernels_take():

@@ -131,7 +131,7 @@ def reference(x, loaded, exact):
     return tiles @ exact[loaded].astype(np.float64).T
 
 
-def near(got, want):
+def assert_near(got, want):
     """Equal but for the order of sums and the result's rounding to bfloat16, 2^-9 of it."""
     got = np.asarray(got.astype(jnp.float32), np.float64).reshape(want.shape)
     np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-5 * np.abs(want).max())
@@ -152,7 +152,7 @@ def test_attention_multiplies_with_the_stored_values(name, model, stored):
     x, wide = rows(5, depth)
     inner = weight.shape[: len(subscripts.split(",")[0]) - 1]
     got = jax.jit(dense, static_argnums=1)(x.reshape(5, *inner), subscripts, weight)
-    near(got, reference(wide, published, stored[2]))
+    assert_near(got, reference(wide, published, stored[2]))
 
 
 @pytest.mark.parametrize("half", ["gate_up", "down"])
@@ -168,7 +168,7 @@ def test_experts_multiply_with_the_stored_values(half, model, stored):
         parts.append(
             np.concatenate([reference(wide[start:end], name, stored[2]) for name in own], 1)
         )
-    near(got, np.concatenate(parts))
+    assert_near(got, np.concatenate(parts))
 
 
 def test_writing_gives_the_same_bytes_and_outputs(model, stored, tmp_path):
