@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deepseek_jax.kernels import warp_specialised
 from deepseek_jax.kernels.matmul_tiling import PIECE, STEP, Tiling, position
-from deepseek_jax.kernels.warp_specialised import Ring, span
+from deepseek_jax.kernels.warp_specialised import span
 
 
 def outer(
@@ -73,7 +73,7 @@ def outer(
     def body(*refs: Any, **scratch: Any) -> None:
         fields = ("table", "x", "x_scales", "y", "y_scales", "out")
         given = dict(zip(fields, refs, strict=True)) | scratch
-        _Outer(tiling, lax.axis_index("pair"), **given).run(tiling.blocks(sms))
+        _Outer(tiling=tiling, mate=lax.axis_index("pair"), **given).run(tiling.blocks(sms))
 
     return warp_specialised.call(
         body, "fp8_outer", tiling, tiling.blocks(sms), out, scratch, interpret
@@ -81,16 +81,13 @@ def outer(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Outer:
-    """The kernel: references to global memory, then to shared memory and barriers.
+class _Outer(warp_specialised.Kernel):
+    """The kernel: references to global memory, then to shared memory.
 
     Attributes:
-      mate: number of this thread block in its pair.
       table: E2, first block of tokens of each expert, and the number of them.
     """
 
-    tiling: Tiling
-    mate: jax.Array
     table: Any
     x: Any
     x_scales: Any
@@ -101,14 +98,6 @@ class _Outer:
     x_scale_smem: Any
     y_smem: Any
     y_scale_smem: Any
-    staging: Any
-    full: Any
-    empty: Any
-    agreed: Any = None
-
-    @property
-    def ring(self) -> Ring:
-        return Ring(self.full, self.empty, self.agreed, self.tiling.stages)
 
     def run(self, blocks: int) -> None:
         """Computes this thread block's tiles."""

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from deepseek_jax.kernels import warp_specialised
 from deepseek_jax.kernels.matmul_tiling import PIECE, STEP, Tiling, position
 from deepseek_jax.kernels.row_blocks import RowBlocks, one_expert, row_blocks
-from deepseek_jax.kernels.warp_specialised import Ring, span
+from deepseek_jax.kernels.warp_specialised import span
 
 
 def product(
@@ -81,8 +81,8 @@ def product(
     def body(visits: Any, experts: Any, *refs: Any, **scratch: Any) -> None:
         fields = ("x", "x_scales", "weights", "weight_scales", "out")
         given = dict(zip(fields, refs, strict=True)) | scratch
-        mate = lax.axis_index("pair")
-        _Product(tiling, mate, RowBlocks(visits, experts), **given).run(tiling.blocks(sms))
+        mate, tables = lax.axis_index("pair"), RowBlocks(visits, experts)
+        _Product(tiling=tiling, mate=mate, tables=tables, **given).run(tiling.blocks(sms))
 
     return warp_specialised.call(
         body, "fp8_product", tiling, tiling.blocks(sms), out, scratch, interpret
@@ -99,15 +99,9 @@ class _Visit:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
-    """The kernel: references to global memory, then to shared memory and barriers.
+class _Product(warp_specialised.Kernel):
+    """The kernel: references to global memory, then to shared memory."""
 
-    Attributes:
-      mate: number of this thread block in its pair.
-    """
-
-    tiling: Tiling
-    mate: jax.Array
     tables: RowBlocks
     x: Any
     x_scales: Any
@@ -117,14 +111,6 @@ class _Product:
     x_smem: Any
     scale_smem: Any
     weight_smem: Any
-    staging: Any
-    full: Any
-    empty: Any
-    agreed: Any = None
-
-    @property
-    def ring(self) -> Ring:
-        return Ring(self.full, self.empty, self.agreed, self.tiling.stages)
 
     def run(self, blocks: int) -> None:
         """Computes this thread block's tiles."""

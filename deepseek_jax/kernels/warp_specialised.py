@@ -107,6 +107,27 @@ class Ring:
         lax.fori_loop(steps, steps + self.stages, one, None)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Work of a thread block, with the shared memory and barriers of `scratch`.
+
+    Attributes:
+      mate: number of this thread block in its pair.
+    """
+
+    tiling: Tiling
+    mate: jax.Array
+    staging: Any
+    full: Any
+    empty: Any
+    agreed: Any = None
+
+    @property
+    def ring(self) -> Ring:
+        """The slots of this kernel."""
+        return Ring(self.full, self.empty, self.agreed, self.tiling.stages)
+
+
 def scratch(tiling: Tiling, copies: int, out: Any) -> dict[str, Any]:
     """Shared memory and barriers that every kernel has, by name.
 
