@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from deepseek_jax import command
+from deepseek_jax.bench import NAMES
 from deepseek_jax.table import text
 
 CONFIG = command.define_config_flag()
@@ -24,10 +25,6 @@ EMULATE = flags.DEFINE_integer(
     "Pretend to have this many CPU devices; pipeline, and dispatch without a GPU: 8.",
 )
 CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/v3_tiny", "Workdir of a run; kinds.")
-NAMES = (
-    "train", "profile", "moe", "memory", "residuals", "layer", "grouped", "tiles", "dispatch",
-    "pipeline", "load", "decode", "speculate", "kinds", "precision",
-)  # fmt: skip
 
 
 def main(name: str) -> None:

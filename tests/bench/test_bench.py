@@ -13,8 +13,7 @@ import pytest
 
 from configs import v3_671b, v3_tiny
 from deepseek_jax import config as configs
-from deepseek_jax.bench import __main__ as bench
-from deepseek_jax.bench import grouped, layer, load, memory, moe, tiles
+from deepseek_jax.bench import NAMES, grouped, layer, load, memory, moe, tiles
 from deepseek_jax.hardware import chips
 from deepseek_jax.kernels import grouped_triton
 from deepseek_jax.precision.grouped import reference
@@ -39,7 +38,7 @@ def test_names(arguments, message):
 
 def test_each_result_can_be_printed():
     """`table.text` prints a dict."""
-    for name in bench.NAMES:
+    for name in NAMES:
         measure = importlib.import_module(f"deepseek_jax.bench.{name}").measure
         assert typing.get_origin(typing.get_type_hints(measure)["return"]) is dict, name
 
