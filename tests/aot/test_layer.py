@@ -81,14 +81,19 @@ def test_two_micro_batches_in_flight():
 
 def test_four_copies_cross_between_nodes_where_flat_sends_eight():
     flat = config(dispatch="flat")
+    want, two_hop = planned(flat)[1], planned(config())[1]
+    assert copies_per_token(flat, 0) == pytest.approx(8)
+    assert copies_per_token(config(), 0) == pytest.approx(4)
+    assert two_hop["send"][0] == want["send"][0] / 2
+
+
+@pytest.mark.slow  # the program of two hops is compiled above
+def test_flat_messages_are_those_of_the_plan():
+    flat = config(dispatch="flat")
     _, want = planned(flat)
     found = messages(flat)
     assert sorted(c.bytes for c in found) == sorted(each[0] for each in want.values())
     assert all(c.axes == ("node", "gpu") and c.group == 64 for c in found)
-    assert copies_per_token(flat, 0) == pytest.approx(8)
-    assert copies_per_token(config(), 0) == pytest.approx(4)
-    two_hop = planned(config())[1]
-    assert two_hop["send"][0] == want["send"][0] / 2
 
 
 def test_nodes_that_a_token_visits():
