@@ -41,10 +41,13 @@ class Recipe:
     Attributes:
       name: the value of `precision.recipe`.
       activation_dtype: dtype of activations, in matmuls and between them.
+      kernels: names in `kernels/names.py` of the kernels that compute on a GPU, where each passed
+        its check. All else, and everything on another platform, is computed in the portable form.
     """
 
     name: str
     activation_dtype: jnp.dtype
+    kernels: frozenset[str] = frozenset()
 
     def prepare(
         self, weight: Any, *, sensitive: bool, linear: Linear | None = None
