@@ -15,6 +15,7 @@ a consumer has one piece, and tiles are 128 x 128.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from deepseek_jax.kernels.matmul_tiling import PIECE, STEP, Tiling, position
 from deepseek_jax.kernels.warp_specialised import span
 
 
+@functools.partial(jax.jit, static_argnames=("tiling", "sms", "interpret"))
 def outer(
     x: jax.Array,
     x_scales: jax.Array,

@@ -35,6 +35,7 @@ from deepseek_jax.kernels.row_blocks import RowBlocks, one_expert, row_blocks
 from deepseek_jax.kernels.warp_specialised import span
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "tiling", "sms", "interpret"))
 def product(
     x: jax.Array,
     x_scales: jax.Array,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import fp8_outer, fp8_product, matmul_tiling
-from deepseek_jax.precision.fp8_grouped import rows_of_tiles
+from deepseek_jax.precision.expert_tiles import rows_of_tiles
 from deepseek_jax.precision.fp8_tiles import BLOCK, Tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight
 
@@ -54,11 +54,13 @@ class HopperProducts:
       pairs: whether two thread blocks may share loads (multicast). Off until a GPU has run them: no
         test without one fails when the agreement between two producers is taken out.
       interpret: as in `fp8_product.product`.
+      tilings: of products x w and d_out w^T, to choose from.
     """
 
     sms: int = matmul_tiling.H100_SMS
     pairs: bool = False
     interpret: Any = None
+    tilings: tuple[matmul_tiling.Tiling, ...] = matmul_tiling.PRODUCT_TILINGS
 
     def product(
         self, tiles: Tiles, weight: Fp8Weight, sizes: jax.Array | None = None, *, dtype: DTypeLike
@@ -112,7 +114,7 @@ class HopperProducts:
             weight_scales,
             sizes,
             dtype=dtype,
-            tiling=self._tiling(matmul_tiling.PRODUCT_TILINGS, shape, experts),
+            tiling=self._tiling(self.tilings, shape, experts),
             sms=self.sms,
             interpret=self.interpret,
         )
@@ -140,6 +142,9 @@ class HopperProducts:
     ) -> matmul_tiling.Tiling:
         allowed = [tiling for tiling in candidates if self.pairs or not tiling.pair]
         return matmul_tiling.choose(allowed, shape, experts, self.sms)
+
+
+H100 = HopperProducts()
 
 
 def _matrices(weight: Fp8Weight, depth: int, width: int) -> tuple[jax.Array, jax.Array]:
