@@ -5,3 +5,4 @@ OUTER = "fp8_outer"
 QUANTISE = "fp8_quantise"
 ATTENTION = "attention"
 LATENT_ATTENTION = "latent_attention"
+ALL = (PRODUCT, OUTER, QUANTISE, ATTENTION, LATENT_ATTENTION)

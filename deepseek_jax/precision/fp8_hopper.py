@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import fp8_outer, fp8_product, matmul_tiling
@@ -67,7 +68,7 @@ class HopperProducts:
     ) -> jax.Array:
         """x w: MK, in tiles along K, and matrices KN -> MN in `dtype`; rows of nobody are zero."""
         values, scales = _matrices(weight, tiles.values.shape[1], -1)
-        return self._product(tiles, values.mT, scales.mT, sizes, dtype)
+        return self._product(tiles, _turned(values), scales.mT, sizes, dtype)
 
     def input_gradient(
         self, tiles: Tiles, weight: Fp8Weight, sizes: jax.Array | None = None, *, dtype: DTypeLike
@@ -124,9 +125,9 @@ class HopperProducts:
         """MK and MN in whole tiles along M -> EKN."""
         shape = x.values.shape[1], d_out.values.shape[1], x.values.shape[0]
         return fp8_outer.outer(
-            x.values.mT,
+            _turned(x.values),
             x.scales,
-            d_out.values.mT,
+            _turned(d_out.values),
             d_out.scales,
             blocks,
             tiling=self._tiling(matmul_tiling.OUTER_TILINGS, shape, 1),
@@ -145,6 +146,15 @@ class HopperProducts:
 
 
 H100 = HopperProducts()
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    """The transposed copy of matrices, made here.
+
+    A kernel wants its operands in row-major order. XLA would choose the transposed order for
+    whatever the array comes from instead, up to the residuals of a pipeline, and copy all of them.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))).mT
 
 
 def _matrices(weight: Fp8Weight, depth: int, width: int) -> tuple[jax.Array, jax.Array]:

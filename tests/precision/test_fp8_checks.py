@@ -38,7 +38,9 @@ class Reference(HopperProducts):
     step: int = 0
 
     def product(self, tiles, weight, sizes=None, *, dtype):
-        return self._each(tiles, weight.dequantised(tiles.values.shape[1], jnp.float32), sizes, dtype)
+        return self._each(
+            tiles, weight.dequantised(tiles.values.shape[1], jnp.float32), sizes, dtype
+        )
 
     def input_gradient(self, tiles, weight, sizes=None, *, dtype):
         rows = weight.values.size // weight.scales.shape[0] // tiles.values.shape[1]
