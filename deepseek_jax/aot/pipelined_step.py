@@ -232,6 +232,8 @@ def _made_of(
         several = line.opcode in ("tuple", "fusion") and len(line.arrays) > 1
         return line.operands, "" if several else line.op_name
     whole = lines[line.operands[0]]
+    if whole.opcode == "parameter":  # such as a weight, named after one of its uses
+        return line.operands, ""
     if whole.opcode == "tuple":
         return (whole.operands[line.index],), line.op_name
     if whole.opcode != "fusion":

@@ -37,7 +37,7 @@ class Fp8Form:
         *,
         takes: bool = True,
     ) -> Callable[..., Any]:
-        """One of two functions with the same arguments and results, of arrays alone.
+        """The form of a product: one of two functions of arrays, alike in arguments and results.
 
         Args:
           name: of the kernel.
