@@ -142,8 +142,7 @@ def load(directory: str | Path, dtype: Any = "float32") -> Model:
     checkpoint = checkpoints.open_checkpoint(Path(directory))
     mesh = MeshConfig(**dict.fromkeys(MESH_AXES, 1))
     config = dataclasses.replace(checkpoint.config(name), mesh=mesh)
-    recipe = execution.recipe_of(config)
-    recipe = recipe.serving if name is None else recipe
+    recipe = execution.recipe_of(config, serving=name is None)
     model = params.prepare(checkpoint.load(recipe), recipe)
     return Model(model.config, model, Execution(recipe=recipe), checkpoint)
 

@@ -52,18 +52,23 @@ def of(config: Config, own: Recipe | None = None) -> Execution:
     )
 
 
-def recipe_of(config: Config) -> Recipe:
+def recipe_of(config: Config, *, serving: bool = False) -> Recipe:
     """The recipe that a config names, with the kernels that this process may use.
 
     The first call in a process on a GPU checks the kernels, see `kernel_choice`; all processes then
     have to call it.
+
+    Args:
+      serving: whether it is for generation with weights that the config's recipe trained.
     """
     chosen = recipe(config.precision.recipe, config.precision.scales)
-    return chosen.with_kernels(kernels_of(config.precision).names, _sms(config))
+    chosen = chosen.serving if serving else chosen
+    kernels = kernel_choice.of(chosen, config.precision.kernels)
+    return chosen.with_kernels(kernels.names, _sms(config))
 
 
 def kernels_of(precision: PrecisionConfig) -> KernelChoice:
-    """The kernels of the recipe that a config names."""
+    """The kernels of the recipe that a config names, for training."""
     return kernel_choice.of(recipe(precision.recipe, precision.scales), precision.kernels)
 
 

@@ -46,10 +46,10 @@ def of(recipe: Recipe, setting: str) -> KernelChoice:
     Args:
       setting: `precision.kernels`.
     """
+    known = recipe.known_kernels
     if setting == PORTABLE:
         return KernelChoice(frozenset())
-    known = recipe.known_kernels
-    if jax.default_backend() != "gpu":
+    if not known or jax.default_backend() != "gpu":
         return KernelChoice(known)
     refused = _refused(known)
     return KernelChoice(known - refused.keys(), refused)

@@ -8,7 +8,7 @@ import small
 
 from deepseek_jax.kernels.names import OUTER, PRODUCT
 from deepseek_jax.model import execution, kernel_choice
-from deepseek_jax.precision.recipes import FLOAT32
+from deepseek_jax.precision.recipes import BFLOAT16, FLOAT32
 from deepseek_jax.runtime import kernel_check
 
 BOTH = frozenset({PRODUCT, OUTER})
@@ -56,7 +56,7 @@ def test_what_a_gpu_refuses_is_said_once(on_a_gpu, caplog):
     assert execution.kernels_of(config.precision).summary() == {
         "kernels": PRODUCT, "kernels_refused": {OUTER: "3 of 4 numbers of its check are wrong"},
     }  # fmt: skip
-    assert recipes[0].serving.kernels == frozenset()
+    assert execution.recipe_of(config, serving=True) == BFLOAT16 and len(calls) == 1
 
 
 def test_a_gpu_is_not_checked_for_the_portable_form(on_a_gpu):

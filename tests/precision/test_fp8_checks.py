@@ -70,7 +70,7 @@ def _owners(sizes, rows):
 @pytest.mark.parametrize("step", [0, 1])
 def test_scales_that_are_one_step_off_are_noticed(step):
     """At the sizes of a run."""
-    kernels = Reference(interpret="any platform", step=step)
+    kernels = Reference(interpret="any platform", tilings=(SQUARE,), step=step)
     found = refused(fp8_checks.checks(kernels), HOPPER)
     assert set(found) == ({PRODUCT, OUTER} if step else set()), found
     for reason in found.values():

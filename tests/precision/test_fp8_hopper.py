@@ -76,6 +76,7 @@ def portable_grouped_weight_gradient(x, d_out, sizes):
     return PLAN.weight_gradient(saved, d_out, (E, K, N), jnp.float32)
 
 
+@pytest.mark.slow  # as are those of experts below: `test_fp8_checks.py` computes them, too
 def test_products_of_all_experts():
     kernel = functools.partial(HOPPER.product, dtype=BFLOAT16)
     assert_equal(kernel, portable_grouped, tiles(M, K, 0), weight(E), SIZES)
@@ -87,6 +88,7 @@ def test_input_gradients_of_all_experts():
     assert_equal(kernel, portable_grouped_input_gradient, tiles(M, N, 2), weight(E), SIZES)
 
 
+@pytest.mark.slow
 def test_weight_gradients_of_all_experts():
     """Tiles along rows: three of 130 and 61 rows, and a fourth that no expert has."""
     given = [
@@ -115,11 +117,14 @@ def layers(fp8, experts):
     return run
 
 
-@pytest.mark.parametrize("experts", [False, True], ids=["one matrix", "experts"])
 @pytest.mark.parametrize(
-    "scales",
-    ["power_of_two", pytest.param("free", marks=pytest.mark.slow)],
+    "experts",
+    [
+        pytest.param(False, id="one matrix"),
+        pytest.param(True, id="experts", marks=pytest.mark.slow),
+    ],
 )
+@pytest.mark.parametrize("scales", ["power_of_two", pytest.param("free", marks=pytest.mark.slow)])
 def test_layers_of_a_recipe_with_kernels(scales, experts):
     """All three products of real numbers, to the rounding of sums in float32 to bfloat16."""
     portable = recipe("fp8", scales)
@@ -133,7 +138,8 @@ def test_layers_of_a_recipe_with_kernels(scales, experts):
     )  # fmt: skip
     got = interpreted.run(layers(kernels, experts), weight, x, pull)
     want = layers(portable, experts)(weight, x, pull)
-    for ours, theirs, rounding in zip(got, want, (1e-5, 2**-8, 2**-8), strict=True):
+    # Neighbours in bfloat16 are up to 2^-7 apart; the gradient of the weight is float32.
+    for ours, theirs, rounding in zip(got, want, (2**-7, 1e-5, 2**-7), strict=True):
         theirs = np.asarray(theirs, np.float32)
         scale = np.abs(theirs).max()
         np.testing.assert_allclose(
