@@ -6,12 +6,22 @@ import jax
 import pytest
 import small
 
+from deepseek_jax.aot import layer
+from deepseek_jax.kernels import fp8_outer, fp8_product
 from deepseek_jax.kernels.names import OUTER, PRODUCT
 from deepseek_jax.model import execution, kernel_choice
 from deepseek_jax.precision.recipes import BFLOAT16, FLOAT32
 from deepseek_jax.runtime import kernel_check
 
 BOTH = frozenset({PRODUCT, OUTER})
+
+
+def test_a_layer_on_a_cpu_traces_no_kernel(monkeypatch):
+    for kernel, name in ((fp8_product, "product"), (fp8_outer, "outer")):
+        monkeypatch.setattr(kernel, name, None)  # a call would fail
+    config = small.config(precision_recipe="fp8")
+    assert execution.of(config).recipe.kernels == BOTH
+    layer.lower(config, small.mesh_of({}))
 
 
 @pytest.fixture
