@@ -1,0 +1,8 @@
+"""Names of the kernels that a run may choose one by one."""
+
+PRODUCT = "fp8_product"
+OUTER = "fp8_outer"
+QUANTISE = "fp8_quantise"
+ATTENTION = "attention"
+LATENT_ATTENTION = "latent_attention"
+ALL = (PRODUCT, OUTER, QUANTISE, ATTENTION, LATENT_ATTENTION)
