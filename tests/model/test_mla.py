@@ -9,8 +9,9 @@ from equations import attention
 from equations.norm import part
 from published import layer, variant
 
+from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.mla import LatentAttention, causal_attention
+from deepseek_jax.model.mla import LatentAttention
 from deepseek_jax.serve import latent_cache
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
