@@ -4,4 +4,5 @@ PRODUCT = "fp8_product"
 OUTER = "fp8_outer"
 QUANTISE = "fp8_quantise"
 ATTENTION = "attention"
+ATTENTION_PADDED = "attention_padded"  # where cuDNN refuses values narrower than keys
 LATENT_ATTENTION = "latent_attention"

@@ -1,17 +1,107 @@
 """Causal attention over the keys and values of every head: equation 10 of the report.
 
+In blocks of queries, whose scores are arrays in memory; or, on a GPU, by a kernel that keeps none.
+The recipe says which.
+
 B batch, S and T positions of queries and keys, H heads, X width of queries and keys, W of values.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.kernels import attention_cudnn
+from deepseek_jax.kernels.attention_cudnn import AttentionKernel
+from deepseek_jax.model.execution import Execution
 from deepseek_jax.precision.einsum import exact_einsum
+from deepseek_jax.precision.saved import Saved
+
+
+def attend_and_project(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    project: Callable[[jax.Array, Any], jax.Array],
+    weight: Any,
+    how: Execution,
+    scale: float,
+) -> jax.Array:
+    """Causal attention and the linear layer behind it.
+
+    Args:
+      query, key, value: BSHX, BSHX and BSHW.
+      project: (heads' outputs BSHW, weight) -> BSD; closes over no array.
+      weight: W^O, prepared by the recipe.
+      scale: of the scores.
+    """
+    block = how.attention_block
+    kernel = attention_cudnn.chosen(how.recipe.kernels)
+    if kernel and attention_cudnn.takes(query, value):
+        core = FusedAttention(kernel, scale, block)
+        return how.recipe.from_kept_output(core, project, (query, key, value), weight)
+    keep = how.remat.keep_scores
+    mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
+    return how.recipe.from_kept(Saved.ATTENTION, project, mixed, weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedAttention:
+    """Causal attention by a kernel on a GPU, in blocks elsewhere: a `kept_output.Core`.
+
+    Both forms have the same results and residuals: the output, and logarithms of the softmaxes'
+    sums. Inside `shard_map` only, for XLA cannot split a kernel.
+
+    Attributes:
+      kernel: for a GPU.
+      scale: of the scores.
+      block: query rows whose scores are computed at once, elsewhere.
+    """
+
+    kernel: AttentionKernel
+    scale: float
+    block: int
+
+    def forward(self, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Output BSHW of queries and keys BSHX and values BSHW; logarithms of sums, BHS float32."""
+        return jax.lax.platform_dependent(
+            *inputs,
+            cuda=functools.partial(self.kernel.forward, scale=self.scale),
+            default=self._forward_in_blocks,
+        )
+
+    def backward(
+        self,
+        inputs: tuple[jax.Array, ...],
+        out: jax.Array,
+        rest: jax.Array,
+        d_out: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        """Gradients of queries, keys and values."""
+        return jax.lax.platform_dependent(
+            *inputs,
+            out,
+            rest,
+            d_out,
+            cuda=functools.partial(self.kernel.backward, scale=self.scale),
+            default=self._backward_in_blocks,
+        )
+
+    def _forward_in_blocks(self, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        query, key, value = (part.swapaxes(1, 2) for part in inputs)
+        out, _, log_sums = _forward(query, key, value, self.scale, self.block, False)
+        return out.swapaxes(1, 2), log_sums
+
+    def _backward_in_blocks(self, *given: jax.Array) -> tuple[jax.Array, ...]:
+        """Computes each block's softmax with its sums again, and needs neither sums nor output."""
+        query, key, value, _, _, d_out = (part.swapaxes(1, 2) for part in given)
+        saved = query, key, value, None
+        found = _in_blocks_backward(self.scale, self.block, False, saved, d_out)
+        return tuple(part.swapaxes(1, 2) for part in found)
 
 
 def causal_attention(
@@ -57,26 +147,28 @@ def _in_blocks(
 
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
-) -> tuple[jax.Array, list[_Softmax]]:
-    """Output BHSW, and the softmax of each block."""
+) -> tuple[jax.Array, list[_Softmax], jax.Array]:
+    """Output BHSW, the softmax of each block, and logarithms of the sums of exp s, BHS float32."""
     rows: list[jax.Array] = []
     softmaxes: list[_Softmax] = []
+    log_sums: list[jax.Array] = []
     for start, end in _blocks(query.shape[2], block):
         own = query[:, :, start:end]
         if rows and not keep_scores:  # one after the other, or XLA holds the scores of several
             own, rows[-1] = jax.lax.optimization_barrier((own, rows[-1]))
-        softmax = _softmax(own, key[:, :, :end], scale, start)
+        softmax, largest = _softmax(own, key[:, :, :end], scale, start)
         mean = exact_einsum("BHST,BHTW->BHSW", softmax[0], value[:, :, :end]) / softmax[1]
         rows.append(mean.astype(query.dtype))
         softmaxes.append(softmax)
-    return jnp.concatenate(rows, axis=2), softmaxes
+        log_sums.append((largest + jnp.log(softmax[1]))[..., 0])
+    return jnp.concatenate(rows, axis=2), softmaxes, jnp.concatenate(log_sums, axis=2)
 
 
 def _in_blocks_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
 ) -> tuple[jax.Array, Any]:
     """Output, and for backward the queries, keys and values, with the softmaxes if kept."""
-    out, softmaxes = _forward(query, key, value, scale, block, keep_scores)
+    out, softmaxes, _ = _forward(query, key, value, scale, block, keep_scores)
     return out, (query, key, value, softmaxes if keep_scores else None)
 
 
@@ -96,7 +188,7 @@ def _in_blocks_backward(
             rows, d_query[-1], d_key, d_value = jax.lax.optimization_barrier(
                 (rows, d_query[-1], d_key, d_value)
             )
-        softmax = softmaxes[i] if keep_scores else _softmax(rows, keys, scale, start)
+        softmax = softmaxes[i] if keep_scores else _softmax(rows, keys, scale, start)[0]
         d_scores, d_values = _pull_back(softmax, values, d_out[:, :, start:end])
         d_rows = scale * exact_einsum("BHST,BHTX->BHSX", d_scores, keys)
         d_query.append(d_rows.astype(query.dtype))
@@ -116,16 +208,19 @@ def _blocks(length: int, block: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + block, length)) for start in range(0, length, block))
 
 
-def _softmax(query: jax.Array, key: jax.Array, scale: float, start: int) -> _Softmax:
+def _softmax(
+    query: jax.Array, key: jax.Array, scale: float, start: int
+) -> tuple[_Softmax, jax.Array]:
     """Weights e = exp(s - max s) of the scores s = scale q . k, in the dtype of keys; their sums.
 
-    The first query is at position `start`, and sees the keys up to itself.
+    And max s, BHS1. The first query is at position `start`, and sees the keys up to itself.
     """
     scores = exact_einsum("BHSX,BHTX->BHST", query, key)
     past = start + jnp.arange(query.shape[2])[:, None] >= jnp.arange(key.shape[2])[None]  # ST
     scores = jnp.where(past[None, None], scores * scale, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    return weights.astype(key.dtype), weights.sum(-1, keepdims=True)
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    return (weights.astype(key.dtype), weights.sum(-1, keepdims=True)), largest
 
 
 def _pull_back(

@@ -14,7 +14,7 @@ from flax import nnx
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params, rotary
-from deepseek_jax.model.causal_attention import causal_attention
+from deepseek_jax.model.causal_attention import attend_and_project
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import axes
@@ -98,11 +98,9 @@ class LatentAttention(nnx.Module):
         key_rope = broadcast(key_rope[:, :, None], (*key_nope.shape[:-1], config.d_rope))
         key = jnp.concatenate([key_nope, key_rope], axis=-1)
 
-        scale = rotary.softmax_scale(config)
-        block, keep = how.attention_block, how.remat.keep_scores
-        mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
         project = functools.partial(einsum, "BSHW,HWD->BSD")
-        out = how.recipe.from_kept(Saved.ATTENTION, project, mixed, self.out[...])
+        scale = rotary.softmax_scale(config)
+        out = attend_and_project(query, key, value, project, self.out[...], how, scale)
         return axes.fan_in(out, "heads"), kept
 
     @jax.named_scope("attention")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.precision import fp8_grouped, fp8_linear
+from deepseek_jax.precision import fp8_grouped, fp8_linear, kept_output
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, of_part, quantise_blocks
 from deepseek_jax.precision.grouped import grouped_matmul
@@ -135,6 +135,23 @@ class Recipe:
         """
         return layer(save(name, x), weight, *rest)
 
+    def from_kept_output(
+        self,
+        core: kept_output.Core,
+        layer: Callable[[jax.Array, Any], jax.Array],
+        inputs: kept_output.Inputs,
+        weight: Any,
+    ) -> jax.Array:
+        """layer(core(*inputs), weight), of which backward needs the core's output.
+
+        Arguments as of `kept_output.from_kept_output`.
+        """
+        return kept_output.from_kept_output(self._output_form, core, layer, inputs, weight)
+
+    @property
+    def _output_form(self) -> kept_output.Form:
+        return kept_output.UNCHANGED
+
 
 FLOAT32 = Recipe("float32", jnp.dtype(jnp.float32))
 BFLOAT16 = Recipe("bfloat16", jnp.dtype(jnp.bfloat16))
@@ -183,7 +200,8 @@ class Fp8Recipe(Recipe):
 
     @property
     def serving(self) -> Recipe:
-        return BFLOAT16  # absorbed decoding multiplies with parts of weights, along other axes
+        # Absorbed decoding multiplies with parts of weights, along other axes.
+        return dataclasses.replace(BFLOAT16, kernels=self.kernels)
 
     def einsum(self, subscripts: str, x: jax.Array, weight: Any) -> jax.Array:
         x = x.astype(self.activation_dtype)
@@ -196,6 +214,10 @@ class Fp8Recipe(Recipe):
         )
 
     from_kept = staticmethod(from_fp8_input)
+
+    @property
+    def _output_form(self) -> kept_output.Form:
+        return kept_output.E5M6
 
 
 FP8 = Fp8Recipe("fp8", jnp.dtype(jnp.bfloat16))
