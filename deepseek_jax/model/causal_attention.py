@@ -68,40 +68,36 @@ class FusedAttention:
 
     def forward(self, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Output BSHW of queries and keys BSHX and values BSHW; logarithms of sums, BHS float32."""
-        return jax.lax.platform_dependent(
-            *inputs,
-            cuda=functools.partial(self.kernel.forward, scale=self.scale),
-            default=self._forward_in_blocks,
-        )
+        return self._by_platform(lambda kernel: kernel.forward, *inputs)
 
     def backward(
-        self,
-        inputs: tuple[jax.Array, ...],
-        out: jax.Array,
-        rest: jax.Array,
-        d_out: jax.Array,
+        self, inputs: tuple[jax.Array, ...], out: jax.Array, rest: jax.Array, d_out: jax.Array
     ) -> tuple[jax.Array, ...]:
         """Gradients of queries, keys and values."""
-        return jax.lax.platform_dependent(
-            *inputs,
-            out,
-            rest,
-            d_out,
-            cuda=functools.partial(self.kernel.backward, scale=self.scale),
-            default=self._backward_in_blocks,
-        )
+        return self._by_platform(lambda kernel: kernel.backward, *inputs, out, rest, d_out)
 
-    def _forward_in_blocks(self, *inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        query, key, value = (part.swapaxes(1, 2) for part in inputs)
-        out, _, log_sums = _forward(query, key, value, self.scale, self.block, False)
-        return out.swapaxes(1, 2), log_sums
+    def in_blocks(self) -> AttentionKernel:
+        """The portable form, which computes each block's softmax again in backward."""
 
-    def _backward_in_blocks(self, *given: jax.Array) -> tuple[jax.Array, ...]:
-        """Computes each block's softmax with its sums again, and needs neither sums nor output."""
-        query, key, value, _, _, d_out = (part.swapaxes(1, 2) for part in given)
-        saved = query, key, value, None
-        found = _in_blocks_backward(self.scale, self.block, False, saved, d_out)
-        return tuple(part.swapaxes(1, 2) for part in found)
+        def forward(*inputs: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+            query, key, value = (part.swapaxes(1, 2) for part in inputs)
+            out, _, log_sums = _forward(query, key, value, scale, self.block, False)
+            return out.swapaxes(1, 2), log_sums
+
+        def backward(*given: jax.Array, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+            query, key, value, _, _, d_out = given
+            query, key, value, d_out = (x.swapaxes(1, 2) for x in (query, key, value, d_out))
+            saved = query, key, value, None
+            found = _in_blocks_backward(scale, self.block, False, saved, d_out)
+            d_query, d_key, d_value = (part.swapaxes(1, 2) for part in found)
+            return d_query, d_key, d_value
+
+        return AttentionKernel(forward, backward)
+
+    def _by_platform(self, method: Callable[[AttentionKernel], Any], *given: jax.Array) -> Any:
+        forms = self.kernel, self.in_blocks()
+        cuda, default = (functools.partial(method(form), scale=self.scale) for form in forms)
+        return jax.lax.platform_dependent(*given, cuda=cuda, default=default)
 
 
 def causal_attention(
@@ -232,8 +228,9 @@ def _pull_back(
     only factor of BHST: dV = e^T g, dE = g V^T, dS = e (dE - sum_T(e dE) / l).
     """
     weights, total = softmax
-    d_mean = (d_out / total).astype(d_out.dtype)
+    d_mean = (d_out.astype(jnp.float32) / total).astype(d_out.dtype)
     d_value = exact_einsum("BHSW,BHST->BHWT", d_mean, weights)
     d_weights = exact_einsum("BHSW,BHTW->BHST", d_mean, value)
-    common = jnp.sum(weights * d_weights, axis=-1, keepdims=True) / total
-    return (weights * (d_weights - common)).astype(value.dtype), d_value
+    wide = weights.astype(jnp.float32)
+    common = jnp.sum(wide * d_weights, axis=-1, keepdims=True) / total
+    return (wide * (d_weights - common)).astype(value.dtype), d_value

@@ -21,7 +21,7 @@ Packed = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def encode(x: jax.Array) -> Packed:
-    """The nearest E5M6 numbers, to 2^-7 of a value or 2^-35 of the largest one of its tile.
+    """The nearest E5M6 numbers, to 2^-7 of a value or 2^-34 of the largest one of its tile.
 
     Args:
       x: ...D bfloat16. A NaN or an infinity makes its whole tile NaN.
@@ -33,7 +33,7 @@ def encode(x: jax.Array) -> Packed:
     largest = fp8_tiles.largest_of_tiles(jnp.abs(wide), -1)
     scales = _scales(jnp.maximum(largest, fp8_tiles.FLOOR))
     inverse = fp8_tiles.spread(fp8_tiles.inverse_power_of_two(scales), x.shape)
-    # Seven bits of mantissa fit into a float16: this cast rounds nothing but subnormal numbers.
+    # A bfloat16's mantissa fits into a float16: this cast rounds subnormal numbers alone.
     bits = jax.lax.bitcast_convert_type((wide * inverse).astype(jnp.float16), jnp.uint16)
     odd = (bits >> _LAST) & jnp.uint16(1)
     twelve = (bits + jnp.uint16(2 ** (_LAST - 1) - 1) + odd) >> _LAST  # to nearest, ties to even

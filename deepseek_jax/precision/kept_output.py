@@ -33,7 +33,7 @@ class Core(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class SavedForm:
     """How an output is saved.
 
     Attributes:
@@ -45,12 +45,12 @@ class Form:
     decode: Callable[[Any, DTypeLike], jax.Array]
 
 
-UNCHANGED = Form(lambda x: x, lambda x, dtype: x)
-E5M6 = Form(e5m6.encode, e5m6.decode)
+UNCHANGED = SavedForm(lambda x: x, lambda x, dtype: x)
+E5M6 = SavedForm(e5m6.encode, e5m6.decode)
 
 
 def from_kept_output(
-    form: Form,
+    form: SavedForm,
     core: Core,
     layer: Callable[[jax.Array, Any], jax.Array],
     inputs: Inputs,

@@ -149,7 +149,7 @@ class Recipe:
         return kept_output.from_kept_output(self._output_form, core, layer, inputs, weight)
 
     @property
-    def _output_form(self) -> kept_output.Form:
+    def _output_form(self) -> kept_output.SavedForm:
         return kept_output.UNCHANGED
 
 
@@ -216,7 +216,7 @@ class Fp8Recipe(Recipe):
     from_kept = staticmethod(from_fp8_input)
 
     @property
-    def _output_form(self) -> kept_output.Form:
+    def _output_form(self) -> kept_output.SavedForm:
         return kept_output.E5M6
 
 
