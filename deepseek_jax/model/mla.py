@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.kernels import latent_attention as kernel
+from deepseek_jax.kernels import names
 from deepseek_jax.model import params, rotary
 from deepseek_jax.model.causal_attention import attend_and_project
 from deepseek_jax.model.execution import Execution
@@ -135,7 +137,8 @@ class LatentAttention(nnx.Module):
         query_latent = einsum("BSHN,HCN->BSHC", query_nope, up_key)
         latent, key_rope = past.read(layer, x.dtype)
         scale = rotary.softmax_scale(config)
-        mean = latent_attention(query_latent, query_rope, latent, key_rope, positions, scale)
+        given = query_latent, query_rope, latent, key_rope, positions
+        mean = latent_attention(*given, scale, how.recipe.kernels)
         mixed = einsum("BSHC,HCW->HBSW", mean, up_value)
         return axes.fan_in(einsum("HBSW,HWD->BSD", mixed, self.out[...]), "heads"), past
 
@@ -178,6 +181,7 @@ def latent_attention(
     key_rope: jax.Array,
     positions: jax.Array,
     scale: float,
+    kernels: frozenset[str] = frozenset(),
 ) -> jax.Array:
     """Attention-weighted mean of the latents for each head of each query; softmax in float32.
 
@@ -185,11 +189,33 @@ def latent_attention(
       query_latent, query_rope: BSHC and BSHR.
       latent, key_rope: BTC and BTR; token j is at position j, and queries before j do not see it.
       positions: BS, positions of the queries.
+      kernels: names of kernels that may compute on a GPU.
 
     Returns:
       BSHC in the dtype of the queries.
     """
-    chex.assert_rank([query_latent, query_rope, latent, key_rope, positions], [4, 4, 3, 3, 2])
+    given = query_latent, query_rope, latent, key_rope, positions
+    chex.assert_rank(given, [4, 4, 3, 3, 2])
+    taken = kernel.takes(query_latent, latent, key_rope)
+    if names.LATENT_ATTENTION not in kernels or not taken:
+        return latent_attention_in_full(*given, scale=scale)
+    return jax.lax.platform_dependent(
+        *given,
+        cuda=functools.partial(kernel.attend, scale=scale),
+        default=functools.partial(latent_attention_in_full, scale=scale),
+    )
+
+
+def latent_attention_in_full(
+    query_latent: jax.Array,
+    query_rope: jax.Array,
+    latent: jax.Array,
+    key_rope: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """`latent_attention` in its portable form, with all scores in memory."""
     scores = exact_einsum("BSHC,BTC->BHST", query_latent, latent)
     scores = scores + exact_einsum("BSHR,BTR->BHST", query_rope, key_rope)
     past = positions[:, :, None] >= jnp.arange(latent.shape[1])[None, None]  # BST

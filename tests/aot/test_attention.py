@@ -1,10 +1,12 @@
-"""cuDNN's attention in a program compiled for eight virtual H100s: calls, residuals, FLOPs.
+"""Attention in programs compiled for virtual H100s; nothing runs.
 
-Two layers in a scan, each of which saves what the report saves, inside `shard_map`. Nothing runs.
+cuDNN's in training: calls, residuals and FLOPs of two layers in a scan, each of which saves what
+the report saves, inside `shard_map`. Our kernel's in decoding: its registers.
 """
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.aot import cluster, compiled
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.kernels import attention_cudnn, names
-from deepseek_jax.model import remat
+from deepseek_jax.model import mla, remat
 from deepseek_jax.model.causal_attention import attend_and_project
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.precision.recipes import BFLOAT16
@@ -101,3 +103,30 @@ def test_a_program_for_cpus_calls_no_library():
 def test_expected_workspace():
     """V3: a float32 for each number of the queries and each row of the scores."""
     assert attention_cudnn.workspace_bytes((1, 128, 4096), 192) == 4 * 128 * 4096 * 193
+
+
+@pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
+def test_absorbed_attention_spills_nothing(tmp_path, monkeypatch):
+    """V3's widths and two tokens at once: chosen for a GPU, one kernel, sums that stay in place."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    mesh = cluster.mesh(MeshConfig(pipe=1, replica=1, node=1, gpu=1, tensor=1))
+    place = NamedSharding(mesh, P())
+    shapes = (8, 2, 128, 512), (8, 2, 128, 64), (8, 4096, 512), (8, 4096, 64)
+    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
+    positions = jax.ShapeDtypeStruct((8, 2), jnp.int32, sharding=place)
+    kernels = frozenset({names.LATENT_ATTENTION})
+
+    def attend(*given):
+        return mla.latent_attention(*given, 0.1, kernels)
+
+    with jax.set_mesh(mesh):
+        text = cluster.compile_for(jax.jit(attend).lower(*given, positions)).as_text()
+    assert len(re.findall("mosaic_gpu_v2", text)) == 1 and "/latent_attention/" in text
+    (said,) = (path.read_text() for path in tmp_path.glob("*.ptxas"))
+    (code,) = (path.read_text() for path in tmp_path.glob("*.ptx"))
+    assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said  # stores, loads
+    assert "C7510" not in said and "setmaxnreg" not in said  # no serialised products
+    products = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.([\w.]+)", code))
+    assert products == {"m64n32k16.f32.bf16.bf16", "m64n256k16.f32.bf16.bf16"}

@@ -139,6 +139,13 @@ def test_the_check_passes_another_order_and_nothing_else(monkeypatch, mask, fact
     assert bool(jax.jit(problem.difference)() <= problem.tolerance) == passes
 
 
+def test_the_check_of_absorbed_attention_finds_a_mask_that_is_off_by_one():
+    check = attention_check.latent()
+    off = functools.partial(check.portable, shift=1)
+    wrong = dataclasses.replace(check, kernel=off)
+    assert bool(jax.jit(wrong.difference)() > 4 * check.tolerance)
+
+
 def test_logarithms_of_sums():
     random = np.random.default_rng(0)
     shapes = (B, S, H, X), (B, S, H, X), (B, S, H, W)
