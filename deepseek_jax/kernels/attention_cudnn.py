@@ -20,6 +20,7 @@ one counts it.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,17 +56,16 @@ def takes(query: jax.Array, value: jax.Array) -> bool:
     return fits and query.dtype.name in _ELEMENTS
 
 
-def workspace_bytes(heads_first: tuple[int, ...], width: int) -> int:
+def workspace_bytes(queries: tuple[int, ...]) -> int:
     """Memory that cuDNN is expected to take for backward, in bytes: an estimate, not counted.
 
     It sums the gradient of the queries in float32, and keeps a float32 for each row of the scores.
 
     Args:
-      heads_first: B, H, S.
-      width: X.
+      queries: B, H, S, X.
     """
-    batch, heads, length = heads_first
-    return 4 * batch * heads * length * (width + 1)
+    *rows, width = queries
+    return 4 * math.prod(rows) * (width + 1)
 
 
 def _forward(
