@@ -15,38 +15,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels import attention_cudnn
 from deepseek_jax.kernels.attention_cudnn import AttentionKernel
-from deepseek_jax.model.execution import Execution
 from deepseek_jax.precision.einsum import exact_einsum
-from deepseek_jax.precision.saved import Saved
-
-
-def attend_and_project(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    project: Callable[[jax.Array, Any], jax.Array],
-    weight: Any,
-    how: Execution,
-    scale: float,
-) -> jax.Array:
-    """Causal attention and the linear layer behind it.
-
-    Args:
-      query, key, value: BSHX, BSHX and BSHW.
-      project: (heads' outputs BSHW, weight) -> BSD; closes over no array.
-      weight: W^O, prepared by the recipe.
-      scale: of the scores.
-    """
-    block = how.attention_block
-    kernel = attention_cudnn.chosen(how.recipe.kernels)
-    if kernel and attention_cudnn.takes(query, value):
-        core = FusedAttention(kernel, scale, block)
-        return how.recipe.from_kept_output(core, project, (query, key, value), weight)
-    keep = how.remat.keep_scores
-    mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
-    return how.recipe.from_kept(Saved.ATTENTION, project, mixed, weight)
 
 
 @dataclasses.dataclass(frozen=True)

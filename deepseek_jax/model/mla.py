@@ -5,6 +5,7 @@ head. Absorbed decoding attends to the latents themselves.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import chex
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.kernels import latent_attention as kernel
-from deepseek_jax.kernels import names
+from deepseek_jax.kernels import attention_cudnn
 from deepseek_jax.model import params, rotary
-from deepseek_jax.model.causal_attention import attend_and_project
+from deepseek_jax.model.absorbed_attention import latent_attention
+from deepseek_jax.model.causal_attention import FusedAttention, causal_attention
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import axes
-from deepseek_jax.precision.einsum import broadcast, exact_einsum
+from deepseek_jax.precision.einsum import broadcast
 from deepseek_jax.precision.saved import Saved, save
 
 LATENT_NORM_EPS = 1e-6  # epsilon of the two latent norms, independent of the model's norm_eps
@@ -174,52 +175,28 @@ def attend(norm: RMSNorm, attention: LatentAttention, x: jax.Array, how: Executi
     return save(Saved.ATTENDED, x + attention(norm(x), how))
 
 
-def latent_attention(
-    query_latent: jax.Array,
-    query_rope: jax.Array,
-    latent: jax.Array,
-    key_rope: jax.Array,
-    positions: jax.Array,
+def attend_and_project(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    project: Callable[[jax.Array, Any], jax.Array],
+    weight: Any,
+    how: Execution,
     scale: float,
-    kernels: frozenset[str] = frozenset(),
 ) -> jax.Array:
-    """Attention-weighted mean of the latents for each head of each query; softmax in float32.
+    """Causal attention and the linear layer behind it.
 
     Args:
-      query_latent, query_rope: BSHC and BSHR.
-      latent, key_rope: BTC and BTR; token j is at position j, and queries before j do not see it.
-      positions: BS, positions of the queries.
-      kernels: names of kernels that may compute on a GPU.
-
-    Returns:
-      BSHC in the dtype of the queries.
+      query, key, value: BSHX, BSHX and BSHW.
+      project: (heads' outputs BSHW, weight) -> BSD; closes over no array.
+      weight: W^O, prepared by the recipe.
+      scale: of the scores.
     """
-    given = query_latent, query_rope, latent, key_rope, positions
-    chex.assert_rank(given, [4, 4, 3, 3, 2])
-    taken = kernel.takes(query_latent, latent, key_rope)
-    if names.LATENT_ATTENTION not in kernels or not taken:
-        return latent_attention_in_full(*given, scale=scale)
-    return jax.lax.platform_dependent(
-        *given,
-        cuda=functools.partial(kernel.attend, scale=scale),
-        default=functools.partial(latent_attention_in_full, scale=scale),
-    )
-
-
-def latent_attention_in_full(
-    query_latent: jax.Array,
-    query_rope: jax.Array,
-    latent: jax.Array,
-    key_rope: jax.Array,
-    positions: jax.Array,
-    *,
-    scale: float,
-) -> jax.Array:
-    """`latent_attention` in its portable form, with all scores in memory."""
-    scores = exact_einsum("BSHC,BTC->BHST", query_latent, latent)
-    scores = scores + exact_einsum("BSHR,BTR->BHST", query_rope, key_rope)
-    past = positions[:, :, None] >= jnp.arange(latent.shape[1])[None, None]  # BST
-    scores = jnp.where(past[:, None], scores * scale, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(latent.dtype)
-    mean = exact_einsum("BHST,BTC->BHSC", weights, latent).astype(query_latent.dtype)
-    return mean.swapaxes(1, 2)  # an einsum to BSHC is five times slower on a CPU (measured)
+    block = how.attention_block
+    kernel = attention_cudnn.chosen(how.recipe.kernels)
+    if kernel and attention_cudnn.takes(query, value):
+        core = FusedAttention(kernel, scale, block)
+        return how.recipe.from_kept_output(core, project, (query, key, value), weight)
+    keep = how.remat.keep_scores
+    mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
+    return how.recipe.from_kept(Saved.ATTENTION, project, mixed, weight)

@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.aot import cluster, compiled
 from deepseek_jax.config import MeshConfig
 from deepseek_jax.kernels import names
-from deepseek_jax.model import mla, remat
-from deepseek_jax.model.causal_attention import attend_and_project
+from deepseek_jax.model import absorbed_attention, remat
 from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.mla import attend_and_project
 from deepseek_jax.precision.recipes import BFLOAT16
 
 LAYERS, DEVICES, S, D, H, X, W = 2, 8, 1024, 256, 8, 192, 128
@@ -116,7 +116,7 @@ def test_absorbed_attention_spills_nothing(tmp_path, monkeypatch):
     kernels = frozenset({names.LATENT_ATTENTION})
 
     def attend(*given):
-        return mla.latent_attention(*given, 0.1, kernels)
+        return absorbed_attention.latent_attention(*given, 0.1, kernels)
 
     with jax.set_mesh(mesh):
         text = cluster.compile_for(jax.jit(attend).lower(*given, positions)).as_text()

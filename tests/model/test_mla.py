@@ -11,9 +11,10 @@ from published import layer, variant
 
 from deepseek_jax.kernels import latent_attention as latent_kernel
 from deepseek_jax.kernels import names
+from deepseek_jax.model.absorbed_attention import latent_attention
 from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.mla import LatentAttention, latent_attention
+from deepseek_jax.model.mla import LatentAttention
 from deepseek_jax.serve import latent_cache
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
