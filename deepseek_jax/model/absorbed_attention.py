@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from deepseek_jax.kernels import latent_attention as kernel
 from deepseek_jax.kernels import names
 from deepseek_jax.precision.einsum import exact_einsum
+from deepseek_jax.precision.grouped import by_platform
 
 
 def latent_attention(
@@ -39,11 +40,10 @@ def latent_attention(
     taken = kernel.takes(query_latent, latent, key_rope)
     if names.LATENT_ATTENTION not in kernels or not taken:
         return latent_attention_in_full(*given, scale=scale)
-    return jax.lax.platform_dependent(
-        *given,
-        cuda=functools.partial(kernel.attend, scale=scale),
-        default=functools.partial(latent_attention_in_full, scale=scale),
+    portable, on_a_gpu = (
+        functools.partial(form, scale=scale) for form in (latent_attention_in_full, kernel.attend)
     )
+    return by_platform(portable, on_a_gpu)(*given)
 
 
 def latent_attention_in_full(

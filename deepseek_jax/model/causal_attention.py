@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.kernels.attention_cudnn import AttentionKernel
 from deepseek_jax.precision.einsum import exact_einsum
+from deepseek_jax.precision.grouped import by_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class FusedAttention:
     def _by_platform(self, method: Callable[[AttentionKernel], Any], *given: jax.Array) -> Any:
         forms = self.kernel, self.in_blocks()
         cuda, default = (functools.partial(method(form), scale=self.scale) for form in forms)
-        return jax.lax.platform_dependent(*given, cuda=cuda, default=default)
+        return by_platform(default, cuda)(*given)
 
 
 def causal_attention(
