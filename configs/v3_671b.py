@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
             recipe="fp8",  # section 3.3
             scales="power_of_two",  # of FP8 tiles and blocks; section 3.3.2, exact to requantise
             dispatch="fp8",  # section 3.3.3: FP8 to the experts, BF16 back; "compute" sends no FP8
+            kernels="auto",  # where a GPU has passed their check
         )
     )
     config.optimizer = _optimizer()
@@ -88,6 +89,7 @@ def _layout() -> ConfigDict:
             ramps="mask",  # one program for all ticks
             defer_weight_gradients=False,  # True: fewer bubbles (section 3.2.1), far more memory
             cost_profile="",  # `plan step --costs` writes one
+            communication_sms=20,  # section 3.2.2: SMs of a GPU that communication has
             recompute="report",  # section 3.2.3
             attention_block=512,  # not in the report
             unroll=1,  # not in the report

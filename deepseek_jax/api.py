@@ -12,14 +12,13 @@ import numpy as np
 from deepseek_jax.checkpoint import conversion, new_folder
 from deepseek_jax.checkpoint import load as checkpoints
 from deepseek_jax.checkpoint.load import Checkpoint
-from deepseek_jax.config import ConfigError, ModelConfig
+from deepseek_jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig
 from deepseek_jax.hardware import machine_memory
-from deepseek_jax.model import params
+from deepseek_jax.model import execution, params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.loss import head_loss
 from deepseek_jax.model.router import Routing
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.precision import recipes
 
 DTYPES = ("float32", "bfloat16", "fp8")
 FILE_BYTES = 5 * 10**9  # size of the largest file of `Model.save`
@@ -141,9 +140,9 @@ def load(directory: str | Path, dtype: Any = "float32") -> Model:
     """
     name = _name(dtype)  # refused before a file is opened
     checkpoint = checkpoints.open_checkpoint(Path(directory))
-    precision = checkpoint.config(name).precision
-    recipe = recipes.recipe(precision.recipe, precision.scales)
-    recipe = recipe.serving if name is None else recipe
+    mesh = MeshConfig(**dict.fromkeys(MESH_AXES, 1))
+    config = dataclasses.replace(checkpoint.config(name), mesh=mesh)
+    recipe = execution.recipe_of(config, serving=name is None)
     model = params.prepare(checkpoint.load(recipe), recipe)
     return Model(model.config, model, Execution(recipe=recipe), checkpoint)
 

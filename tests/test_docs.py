@@ -66,7 +66,7 @@ def keys() -> dict[str, object]:
 
 
 KEYS = keys()
-BENCHES = constant(PACKAGE / "bench/__main__.py", "NAMES")
+BENCHES = constant(PACKAGE / "bench/__init__.py", "NAMES")
 PLANS = tuple(constant(PACKAGE / "plan/__main__.py", "FLAGS_OF"))
 MODULES = {
     "plan": PACKAGE / "plan/__main__.py",

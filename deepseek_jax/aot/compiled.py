@@ -40,7 +40,7 @@ class Gemm:
       op: Name of the library call, "dot", or name of the Pallas kernel.
       flops: Operations of one run; a multiply-add counts two.
       bytes: Bytes of arguments and result.
-      dtype: Type of the first argument, as XLA spells it.
+      dtype: Type of the first argument, as XLA spells it; of a kernel, of its first float matrix.
       times: Runs per run of the calling instruction; a loop of unknown length counts one.
     """
 
@@ -156,8 +156,8 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, kernels: Kernels | None = No
     Args:
       compiled: Compiled program.
       mesh: Mesh that it was compiled for.
-      kernels: Pallas kernels that count as GEMMs, by the `name` given to `pallas_call`; other
-        kernels count as memory traffic.
+      kernels: Pallas kernels that count as GEMMs, by a part of their `op_name`; other kernels count
+        as memory traffic.
     """
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text and memory, "XLA's GPU compiler has both"
@@ -329,7 +329,8 @@ def gemm(line: Instruction, inputs: tuple[Array, ...], kernels: Kernels) -> Gemm
         flops = kernels[op](inputs) if op else None
     if flops is None:
         return None
-    return Gemm(line.name, line.op_name, op, flops, _bytes(line, inputs), inputs[0].dtype)
+    matrices = [array for array in inputs if re.match(r"bf\d|f\d", array.dtype)]  # no tables
+    return Gemm(line.name, line.op_name, op, flops, _bytes(line, inputs), matrices[0].dtype)
 
 
 def _bytes(line: Instruction, inputs: tuple[Array, ...]) -> int:

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.aot.compiled import Kernels
-from deepseek_jax.aot.hlo import Array
+from deepseek_jax.aot.hlo import FP8, Array
 from deepseek_jax.config import Config
+from deepseek_jax.kernels.names import OUTER, PRODUCT
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.block import Block
 from deepseek_jax.parallel import axes
@@ -89,4 +90,11 @@ def _grouped_flops(arrays: tuple[Array, ...]) -> float:
     return 2.0 * math.prod(rows) * (math.prod(other[1:]) // rows[1] if other[2:] else other[1])
 
 
-KERNELS: Kernels = {"pallas_call": _grouped_flops}  # the only Pallas kernels in a layer
+def _fp8_flops(arrays: tuple[Array, ...]) -> float:
+    """FLOPs of a Hopper kernel: rows MK by weights ENK, or rows KM by rows NM."""
+    left, right = (array for array in arrays if array.dtype == FP8)
+    return 2.0 * left.elements * right.shape[-2]
+
+
+# Kernels of a layer that are products; others, as quantisers, count as memory traffic.
+KERNELS: Kernels = {"pallas_call": _grouped_flops, PRODUCT: _fp8_flops, OUTER: _fp8_flops}

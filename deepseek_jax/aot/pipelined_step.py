@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.aot import cluster, compiled, cost_model, layer
+from deepseek_jax.aot import cluster, compiled, cost_model, layer, products
 from deepseek_jax.aot.compiled import Collective, Copy, Gemm, Program
 from deepseek_jax.aot.cost_model import Rates
 from deepseek_jax.aot.hlo import Array, Computation, Instruction
@@ -232,6 +232,8 @@ def _made_of(
         several = line.opcode in ("tuple", "fusion") and len(line.arrays) > 1
         return line.operands, "" if several else line.op_name
     whole = lines[line.operands[0]]
+    if whole.opcode == "parameter":  # such as a weight, named after one of its uses
+        return line.operands, ""
     if whole.opcode == "tuple":
         return (whole.operands[line.index],), line.op_name
     if whole.opcode != "fusion":
@@ -263,7 +265,8 @@ def measure(
       file: Path to write `cost_model`'s costs to, for `layout.cost_profile`; None for no file.
 
     Returns:
-      Peak and carried memory, rows on the ticks and on the model's end, and the carried arrays.
+      Peak and carried memory, rows on the ticks and on the model's end, the Hopper kernels by name
+      (a loop's body counts once), and the carried arrays.
 
     Raises:
       ConfigError: No pipeline, no messages to experts, a bad path, or a missing compiler.
@@ -302,6 +305,10 @@ def measure(
             for name, pair in both.items()
         ],
         "the end": [{"costs": name, **_row(last)} for name, last in lasts.items() if last],
+        "kernels": [
+            {"kernel": name, "in_the_text": count}
+            for name, count in sorted(products.kernel_counts(second.module).items())
+        ],
         "carried": [
             {
                 "array": f"{array.dtype}[{', '.join(map(str, array.shape))}]",

@@ -1,9 +1,10 @@
-"""Matrix products of a compiled program by the type of their operands: E4M3 or another.
+"""Matrix products of a compiled program by the type of their operands, and its Hopper kernels.
 
-In the portable form of FP8 a product multiplies BF16 arrays, and FP8 is where these come from: each
-operand is an array of E4M3 times its scales. This module follows the operands of each product back
-to the array that they were made of. A product of a linear layer in BF16 is thus told from one in
-FP8, although both run the same library call.
+A kernel for Hopper multiplies arrays of E4M3, and its name is in the text. In the portable form of
+FP8 a product multiplies BF16 arrays, and FP8 is where these come from: each operand is an array of
+E4M3 times its scales. This module follows the operands of each product back to the array that they
+were made of. A product of a linear layer in BF16 is thus told from one in FP8, although both run
+the same library call.
 """
 
 import collections
@@ -12,11 +13,12 @@ from collections.abc import Iterator, Mapping
 
 from deepseek_jax.aot import compiled
 from deepseek_jax.aot.compiled import Gemm, Kernels
-from deepseek_jax.aot.hlo import Instruction, Module
+from deepseek_jax.aot.hlo import FP8, Instruction, Module
+from deepseek_jax.kernels import names
 from deepseek_jax.precision.scopes import PRODUCTS
 
-FP8 = "f8e4m3fn"
-OTHER = "other"  # products outside the scopes of `PRODUCTS`
+MOSAIC = "mosaic_gpu_v2"  # target of a custom call
+OTHER = "other"  # products outside the scopes of `PRODUCTS`, and kernels of other names
 _FLOATS = ("bf16", "f16", "f32", FP8)
 # Instructions whose result holds numbers of their first operand, in other places or another type.
 _MOVES = {
@@ -33,16 +35,29 @@ class Product:
       gemm: the product; `gemm.op_name` is its place in the Python program.
       kind: its scope, one of `PRODUCTS`, or OTHER.
       in_fp8: whether both operands are E4M3 values times scales.
+      kernel: name of the Hopper kernel that computes it; empty for all others.
     """
 
     gemm: Gemm
     kind: str
     in_fp8: bool
+    kernel: str
 
 
 def counts(module: Module, kernels: Kernels | None = None) -> Mapping[tuple[str, bool], int]:
     """Number of products in the text by (kind, in_fp8); a loop's body counts once."""
     return collections.Counter((each.kind, each.in_fp8) for each in products(module, kernels))
+
+
+def kernel_counts(module: Module) -> Mapping[str, int]:
+    """Number of the Hopper kernels in the text by name; a loop's body counts once."""
+    lines = (line for each in module.computations.values() for line in each.values())
+    return collections.Counter(_kernel(line) for line in lines if line.target == MOSAIC)
+
+
+def _kernel(line: Instruction) -> str:
+    parts = line.op_name.split("/")
+    return next((part for part in reversed(parts) if part in names.ALL), OTHER)
 
 
 def products(module: Module, kernels: Kernels | None = None) -> Iterator[Product]:
@@ -60,9 +75,11 @@ def products(module: Module, kernels: Kernels | None = None) -> Iterator[Product
                 continue
             parts = gemm.op_name.split("/")
             kind = next((scope for scope in PRODUCTS if _inside(scope, parts)), OTHER)
-            matrices = [name for name in line.operands if _is_matrix(lines[name])][:2]
-            in_fp8 = len(matrices) == 2 and all(trace.from_fp8(computation, m) for m in matrices)
-            yield Product(gemm, kind, in_fp8)
+            kernel = _kernel(line) if line.target == MOSAIC else ""
+            matrices = [name for name in line.operands if _is_matrix(lines[name], bool(kernel))]
+            both = matrices[:2]
+            in_fp8 = len(both) == 2 and all(trace.from_fp8(computation, m) for m in both)
+            yield Product(gemm, kind, in_fp8, kernel)
 
 
 def _inside(scope: str, parts: list[str]) -> bool:
@@ -70,8 +87,10 @@ def _inside(scope: str, parts: list[str]) -> bool:
     return any(part.rstrip(")").rpartition("(")[2] == scope for part in parts)
 
 
-def _is_matrix(line: Instruction) -> bool:
-    return any(len(array.shape) > 1 and array.dtype in _FLOATS for array in line.arrays)
+def _is_matrix(line: Instruction, beside_scales: bool) -> bool:
+    """Whether the result may be an operand of a product; of one beside scales, in float32, FP8."""
+    types = (FP8,) if beside_scales else _FLOATS
+    return any(len(array.shape) > 1 and array.dtype in types for array in line.arrays)
 
 
 class _Trace:

@@ -126,8 +126,8 @@ class Ablation(Recipe):
         return _grouped(rows, matrices, sizes, plan, self.form)
 
 
-TENSOR_SCALES = Ablation("fp8", jnp.dtype(jnp.bfloat16), TensorScales())
-SHORT_SUMS = Ablation("fp8", jnp.dtype(jnp.bfloat16), ShortSums())
+TENSOR_SCALES = Ablation("fp8", jnp.dtype(jnp.bfloat16), form=TensorScales())
+SHORT_SUMS = Ablation("fp8", jnp.dtype(jnp.bfloat16), form=ShortSums())
 
 
 def _in_steps(form: TensorScales, product: Any, size: int) -> jax.Array:

@@ -8,7 +8,11 @@ from deepseek_jax.config.schema import ConfigError
 # old -> new
 RENAMED = {"layout.buffer": "layout.capacity_factor"}
 # key -> what a run computed with before there was the key
-ADDED = {"precision.scales": "power_of_two"}
+ADDED = {
+    "precision.scales": "power_of_two",
+    "precision.kernels": "portable",
+    "layout.communication_sms": 20,
+}
 
 
 def renamed(key: str) -> str:

@@ -153,6 +153,7 @@ class LayoutConfig:
       ramps: Ticks that fill and drain the pipeline: "mask" computes and discards, "skip" branches.
       defer_weight_gradients: True delays weight gradients into DualPipe's bubbles, for more memory.
       cost_profile: Path of a .pbtxt of instruction costs for XLA's GPU scheduler; "" for none.
+      communication_sms: SMs that kernels leave free where experts are on several GPUs; 0 to 64.
       recompute: Policy: "none", "report" (norms, up-projections, scores...), "attention" or "full".
       attention_block: Query rows of attention that are scored at once.
       unroll: Layers compiled one after another; 1 is one loop body, the fastest to compile.
@@ -169,6 +170,7 @@ class LayoutConfig:
     ramps: str
     defer_weight_gradients: bool
     cost_profile: str
+    communication_sms: int
     recompute: str
     attention_block: int
     unroll: int
@@ -184,11 +186,13 @@ class PrecisionConfig:
       recipe: Format of weights and matmuls: "float32", "bfloat16", "fp8"; masters are float32.
       scales: Scales of FP8 tiles and blocks: "power_of_two" or "free"; other recipes ignore it.
       dispatch: Format of tokens sent to experts: "compute", as they are, or "fp8" (section 3.3.3).
+      kernels: GPU kernels: "auto", each that passes its check at the start of a run; or "portable".
     """
 
     recipe: str
     scales: str
     dispatch: str
+    kernels: str
 
 
 @dataclasses.dataclass(frozen=True)

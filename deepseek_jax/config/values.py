@@ -44,6 +44,7 @@ _RANGES: dict[str, _Range] = {
         ("at least 0 and at most 1000", lambda x: 0 <= x <= 1000),
     ),
     "seed": ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+    "layout.communication_sms": ("from 0 to 64", lambda x: 0 <= x <= 64),
     "model.rope_theta": ("above 1", lambda x: x > 1),
     "model.yarn_factor": ("at least 1, where 1 is off", lambda x: x >= 1),
     "model.mtp_depth": ("from 0 to 4", lambda x: 0 <= x <= 4),
@@ -73,6 +74,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "precision.recipe": ("float32", "bfloat16", "fp8"),
     "precision.scales": ("power_of_two", "free"),
     "precision.dispatch": ("compute", "fp8"),
+    "precision.kernels": ("auto", "portable"),
     "optimizer.decayed": ("matrices", "all"),
     "optimizer.moments": ("float32", "bfloat16"),
 }

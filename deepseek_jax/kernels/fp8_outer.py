@@ -15,6 +15,7 @@ a consumer has one piece, and tiles are 128 x 128.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,9 +26,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deepseek_jax.kernels import warp_specialised
 from deepseek_jax.kernels.matmul_tiling import PIECE, STEP, Tiling, position
+from deepseek_jax.kernels.names import OUTER
 from deepseek_jax.kernels.warp_specialised import span
 
 
+@functools.partial(jax.jit, static_argnames=("tiling", "sms", "interpret"))
 def outer(
     x: jax.Array,
     x_scales: jax.Array,
@@ -75,8 +78,9 @@ def outer(
         given = dict(zip(fields, refs, strict=True)) | scratch
         _Outer(tiling=tiling, mate=lax.axis_index("pair"), **given).run(tiling.blocks(sms))
 
+    multiply_adds = x.size * y.shape[0]
     return warp_specialised.call(
-        body, "fp8_outer", tiling, tiling.blocks(sms), out, scratch, interpret
+        body, OUTER, tiling, tiling.blocks(sms), out, scratch, multiply_adds, interpret
     )(table, x, x_scales, y, y_scales)
 
 

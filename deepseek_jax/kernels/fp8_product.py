@@ -31,10 +31,12 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import warp_specialised
 from deepseek_jax.kernels.matmul_tiling import PIECE, STEP, Tiling, position
+from deepseek_jax.kernels.names import PRODUCT
 from deepseek_jax.kernels.row_blocks import RowBlocks, one_expert, row_blocks
 from deepseek_jax.kernels.warp_specialised import span
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "tiling", "sms", "interpret"))
 def product(
     x: jax.Array,
     x_scales: jax.Array,
@@ -84,8 +86,9 @@ def product(
         mate, tables = lax.axis_index("pair"), RowBlocks(visits, experts)
         _Product(tiling=tiling, mate=mate, tables=tables, **given).run(tiling.blocks(sms))
 
+    multiply_adds = x.size * weights.shape[1]
     return warp_specialised.call(
-        body, "fp8_product", tiling, tiling.blocks(sms), out, scratch, interpret
+        body, PRODUCT, tiling, tiling.blocks(sms), out, scratch, multiply_adds, interpret
     )(*table, x, x_scales, weights, weight_scales)
 
 

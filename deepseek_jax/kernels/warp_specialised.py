@@ -32,6 +32,7 @@ products that are under way, copies that a block receives from its mate, and the
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ E4M3 = jnp.float8_e4m3fn
 # Rows of 128 bytes, and 8 rows to a group: the layout of shared memory that tensor cores read
 # without bank conflicts.
 _SWIZZLE = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(STEP)
+
+_TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +251,7 @@ def call(
     blocks: int,
     out: jax.ShapeDtypeStruct,
     scratch_types: Mapping[str, Any],
+    multiply_adds: int,
     interpret: Any,
 ) -> Callable[..., jax.Array]:
     """The kernel as a function of its operands.
@@ -255,20 +259,31 @@ def call(
     Args:
       name: of the kernel, also in compiled programs.
       blocks: thread blocks, or pairs of them: those that SMs are left for.
+      multiply_adds: of the product, for XLA's scheduler. Before jax 0.12 only a profile of costs
+        tells it (`aot/cost_model.py`).
     """
     body.__name__ = name
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        grid=(blocks,),
-        grid_names=("sm",),
-        cluster=(tiling.cluster,),
-        cluster_names=("pair",),
-        num_threads=3,
-        thread_name="warpgroup",
-        scratch_types=scratch_types,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )
+
+    def run(*operands: jax.Array) -> jax.Array:
+        moved = sum(operand.nbytes for operand in operands) + out.size * out.dtype.itemsize
+        cost = pl.CostEstimate(flops=2 * multiply_adds, transcendentals=0, bytes_accessed=moved)
+        known: Any = {"cost_estimate": cost} if _TAKES_COST else {}
+        kernel = plgpu.kernel(
+            body,
+            out_type=out,
+            grid=(blocks,),
+            grid_names=("sm",),
+            cluster=(tiling.cluster,),
+            cluster_names=("pair",),
+            num_threads=3,
+            thread_name="warpgroup",
+            scratch_types=scratch_types,
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Warpgroup, reduction_scratch_bytes=0
+            ),
+            interpret=interpret,
+            **known,
+        )
+        return kernel(*operands)
+
+    return run

@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels import attention_cudnn, latent_attention
+from deepseek_jax.kernels import attention_cudnn, latent_attention, names
 from deepseek_jax.kernels.attention_cudnn import AttentionKernel
 from deepseek_jax.model import absorbed_attention
 from deepseek_jax.model.causal_attention import FusedAttention
+from deepseek_jax.precision import fp8_checks
+from deepseek_jax.runtime.kernel_check import Check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,18 @@ class KernelCheck:
             _relative(own.astype(jnp.float32), want.astype(jnp.float32)) for own, want in pairs
         ]
         return jnp.stack(found)
+
+
+def checks() -> dict[str, Check]:
+    """The checks by name of the kernel: whether each result agrees, which all of them have to."""
+
+    def of(each: KernelCheck, results: int) -> Check:
+        return Check(
+            lambda: jax.jit(each.agrees)(), lambda: jnp.ones(results, bool), fp8_checks.HOPPER
+        )
+
+    found = {name: of(causal(name), 5) for name in attention_cudnn.BY_NAME}
+    return {**found, names.LATENT_ATTENTION: of(latent(), 2)}
 
 
 def causal(name: str) -> KernelCheck:

@@ -2,8 +2,12 @@
 
 import dataclasses
 
-from deepseek_jax.config import Config
-from deepseek_jax.model import remat
+import jax
+
+from deepseek_jax.config import Config, PrecisionConfig
+from deepseek_jax.hardware import chips
+from deepseek_jax.model import kernel_choice, remat
+from deepseek_jax.model.kernel_choice import KernelChoice
 from deepseek_jax.model.remat import Remat
 from deepseek_jax.parallel.experts import dispatch
 from deepseek_jax.parallel.experts.exchange import Dispatch
@@ -39,10 +43,38 @@ def of(config: Config, own: Recipe | None = None) -> Execution:
       own: a recipe in place of the config's, for experiments; None for the config's.
     """
     return Execution(
-        recipe=own or recipe(config.precision.recipe, config.precision.scales),
+        recipe=own or recipe_of(config),
         dispatch=dispatch.of(config),
         remat=remat.BY_NAME[config.layout.recompute],
         attention_block=config.layout.attention_block,
         unroll=config.layout.unroll,
         in_flight=config.layout.micro_batches_in_flight,
     )
+
+
+def recipe_of(config: Config, *, serving: bool = False) -> Recipe:
+    """The recipe that a config names, with the kernels that this process may use.
+
+    The first call in a process on a GPU checks the kernels, see `kernel_choice`; all processes then
+    have to call it.
+
+    Args:
+      serving: whether it is for generation with weights that the config's recipe trained.
+    """
+    chosen = recipe(config.precision.recipe, config.precision.scales)
+    chosen = chosen.serving if serving else chosen
+    kernels = kernel_choice.of(chosen, config.precision.kernels)
+    return chosen.with_kernels(kernels.names, _sms(config))
+
+
+def kernels_of(precision: PrecisionConfig) -> KernelChoice:
+    """The kernels of the recipe that a config names, for training."""
+    return kernel_choice.of(recipe(precision.recipe, precision.scales), precision.kernels)
+
+
+def _sms(config: Config) -> int:
+    """SMs of a GPU for kernels: without those of messages, where experts are on several devices."""
+    here = getattr(jax.local_devices()[0], "core_count", None)  # of a GPU
+    axes = config.layout.rules.get("experts", ())
+    spread = any(getattr(config.mesh, axis) != 1 for axis in axes)
+    return (here or chips.H100.sms) - spread * config.layout.communication_sms

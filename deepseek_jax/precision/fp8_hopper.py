@@ -20,10 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import fp8_outer, fp8_product, matmul_tiling
-from deepseek_jax.precision.fp8_grouped import rows_of_tiles
+from deepseek_jax.precision.expert_tiles import rows_of_tiles
 from deepseek_jax.precision.fp8_tiles import BLOCK, Tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight
 
@@ -54,18 +55,20 @@ class HopperProducts:
       pairs: whether two thread blocks may share loads (multicast). Off until a GPU has run them: no
         test without one fails when the agreement between two producers is taken out.
       interpret: as in `fp8_product.product`.
+      tilings: of products x w and d_out w^T, to choose from.
     """
 
     sms: int = matmul_tiling.H100_SMS
     pairs: bool = False
     interpret: Any = None
+    tilings: tuple[matmul_tiling.Tiling, ...] = matmul_tiling.PRODUCT_TILINGS
 
     def product(
         self, tiles: Tiles, weight: Fp8Weight, sizes: jax.Array | None = None, *, dtype: DTypeLike
     ) -> jax.Array:
         """x w: MK, in tiles along K, and matrices KN -> MN in `dtype`; rows of nobody are zero."""
         values, scales = _matrices(weight, tiles.values.shape[1], -1)
-        return self._product(tiles, values.mT, scales.mT, sizes, dtype)
+        return self._product(tiles, _turned(values), scales.mT, sizes, dtype)
 
     def input_gradient(
         self, tiles: Tiles, weight: Fp8Weight, sizes: jax.Array | None = None, *, dtype: DTypeLike
@@ -112,7 +115,7 @@ class HopperProducts:
             weight_scales,
             sizes,
             dtype=dtype,
-            tiling=self._tiling(matmul_tiling.PRODUCT_TILINGS, shape, experts),
+            tiling=self._tiling(self.tilings, shape, experts),
             sms=self.sms,
             interpret=self.interpret,
         )
@@ -122,9 +125,9 @@ class HopperProducts:
         """MK and MN in whole tiles along M -> EKN."""
         shape = x.values.shape[1], d_out.values.shape[1], x.values.shape[0]
         return fp8_outer.outer(
-            x.values.mT,
+            _turned(x.values),
             x.scales,
-            d_out.values.mT,
+            _turned(d_out.values),
             d_out.scales,
             blocks,
             tiling=self._tiling(matmul_tiling.OUTER_TILINGS, shape, 1),
@@ -140,6 +143,18 @@ class HopperProducts:
     ) -> matmul_tiling.Tiling:
         allowed = [tiling for tiling in candidates if self.pairs or not tiling.pair]
         return matmul_tiling.choose(allowed, shape, experts, self.sms)
+
+
+H100 = HopperProducts()
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    """The transposed copy of matrices, made here.
+
+    A kernel wants its operands in row-major order. XLA would choose the transposed order for
+    whatever the array comes from instead, up to the residuals of a pipeline, and copy all of them.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))).mT
 
 
 def _matrices(weight: Fp8Weight, depth: int, width: int) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,8 @@
 M tokens, K input width, N output width. x and d_out are quantised twice, along each of their
 axes, both times from the array itself. Backward keeps the tiles of x along M: one FP8 copy.
 
-This form dequantises operands and multiplies them in their compute dtype. With power-of-two scales
+On a Hopper GPU kernels multiply the operands as they are (`fp8_hopper`; the choice: `fp8_form`).
+The portable form dequantises them and multiplies in their compute dtype. With power-of-two scales
 that is bfloat16 and exact: an E4M3 value has 4 significant bits, a scale only moves its exponent,
 so the product fits in the 8 bits of a bfloat16; and two such numbers multiply to 8 bits, exact in
 float32. What is left of the error is that of summing K numbers in float32. Other scales need
@@ -22,9 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from deepseek_jax.kernels.names import OUTER, PRODUCT
 from deepseek_jax.precision.einsum import exact_einsum, row_product
+from deepseek_jax.precision.fp8_form import Fp8Form
+from deepseek_jax.precision.fp8_hopper import takes
 from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles, quantise_tiles
-from deepseek_jax.precision.fp8_weights import Fp8Weight
+from deepseek_jax.precision.fp8_weights import Fp8Weight, bare
 from deepseek_jax.precision.scopes import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 
 
@@ -33,7 +37,7 @@ def operand_dtype(power_of_two: bool) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if power_of_two else jnp.float32)
 
 
-def einsum(subscripts: str, x: jax.Array, weight: Fp8Weight, *, power_of_two: bool) -> jax.Array:
+def einsum(subscripts: str, x: jax.Array, weight: Fp8Weight, *, form: Fp8Form) -> jax.Array:
     """Contraction of x with a weight, in the dtype of x.
 
     Args:
@@ -55,31 +59,36 @@ def einsum(subscripts: str, x: jax.Array, weight: Fp8Weight, *, power_of_two: bo
         x = jnp.einsum(f"{of_x}->{rows}{inner}", x)
     out_shape = (*x.shape[: len(rows)], *weight.shape[len(inner) :])
     depth = math.prod(x.shape[len(rows) :])
-    out = _matmul(x.reshape(-1, depth), weight, power_of_two)
+    out = _matmul(x.reshape(-1, depth), weight, form)
     return out.reshape(out_shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 @jax.named_scope(FORWARD)
-def _matmul(x: jax.Array, weight: Fp8Weight, power_of_two: bool) -> jax.Array:
+def _matmul(x: jax.Array, weight: Fp8Weight, form: Fp8Form) -> jax.Array:
     """MK times a weight of K rows -> MN, in the dtype of x."""
-    dtype = operand_dtype(power_of_two)
-    tiles = dequantise_tiles(quantise_tiles(x, power_of_two=power_of_two), dtype)
-    matrix = weight.dequantised(x.shape[1], dtype)
-    return exact_einsum("MK,KN->MN", tiles, matrix).astype(x.dtype)
+
+    def portable(tiles: Tiles, weight: Fp8Weight) -> jax.Array:
+        dtype = operand_dtype(form.power_of_two)
+        matrix = weight.dequantised(depth, dtype)
+        return exact_einsum("MK,KN->MN", dequantise_tiles(tiles, dtype), matrix).astype(x.dtype)
+
+    depth = x.shape[1]
+    kernel = functools.partial(form.hopper.product, dtype=x.dtype)
+    product = form.choose(PRODUCT, portable, kernel, takes=takes(weight, depth))
+    return product(quantise_tiles(x, power_of_two=form.power_of_two), bare(weight))
 
 
 # Tiles of x along M, an empty array of the dtype of x, the weight.
 _Kept = tuple[Tiles, jax.Array, Fp8Weight]
 
 
-def _forward(x: jax.Array, weight: Fp8Weight, power_of_two: bool) -> tuple[jax.Array, _Kept]:
-    tiles = quantise_tiles(x, power_of_two=power_of_two, axis=-2)
+def _forward(x: jax.Array, weight: Fp8Weight, form: Fp8Form) -> tuple[jax.Array, _Kept]:
+    tiles = quantise_tiles(x, power_of_two=form.power_of_two, axis=-2)
     like = jnp.zeros((0,), x.dtype)
     kept = kept_weight(weight)
     # A checkpoint would save the carrier as an argument of this product.
-    bare = Fp8Weight(weight.values, weight.scales)
-    return _matmul(x, bare, power_of_two), (tiles, like, kept)
+    return _matmul(x, bare(weight), form), (tiles, like, kept)
 
 
 def kept_weight(weight: Fp8Weight) -> Fp8Weight:
@@ -88,31 +97,42 @@ def kept_weight(weight: Fp8Weight) -> Fp8Weight:
     return Fp8Weight(weight.values, weight.scales, carrier)
 
 
-def _backward(power_of_two: bool, kept: _Kept, d_out: jax.Array) -> tuple[Any, Any]:
+def _backward(form: Fp8Form, kept: _Kept, d_out: jax.Array) -> tuple[Any, Any]:
     tiles, like, weight = kept
-    matrix = weight.dequantised(tiles.values.shape[1], operand_dtype(power_of_two))
-    d_x = input_gradient(d_out, matrix, power_of_two)
+    d_x = _input_gradient(d_out, weight, tiles.values.shape[1], form, like.dtype)
     d_weight = None
     if weight.carrier is not None:
-        d_weight = weight_gradient(tiles, d_out, power_of_two).reshape(weight.shape)
+        d_weight = _weight_gradient(tiles, d_out, form).reshape(weight.shape)
     nothing: Any = None
-    return d_x.astype(like.dtype), Fp8Weight(nothing, nothing, d_weight)
+    return d_x, Fp8Weight(nothing, nothing, d_weight)
 
 
 _matmul.defvjp(_forward, _backward)
 
 
 @jax.named_scope(INPUT_GRADIENT)
-def input_gradient(d_out: jax.Array, matrix: jax.Array, power_of_two: bool) -> jax.Array:
-    """d_out w^T: MN, in tiles along N, and w KN -> MK float32."""
-    tiles = dequantise_tiles(quantise_tiles(d_out, power_of_two=power_of_two), matrix.dtype)
-    return exact_einsum("MN,KN->MK", tiles, matrix)
+def _input_gradient(
+    d_out: jax.Array, weight: Fp8Weight, depth: int, form: Fp8Form, result: DTypeLike
+) -> jax.Array:
+    """d_out w^T: MN, in tiles along N, and w of K = `depth` rows -> MK in the dtype `result`."""
+
+    def portable(tiles: Tiles, weight: Fp8Weight) -> jax.Array:
+        dtype = operand_dtype(form.power_of_two)
+        matrix = weight.dequantised(depth, dtype)
+        return exact_einsum("MN,KN->MK", dequantise_tiles(tiles, dtype), matrix).astype(result)
+
+    kernel = functools.partial(form.hopper.input_gradient, dtype=result)
+    product = form.choose(PRODUCT, portable, kernel, takes=takes(weight, depth))
+    return product(quantise_tiles(d_out, power_of_two=form.power_of_two), bare(weight))
 
 
 @jax.named_scope(WEIGHT_GRADIENT)
-def weight_gradient(tiles: Tiles, d_out: jax.Array, power_of_two: bool) -> jax.Array:
+def _weight_gradient(tiles: Tiles, d_out: jax.Array, form: Fp8Form) -> jax.Array:
     """x^T d_out: tiles of x MK along M, and MN -> KN float32."""
-    dtype: DTypeLike = operand_dtype(power_of_two)
-    x = dequantise_tiles(tiles, dtype)
-    d_out = dequantise_tiles(quantise_tiles(d_out, power_of_two=power_of_two, axis=-2), dtype)
-    return row_product("MK,MN->KN", x, d_out)
+
+    def portable(x: Tiles, d_out: Tiles) -> jax.Array:
+        dtype = operand_dtype(form.power_of_two)
+        return row_product("MK,MN->KN", dequantise_tiles(x, dtype), dequantise_tiles(d_out, dtype))
+
+    product = form.choose(OUTER, portable, form.hopper.weight_gradient)
+    return product(tiles, quantise_tiles(d_out, power_of_two=form.power_of_two, axis=-2))

@@ -110,6 +110,11 @@ class Linear:
         return cls(roles, sizes, nothing, nothing, sizes)
 
 
+def bare(weight: Fp8Weight) -> Fp8Weight:
+    """The weight without its carrier."""
+    return dataclasses.replace(weight, carrier=None)
+
+
 def quantise_blocks(weight: jax.Array, linear: Linear, *, power_of_two: bool) -> Fp8Weight:
     """FP8 form of a float32 weight, or of this device's part of it.
 

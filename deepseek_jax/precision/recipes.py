@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.kernels.names import ATTENTION, ATTENTION_PADDED, LATENT_ATTENTION, OUTER, PRODUCT
 from deepseek_jax.precision import fp8_grouped, fp8_linear, kept_output
 from deepseek_jax.precision.einsum import exact_einsum, row_product
+from deepseek_jax.precision.fp8_form import Fp8Form
+from deepseek_jax.precision.fp8_hopper import H100, HopperProducts
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, of_part, quantise_blocks
 from deepseek_jax.precision.grouped import grouped_matmul
 from deepseek_jax.precision.kept_input import from_fp8_input
@@ -100,6 +103,22 @@ class Recipe:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
     @property
+    def known_kernels(self) -> frozenset[str]:
+        """Names of the kernels that this recipe has a use for."""
+        if self.activation_dtype != jnp.bfloat16:
+            return frozenset()
+        return frozenset({ATTENTION, ATTENTION_PADDED, LATENT_ATTENTION})
+
+    def with_kernels(self, names: frozenset[str], sms: int) -> "Recipe":
+        """The recipe with these of its kernels in use.
+
+        Args:
+          sms: SMs of a GPU that a kernel with a thread block for each SM may use.
+        """
+        del sms
+        return dataclasses.replace(self, kernels=names & self.known_kernels)
+
+    @property
     def matmul_dtype(self) -> str:
         """Dtype whose peak bounds the products, as `hardware/chips.py` names it."""
         return self.name  # these recipes are named after it
@@ -166,9 +185,11 @@ class Fp8Recipe(Recipe):
 
     Attributes:
       power_of_two: whether scales are powers of two.
+      hopper: the kernels of the products, with the SMs that they may use.
     """
 
     power_of_two: bool = True
+    hopper: HopperProducts = H100
 
     def prepare(
         self, weight: Any, *, sensitive: bool, linear: Linear | None = None
@@ -201,17 +222,27 @@ class Fp8Recipe(Recipe):
     @property
     def serving(self) -> Recipe:
         # Absorbed decoding multiplies with parts of weights, along other axes.
-        return dataclasses.replace(BFLOAT16, kernels=self.kernels)
+        return dataclasses.replace(BFLOAT16, kernels=self.kernels & BFLOAT16.known_kernels)
+
+    @property
+    def known_kernels(self) -> frozenset[str]:
+        return super().known_kernels | {PRODUCT, OUTER}
+
+    def with_kernels(self, names: frozenset[str], sms: int) -> Recipe:
+        hopper = dataclasses.replace(self.hopper, sms=sms)
+        return dataclasses.replace(self, kernels=names & self.known_kernels, hopper=hopper)
 
     def einsum(self, subscripts: str, x: jax.Array, weight: Any) -> jax.Array:
         x = x.astype(self.activation_dtype)
-        return fp8_linear.einsum(subscripts, x, weight, power_of_two=self.power_of_two)
+        return fp8_linear.einsum(subscripts, x, weight, form=self._form)
 
     def grouped(self, rows: jax.Array, weight: Any, sizes: jax.Array, likely: int) -> jax.Array:
         rows = rows.astype(self.activation_dtype)
-        return fp8_grouped.grouped_matmul(
-            rows, weight, sizes, likely=likely, power_of_two=self.power_of_two
-        )
+        return fp8_grouped.grouped_matmul(rows, weight, sizes, likely=likely, form=self._form)
+
+    @property
+    def _form(self) -> Fp8Form:
+        return Fp8Form(self.power_of_two, self.kernels, self.hopper)
 
     from_kept = staticmethod(from_fp8_input)
 

@@ -12,7 +12,7 @@ from deepseek_jax.errors import RunError
 
 T = TypeVar("T")
 
-_LONGEST = 2048  # bytes of an error message that other processes receive
+_LONGEST = 2048  # bytes of a text that other processes receive
 
 
 def raise_together(attempt: Callable[[], T]) -> T:
@@ -29,16 +29,26 @@ def raise_together(attempt: Callable[[], T]) -> T:
         value = attempt()
     except Exception as error:
         failure = error
-    text = np.zeros(_LONGEST, np.uint8)
+    text = ""
     if failure is not None:
-        kind = b"R" if isinstance(failure, RunError) else b"C"
-        message = kind + (str(failure) or type(failure).__name__).encode()[: _LONGEST - 1]
-        text[: len(message)] = np.frombuffer(message, np.uint8)
-    for row in multihost_utils.process_allgather(text):
-        if row.any():
-            said = row.tobytes().rstrip(b"\0").decode(errors="ignore")
-            raise (RunError if said[0] == "R" else ConfigError)(said[1:]) from failure
+        kind = "R" if isinstance(failure, RunError) else "C"
+        text = kind + (str(failure) or type(failure).__name__)
+    if said := first_said(text):
+        raise (RunError if said[0] == "R" else ConfigError)(said[1:]) from failure
     return value
+
+
+def first_said(text: str) -> str:
+    """The text of the first process that has one, for all; "" if none has."""
+    if jax.process_count() == 1:
+        return text
+    mine = np.zeros(_LONGEST, np.uint8)
+    said = text.encode()[:_LONGEST]
+    mine[: len(said)] = np.frombuffer(said, np.uint8)
+    for row in multihost_utils.process_allgather(mine):
+        if row.any():
+            return row.tobytes().rstrip(b"\0").decode(errors="ignore")
+    return ""
 
 
 def from_primary(value: int) -> int:

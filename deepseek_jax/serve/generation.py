@@ -124,8 +124,8 @@ def open_engine(
     devices = jax.devices() if mesh else jax.devices()[:1]
     grid, layout = meshes.build(config.mesh, devices), meshes.layout(config)
     parts = config.mesh.replica * config.mesh.node * config.mesh.gpu
-    how = execution.of(config)
-    how = dataclasses.replace(how, recipe=how.recipe.serving, remat=remat.NONE)
+    how = execution.of(config, execution.recipe_of(config, serving=True))
+    how = dataclasses.replace(how, remat=remat.NONE)
     cache = cache or latent_cache.default_format(how.recipe)
     here = -(-slots // parts)
     sizes.check_room(model, here, length, cache, drafts)

@@ -22,7 +22,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.errors import RunError
 from deepseek_jax.hardware import xla_options
-from deepseek_jax.model import least_memory
+from deepseek_jax.model import execution, least_memory
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.parallel.pipeline import stage_assignment
@@ -62,9 +62,9 @@ def train(
         of this process; None traces none.
 
     Returns:
-      The summary that `summary.json` holds: step, tokens, the fields of `SystemMetrics`, held-out
-      bits per byte and those of gzip. Where a signal ended the run early, `stopped` is true and
-      there are no held-out scores.
+      The summary that `summary.json` holds: step, tokens, the fields of `SystemMetrics`, the GPU
+      kernels in use, held-out bits per byte and those of gzip. Where a signal ended the run early,
+      `stopped` is true and there are no held-out scores.
 
     Raises:
       ConfigError: before the step is compiled or anything is written; another run has the workdir,
@@ -94,6 +94,7 @@ def _train(
 ) -> dict[str, Any]:
     """Trains in a workdir that this run has to itself."""
     mesh, layout = meshes.build(config.mesh), meshes.layout(config)
+    kernels = execution.kernels_of(config.precision)
     kept = config.checkpoint.keep
     with Store(own.directory / workdir.CHECKPOINTS, keep=kept, check=own.check) as store:
         meta = store.newest_meta()
@@ -114,6 +115,7 @@ def _train(
                 report.say("scoring held-out text")
                 report.load_plots()
                 summary |= last_score.scores(programs.score.result, run.state, text)
+    summary |= kernels.summary()
     if summary["stopped"]:
         report.say(f"stopped after step {summary['step']}; the same command goes on from there")
         report.settle()

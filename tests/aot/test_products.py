@@ -1,12 +1,15 @@
 """Products of compiled programs by the type of their operands."""
 
+import collections
+
 import jax
 import pytest
 import small
 
-from deepseek_jax.aot import cluster, hlo, layer, products
+from deepseek_jax.aot import cluster, compiled, cost_model, hlo, layer, products
+from deepseek_jax.kernels.names import OUTER, PRODUCT
 from deepseek_jax.precision.recipes import BFLOAT16, Fp8Recipe
-from deepseek_jax.precision.scopes import PRODUCTS
+from deepseek_jax.precision.scopes import PRODUCTS, WEIGHT_GRADIENT
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
 
@@ -63,13 +66,43 @@ def test_both_operands_are_tiles_times_scales(left, right, in_fp8):
     assert products.counts(module) == {(products.OTHER, in_fp8): 1}
 
 
+def layer_of_experts(**changes):
+    """One layer's forward and backward, compiled for four devices."""
+    config = small.config(precision_recipe="fp8", mesh_node=2, mesh_gpu=2, **changes)
+    mesh = cluster.mesh(config.mesh)
+    return compiled.read(cluster.compile_for(layer.lower(config, mesh)), mesh, layer.KERNELS)
+
+
+def test_each_linear_of_a_layer_has_three_kernels():
+    """In experts as wide as a block: gate and up of narrower ones would cut blocks."""
+    program = layer_of_experts(model_d_expert=128)
+    found = list(products.products(program.module, layer.KERNELS))
+    linear = {
+        (kind, True, OUTER if kind == WEIGHT_GRADIENT else PRODUCT): LINEAR for kind in PRODUCTS
+    }
+    assert collections.Counter((each.kind, each.in_fp8, each.kernel) for each in found) == {
+        **linear, (products.OTHER, False, ""): OTHERS
+    }  # fmt: skip
+    assert products.kernel_counts(program.module) == {PRODUCT: 2 * LINEAR, OUTER: LINEAR}
+    # The scheduler is told the time of a kernel as that of a product with FP8 operands.
+    rates = cost_model.Rates(flops_fp8=1.0, memory_bytes=1e30)
+    costs = cost_model.costs(program, rates)
+    for each in found:
+        if each.kernel:
+            assert costs[_scheduling_name(program, each)] == each.gemm.flops > 0
+
+
+def _scheduling_name(program, product):
+    lines = program.module.computations[program.module.entry]
+    return lines[product.gemm.name].scheduling_name
+
+
 def counted():
-    config = small.config(precision_recipe="fp8", mesh_node=2, mesh_gpu=2)
-    lowered = layer.lower(config, cluster.mesh(config.mesh))
-    module = hlo.parse(cluster.compile_for(lowered).as_text())
+    module = layer_of_experts(precision_kernels="portable").module
     return products.counts(module, layer.KERNELS)
 
 
+@pytest.mark.slow
 def test_each_linear_of_a_layer_has_three_products_in_fp8():
     linear = {(kind, True): LINEAR for kind in PRODUCTS}
     assert counted() == {**linear, (products.OTHER, False): OTHERS}

@@ -147,6 +147,16 @@ def test_the_check_of_absorbed_attention_finds_a_mask_that_is_off_by_one():
     assert jax.jit(wrong.differences)()[1] > 4 * check.tolerance  # of the short request
 
 
+def test_every_kernel_of_attention_has_a_check():
+    """As many results as the check says: where one is missing, the kernel would never be used."""
+    found = attention_check.checks()
+    assert found.keys() == BFLOAT16.known_kernels
+    for name, check in found.items():
+        if name != names.ATTENTION_PADDED:  # without a GPU, JAX refuses to trace it
+            kernel = attention_check.latent() if "latent" in name else attention_check.causal(name)
+            assert jax.eval_shape(kernel.agrees).shape == check.portable().shape
+
+
 def test_logarithms_of_sums():
     random = np.random.default_rng(0)
     shapes = (B, S, H, X), (B, S, H, X), (B, S, H, W)

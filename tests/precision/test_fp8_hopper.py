@@ -3,6 +3,7 @@
 Operands have values and scales whose sums are exact in any order (`scaled.py`).
 """
 
+import dataclasses
 import functools
 
 import interpreted
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 import scaled
 
-from deepseek_jax.precision import fp8_grouped, fp8_linear, grouped
+from deepseek_jax.kernels.names import OUTER, PRODUCT
+from deepseek_jax.precision import fp8_grouped, grouped, weight_gradients
 from deepseek_jax.precision.einsum import exact_einsum
+from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper import HopperProducts, takes
-from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles, quantise_tiles
+from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
+from deepseek_jax.precision.recipes import recipe
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -72,6 +76,7 @@ def portable_grouped_weight_gradient(x, d_out, sizes):
     return PLAN.weight_gradient(saved, d_out, (E, K, N), jnp.float32)
 
 
+@pytest.mark.slow  # as are those of experts below: `test_fp8_checks.py` computes them, too
 def test_products_of_all_experts():
     kernel = functools.partial(HOPPER.product, dtype=BFLOAT16)
     assert_equal(kernel, portable_grouped, tiles(M, K, 0), weight(E), SIZES)
@@ -83,6 +88,7 @@ def test_input_gradients_of_all_experts():
     assert_equal(kernel, portable_grouped_input_gradient, tiles(M, N, 2), weight(E), SIZES)
 
 
+@pytest.mark.slow
 def test_weight_gradients_of_all_experts():
     """Tiles along rows: three of 130 and 61 rows, and a fourth that no expert has."""
     given = [
@@ -92,36 +98,61 @@ def test_weight_gradients_of_all_experts():
     assert_equal(HOPPER.grouped_weight_gradient, portable_grouped_weight_gradient, *given, SIZES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("power_of_two", [True, False], ids=["power of two", "free scales"])
-def test_a_linear_layer_of_real_numbers(power_of_two):
-    """All three products, to the rounding of sums in float32 where they are not exact."""
+def layers(fp8, experts):
+    """Output of a linear layer, or of those of all experts, and both gradients, jitted."""
+    shape = (E, K, N) if experts else (K, N)
+    linear = Linear.whole("-io" if experts else "io", shape)
+
+    def product(weight, x):
+        if experts:
+            return fp8.grouped(x, weight, SIZES, M)
+        return fp8.einsum("MK,KN->MN", x, weight)
+
+    @jax.jit
+    def run(weight, x, pull):
+        prepared = fp8.prepare(weight, sensitive=False, linear=linear)
+        out, vjp = weight_gradients.vjp(product, prepared, x)
+        return out, *vjp(pull)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        pytest.param(False, id="one matrix"),
+        pytest.param(True, id="experts", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("scales", ["power_of_two", pytest.param("free", marks=pytest.mark.slow)])
+def test_layers_of_a_recipe_with_kernels(scales, experts):
+    """All three products of real numbers, to the rounding of sums in float32 to bfloat16."""
+    portable = recipe("fp8", scales)
+    kernels = dataclasses.replace(portable, kernels=frozenset({PRODUCT, OUTER}), hopper=HOPPER)
     random = np.random.default_rng(0)
-    x, d_out, w = (
-        jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((M, K), (M, N), (K, N))
-    )
-    linear = Linear.whole("io", (K, N))
-    blocks = quantise_blocks(w, linear, power_of_two=power_of_two)
-    quantise = functools.partial(quantise_tiles, power_of_two=power_of_two)
-    dtype = fp8_linear.operand_dtype(power_of_two)
-    whole = blocks.dequantised(K, dtype)
-    pairs = [
-        (
-            lambda: HOPPER.product(quantise(x), blocks, dtype=jnp.float32),
-            exact_einsum("MK,KN->MN", dequantise_tiles(quantise(x), dtype), whole),
-        ),
-        (
-            lambda: HOPPER.input_gradient(quantise(d_out), blocks, dtype=jnp.float32),
-            fp8_linear.input_gradient(d_out, whole, power_of_two),
-        ),
-        (
-            lambda: HOPPER.weight_gradient(quantise(x, axis=-2), quantise(d_out, axis=-2)),
-            fp8_linear.weight_gradient(quantise(x, axis=-2), d_out, power_of_two),
-        ),
-    ]
-    for kernel, want in pairs:
-        got = interpreted.run(jax.jit(kernel))
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+    weight, x, pull = (
+        jnp.asarray(random.normal(size=shape), dtype)
+        for shape, dtype in (
+            ((E, K, N) if experts else (K, N), jnp.float32), ((M, K), BFLOAT16), ((M, N), BFLOAT16)
+        )
+    )  # fmt: skip
+    got = interpreted.run(layers(kernels, experts), weight, x, pull)
+    want = layers(portable, experts)(weight, x, pull)
+    # Neighbours in bfloat16 are up to 2^-7 apart; the gradient of the weight is float32.
+    for ours, theirs, rounding in zip(got, want, (2**-7, 1e-5, 2**-7), strict=True):
+        theirs = np.asarray(theirs, np.float32)
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), theirs, rtol=rounding, atol=1e-6 * scale
+        )
+
+
+def test_what_has_no_kernel_is_portable():
+    """A kernel that is not in use, and a weight that the kernels do not take."""
+    form = Fp8Form(kernels=frozenset({PRODUCT}), hopper=HOPPER)
+    assert form.choose(PRODUCT, "portable", "kernel") == "kernel"
+    assert form.choose(PRODUCT, "portable", "kernel", takes=False) == "portable"
+    assert form.choose(OUTER, "portable", "kernel") == "portable"
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def inference_config(model: ModelConfig, recipe: str, scales: str) -> Config:
         model=model,
         mesh=MeshConfig(pipe=1, replica=1, node=1, gpu=1, tensor=1),
         layout=_layout(model),
-        precision=PrecisionConfig(recipe=recipe, scales=scales, dispatch="compute"),
+        precision=PrecisionConfig(recipe=recipe, scales=scales, dispatch="compute", kernels="auto"),
         batch=BatchConfig(
             length=1024, sequences=8, ramp_sequences=8, ramp_tokens=0, micro_sequences=8
         ),
@@ -105,6 +105,7 @@ def _layout(model: ModelConfig) -> LayoutConfig:
         ramps="mask",
         defer_weight_gradients=False,
         cost_profile="",
+        communication_sms=20,
         recompute="none",
         attention_block=512,
         unroll=4,  # above 1, decoding keeps the layers as separate arrays, which it reads faster

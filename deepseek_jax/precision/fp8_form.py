@@ -1,0 +1,54 @@
+"""Form of each FP8 product: a kernel for Hopper, or the portable one.
+
+A product is computed by its kernel where three things hold: the kernel's name is in use, the
+program is lowered for CUDA, and the kernel takes the weight. Otherwise it is portable. A gradient
+of a weight has no weight among its operands, so its kernel takes every shape.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from deepseek_jax.precision.fp8_hopper import H100, HopperProducts
+from deepseek_jax.precision.grouped import by_platform
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Form:
+    """Scales of FP8 products, and the kernels that may compute them.
+
+    Attributes:
+      power_of_two: whether scales are powers of two. The kernels take others, too.
+      kernels: names in `kernels/names.py`.
+      hopper: the kernels. With its `interpret` they run in a program for any platform.
+    """
+
+    power_of_two: bool = True
+    kernels: frozenset[str] = frozenset()
+    hopper: HopperProducts = H100
+
+    def choose(
+        self,
+        name: str,
+        portable: Callable[..., Any],
+        kernel: Callable[..., Any],
+        *,
+        takes: bool = True,
+    ) -> Callable[..., Any]:
+        """The form of a product: one of two functions of arrays, alike in arguments and results.
+
+        Args:
+          name: of the kernel.
+          takes: whether the kernel takes these operands.
+        """
+        if name not in self.kernels or not takes:
+            return portable
+        if self.hopper.interpret:
+            return kernel
+        # Without a mesh a program is one of this process.
+        here = jax.sharding.get_abstract_mesh().empty
+        if here and jax.default_backend() == "cpu":
+            return portable
+        return by_platform(portable, kernel)

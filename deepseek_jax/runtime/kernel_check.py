@@ -1,0 +1,97 @@
+"""Check of GPU kernels at the start of a run: each computes a small problem of known result.
+
+The sums of a problem are exact in any order, so a kernel has to agree to the bit with the portable
+form of the same computation. A kernel that differs, fails to compile, or does not fit the GPU is
+refused, in all processes alike: they run one program.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from deepseek_jax.errors import RunError
+from deepseek_jax.runtime import agreement
+
+SECONDS = 300  # far more than a check compiles and runs in
+_LONGEST = 300  # characters of an error that is shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A problem for a kernel.
+
+    Attributes:
+      kernel, portable: make the arrays to compare, by the kernel and by the portable form.
+      generation: major compute capability of the GPUs that the kernel is for; None for any.
+    """
+
+    kernel: Callable[[], Any]
+    portable: Callable[[], Any]
+    generation: int | None = None
+
+
+def refused(
+    checks: Mapping[str, Check],
+    device: Any,
+    agree: Callable[[str], str] = agreement.first_said,
+) -> dict[str, str]:
+    """Reasons by name of the kernels that may not run; all processes have to call this.
+
+    Args:
+      checks: by name of the kernel, the same names in every process.
+      device: of this process; its `compute_capability` is read.
+      agree: the first text that a process of the run has said, for all; "" if none has.
+
+    Raises:
+      RunError: a kernel has not come to an end. The GPU cannot be used any more.
+    """
+    reasons = {name: agree(_fault(name, checks[name], device)) for name in sorted(checks)}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _fault(name: str, check: Check, device: Any) -> str:
+    """Reason why this process may not use a kernel; empty if it may."""
+    found = str(getattr(device, "compute_capability", "none"))
+    if check.generation is not None and found.partition(".")[0] != str(check.generation):
+        return f"it needs compute capability {check.generation}.x, and this device has {found}"
+    try:
+        got, want = _in_time(name, lambda: (_arrays(check.kernel()), _arrays(check.portable())))
+    except RunError:
+        raise
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
+    different = sum(int((a != b).sum()) for a, b in zip(got, want, strict=True))
+    size = sum(b.size for b in want)
+    return f"{different} of {size} numbers of its check are wrong" if different else ""
+
+
+def _arrays(tree: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _in_time(name: str, act: Callable[[], Any]) -> Any:
+    """Result of `act`, called in a thread of its own: without the mesh that the caller has set."""
+    found: list[Any] = []
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            found.append(act())
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name=f"check of {name}")
+    thread.start()
+    thread.join(SECONDS)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise RunError(
+            f"the kernel {name} has not ended its check in {SECONDS} s; "
+            "set precision.kernels=portable"
+        )
+    return found[0]
