@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 
 from deepseek_jax.aot import hlo
 from deepseek_jax.aot.hlo import Array, Instruction, Module
+from deepseek_jax.kernels import attention_cudnn
 
 KINDS = (
     "all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
 HOST_AXES = ("gpu", "tensor")  # innermost axes, inside a host; the other axes cross hosts
+_ATTENTION = "__cudnn$fmha"  # begin of the names of cuDNN's calls
 _ONLY_COPIES = hlo.FREE | {"copy"}
 
 # Name of a Pallas kernel -> FLOPs as a function of its arguments; the compiled text has no FLOPs.
@@ -132,6 +134,13 @@ class Program:
     copies: tuple[Copy, ...]
     kernels: Kernels
     peak_bytes: int
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that cuDNN is expected to take beside `peak_bytes`, for one call: estimated."""
+        lines = (line for each in self.module.computations.values() for line in each.values())
+        backward = (line for line in lines if line.target.startswith(_ATTENTION) and _five(line))
+        return max((_workspace(line) for line in backward), default=0)
 
     @property
     def gemms(self) -> tuple[Gemm, ...]:
@@ -313,7 +322,7 @@ def gemm(line: Instruction, inputs: tuple[Array, ...], kernels: Kernels) -> Gemm
     elif op.startswith("__cublas"):
         summed = line.dimensions("lhs_contracting_dimensions")
         flops = _dot_flops(inputs[0], line.arrays[0], summed)
-    elif op.startswith("__cudnn$fmha"):
+    elif op.startswith(_ATTENTION):
         flops = _attention_flops(line, inputs)
     elif line.target:
         op = next((name for name in line.op_name.split("/") if name in kernels), "")
@@ -338,7 +347,16 @@ def _attention_flops(line: Instruction, inputs: tuple[Array, ...]) -> float:
     """FLOPs of cuDNN's attention: two products forward, five backward with recomputed scores."""
     batch, heads, queries, keys = line.dimensions("dimensions")
     width, value_width = inputs[0].shape[-1], inputs[2].shape[-1]
-    backward = line.target.endswith("Backward")
-    summed = 3 * width + 2 * value_width if backward else width + value_width
+    summed = 3 * width + 2 * value_width if _five(line) else width + value_width
     causal = re.search(r'"mask_type":\s*"CAUSAL"', line.attributes)
     return (1.0 if causal else 2.0) * batch * heads * queries * keys * summed
+
+
+def _five(line: Instruction) -> bool:
+    """Whether a call of cuDNN's attention has backward's five products."""
+    return line.target.endswith("Backward")
+
+
+def _workspace(line: Instruction) -> int:
+    """Bytes that backward is expected to need; its first result is the queries' gradient, BHSX."""
+    return attention_cudnn.workspace_bytes(line.arrays[0].shape)

@@ -295,8 +295,10 @@ def measure(
     ticks = "one tick" if config.layout.pipeline == "1f1b" else "two ticks"
     held = both["ours"].kept
     largest = sorted(held, key=lambda array: -array.bytes * held[array])[:LARGEST]
+    expected = second.workspace_bytes / 2**30
     return {
         "peak_GiB": second.peak_bytes / 2**30,
+        **({"attention_workspace_GiB": expected} if expected else {}),  # beside the peak, estimated
         "carried_GiB": sum(array.bytes * n for array, n in held.items()) / 2**30,
         ticks: [
             {"costs": name, **_row(pair), "under_the_other": under_the_other(pair)}

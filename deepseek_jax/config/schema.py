@@ -154,7 +154,7 @@ class LayoutConfig:
       defer_weight_gradients: True delays weight gradients into DualPipe's bubbles, for more memory.
       cost_profile: Path of a .pbtxt of instruction costs for XLA's GPU scheduler; "" for none.
       communication_sms: SMs that kernels leave free where experts are on several GPUs; 0 to 64.
-      recompute: Policy: "none", "report" (norms, up-projections, scores, SwiGLU) or "full" (all).
+      recompute: Policy: "none", "report" (norms, up-projections, scores...), "attention" or "full".
       attention_block: Query rows of attention that are scored at once.
       unroll: Layers compiled one after another; 1 is one loop body, the fastest to compile.
       loss_chunk: Rows (tokens of any head) of a chunk, whose logits a device computes together.

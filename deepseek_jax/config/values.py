@@ -70,7 +70,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "layout.micro_batches_in_flight": (1, 2),
     "layout.pipeline": ("dualpipe", "dualpipev", "1f1b"),
     "layout.ramps": ("mask", "skip"),
-    "layout.recompute": ("none", "full", "report"),
+    "layout.recompute": ("none", "full", "report", "attention"),
     "precision.recipe": ("float32", "bfloat16", "fp8"),
     "precision.scales": ("power_of_two", "free"),
     "precision.dispatch": ("compute", "fp8"),

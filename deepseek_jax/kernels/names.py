@@ -4,5 +4,6 @@ PRODUCT = "fp8_product"
 OUTER = "fp8_outer"
 QUANTISE = "fp8_quantise"
 ATTENTION = "attention"
+ATTENTION_PADDED = "attention_padded"  # where cuDNN refuses values narrower than keys
 LATENT_ATTENTION = "latent_attention"
-ALL = (PRODUCT, OUTER, QUANTISE, ATTENTION, LATENT_ATTENTION)
+ALL = (PRODUCT, OUTER, QUANTISE, ATTENTION, ATTENTION_PADDED, LATENT_ATTENTION)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.model import attention_check
 from deepseek_jax.precision import fp8_checks
 from deepseek_jax.precision.recipes import Recipe
 from deepseek_jax.runtime import kernel_check, processes
@@ -59,7 +60,7 @@ def of(recipe: Recipe, setting: str) -> KernelChoice:
 @functools.cache
 def _fault(name: str) -> str:
     """Reason why a kernel may not run in this process, said once; empty if it may."""
-    check = {name: fp8_checks.checks()[name]}
+    check = {name: (fp8_checks.checks() | attention_check.checks())[name]}
     reason = kernel_check.refused(check, jax.local_devices()[0]).get(name, "")
     if reason and processes.is_primary():
         _log.warning("the kernel %s is not used (%s); its portable form is", name, reason)

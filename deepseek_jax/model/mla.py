@@ -5,7 +5,7 @@ head. Absorbed decoding attends to the latents themselves.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import chex
@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.kernels import attention_cudnn
 from deepseek_jax.model import params, rotary
+from deepseek_jax.model.absorbed_attention import latent_attention
+from deepseek_jax.model.causal_attention import FusedAttention, causal_attention
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.parallel import axes
-from deepseek_jax.precision.einsum import broadcast, exact_einsum
+from deepseek_jax.precision.einsum import broadcast
 from deepseek_jax.precision.saved import Saved, save
 
 LATENT_NORM_EPS = 1e-6  # epsilon of the two latent norms, independent of the model's norm_eps
@@ -98,11 +101,9 @@ class LatentAttention(nnx.Module):
         key_rope = broadcast(key_rope[:, :, None], (*key_nope.shape[:-1], config.d_rope))
         key = jnp.concatenate([key_nope, key_rope], axis=-1)
 
-        scale = rotary.softmax_scale(config)
-        block, keep = how.attention_block, how.remat.keep_scores
-        mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
         project = functools.partial(einsum, "BSHW,HWD->BSD")
-        out = how.recipe.from_kept(Saved.ATTENTION, project, mixed, self.out[...])
+        scale = rotary.softmax_scale(config)
+        out = attend_and_project(query, key, value, project, self.out[...], how, scale)
         return axes.fan_in(out, "heads"), kept
 
     @jax.named_scope("attention")
@@ -137,7 +138,8 @@ class LatentAttention(nnx.Module):
         query_latent = einsum("BSHN,HCN->BSHC", query_nope, up_key)
         latent, key_rope = past.read(layer, x.dtype)
         scale = rotary.softmax_scale(config)
-        mean = latent_attention(query_latent, query_rope, latent, key_rope, positions, scale)
+        given = query_latent, query_rope, latent, key_rope, positions
+        mean = latent_attention(*given, scale, how.recipe.kernels)
         mixed = einsum("BSHC,HCW->HBSW", mean, up_value)
         return axes.fan_in(einsum("HBSW,HWD->BSD", mixed, self.out[...]), "heads"), past
 
@@ -173,159 +175,28 @@ def attend(norm: RMSNorm, attention: LatentAttention, x: jax.Array, how: Executi
     return save(Saved.ATTENDED, x + attention(norm(x), how))
 
 
-def latent_attention(
-    query_latent: jax.Array,
-    query_rope: jax.Array,
-    latent: jax.Array,
-    key_rope: jax.Array,
-    positions: jax.Array,
-    scale: float,
-) -> jax.Array:
-    """Attention-weighted mean of the latents for each head of each query; softmax in float32.
-
-    Args:
-      query_latent, query_rope: BSHC and BSHR.
-      latent, key_rope: BTC and BTR; token j is at position j, and queries before j do not see it.
-      positions: BS, positions of the queries.
-
-    Returns:
-      BSHC in the dtype of the queries.
-    """
-    chex.assert_rank([query_latent, query_rope, latent, key_rope, positions], [4, 4, 3, 3, 2])
-    scores = exact_einsum("BSHC,BTC->BHST", query_latent, latent)
-    scores = scores + exact_einsum("BSHR,BTR->BHST", query_rope, key_rope)
-    past = positions[:, :, None] >= jnp.arange(latent.shape[1])[None, None]  # BST
-    scores = jnp.where(past[:, None], scores * scale, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(latent.dtype)
-    mean = exact_einsum("BHST,BTC->BHSC", weights, latent).astype(query_latent.dtype)
-    return mean.swapaxes(1, 2)  # an einsum to BSHC is five times slower on a CPU (measured)
-
-
-def causal_attention(
+def attend_and_project(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    *,
+    project: Callable[[jax.Array, Any], jax.Array],
+    weight: Any,
+    how: Execution,
     scale: float,
-    block: int,
-    keep_scores: bool = False,
 ) -> jax.Array:
-    """Causal softmax(scale * query . key) value, equation 10; softmax in float32.
-
-    Queries are taken in blocks of `block` rows, each with only the keys up to the block's end, so
-    that most of the half that the mask removes is never computed.
+    """Causal attention and the linear layer behind it.
 
     Args:
-      query, key: BSHX, any common width X.
-      value: BSHW.
-      keep_scores: save the softmax of all blocks for backward instead of recomputing them.
-
-    Returns:
-      BSHW in the dtype of `query`.
+      query, key, value: BSHX, BSHX and BSHW.
+      project: (heads' outputs BSHW, weight) -> BSD; closes over no array.
+      weight: W^O, prepared by the recipe.
+      scale: of the scores.
     """
-    chex.assert_equal_shape([query, key], custom_message="query and key: BSHX")
-    chex.assert_shape(value, (*key.shape[:3], None), custom_message="value: BSHW")
-    chex.assert_type([query, key, value], float)
-    heads_first = (part.swapaxes(1, 2) for part in (query, key, value))
-    return _in_blocks(*heads_first, scale, block, keep_scores).swapaxes(1, 2)
-
-
-# Below, the heads precede the positions (BHSX, BHTX, BHTW): a CPU multiplies matrices that lie
-# whole in memory up to twice as fast (measured), and a GPU's matmul library asks for them too.
-_Softmax = tuple[jax.Array, jax.Array]  # weights e BHST and their sums BHS1, float32
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _in_blocks(
-    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
-) -> jax.Array:
-    return _forward(query, key, value, scale, block, keep_scores)[0]
-
-
-def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
-) -> tuple[jax.Array, list[_Softmax]]:
-    """Output BHSW, and the softmax of each block."""
-    rows: list[jax.Array] = []
-    softmaxes: list[_Softmax] = []
-    for start, end in _blocks(query.shape[2], block):
-        own = query[:, :, start:end]
-        if rows and not keep_scores:  # one after the other, or XLA holds the scores of several
-            own, rows[-1] = jax.lax.optimization_barrier((own, rows[-1]))
-        softmax = _softmax(own, key[:, :, :end], scale, start)
-        mean = exact_einsum("BHST,BHTW->BHSW", softmax[0], value[:, :, :end]) / softmax[1]
-        rows.append(mean.astype(query.dtype))
-        softmaxes.append(softmax)
-    return jnp.concatenate(rows, axis=2), softmaxes
-
-
-def _in_blocks_forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block: int, keep_scores: bool
-) -> tuple[jax.Array, Any]:
-    """Output, and for backward the queries, keys and values, with the softmaxes if kept."""
-    out, softmaxes = _forward(query, key, value, scale, block, keep_scores)
-    return out, (query, key, value, softmaxes if keep_scores else None)
-
-
-def _in_blocks_backward(
-    scale: float, block: int, keep_scores: bool, saved: Any, d_out: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of queries, keys and values; those of keys and values add up in float32."""
-    if not keep_scores:  # without the barrier XLA reuses, and so keeps in memory, forward's scores
-        saved, d_out = jax.lax.optimization_barrier((saved, d_out))
-    query, key, value, softmaxes = saved
-    d_query: list[jax.Array] = []
-    d_key = d_value = None
-    bounds = list(enumerate(_blocks(query.shape[2], block)))
-    for i, (start, end) in reversed(bounds):  # the last block has all keys
-        rows, keys, values = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
-        if d_query and not keep_scores:  # one after the other, as in forward
-            rows, d_query[-1], d_key, d_value = jax.lax.optimization_barrier(
-                (rows, d_query[-1], d_key, d_value)
-            )
-        softmax = softmaxes[i] if keep_scores else _softmax(rows, keys, scale, start)
-        d_scores, d_values = _pull_back(softmax, values, d_out[:, :, start:end])
-        d_rows = scale * exact_einsum("BHST,BHTX->BHSX", d_scores, keys)
-        d_query.append(d_rows.astype(query.dtype))
-        d_keys = exact_einsum("BHSX,BHST->BHXT", rows, d_scores)
-        d_key = d_keys if d_key is None else d_key.at[..., :end].add(d_keys)
-        d_value = d_values if d_value is None else d_value.at[..., :end].add(d_values)
-    assert d_key is not None and d_value is not None, "there is at least one position"
-    d_key, d_value = (scale * d_key).astype(key.dtype), d_value.astype(value.dtype)
-    return jnp.concatenate(d_query[::-1], axis=2), d_key.swapaxes(2, 3), d_value.swapaxes(2, 3)
-
-
-_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
-
-
-def _blocks(length: int, block: int) -> Iterator[tuple[int, int]]:
-    """First position and end of each block of queries."""
-    return ((start, min(start + block, length)) for start in range(0, length, block))
-
-
-def _softmax(query: jax.Array, key: jax.Array, scale: float, start: int) -> _Softmax:
-    """Weights e = exp(s - max s) of the scores s = scale q . k, in the dtype of keys; their sums.
-
-    The first query is at position `start`, and sees the keys up to itself.
-    """
-    scores = exact_einsum("BHSX,BHTX->BHST", query, key)
-    past = start + jnp.arange(query.shape[2])[:, None] >= jnp.arange(key.shape[2])[None]  # ST
-    scores = jnp.where(past[None, None], scores * scale, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    return weights.astype(key.dtype), weights.sum(-1, keepdims=True)
-
-
-def _pull_back(
-    softmax: _Softmax, value: jax.Array, d_out: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients of the scores of a block, BHST, and of its values, BHWT float32.
-
-    With sums l, the softmax is P = e / l, and dS = P (dP - sum_T P dP). Here g = dO / l makes e the
-    only factor of BHST: dV = e^T g, dE = g V^T, dS = e (dE - sum_T(e dE) / l).
-    """
-    weights, total = softmax
-    d_mean = (d_out / total).astype(d_out.dtype)
-    d_value = exact_einsum("BHSW,BHST->BHWT", d_mean, weights)
-    d_weights = exact_einsum("BHSW,BHTW->BHST", d_mean, value)
-    common = jnp.sum(weights * d_weights, axis=-1, keepdims=True) / total
-    return (weights * (d_weights - common)).astype(value.dtype), d_value
+    block = how.attention_block
+    kernel = attention_cudnn.chosen(how.recipe.kernels)
+    if kernel and attention_cudnn.takes(query, value):
+        core = FusedAttention(kernel, scale, block)
+        return how.recipe.from_kept_output(core, project, (query, key, value), weight)
+    keep = how.remat.keep_scores
+    mixed = causal_attention(query, key, value, scale=scale, block=block, keep_scores=keep)
+    return how.recipe.from_kept(Saved.ATTENTION, project, mixed, weight)

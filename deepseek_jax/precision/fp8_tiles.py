@@ -94,7 +94,7 @@ def scales_of(largest: jax.Array, power_of_two: bool) -> jax.Array:
 
 def quantised(x: jax.Array, scales: jax.Array, power_of_two: bool) -> jax.Array:
     """Values x / scales in E4M3, for float32 x and scales of its shape."""
-    inverse = _inverse_power_of_two(scales) if power_of_two else 1 / scales
+    inverse = inverse_power_of_two(scales) if power_of_two else 1 / scales
     return rounded(jnp.clip(x * inverse, -LARGEST, LARGEST), E4M3)
 
 
@@ -134,7 +134,7 @@ def _next_power_of_two(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(exponent, jnp.float32), x)
 
 
-def _inverse_power_of_two(x: jax.Array) -> jax.Array:
+def inverse_power_of_two(x: jax.Array) -> jax.Array:
     """Reciprocals of powers of two below 2^127, from their bits; NaN where x is not finite."""
     bits = np.int32(0x7F000000) - jax.lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), jnp.nan)

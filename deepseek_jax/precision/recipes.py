@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.kernels.names import OUTER, PRODUCT
-from deepseek_jax.precision import fp8_grouped, fp8_linear
+from deepseek_jax.kernels.names import ATTENTION, ATTENTION_PADDED, LATENT_ATTENTION, OUTER, PRODUCT
+from deepseek_jax.precision import fp8_grouped, fp8_linear, kept_output
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper import H100, HopperProducts
@@ -105,7 +105,9 @@ class Recipe:
     @property
     def known_kernels(self) -> frozenset[str]:
         """Names of the kernels that this recipe has a use for."""
-        return frozenset()
+        if self.activation_dtype != jnp.bfloat16:
+            return frozenset()
+        return frozenset({ATTENTION, ATTENTION_PADDED, LATENT_ATTENTION})
 
     def with_kernels(self, names: frozenset[str], sms: int) -> "Recipe":
         """The recipe with these of its kernels in use.
@@ -151,6 +153,23 @@ class Recipe:
           weight: a prepared weight.
         """
         return layer(save(name, x), weight, *rest)
+
+    def from_kept_output(
+        self,
+        core: kept_output.Core,
+        layer: Callable[[jax.Array, Any], jax.Array],
+        inputs: kept_output.Inputs,
+        weight: Any,
+    ) -> jax.Array:
+        """layer(core(*inputs), weight), of which backward needs the core's output.
+
+        Arguments as of `kept_output.from_kept_output`.
+        """
+        return kept_output.from_kept_output(self._output_form, core, layer, inputs, weight)
+
+    @property
+    def _output_form(self) -> kept_output.SavedForm:
+        return kept_output.UNCHANGED
 
 
 FLOAT32 = Recipe("float32", jnp.dtype(jnp.float32))
@@ -202,7 +221,8 @@ class Fp8Recipe(Recipe):
 
     @property
     def serving(self) -> Recipe:
-        return BFLOAT16  # absorbed decoding multiplies with parts of weights, along other axes
+        # Absorbed decoding multiplies with parts of weights, along other axes.
+        return dataclasses.replace(BFLOAT16, kernels=self.kernels & BFLOAT16.known_kernels)
 
     @property
     def known_kernels(self) -> frozenset[str]:
@@ -225,6 +245,10 @@ class Fp8Recipe(Recipe):
         return Fp8Form(self.power_of_two, self.kernels, self.hopper)
 
     from_kept = staticmethod(from_fp8_input)
+
+    @property
+    def _output_form(self) -> kept_output.SavedForm:
+        return kept_output.E5M6
 
 
 FP8 = Fp8Recipe("fp8", jnp.dtype(jnp.bfloat16))

@@ -22,6 +22,7 @@ class Saved(enum.StrEnum):
     KV_LATENT = "kv_latent"  # c^KV, before its norm
     KEY_ROPE = "key_rope"  # k^R, before rotation
     ATTENTION = "attention"  # heads' outputs, before W^O
+    ATTENTION_SUM = "attention_sum"  # logarithm of each softmax's sum, where a kernel asks for it
     ATTENDED = "attended"  # the residual stream after attention
     GATE_UP = "gate_up"  # inputs of SwiGLU
     ARRIVED = "arrived"  # tokens and routing weights at their experts

@@ -9,8 +9,12 @@ from equations import attention
 from equations.norm import part
 from published import layer, variant
 
+from deepseek_jax.kernels import latent_attention as latent_kernel
+from deepseek_jax.kernels import names
+from deepseek_jax.model.absorbed_attention import latent_attention
+from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.mla import LatentAttention, causal_attention
+from deepseek_jax.model.mla import LatentAttention
 from deepseek_jax.serve import latent_cache
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -89,6 +93,18 @@ def test_blocks_of_queries_change_nothing(block, keep):
     (_, got), got_grads = run(block, keep)
     np.testing.assert_allclose(got, want, atol=2e-6)
     small.assert_close(got_grads, want_grads, 2e-6)
+
+
+def test_on_a_cpu_a_kernel_of_absorbed_attention_changes_nothing():
+    rng = np.random.default_rng(0)
+    shapes = (2, 2, 4, 128), (2, 2, 4, 64), (2, 64, 128), (2, 64, 64)
+    given = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+    given.append(jnp.array([[5, 6], [62, 63]], jnp.int32))
+    kernels = frozenset({names.LATENT_ATTENTION})
+    assert latent_kernel.takes(given[0], given[2], given[3])
+    got = jax.jit(lambda *given: latent_attention(*given, 0.1, kernels))(*given)
+    want = jax.jit(lambda *given: latent_attention(*given, 0.1))(*given)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_sees_no_later_token():

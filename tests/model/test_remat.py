@@ -35,6 +35,7 @@ def test_what_each_policy_answers():
     assert answers == {
         "none": (True, False, remat.NONE),
         "report": (False, False, remat.WITHIN_TICK),
+        "attention": (False, False, remat.WITHIN_TICK),
         "full": (False, True, remat.WITHIN_TICK),
     }
 

@@ -8,9 +8,9 @@ import pytest
 import small
 
 from deepseek_jax.model import decoding, transformer
+from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.loss import head_loss
-from deepseek_jax.model.mla import causal_attention
 from deepseek_jax.model.router import select_experts
 from deepseek_jax.parallel.experts import permutation
 

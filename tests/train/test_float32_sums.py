@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.model import execution, params
-from deepseek_jax.model.mla import causal_attention
+from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.transformer import Embedding
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
