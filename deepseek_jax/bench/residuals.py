@@ -29,7 +29,7 @@ def measure(config: Config) -> dict[str, Any]:
     Scores of the attention core, which no recipe keeps in FP8, are a column of their own.
     """
     rows: list[dict[str, Any]] = []
-    for recompute in ("report", "none"):
+    for recompute in ("report", "attention", "none"):
         first: float | None = None
         for recipe, dispatch in RECIPES:
             kept = kept_bytes(_with(config, recompute, recipe, dispatch))
