@@ -108,11 +108,6 @@ class PerColumn:
         del parts
         return plgpu.SMEM((SQUARE,), jnp.float32)
 
-    def source(self, ref: Any, rows: Any, column: Any) -> Any:
-        """What a part loads."""
-        del rows
-        return ref.at[_block(column)]
-
     def numbers(self, ref: Any, rows: Any, columns: Any, on_gpu: bool) -> jax.Array:
         """Numbers of some columns, each repeated along its column."""
         del rows, on_gpu
@@ -168,7 +163,8 @@ def quantise(
     count = height // SQUARE if tiles is None else tiles.shape[0]
     parts = 2 if tiles is None else 3
     scratch: dict[str, Any] = {f"read{i}": it.memory(parts) for i, it in enumerate(operands)}
-    scratch["full"] = plgpu.Barrier(num_arrivals=parts * len(operands))
+    copies = sum(1 if isinstance(it, PerColumn) else parts for it in operands)
+    scratch["full"] = plgpu.Barrier(num_arrivals=copies)
     if operands[0].array.dtype != jnp.bfloat16:
         scratch["made"] = square_memory(jnp.bfloat16)
     if tokens and (make is not None or tiles is not None):
@@ -231,12 +227,13 @@ class _Block:
         @pl.when(lax.axis_index("half") == 0)
         def start() -> None:
             for number, (operand, ref) in enumerate(zip(self.operands, refs, strict=True)):
+                memory, full = self.memory[f"read{number}"], self.memory["full"]
+                if isinstance(operand, PerColumn):
+                    plgpu.copy_gmem_to_smem(ref.at[_block(column)], memory, full)
+                    continue
                 for part, first in enumerate(starts):
-                    target = self.memory[f"read{number}"]
-                    if not isinstance(operand, PerColumn):
-                        target = target.at[pl.ds(part * PART, PART)]
                     source = operand.source(ref, pl.ds(first, PART), column)
-                    plgpu.copy_gmem_to_smem(source, target, self.memory["full"])
+                    plgpu.copy_gmem_to_smem(source, memory.at[pl.ds(part * PART, PART)], full)
 
         plgpu.barrier_wait(self.memory["full"])
 
