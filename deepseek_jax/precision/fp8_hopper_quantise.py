@@ -119,7 +119,7 @@ def portable_tokens_of_experts(source: Source, sizes: jax.Array) -> TokenTiles:
     x = source.portable()
     tiles = quantise_rows(x, sizes, True)
     first, start, end = (part[:, None] for part in _places(x.shape[0], sizes).T)
-    row = first * fp8_quantise.PART + jnp.arange(BLOCK, dtype=jnp.int32)  # T128
+    row = first * fp8_quantise.PART + jnp.arange(BLOCK, dtype=jnp.int32)[None]  # T128
     row = jnp.where(row < start, row + BLOCK, row)
     own = tiles.values.at[jnp.minimum(row, x.shape[0] - 1)].get(mode="promise_in_bounds")  # T128D
     own = jnp.where((row < end)[..., None], own, jnp.zeros((), own.dtype))
@@ -133,7 +133,7 @@ def _places(count: int, sizes: jax.Array) -> jax.Array:
     return jnp.stack([first // fp8_quantise.PART, first, first + inside.sum(1, dtype=jnp.int32)], 1)
 
 
-def takes_weight(linear: Linear, power_of_two: bool) -> bool:
+def takes_weight(linear: Linear) -> bool:
     """Whether `HopperQuantiser.blocks` makes the blocks of a weight.
 
     This device must hold whole matrices, with their inputs first. The largest magnitude of a block
@@ -141,7 +141,7 @@ def takes_weight(linear: Linear, power_of_two: bool) -> bool:
     """
     order = linear.roles.lstrip("-").lstrip("i").lstrip("o")
     whole = not linear.over and linear.used_sizes == linear.sizes
-    return power_of_two and whole and not order and {"i", "o"} <= set(linear.roles)
+    return whole and not order and {"i", "o"} <= set(linear.roles)
 
 
 def _matrices(weight: jax.Array, linear: Linear) -> tuple[int, ...]:
