@@ -63,7 +63,7 @@ class Square:
         return square_memory(self.array.dtype, parts * PART, CHUNK)
 
     def source(self, ref: Any, rows: Any, column: Any) -> Any:
-        """What a part loads."""
+        """Numbers of the rows of a part, in global memory."""
         return ref.at[rows, _block(column + self.left // SQUARE)]
 
     def numbers(self, ref: Any, rows: Any, columns: Any, on_gpu: bool) -> jax.Array:
@@ -88,7 +88,7 @@ class PerRow:
         return plgpu.SMEM((parts * PART,), jnp.float32)
 
     def source(self, ref: Any, rows: Any, column: Any) -> Any:
-        """What a part loads."""
+        """Numbers of the rows of a part, in global memory."""
         return ref.at[0 if self.array.shape[0] == 1 else column + self.left // SQUARE, rows]
 
     def numbers(self, ref: Any, rows: Any, columns: Any, on_gpu: bool) -> jax.Array:
@@ -161,24 +161,10 @@ def quantise(
     if tiles is not None and rows:
         raise ValueError("tiles of rows do not depend on experts; ask for them without `tiles`")
     count = height // SQUARE if tiles is None else tiles.shape[0]
-    parts = 2 if tiles is None else 3
-    scratch: dict[str, Any] = {f"read{i}": it.memory(parts) for i, it in enumerate(operands)}
-    copies = sum(1 if isinstance(it, PerColumn) else parts for it in operands)
-    scratch["full"] = plgpu.Barrier(num_arrivals=copies)
-    if operands[0].array.dtype != jnp.bfloat16:
-        scratch["made"] = square_memory(jnp.bfloat16)
+    results = [("row", height, width)] * rows + [("token", width, count * SQUARE)] * tokens
+    scratch = _scratch(operands, 2 if tiles is None else 3, [name for name, _, _ in results])
     if tokens and (make is not None or tiles is not None):
         scratch["turn"] = plgpu.Barrier(num_arrivals=2)
-    out: list[jax.ShapeDtypeStruct] = []
-    for wanted, name, shape in (
-        (rows, "row", (height, width)),
-        (tokens, "token", (width, count * SQUARE)),
-    ):
-        if wanted:
-            scratch[f"{name}_values"] = square_memory(E4M3)
-            scratch[f"{name}_scales"] = plgpu.SMEM((SQUARE,), jnp.float32)
-            scales = shape[1] // SQUARE, shape[0]
-            out += [jax.ShapeDtypeStruct(shape, E4M3), jax.ShapeDtypeStruct(scales, jnp.float32)]
 
     def body(*refs: Any, **memory: Any) -> None:
         table, refs = (None, refs) if tiles is None else (refs[0], refs[1:])
@@ -191,11 +177,29 @@ def quantise(
             block.store("token", block.columns(), *refs[-2:])
         plgpu.wait_smem_to_gmem(0)
 
+    out = [
+        jax.ShapeDtypeStruct(*shape)
+        for _, down, across in results
+        for shape in (((down, across), E4M3), ((across // SQUARE, down), jnp.float32))
+    ]
     arrays = [operand.array for operand in operands]
     found = call(body, out, (count, width // SQUARE), scratch, interpret)(
         *arrays if tiles is None else (tiles, *arrays)
     )
     return (found[0], found[1]) if rows else None, (found[-2], found[-1]) if tokens else None
+
+
+def _scratch(operands: Sequence[Operand], parts: int, results: Sequence[str]) -> dict[str, Any]:
+    """Shared memory and barriers of a thread block, by name."""
+    scratch = {f"read{number}": it.memory(parts) for number, it in enumerate(operands)}
+    copies = sum(1 if isinstance(it, PerColumn) else parts for it in operands)
+    scratch["full"] = plgpu.Barrier(num_arrivals=copies)
+    if operands[0].array.dtype != jnp.bfloat16:
+        scratch["made"] = square_memory(jnp.bfloat16)
+    for name in results:
+        scratch[f"{name}_values"] = square_memory(E4M3)
+        scratch[f"{name}_scales"] = plgpu.SMEM((SQUARE,), jnp.float32)
+    return scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +279,7 @@ class _Block:
         )
 
     def _places(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of a tile of an expert's tokens: which places part a + 2 fills, their rows, the end."""
+        """Places that part a + 2 fills, the row of each place, and the row after the last."""
         first, start, end = (self.table[lax.axis_index("row"), i] for i in range(3))
         place = lax.broadcasted_iota(jnp.int32, (PART, CHUNK), 0)
         place += lax.axis_index("half") * PART

@@ -5,7 +5,7 @@ M rows, D columns, T tiles of an expert's tokens, E experts.
 A quantiser reads one of the sources of `fp8_sources.py` once, and returns tiles of 128 columns, of
 128 tokens, or both: those of `fp8_tiles.quantise_tiles` of `source.portable()`, bit for bit. Scales
 are powers of two. Free scales need a division, which XLA and a kernel may round differently on a
-GPU: they stay portable, as does what does not fit (`Source.fits`, `takes_weight`).
+GPU: they stay portable, as does what does not fit (`TileSource.fits`, `takes_weight`).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.kernels import fp8_quantise, fp8_quantise_blocks
 from deepseek_jax.precision.fp8_grouped import quantise_rows, rows_of_tiles
-from deepseek_jax.precision.fp8_sources import Source, padded
+from deepseek_jax.precision.fp8_sources import TileSource, padded
 from deepseek_jax.precision.fp8_tiles import BLOCK, FLOOR, LARGEST, Tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear
 
@@ -24,7 +24,7 @@ from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenTiles:
-    """Tiles of 128 tokens, transposed: the operand of `kernels/fp8_outer.py`.
+    """Tiles of 128 tokens, transposed: an operand of `kernels/fp8_outer.py`.
 
     Attributes:
       values: D(128 T) float8_e4m3fn.
@@ -45,22 +45,22 @@ class HopperQuantiser:
 
     interpret: Any = None
 
-    def rows(self, source: Source) -> Tiles:
+    def rows(self, source: TileSource) -> Tiles:
         """Tiles of 128 columns: values MD, scales M(D/128)."""
         found, _ = self._tiles(source, rows=True, tokens=False)
         return _of_rows(found, *source.shape)
 
-    def tokens(self, source: Source) -> Tiles:
+    def tokens(self, source: TileSource) -> Tiles:
         """Tiles of 128 rows: values MD, scales (M/128)D. In memory, values are transposed."""
         _, found = self._tiles(source, rows=False, tokens=True)
         return _of_tokens(found, *source.shape)
 
-    def both(self, source: Source) -> tuple[Tiles, Tiles]:
+    def both(self, source: TileSource) -> tuple[Tiles, Tiles]:
         """Results of `rows` and of `tokens`."""
         by_row, by_token = self._tiles(source, rows=True, tokens=True)
         return _of_rows(by_row, *source.shape), _of_tokens(by_token, *source.shape)
 
-    def tokens_of_experts(self, source: Source, sizes: jax.Array) -> TokenTiles:
+    def tokens_of_experts(self, source: TileSource, sizes: jax.Array) -> TokenTiles:
         """Tiles of tokens of one expert each; see `portable_tokens_of_experts`."""
         columns = source.shape[1]
         found = self._tiles(source, rows=False, tokens=True, tiles=_places(source.shape[0], sizes))
@@ -92,7 +92,7 @@ class HopperQuantiser:
             turned[:, :outputs, :inputs].reshape(*experts, outputs, inputs),
         )
 
-    def _tiles(self, source: Source, **wanted: Any) -> Any:
+    def _tiles(self, source: TileSource, **wanted: Any) -> Any:
         operands, make = source.operands()
         width = source.shape[1]
         return fp8_quantise.quantise(
@@ -106,7 +106,7 @@ class HopperQuantiser:
         )
 
 
-def portable_tokens_of_experts(source: Source, sizes: jax.Array) -> TokenTiles:
+def portable_tokens_of_experts(source: TileSource, sizes: jax.Array) -> TokenTiles:
     """Tiles of `fp8_grouped.quantise_rows`, transposed and with zeros where a tile is not full.
 
     A tile holds its tokens in an order that follows from `sizes` (`kernels/fp8_quantise.py`). Only

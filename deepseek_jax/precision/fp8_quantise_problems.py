@@ -16,7 +16,14 @@ import numpy as np
 
 from deepseek_jax.precision import fp8_hopper_quantise, fp8_tiles, fp8_weights
 from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser
-from deepseek_jax.precision.fp8_sources import Gated, GatedKept, Kept, Normed, Plain, Source
+from deepseek_jax.precision.fp8_sources import (
+    FromKept,
+    FromKeptSwiGLU,
+    FromNorm,
+    FromSwiGLU,
+    Plain,
+    TileSource,
+)
 from deepseek_jax.precision.fp8_tiles import Tiles
 
 ROWS, COLUMNS = 100, 72
@@ -49,12 +56,12 @@ def problems(quantiser: HopperQuantiser) -> list[Problem]:
         Problem(f"{name}, rows and tokens", (source,), quantiser.both, _both)
         for name, source in (
             ("plain", Plain(_hard(ROWS, COLUMNS, 0))),
-            ("SwiGLU", Gated(gate_up, scale)),
-            ("RMSNorm", Normed(_hard(ROWS, COLUMNS, 1, 40), scale, _powers(COLUMNS))),
+            ("SwiGLU", FromSwiGLU(gate_up, scale)),
+            ("RMSNorm", FromNorm(_hard(ROWS, COLUMNS, 1, 40), scale, _powers(COLUMNS))),
         )
     ]
-    kept = Kept(_kept(_gate_up(ROWS, COLUMNS // 2), -40, 40))
-    gated_kept = GatedKept(_kept(_gate_up(MOST, fp8_tiles.BLOCK), 7, 9), _powers(MOST))
+    kept = FromKept(_kept(_gate_up(ROWS, COLUMNS // 2), -40, 40))
+    gated_kept = FromKeptSwiGLU(_kept(_gate_up(MOST, fp8_tiles.BLOCK), 7, 9), _powers(MOST))
     found += [
         Problem("kept, tokens", (kept,), quantiser.tokens, _tokens),
         Problem("SwiGLU of kept, tokens", (gated_kept,), quantiser.tokens, _tokens),
@@ -78,11 +85,11 @@ def problems(quantiser: HopperQuantiser) -> list[Problem]:
     return [*found, Problem("weights", (weights,), kernel, portable)]
 
 
-def _tokens(source: Source) -> Tiles:
+def _tokens(source: TileSource) -> Tiles:
     return fp8_tiles.quantise_tiles(source.portable(), power_of_two=True, axis=-2)
 
 
-def _both(source: Source) -> tuple[Tiles, Tiles]:
+def _both(source: TileSource) -> tuple[Tiles, Tiles]:
     return fp8_tiles.quantise_tiles(source.portable(), power_of_two=True), _tokens(source)
 
 

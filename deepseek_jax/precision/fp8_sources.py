@@ -3,11 +3,11 @@
 M rows, D columns of x, which is bfloat16. XLA would write x, and read it again to quantise it; a
 quantiser makes x of its source on the way, number by number.
 
-    Plain         x itself
-    Gated         gate and up: x = silu(gate) up scale, the output of SwiGLU
-    Normed        x is the output of RMSNorm, given 1 / rms of each row
-    Kept          tiles of x along its columns, which backward has
-    GatedKept     such tiles of gate and up
+    Plain             x itself
+    FromSwiGLU        gate and up: x = silu(gate) up scale, the output of SwiGLU
+    FromNorm          x is the output of RMSNorm, given 1 / rms of each row
+    FromKept          tiles of x along its columns, which backward has
+    FromKeptSwiGLU    such tiles of gate and up
 
 1 / rms takes a reading of its own: a row is longer than the squares that quantisers read.
 """
@@ -26,7 +26,7 @@ from deepseek_jax.precision.rounding import rounded
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
-class Source(Protocol):
+class TileSource(Protocol):
     """Arrays that x, MD bfloat16, is made of."""
 
     @property
@@ -63,7 +63,8 @@ class Plain:
         return self.x
 
     def operands(self) -> tuple[list[Operand], Callable[..., jax.Array] | None]:
-        return [Square(padded(self.x, 0, 1))], None
+        operands: list[Operand] = [Square(padded(self.x, 0, 1))]
+        return operands, None
 
 
 def _swiglu(gate: jax.Array, up: jax.Array, scale: jax.Array) -> jax.Array:
@@ -73,7 +74,7 @@ def _swiglu(gate: jax.Array, up: jax.Array, scale: jax.Array) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Gated:
+class FromSwiGLU:
     """SwiGLU of gate and up.
 
     Attributes:
@@ -107,7 +108,7 @@ class Gated:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Normed:
+class FromNorm:
     """RMSNorm of x.
 
     Attributes:
@@ -134,13 +135,13 @@ class Normed:
 
     def operands(self) -> tuple[list[Operand], Callable[..., jax.Array] | None]:
         rms, scale = padded(self.inverse_rms[None], 1), padded(self.scale, 0)
-        operands = [Square(padded(self.x, 0, 1)), PerRow(rms), PerColumn(scale)]
+        operands: list[Operand] = [Square(padded(self.x, 0, 1)), PerRow(rms), PerColumn(scale)]
         return operands, lambda x, inverse_rms, scale: x * inverse_rms * scale
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class FromKept:
     """Tiles of x along its columns, MD, with power-of-two scales."""
 
     tiles: Tiles
@@ -164,7 +165,7 @@ class Kept:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GatedKept:
+class FromKeptSwiGLU:
     """SwiGLU of gate and up, of which there are tiles.
 
     Attributes:
@@ -185,19 +186,21 @@ class GatedKept:
         return self.shape[1] % BLOCK == 0
 
     def portable(self) -> jax.Array:
-        return Gated(dequantise_tiles(self.tiles, BFLOAT16), self.scale).portable()
+        return FromSwiGLU(dequantise_tiles(self.tiles, BFLOAT16), self.scale).portable()
 
     def operands(self) -> tuple[list[Operand], Callable[..., jax.Array] | None]:
         values, left = padded(self.tiles.values, 0), self.shape[1]
         scales = padded(self.tiles.scales, 0).mT
-        operands = [Square(values), PerRow(scales), Square(values, left), PerRow(scales, left)]
+        operands: list[Operand] = [Square(values), PerRow(scales)]
+        operands += [Square(values, left), PerRow(scales, left)]
+        operands += [PerRow(padded(self.scale[None], 1))]
 
         # An E4M3 value times a power of two is exact in bfloat16, so nothing is rounded twice.
         def make(*numbers: jax.Array) -> jax.Array:
             gate, gate_scale, up, up_scale, scale = numbers
             return _swiglu(gate * gate_scale, up * up_scale, scale)
 
-        return [*operands, PerRow(padded(self.scale[None], 1))], make
+        return operands, make
 
 
 def padded(x: jax.Array, *axes: int) -> jax.Array:

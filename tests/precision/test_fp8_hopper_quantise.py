@@ -16,7 +16,7 @@ from deepseek_jax.precision.fp8_hopper_quantise import (
     takes_weight,
 )
 from deepseek_jax.precision.fp8_quantise_problems import problems
-from deepseek_jax.precision.fp8_sources import Gated, GatedKept, Kept, Normed, Plain
+from deepseek_jax.precision.fp8_sources import FromKept, FromKeptSwiGLU, FromNorm, FromSwiGLU, Plain
 from deepseek_jax.precision.fp8_tiles import E4M3, Tiles, dequantise_tiles, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
 
@@ -52,7 +52,7 @@ def test_problems_of_the_check_at_start(problem):
 def test_swiglu_of_any_gate():
     """Its exponential is the interpreter's, which is that of XLA on a CPU."""
     gate_up, scale = normal(128, 256), normal(128, seed=1, dtype=jnp.float32)
-    got = interpreted.run(jax.jit(HOPPER.tokens), Gated(gate_up, scale))
+    got = interpreted.run(jax.jit(HOPPER.tokens), FromSwiGLU(gate_up, scale))
     x = jax.jit(swiglu)(gate_up, scale)
     assert_equal(got, jax.jit(lambda x: quantise_tiles(x, power_of_two=True, axis=-2))(x))
 
@@ -60,11 +60,11 @@ def test_swiglu_of_any_gate():
 def test_sources_are_the_layers_outputs():
     gate_up, scale = normal(24, 512), normal(24, seed=1, dtype=jnp.float32)
     x = jax.jit(swiglu)(gate_up, scale)
-    assert_equal(jax.jit(Gated.portable)(Gated(gate_up, scale)), x)
+    assert_equal(jax.jit(FromSwiGLU.portable)(FromSwiGLU(gate_up, scale)), x)
     tiles = jax.jit(lambda x: quantise_tiles(x, power_of_two=True))(gate_up)
     again = jax.jit(lambda tiles: dequantise_tiles(tiles, BFLOAT16))(tiles)
-    assert_equal(jax.jit(Kept.portable)(Kept(tiles)), again)
-    kept = jax.jit(GatedKept.portable)(GatedKept(tiles, scale))
+    assert_equal(jax.jit(FromKept.portable)(FromKept(tiles)), again)
+    kept = jax.jit(FromKeptSwiGLU.portable)(FromKeptSwiGLU(tiles, scale))
     assert_equal(kept, jax.jit(swiglu)(again, scale))
     norm = RMSNorm(256, eps=1e-6)
     norm.scale[...] = normal(256, seed=2, dtype=jnp.float32)
@@ -73,7 +73,7 @@ def test_sources_are_the_layers_outputs():
     def normed(x):
         wide = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1) + norm.eps)
-        return Normed(x, inverse_rms, norm.scale[...]).portable()
+        return FromNorm(x, inverse_rms, norm.scale[...]).portable()
 
     assert_equal(jax.jit(normed)(x), jax.jit(lambda norm, x: norm(x))(norm, x))
 
@@ -115,9 +115,9 @@ def test_a_block_with_nan_or_infinity():
 def test_what_stays_portable():
     tiles = Tiles(jnp.ones((8, 400), E4M3), jnp.ones((8, 4)))
     ones = jnp.ones(8)
-    assert Plain(normal(8, 8)).fits and Kept(tiles).fits and Gated(normal(8, 8), ones).fits
-    assert not Plain(ones[:, None]).fits and not Normed(ones[:, None], ones, ones[:1]).fits
-    assert not GatedKept(tiles, ones).fits  # a tile with columns of gate and of up
+    assert Plain(normal(8, 8)).fits and FromKept(tiles).fits and FromSwiGLU(normal(8, 8), ones).fits
+    assert not Plain(ones[:, None]).fits and not FromNorm(ones[:, None], ones, ones[:1]).fits
+    assert not FromKeptSwiGLU(tiles, ones).fits  # a tile with columns of gate and of up
     whole = Linear.whole("-ioo", (4, 256, 2, 64))
     assert takes_weight(whole) and takes_weight(Linear.whole("iio", (2, 64, 256)))
     assert not takes_weight(Linear.whole("oi", (256, 128)))
