@@ -27,8 +27,8 @@ from deepseek_jax.precision.fp8_sources import (
 from deepseek_jax.precision.fp8_tiles import Tiles
 
 ROWS, COLUMNS = 100, 72
-SIZES = (70, 101)  # rows of experts: the second one's tile takes all parts that a tile may
-MOST = 180  # rows of experts, and of nobody
+SIZES = (70, 128)  # rows of experts: the second one's tile has rows of all parts that it loads
+MOST = 203  # rows of experts, and of nobody; a third tile has none
 
 
 @dataclasses.dataclass(frozen=True)
