@@ -93,7 +93,7 @@ class _Block:
             plgpu.copy_gmem_to_smem(source.at[self.expert, *block], weight, self.memory["full"])
 
         plgpu.barrier_wait(self.memory["full"])
-        x = fp8_quantise.read_rows(weight, own, self.on_gpu)
+        x = self._pairs(weight[own, :])
         scale, inverse = self._scale(x, own)
         self.memory["values"][own, :] = fp8_quantise.scaled(x, inverse)
         self.memory["scale"][own] = scale
@@ -123,6 +123,9 @@ class _Block:
         plgpu.barrier_wait(self.memory["turn"])
         # The largest of 128, found by each row for itself: no message between warps.
         every = lax.broadcast_in_dim(lines[...], (PART, SQUARE), [1])
-        return fp8_quantise.power_of_two(
-            fp8_quantise.largest_magnitudes(every), self.largest, self.floor
-        )
+        magnitude = fp8_quantise.largest_magnitudes(self._pairs(every))
+        return fp8_quantise.power_of_two(magnitude, self.largest, self.floor)
+
+    def _pairs(self, x: jax.Array) -> jax.Array:
+        """x in the registers that `read_transposed` returns, so that both share their scales."""
+        return plgpu.layout_cast(x, plgpu.Layout.WGMMA) if self.on_gpu else x

@@ -71,9 +71,7 @@ def test_sources_are_the_layers_outputs():
     x = normal(24, 256, seed=3)
 
     def normed(x):
-        wide = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1) + norm.eps)
-        return FromNorm(x, inverse_rms, norm.scale[...]).portable()
+        return FromNorm.of(x, norm.scale[...], norm.eps).portable()
 
     assert_equal(jax.jit(normed)(x), jax.jit(lambda norm, x: norm(x))(norm, x))
 
