@@ -133,15 +133,18 @@ def _places(count: int, sizes: jax.Array) -> jax.Array:
     return jnp.stack([first // fp8_quantise.PART, first, first + inside.sum(1, dtype=jnp.int32)], 1)
 
 
-def takes_weight(linear: Linear) -> bool:
-    """Whether `HopperQuantiser.blocks` makes the blocks of a weight.
+def takes_weight(shape: tuple[int, ...], linear: Linear) -> bool:
+    """Whether `HopperQuantiser.blocks` makes the blocks of a float32 weight of this shape.
 
-    This device must hold whole matrices, with their inputs first. The largest magnitude of a block
-    that devices share is known only after a message, so a second reading is needed anyway.
+    This device must hold whole matrices, with their inputs first; it may hold some of the experts.
+    The largest magnitude of a block that devices share is known only after a message, so a second
+    reading is needed anyway.
     """
-    order = linear.roles.lstrip("-").lstrip("i").lstrip("o")
-    whole = not linear.over and linear.used_sizes == linear.sizes
-    return whole and not order and {"i", "o"} <= set(linear.roles)
+    held = shape[len(shape) - len(linear.roles) :]
+    sizes = zip(linear.roles, linear.sizes, held, linear.used_sizes, strict=True)
+    whole = all(role == "-" or size == part == used for role, size, part, used in sizes)
+    in_order = not linear.roles.lstrip("-").lstrip("i").lstrip("o")
+    return whole and in_order and not linear.over and {"i", "o"} <= set(linear.roles)
 
 
 def _matrices(weight: jax.Array, linear: Linear) -> tuple[int, ...]:

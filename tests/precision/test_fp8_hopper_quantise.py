@@ -1,5 +1,7 @@
 """Quantisers for Hopper on the types of the portable form, which they must equal to the bit."""
 
+import dataclasses
+
 import interpreted
 import jax
 import jax.numpy as jnp
@@ -116,8 +118,13 @@ def test_what_stays_portable():
     assert Plain(normal(8, 8)).fits and FromKept(tiles).fits and FromSwiGLU(normal(8, 8), ones).fits
     assert not Plain(ones[:, None]).fits and not FromNorm(ones[:, None], ones, ones[:1]).fits
     assert not FromKeptSwiGLU(tiles, ones).fits  # a tile with columns of gate and of up
-    whole = Linear.whole("-ioo", (4, 256, 2, 64))
-    assert takes_weight(whole) and takes_weight(Linear.whole("iio", (2, 64, 256)))
-    assert not takes_weight(Linear.whole("oi", (256, 128)))
-    part = Linear("io", (256, 128), (0, 0), (0, 0), (128, 128), ("tensor",))
-    assert not takes_weight(part)
+
+    def taken(roles, sizes, shape=None, over=()):
+        linear = dataclasses.replace(Linear.whole(roles, sizes), over=over)
+        return takes_weight(shape or sizes, linear)
+
+    assert taken("iio", (2, 64, 256), (3, 2, 64, 256))  # a stack of layers
+    assert taken("-ioo", (4, 256, 2, 64), (1, 256, 2, 64))  # some of the experts
+    assert not taken("oi", (256, 128))
+    assert not taken("io", (256, 128), (128, 128))
+    assert not taken("io", (256, 128), over=("tensor",))
