@@ -51,16 +51,16 @@ def of(recipe: Recipe, setting: str) -> KernelChoice:
         return KernelChoice(frozenset())
     if not known or jax.default_backend() != "gpu":
         return KernelChoice(known)
-    refused = _refused(known)
+    reasons = {name: _fault(name) for name in sorted(known)}
+    refused = {name: reason for name, reason in reasons.items() if reason}
     return KernelChoice(known - refused.keys(), refused)
 
 
 @functools.cache
-def _refused(names: frozenset[str]) -> Mapping[str, str]:
-    """Reasons by name of the kernels that fail on this process's GPU; says each once."""
-    checks = {name: check for name, check in fp8_checks.checks().items() if name in names}
-    found = kernel_check.refused(checks, jax.local_devices()[0])
-    if processes.is_primary():
-        for name, reason in found.items():
-            _log.warning("the kernel %s is not used (%s); its portable form is", name, reason)
-    return found
+def _fault(name: str) -> str:
+    """Reason why a kernel may not run in this process, said once; empty if it may."""
+    check = {name: fp8_checks.checks()[name]}
+    reason = kernel_check.refused(check, jax.local_devices()[0]).get(name, "")
+    if reason and processes.is_primary():
+        _log.warning("the kernel %s is not used (%s); its portable form is", name, reason)
+    return reason

@@ -112,6 +112,7 @@ SHAPES = (
 )
 
 
+@pytest.mark.slow  # `test_products.py` and `test_pipelined_step.py` count those of the recipe
 @pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
 def test_kernels_of_a_step():
     """One product forward, two backward, once in the text for all layers.
