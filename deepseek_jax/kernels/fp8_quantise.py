@@ -41,6 +41,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from deepseek_jax.kernels.names import QUANTISE
+
 SQUARE, PART = 128, 64  # rows and columns of a thread block, and rows of a warpgroup
 CHUNK = 64  # columns that are made at once: more would hold more registers
 E4M3 = jnp.float8_e4m3fn
@@ -319,7 +321,7 @@ def call(
     interpret: Any,
 ) -> Callable[..., Sequence[jax.Array]]:
     """A kernel of two warpgroups for each square, as a function of its operands."""
-    body.__name__ = "fp8_quantise"  # also in compiled programs
+    body.__name__ = QUANTISE  # also in compiled programs
     return plgpu.kernel(
         body,
         out_type=tuple(out),

@@ -1,13 +1,44 @@
-"""Rows sorted by expert in tiles of 128 along the rows: which rows a tile has, and back.
+"""Rows sorted by expert in FP8 tiles of 128 along the rows: which rows a tile has, and back.
 
-M rows, E experts, T tiles. A tile holds up to 128 rows of one expert: the first begins with the
-expert's first row, the last may be shorter.
+M rows, D width, E experts, T tiles. A tile holds up to 128 rows of one expert: the first begins
+with the expert's first row, the last may be shorter.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.precision.fp8_tiles import BLOCK
+from deepseek_jax.precision.fp8_tiles import (
+    BLOCK,
+    Tiles,
+    as_floats,
+    as_integers,
+    quantised,
+    scales_of,
+)
+
+
+def quantise_rows(x: jax.Array, sizes: jax.Array, power_of_two: bool) -> Tiles:
+    """Tiles of x MD along its rows, which are sorted by expert: values MD and scales TD.
+
+    Rows past sum(sizes) are padding: their values are zero, and no scale depends on them.
+    """
+    x = x.astype(jnp.float32)
+    count = x.shape[0]
+    row, inside = rows_of_tiles(count, sizes)
+    own = jnp.abs(x).at[row].get(mode="promise_in_bounds")  # T128D
+    largest = as_integers(jnp.where(inside[..., None], own, 0)).max(1)
+    scales = scales_of(as_floats(largest), power_of_two)
+    tile, real = tile_of_row(count, sizes)
+    values = quantised(jnp.where(real, x, 0), _of_rows(scales, tile), power_of_two)
+    return Tiles(values, scales)
+
+
+def dequantise_rows(tiles: Tiles, sizes: jax.Array, dtype: Any) -> jax.Array:
+    """The rows MD of `quantise_rows`, in `dtype`."""
+    tile, _ = tile_of_row(tiles.values.shape[0], sizes)
+    return (tiles.values.astype(jnp.float32) * _of_rows(tiles.scales, tile)).astype(dtype)
 
 
 def rows_of_tiles(count: int, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -40,3 +71,7 @@ def _most_tiles(rows: int, experts: int) -> int:
 
 def _tile_ends(sizes: jax.Array) -> jax.Array:
     return jnp.cumsum((sizes + BLOCK - 1) // BLOCK)
+
+
+def _of_rows(scales: jax.Array, tile: jax.Array) -> jax.Array:
+    return scales.at[tile].get(mode="promise_in_bounds")

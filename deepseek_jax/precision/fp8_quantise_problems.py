@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.precision import fp8_hopper_quantise, fp8_tiles, fp8_weights
+from deepseek_jax.precision import fp8_tiles
 from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser
 from deepseek_jax.precision.fp8_sources import (
     FromKept,
@@ -25,10 +25,13 @@ from deepseek_jax.precision.fp8_sources import (
     TileSource,
 )
 from deepseek_jax.precision.fp8_tiles import Tiles
+from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
+from deepseek_jax.precision.token_tiles import TokenTiles, quantise_tokens
 
 ROWS, COLUMNS = 100, 72
 SIZES = (70, 128)  # rows of experts: the second one's tile has rows of all parts that it loads
 MOST = 203  # rows of experts, and of nobody; a third tile has none
+LINEAR = Linear.whole("-io", (2, COLUMNS, ROWS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,48 +52,71 @@ class Problem:
 
 
 def problems(quantiser: HopperQuantiser) -> list[Problem]:
-    """A problem for each quantiser, without infinities and NaN."""
+    """A problem for each quantiser that a recipe uses, without infinities and NaN."""
+    x, of_experts = Plain(_hard(ROWS, COLUMNS, 0)), Plain(_hard(MOST, COLUMNS, 4))
+    sizes = np.asarray(SIZES, np.int32)
+    return [
+        Problem("x, rows", (x,), quantiser.rows, _rows),
+        Problem("x, tokens", (x,), quantiser.tokens, _tokens),
+        Problem("x, rows and tokens", (x,), quantiser.both, _both),
+        Problem("x, tokens of experts", (of_experts, sizes), quantiser.tokens_of_experts, _tokens),
+        Problem(
+            "weights", (_weights(),), lambda weights: quantiser.blocks(weights, LINEAR), _blocks
+        ),
+    ]
+
+
+def further_problems(quantiser: HopperQuantiser) -> list[Problem]:
+    """Problems for the quantisers that no recipe uses: of other sources, and with a copy."""
     scale = _powers(ROWS)
     gate_up = (256.0 * _gate_up(ROWS, COLUMNS)).astype(jnp.bfloat16)
-    found = [
-        Problem(f"{name}, rows and tokens", (source,), quantiser.both, _both)
-        for name, source in (
-            ("plain", Plain(_hard(ROWS, COLUMNS, 0))),
-            ("SwiGLU", FromSwiGLU(gate_up, scale)),
-            ("RMSNorm", FromNorm(_hard(ROWS, COLUMNS, 1, 40), scale, _powers(COLUMNS))),
-        )
-    ]
+    norm = FromNorm(_hard(ROWS, COLUMNS, 1, 40), scale, _powers(COLUMNS))
     kept = FromKept(_kept(_gate_up(ROWS, COLUMNS // 2), -40, 40))
     gated_kept = FromKeptSwiGLU(_kept(_gate_up(MOST, fp8_tiles.BLOCK), 7, 9), _powers(MOST))
-    found += [
+    sizes = np.asarray(SIZES, np.int32)
+
+    def with_copy(weights: jax.Array) -> Any:
+        made = _blocks(weights)
+        return made, made.values.mT
+
+    return [
+        Problem("SwiGLU, rows and tokens", (FromSwiGLU(gate_up, scale),), quantiser.both, _both),
+        Problem("RMSNorm, rows and tokens", (norm,), quantiser.both, _both),
         Problem("kept, tokens", (kept,), quantiser.tokens, _tokens),
         Problem("SwiGLU of kept, tokens", (gated_kept,), quantiser.tokens, _tokens),
         Problem(
             "SwiGLU of kept, tokens of experts",
-            (gated_kept, np.asarray(SIZES, np.int32)),
+            (gated_kept, sizes),
             quantiser.tokens_of_experts,
-            fp8_hopper_quantise.portable_tokens_of_experts,
+            _tokens,
+        ),
+        Problem(
+            "weights and a transposed copy",
+            (_weights(),),
+            lambda weights: quantiser.blocks_and_copy(weights, LINEAR),
+            with_copy,
         ),
     ]
-    linear = fp8_weights.Linear.whole("-io", (2, COLUMNS, ROWS))
-    weights = np.stack([_hard(COLUMNS, ROWS, seed).astype(np.float32) for seed in (2, 3)])
-
-    def kernel(weights: jax.Array) -> Any:
-        return quantiser.blocks(weights, linear)
-
-    def portable(weights: jax.Array) -> Any:
-        made = fp8_weights.quantise_blocks(weights, linear, power_of_two=True)
-        return made, made.values.mT
-
-    return [*found, Problem("weights", (weights,), kernel, portable)]
 
 
-def _tokens(source: TileSource) -> Tiles:
-    return fp8_tiles.quantise_tiles(source.portable(), power_of_two=True, axis=-2)
+def _rows(source: TileSource) -> Tiles:
+    return fp8_tiles.quantise_tiles(source.portable(), power_of_two=True)
 
 
-def _both(source: TileSource) -> tuple[Tiles, Tiles]:
-    return fp8_tiles.quantise_tiles(source.portable(), power_of_two=True), _tokens(source)
+def _tokens(source: TileSource, sizes: jax.Array | None = None) -> TokenTiles:
+    return quantise_tokens(source.portable(), sizes, True)
+
+
+def _both(source: TileSource) -> tuple[Tiles, TokenTiles]:
+    return _rows(source), _tokens(source)
+
+
+def _blocks(weights: jax.Array) -> Fp8Weight:
+    return quantise_blocks(weights, LINEAR, power_of_two=True)
+
+
+def _weights() -> Any:
+    return np.stack([_hard(COLUMNS, ROWS, seed).astype(np.float32) for seed in (2, 3)])
 
 
 def _hard(rows: int, columns: int, seed: int, most: int = 120) -> Any:

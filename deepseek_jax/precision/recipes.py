@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.kernels.names import OUTER, PRODUCT
-from deepseek_jax.precision import fp8_grouped, fp8_linear
+from deepseek_jax.kernels.names import OUTER, PRODUCT, QUANTISE
+from deepseek_jax.precision import fp8_grouped, fp8_linear, fp8_operands
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper import H100, HopperProducts
-from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, of_part, quantise_blocks
+from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, of_part
 from deepseek_jax.precision.grouped import grouped_matmul
 from deepseek_jax.precision.kept_input import from_fp8_input
 from deepseek_jax.precision.saved import Saved, save
@@ -179,7 +179,7 @@ class Fp8Recipe(Recipe):
             return super().prepare(weight, sensitive=sensitive)
         if isinstance(weight, Fp8Weight):
             return of_part(weight, linear)
-        return quantise_blocks(weight, linear, power_of_two=self.power_of_two)
+        return fp8_operands.blocks(weight, linear, self._form)
 
     def stored_dtype(self, *, linear: bool) -> jnp.dtype:
         # Blocks made of bfloat16 weights would be rounded twice.
@@ -206,7 +206,8 @@ class Fp8Recipe(Recipe):
 
     @property
     def known_kernels(self) -> frozenset[str]:
-        return super().known_kernels | {PRODUCT, OUTER}
+        quantisers = {QUANTISE} if self.power_of_two else set()
+        return super().known_kernels | {PRODUCT, OUTER} | quantisers
 
     def with_kernels(self, names: frozenset[str], sms: int) -> Recipe:
         hopper = dataclasses.replace(self.hopper, sms=sms)
@@ -224,7 +225,16 @@ class Fp8Recipe(Recipe):
     def _form(self) -> Fp8Form:
         return Fp8Form(self.power_of_two, self.kernels, self.hopper)
 
-    from_kept = staticmethod(from_fp8_input)
+    def from_kept(
+        self,
+        name: Saved,
+        layer: Callable[..., jax.Array],
+        x: jax.Array,
+        weight: Any,
+        *rest: jax.Array,
+    ) -> jax.Array:
+        form = dataclasses.replace(self._form, power_of_two=True)
+        return from_fp8_input(name, layer, form, x, weight, *rest)
 
 
 FP8 = Fp8Recipe("fp8", jnp.dtype(jnp.bfloat16))

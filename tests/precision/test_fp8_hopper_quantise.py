@@ -11,21 +11,21 @@ from hard_tiles import broken
 
 from deepseek_jax.model.norm import RMSNorm
 from deepseek_jax.model.swiglu import swiglu
-from deepseek_jax.precision.fp8_grouped import dequantise_rows, quantise_rows
+from deepseek_jax.precision.expert_tiles import dequantise_rows, quantise_rows
 from deepseek_jax.precision.fp8_hopper_quantise import (
     HopperQuantiser,
-    portable_tokens_of_experts,
     takes_weight,
 )
-from deepseek_jax.precision.fp8_quantise_problems import problems
+from deepseek_jax.precision.fp8_quantise_problems import further_problems, problems
 from deepseek_jax.precision.fp8_sources import FromKept, FromKeptSwiGLU, FromNorm, FromSwiGLU, Plain
 from deepseek_jax.precision.fp8_tiles import E4M3, Tiles, dequantise_tiles, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
+from deepseek_jax.precision.token_tiles import quantise_tokens
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 HOPPER = HopperQuantiser(interpreted.GPU)
-PROBLEMS = problems(HOPPER)
+PROBLEMS = [*problems(HOPPER), *further_problems(HOPPER)]
 BFLOAT16 = jnp.bfloat16
 
 
@@ -43,7 +43,7 @@ def assert_equal(got, want):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
-def test_problems_of_the_check_at_start(problem):
+def test_problems(problem):
     inputs = jax.tree.map(jnp.asarray, problem.inputs)
     want = jax.jit(problem.portable)(*inputs)
     leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(want)]
@@ -56,7 +56,7 @@ def test_swiglu_of_any_gate():
     gate_up, scale = normal(128, 256), normal(128, seed=1, dtype=jnp.float32)
     got = interpreted.run(jax.jit(HOPPER.tokens), FromSwiGLU(gate_up, scale))
     x = jax.jit(swiglu)(gate_up, scale)
-    assert_equal(got, jax.jit(lambda x: quantise_tiles(x, power_of_two=True, axis=-2))(x))
+    assert_equal(got, jax.jit(lambda x: quantise_tokens(x, None, True))(x))
 
 
 def test_sources_are_the_layers_outputs():
@@ -86,7 +86,7 @@ def test_tiles_of_experts_have_their_tokens_in_one_order():
     @jax.jit
     def quantised(x):
         tiles = quantise_rows(x, device_sizes, True)
-        turned = portable_tokens_of_experts(Plain(x), device_sizes)
+        turned = quantise_tokens(x, device_sizes, True)
         return turned, dequantise_rows(tiles, device_sizes, jnp.float32)
 
     def float64(x):
@@ -105,7 +105,7 @@ def test_tiles_of_experts_have_their_tokens_in_one_order():
 def test_a_block_with_nan_or_infinity():
     weight = jnp.asarray(broken(100, 120))
     linear = Linear.whole("io", weight.shape)
-    got, turned = interpreted.run(jax.jit(lambda x: HOPPER.blocks(x, linear)), weight)
+    got, turned = interpreted.run(jax.jit(lambda x: HOPPER.blocks_and_copy(x, linear)), weight)
     want = jax.jit(lambda x: quantise_blocks(x, linear, power_of_two=True))(weight)
     assert np.isnan(np.asarray(want.scales)).all()
     np.testing.assert_array_equal(got.scales, want.scales)
@@ -119,12 +119,12 @@ def test_what_stays_portable():
     assert not Plain(ones[:, None]).fits and not FromNorm(ones[:, None], ones, ones[:1]).fits
     assert not FromKeptSwiGLU(tiles, ones).fits  # a tile with columns of gate and of up
 
-    def taken(roles, sizes, shape=None, over=()):
+    def taken(roles, sizes, shape=None, over=(), dtype=jnp.float32):
         linear = dataclasses.replace(Linear.whole(roles, sizes), over=over)
-        return takes_weight(shape or sizes, linear)
+        return takes_weight(jax.ShapeDtypeStruct(shape or sizes, dtype), linear)
 
     assert taken("iio", (2, 64, 256), (3, 2, 64, 256))  # a stack of layers
     assert taken("-ioo", (4, 256, 2, 64), (1, 256, 2, 64))  # some of the experts
-    assert not taken("oi", (256, 128))
+    assert not taken("oi", (256, 128)) and not taken("io", (256, 128), dtype=BFLOAT16)
     assert not taken("io", (256, 128), (128, 128))
     assert not taken("io", (256, 128), over=("tensor",))
