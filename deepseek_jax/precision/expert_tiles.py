@@ -46,7 +46,7 @@ def rows_of_tiles(count: int, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
     ends = jnp.cumsum(sizes)
     tiles, last = (sizes + BLOCK - 1) // BLOCK, _tile_ends(sizes)
     number = jnp.arange(_most_tiles(count, sizes.shape[0]), dtype=sizes.dtype)
-    expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), sizes.shape[0] - 1)
+    expert = _owner(last, number)
     first = (ends - sizes)[expert] + (number - (last - tiles)[expert]) * BLOCK
     row = first[:, None] + jnp.arange(BLOCK, dtype=sizes.dtype)[None]
     inside = (row < ends[expert][:, None]) & (number < last[-1])[:, None]
@@ -57,11 +57,20 @@ def tile_of_row(count: int, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tile of each row, M, and M1 whether the row is an expert's."""
     ends, last = jnp.cumsum(sizes), _tile_ends(sizes)
     number = jnp.arange(count, dtype=sizes.dtype)
-    expert = jnp.minimum(jnp.searchsorted(ends, number, side="right"), sizes.shape[0] - 1)
+    expert = _owner(ends, number)
     first = (last - (sizes + BLOCK - 1) // BLOCK)[expert]
     tile = first + (number - (ends - sizes)[expert]) // BLOCK
     most = _most_tiles(count, sizes.shape[0])
     return jnp.clip(tile, 0, most - 1), (number < ends[-1])[:, None]
+
+
+def _owner(ends: jax.Array, number: jax.Array) -> jax.Array:
+    """Expert of each row or tile, given the one after each expert's last; the last one for others.
+
+    By comparisons: a search would be a loop, of which a GPU waits for the host in each trip.
+    """
+    after = jnp.searchsorted(ends, number, side="right", method="compare_all")
+    return jnp.minimum(after, ends.shape[0] - 1)
 
 
 def _most_tiles(rows: int, experts: int) -> int:

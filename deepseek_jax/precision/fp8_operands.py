@@ -12,6 +12,7 @@ the array; else XLA does. Both make the same bits. Where the gradient of the wei
 tiles of tokens are made transposed, as it reads them.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from deepseek_jax.precision.expert_tiles import quantise_rows
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser, takes_weight
 from deepseek_jax.precision.fp8_sources import Plain
-from deepseek_jax.precision.fp8_tiles import Tiles, quantise_tiles
+from deepseek_jax.precision.fp8_tiles import BLOCK, Tiles, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
 from deepseek_jax.precision.token_tiles import TokenTiles, quantise_tokens
 
@@ -33,7 +34,9 @@ def rows(x: jax.Array, form: Fp8Form) -> Tiles:
         return quantise_tiles(x, power_of_two=form.power_of_two)
 
     def kernel(x: jax.Array) -> Tiles:
-        tiles = _quantiser(form).rows(Plain(x.reshape(-1, x.shape[-1])))
+        # In whole tiles BSHW is (BS)(HW), too, as the product takes it: XLA makes both at once.
+        rows = x.shape[:2] if x.ndim == 4 and x.shape[-1] % BLOCK == 0 else x.shape[:-1]
+        tiles = _quantiser(form).rows(Plain(x.reshape(math.prod(rows), -1)))
         return Tiles(tiles.values.reshape(x.shape), tiles.scales.reshape(*x.shape[:-1], -1))
 
     return form.choose(QUANTISE, portable, kernel, takes=_takes(x, form))(x)
