@@ -55,6 +55,14 @@ def kernel_counts(module: Module) -> Mapping[str, int]:
     return collections.Counter(_kernel(line) for line in lines if line.target == MOSAIC)
 
 
+def fp8_casts(module: Module) -> Iterator[str]:
+    """Yields the place in the Python program of each cast to FP8 that is outside the kernels."""
+    for lines in module.computations.values():
+        for line in lines.values():
+            if line.opcode == "convert" and line.arrays[0].dtype == FP8:
+                yield line.op_name
+
+
 def _kernel(line: Instruction) -> str:
     parts = line.op_name.split("/")
     return next((part for part in reversed(parts) if part in names.ALL), OTHER)

@@ -7,20 +7,25 @@ import pytest
 import small
 
 from deepseek_jax.aot import layer
-from deepseek_jax.kernels import fp8_outer, fp8_product
-from deepseek_jax.kernels.names import OUTER, PRODUCT
+from deepseek_jax.kernels import fp8_outer, fp8_product, fp8_quantise, fp8_quantise_blocks
+from deepseek_jax.kernels.names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.model import execution, kernel_choice
 from deepseek_jax.precision.recipes import BFLOAT16, FLOAT32
 from deepseek_jax.runtime import kernel_check
 
-BOTH = frozenset({PRODUCT, OUTER})
+KNOWN = frozenset({PRODUCT, OUTER, QUANTISE})
 
 
 def test_a_layer_on_a_cpu_traces_no_kernel(monkeypatch):
-    for kernel, name in ((fp8_product, "product"), (fp8_outer, "outer")):
+    for kernel, name in (
+        (fp8_product, "product"),
+        (fp8_outer, "outer"),
+        (fp8_quantise, "quantise"),
+        (fp8_quantise_blocks, "quantise_blocks"),
+    ):
         monkeypatch.setattr(kernel, name, None)  # a call would fail
     config = small.config(precision_recipe="fp8")
-    assert execution.of(config).recipe.kernels == BOTH
+    assert execution.of(config).recipe.kernels == KNOWN
     layer.lower(config, small.mesh_of({}))
 
 
@@ -47,7 +52,7 @@ def test_a_cpu_checks_nothing(monkeypatch, caplog):
     monkeypatch.setattr(kernel_check, "refused", None)  # a call would fail
     config = small.config(precision_recipe="fp8")
     # Programs for a virtual cluster have the kernels.
-    assert execution.of(config).recipe.kernels == BOTH
+    assert execution.of(config).recipe.kernels == KNOWN
     assert execution.kernels_of(config.precision).summary() == {"kernels": "portable"}
     assert not caplog.records
     portable = small.config(precision_recipe="fp8", precision_kernels="portable")
@@ -60,13 +65,15 @@ def test_what_a_gpu_refuses_is_said_once(on_a_gpu, caplog):
     config = small.config(precision_recipe="fp8")
     with caplog.at_level(logging.WARNING):
         recipes = [execution.of(config).recipe for _ in range(2)]
-    assert [recipe.kernels for recipe in recipes] == [{PRODUCT}] * 2 and calls == sorted(BOTH)
+    assert [recipe.kernels for recipe in recipes] == [KNOWN - {OUTER}] * 2
+    assert calls == sorted(KNOWN)
     (line,) = (record.getMessage() for record in caplog.records)
     assert OUTER in line and "3 of 4 numbers" in line and "\n" not in line
     assert execution.kernels_of(config.precision).summary() == {
-        "kernels": PRODUCT, "kernels_refused": {OUTER: "3 of 4 numbers of its check are wrong"},
-    }  # fmt: skip
-    assert execution.recipe_of(config, serving=True) == BFLOAT16 and len(calls) == 2
+        "kernels": f"{PRODUCT}, {QUANTISE}",
+        "kernels_refused": {OUTER: "3 of 4 numbers of its check are wrong"},
+    }
+    assert execution.recipe_of(config, serving=True) == BFLOAT16 and len(calls) == len(KNOWN)
 
 
 def test_a_gpu_is_not_checked_for_the_portable_form(on_a_gpu):
@@ -74,8 +81,9 @@ def test_a_gpu_is_not_checked_for_the_portable_form(on_a_gpu):
     portable = small.config(precision_recipe="fp8", precision_kernels="portable")
     assert execution.of(portable).recipe.kernels == frozenset() and not calls
     assert execution.kernels_of(portable.precision).summary() == {"kernels": "portable"}
-    both = execution.kernels_of(small.config(precision_recipe="fp8").precision)
-    assert both.summary() == {"kernels": f"{OUTER}, {PRODUCT}"}
+    free = small.config(precision_recipe="fp8", precision_scales="free")  # quantised by division
+    assert execution.kernels_of(free.precision).summary() == {"kernels": f"{OUTER}, {PRODUCT}"}
+    assert calls == [OUTER, PRODUCT]
 
 
 def test_messages_have_their_sms_where_experts_are_on_several_gpus():
