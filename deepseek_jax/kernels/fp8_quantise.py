@@ -41,7 +41,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from deepseek_jax.kernels.names import QUANTISE
+from deepseek_jax.kernels.kernel_names import QUANTISE
 
 SQUARE, PART = 128, 64  # rows and columns of a thread block, and rows of a warpgroup
 CHUNK = 64  # columns that are made at once: more would hold more registers

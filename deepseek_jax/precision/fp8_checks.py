@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.kernels.names import OUTER, PRODUCT, QUANTISE
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.precision import fp8_grouped, fp8_quantise_problems, weight_gradients
 from deepseek_jax.precision.expert_tiles import dequantise_rows, rows_of_tiles
 from deepseek_jax.precision.fp8_form import Fp8Form

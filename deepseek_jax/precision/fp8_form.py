@@ -21,7 +21,7 @@ class Fp8Form:
 
     Attributes:
       power_of_two: whether scales are powers of two. The kernels take others, too.
-      kernels: names in `kernels/names.py`.
+      kernels: names in `kernels/kernel_names.py`.
       hopper: the kernels. With its `interpret` they run in a program for any platform.
     """
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from deepseek_jax.kernels.names import OUTER, PRODUCT
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT
 from deepseek_jax.precision import fp8_operands, grouped
 from deepseek_jax.precision.expert_tiles import dequantise_rows
 from deepseek_jax.precision.fp8_form import Fp8Form

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.kernels.names import OUTER, QUANTISE
+from deepseek_jax.kernels.kernel_names import OUTER, QUANTISE
 from deepseek_jax.precision.expert_tiles import quantise_rows
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser, takes_weight

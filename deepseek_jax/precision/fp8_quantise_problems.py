@@ -35,7 +35,7 @@ LINEAR = Linear.whole("-io", (2, COLUMNS, ROWS))
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class QuantiserProblem:
     """Inputs, and two functions of them whose results must be equal to the bit.
 
     Attributes:
@@ -51,22 +51,24 @@ class Problem:
     portable: Callable[..., Any]
 
 
-def problems(quantiser: HopperQuantiser) -> list[Problem]:
+def problems(quantiser: HopperQuantiser) -> list[QuantiserProblem]:
     """A problem for each quantiser that a recipe uses, without infinities and NaN."""
     x, of_experts = Plain(_hard(ROWS, COLUMNS, 0)), Plain(_hard(MOST, COLUMNS, 4))
     sizes = np.asarray(SIZES, np.int32)
     return [
-        Problem("x, rows", (x,), quantiser.rows, _rows),
-        Problem("x, tokens", (x,), quantiser.tokens, _tokens),
-        Problem("x, rows and tokens", (x,), quantiser.both, _both),
-        Problem("x, tokens of experts", (of_experts, sizes), quantiser.tokens_of_experts, _tokens),
-        Problem(
+        QuantiserProblem("x, rows", (x,), quantiser.rows, _rows),
+        QuantiserProblem("x, tokens", (x,), quantiser.tokens, _tokens),
+        QuantiserProblem("x, rows and tokens", (x,), quantiser.both, _both),
+        QuantiserProblem(
+            "x, tokens of experts", (of_experts, sizes), quantiser.tokens_of_experts, _tokens
+        ),
+        QuantiserProblem(
             "weights", (_weights(),), lambda weights: quantiser.blocks(weights, LINEAR), _blocks
         ),
     ]
 
 
-def further_problems(quantiser: HopperQuantiser) -> list[Problem]:
+def further_problems(quantiser: HopperQuantiser) -> list[QuantiserProblem]:
     """Problems for the quantisers that no recipe uses: of other sources, and with a copy."""
     scale = _powers(ROWS)
     gate_up = (256.0 * _gate_up(ROWS, COLUMNS)).astype(jnp.bfloat16)
@@ -80,17 +82,19 @@ def further_problems(quantiser: HopperQuantiser) -> list[Problem]:
         return made, made.values.mT
 
     return [
-        Problem("SwiGLU, rows and tokens", (FromSwiGLU(gate_up, scale),), quantiser.both, _both),
-        Problem("RMSNorm, rows and tokens", (norm,), quantiser.both, _both),
-        Problem("kept, tokens", (kept,), quantiser.tokens, _tokens),
-        Problem("SwiGLU of kept, tokens", (gated_kept,), quantiser.tokens, _tokens),
-        Problem(
+        QuantiserProblem(
+            "SwiGLU, rows and tokens", (FromSwiGLU(gate_up, scale),), quantiser.both, _both
+        ),
+        QuantiserProblem("RMSNorm, rows and tokens", (norm,), quantiser.both, _both),
+        QuantiserProblem("kept, tokens", (kept,), quantiser.tokens, _tokens),
+        QuantiserProblem("SwiGLU of kept, tokens", (gated_kept,), quantiser.tokens, _tokens),
+        QuantiserProblem(
             "SwiGLU of kept, tokens of experts",
             (gated_kept, sizes),
             quantiser.tokens_of_experts,
             _tokens,
         ),
-        Problem(
+        QuantiserProblem(
             "weights and a transposed copy",
             (_weights(),),
             lambda weights: quantiser.blocks_and_copy(weights, LINEAR),

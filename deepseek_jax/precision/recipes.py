@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.kernels.names import OUTER, PRODUCT, QUANTISE
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.precision import fp8_grouped, fp8_linear, fp8_operands
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 from deepseek_jax.precision.fp8_form import Fp8Form
@@ -44,8 +44,8 @@ class Recipe:
     Attributes:
       name: the value of `precision.recipe`.
       activation_dtype: dtype of activations, in matmuls and between them.
-      kernels: names in `kernels/names.py` of the kernels that compute on a GPU, where each passed
-        its check. All else, and everything on another platform, is computed in the portable form.
+      kernels: names in `kernels/kernel_names.py` of the kernels that compute on a GPU, where each
+        passed its check. All else, and everything on another platform, is in the portable form.
     """
 
     name: str

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.aot import cluster
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.kernels.names import OUTER, PRODUCT, QUANTISE
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.precision import weight_gradients
 from deepseek_jax.precision.fp8_weights import Linear
 from deepseek_jax.precision.recipes import FP8

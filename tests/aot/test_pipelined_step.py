@@ -16,7 +16,7 @@ from configs import v3_671b
 from deepseek_jax import config as configs
 from deepseek_jax.aot import cluster, compiled, cost_model, hlo, pipelined_step, products
 from deepseek_jax.config import ConfigError
-from deepseek_jax.kernels.names import OUTER, PRODUCT, QUANTISE
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.lockstep import lockstep
 from deepseek_jax.precision.scopes import FORWARD, INPUT_GRADIENT, PRODUCTS, WEIGHT_GRADIENT

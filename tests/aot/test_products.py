@@ -7,7 +7,7 @@ import pytest
 import small
 
 from deepseek_jax.aot import cluster, compiled, cost_model, hlo, layer, products
-from deepseek_jax.kernels.names import OUTER, PRODUCT, QUANTISE
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.precision.recipes import BFLOAT16, Fp8Recipe
 from deepseek_jax.precision.scopes import PRODUCTS, WEIGHT_GRADIENT
 

@@ -8,7 +8,7 @@ import small
 
 from deepseek_jax.aot import layer
 from deepseek_jax.kernels import fp8_outer, fp8_product, fp8_quantise, fp8_quantise_blocks
-from deepseek_jax.kernels.names import OUTER, PRODUCT, QUANTISE
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.model import execution, kernel_choice
 from deepseek_jax.precision.recipes import BFLOAT16, FLOAT32
 from deepseek_jax.runtime import kernel_check

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.kernels.matmul_tiling import SQUARE
-from deepseek_jax.kernels.names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.precision import fp8_checks
 from deepseek_jax.precision.expert_tiles import tile_of_row
 from deepseek_jax.precision.fp8_checks import Problem

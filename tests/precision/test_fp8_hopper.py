@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scaled
 
-from deepseek_jax.kernels.names import OUTER, PRODUCT
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT
 from deepseek_jax.precision import grouped, weight_gradients
 from deepseek_jax.precision.einsum import exact_einsum
 from deepseek_jax.precision.expert_tiles import dequantise_rows, quantise_rows
