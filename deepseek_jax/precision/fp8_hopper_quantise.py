@@ -10,6 +10,7 @@ and a kernel may round differently on a GPU: they stay portable, as does what do
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,10 @@ from deepseek_jax.precision.fp8_sources import TileSource, padded
 from deepseek_jax.precision.fp8_tiles import BLOCK, FLOOR, LARGEST, Tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear
 from deepseek_jax.precision.token_tiles import TokenTiles, places
+
+# A kernel's module in a program names the functions that it was traced in. Traced once, a quantiser
+# of one array is the same at each use, and XLA computes it once.
+_traced_once = functools.partial(jax.jit, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +37,25 @@ class HopperQuantiser:
 
     interpret: Any = None
 
+    @_traced_once
     def rows(self, source: TileSource) -> Tiles:
         """Tiles of 128 columns: values MD, scales M(D/128)."""
         found, _ = self._tiles(source, rows=True, tokens=False)
         return _of_rows(found, *source.shape)
 
+    @_traced_once
     def tokens(self, source: TileSource) -> TokenTiles:
         """Tiles of 128 rows."""
         _, found = self._tiles(source, rows=False, tokens=True)
         return _of_tokens(found, source.shape[1])
 
+    @_traced_once
     def both(self, source: TileSource) -> tuple[Tiles, TokenTiles]:
         """Results of `rows` and of `tokens`."""
         by_row, by_token = self._tiles(source, rows=True, tokens=True)
         return _of_rows(by_row, *source.shape), _of_tokens(by_token, source.shape[1])
 
+    @_traced_once
     def tokens_of_experts(self, source: TileSource, sizes: jax.Array) -> TokenTiles:
         """Tiles of tokens of one expert each, E int32 `sizes`; see `token_tiles.py`."""
         tiles = places(source.shape[0], sizes)
