@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.aot.compiled import Kernels
 from deepseek_jax.aot.hlo import FP8, Array
 from deepseek_jax.config import Config
-from deepseek_jax.kernels.names import OUTER, PRODUCT
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.block import Block
 from deepseek_jax.parallel import axes

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from deepseek_jax.aot import compiled
 from deepseek_jax.aot.compiled import Gemm, Kernels
 from deepseek_jax.aot.hlo import FP8, Instruction, Module
-from deepseek_jax.kernels import names
+from deepseek_jax.kernels import kernel_names
 from deepseek_jax.precision.scopes import PRODUCTS
 
 MOSAIC = "mosaic_gpu_v2"  # target of a custom call
@@ -55,9 +55,17 @@ def kernel_counts(module: Module) -> Mapping[str, int]:
     return collections.Counter(_kernel(line) for line in lines if line.target == MOSAIC)
 
 
+def fp8_casts(module: Module) -> Iterator[str]:
+    """Yields the place in the Python program of each cast to FP8 that is outside the kernels."""
+    for lines in module.computations.values():
+        for line in lines.values():
+            if line.opcode == "convert" and line.arrays[0].dtype == FP8:
+                yield line.op_name
+
+
 def _kernel(line: Instruction) -> str:
     parts = line.op_name.split("/")
-    return next((part for part in reversed(parts) if part in names.ALL), OTHER)
+    return next((part for part in reversed(parts) if part in kernel_names.ALL), OTHER)
 
 
 def products(module: Module, kernels: Kernels | None = None) -> Iterator[Product]:

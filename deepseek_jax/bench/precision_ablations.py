@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.precision import fp8_grouped, fp8_tiles, grouped
+from deepseek_jax.precision import fp8_tiles, grouped
 from deepseek_jax.precision.einsum import exact_einsum
+from deepseek_jax.precision.expert_tiles import dequantise_rows, quantise_rows
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
 from deepseek_jax.precision.grouped import Plan
 from deepseek_jax.precision.recipes import Recipe
@@ -65,8 +66,8 @@ class ShortSums(TensorScales):
         return fp8_tiles.dequantise_tiles(tiles, jnp.float32)
 
     def rows(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        tiles = fp8_grouped.quantise_rows(x, sizes, True)
-        return fp8_grouped.dequantise_rows(tiles, sizes, jnp.float32)
+        tiles = quantise_rows(x, sizes, True)
+        return dequantise_rows(tiles, sizes, jnp.float32)
 
     def weight(self, x: jax.Array) -> jax.Array:
         linear = Linear.whole("-" * (x.ndim - 2) + "io", x.shape)

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels import names
+from deepseek_jax.kernels import kernel_names
 
 _WIDEST = 256  # of a head, in elements, on Hopper
 _ELEMENTS = {"bfloat16": "BF16", "float16": "F16"}  # dtype -> its name in XLA
@@ -202,7 +202,7 @@ def _widened(x: jax.Array, width: int) -> jax.Array:
 
 
 # In the order of preference.
-BY_NAME = {names.ATTENTION: UNPADDED, names.ATTENTION_PADDED: PADDED}
+BY_NAME = {kernel_names.ATTENTION: UNPADDED, kernel_names.ATTENTION_PADDED: PADDED}
 
 
 def chosen(kernels: frozenset[str]) -> AttentionKernel | None:

@@ -25,8 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deepseek_jax.kernels import warp_specialised
+from deepseek_jax.kernels.kernel_names import OUTER
 from deepseek_jax.kernels.matmul_tiling import PIECE, STEP, Tiling, position
-from deepseek_jax.kernels.names import OUTER
 from deepseek_jax.kernels.warp_specialised import span
 
 

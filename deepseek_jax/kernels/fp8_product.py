@@ -30,8 +30,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import warp_specialised
+from deepseek_jax.kernels.kernel_names import PRODUCT
 from deepseek_jax.kernels.matmul_tiling import PIECE, STEP, Tiling, position
-from deepseek_jax.kernels.names import PRODUCT
 from deepseek_jax.kernels.row_blocks import RowBlocks, one_expert, row_blocks
 from deepseek_jax.kernels.warp_specialised import span
 

@@ -9,8 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.kernels import kernel_names
 from deepseek_jax.kernels import latent_attention as kernel
-from deepseek_jax.kernels import names
 from deepseek_jax.precision.einsum import exact_einsum
 from deepseek_jax.precision.grouped import by_platform
 
@@ -38,7 +38,7 @@ def latent_attention(
     given = query_latent, query_rope, latent, key_rope, positions
     chex.assert_rank(given, [4, 4, 3, 3, 2])
     taken = kernel.takes(query_latent, latent, key_rope)
-    if names.LATENT_ATTENTION not in kernels or not taken:
+    if kernel_names.LATENT_ATTENTION not in kernels or not taken:
         return latent_attention_in_full(*given, scale=scale)
     portable, on_a_gpu = (
         functools.partial(form, scale=scale) for form in (latent_attention_in_full, kernel.attend)

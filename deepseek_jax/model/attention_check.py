@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels import attention_cudnn, latent_attention, names
+from deepseek_jax.kernels import attention_cudnn, kernel_names, latent_attention
 from deepseek_jax.kernels.attention_cudnn import AttentionKernel
 from deepseek_jax.model import absorbed_attention
 from deepseek_jax.model.causal_attention import FusedAttention
@@ -62,7 +62,7 @@ def checks() -> dict[str, Check]:
         )
 
     found = {name: of(causal(name), 5) for name in attention_cudnn.BY_NAME}
-    return {**found, names.LATENT_ATTENTION: of(latent(), 2)}
+    return {**found, kernel_names.LATENT_ATTENTION: of(latent(), 2)}
 
 
 def causal(name: str) -> KernelCheck:

@@ -3,21 +3,24 @@
 A linear layer of some experts, by a recipe with one kernel and by the recipe without. An expert has
 no rows, and the last rows are nobody's. Values are integers from -2 to 2 times a power of two from
 2^-3 to 2^3 for each tile or block, so quantising loses nothing: within a tile, sums of 128 products
-take 11 bits, exact in tensor cores that keep 14; sums of tiles take 24, exact in float32.
+take 11 bits, exact in tensor cores that keep 14; sums of tiles take 24, exact in float32. The
+problems of quantisers, which take no sums, are in `fp8_quantise_problems.py`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.kernels.names import OUTER, PRODUCT
-from deepseek_jax.precision import fp8_grouped, weight_gradients
-from deepseek_jax.precision.expert_tiles import rows_of_tiles
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
+from deepseek_jax.precision import fp8_grouped, fp8_quantise_problems, weight_gradients
+from deepseek_jax.precision.expert_tiles import dequantise_rows, rows_of_tiles
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper import HopperProducts
+from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser
 from deepseek_jax.precision.fp8_tiles import BLOCK, Tiles, dequantise_tiles
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
 from deepseek_jax.runtime.kernel_check import Check
@@ -42,16 +45,19 @@ class Problem:
 
 
 def checks(
-    hopper: HopperProducts | None = None, problem: Problem | None = None
+    hopper: HopperProducts | None = None,
+    problem: Problem | None = None,
+    quantiser: HopperQuantiser | None = None,
 ) -> dict[str, Check]:
     """The checks by name of the kernel.
 
     Args:
-      hopper: kernels to check; None for those that a run uses.
-      problem: sizes; None for those of a run.
+      hopper, quantiser: kernels to check; None for those that a run uses.
+      problem: sizes of a layer; None for those of a run.
     """
     hopper = hopper or HopperProducts(sms=_SMS)
     problem = problem or Problem()
+    quantised = fp8_quantise_problems.problems(quantiser or HopperQuantiser())
     return {
         PRODUCT: Check(
             lambda: _products(problem, hopper, frozenset({PRODUCT})),
@@ -61,6 +67,11 @@ def checks(
         OUTER: Check(
             lambda: _weight_gradient(problem, Fp8Form(True, frozenset({OUTER}), hopper)),
             lambda: _weight_gradient(problem, Fp8Form()),
+            HOPPER,
+        ),
+        QUANTISE: Check(
+            lambda: [_bits(each.kernel, each.inputs) for each in quantised],
+            lambda: [_bits(each.portable, each.inputs) for each in quantised],
             HOPPER,
         ),
     }
@@ -101,6 +112,13 @@ def _weight_gradient(problem: Problem, form: Fp8Form) -> Any:
     return run(x, d_out)
 
 
+def _bits(quantise: Callable[..., Any], inputs: tuple[Any, ...]) -> list[np.ndarray]:
+    """Bits of what a quantiser makes, as integers: -0 is not 0."""
+    made = jax.jit(quantise)(*jax.tree.map(jnp.asarray, inputs))
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(made)]
+    return [leaf.view(f"u{leaf.dtype.itemsize}") for leaf in leaves]
+
+
 def _widths(problem: Problem) -> list[tuple[int, int]]:
     """Seed and width of the input, and of the gradient of the output."""
     return list(enumerate((problem.depth, problem.width), 1))
@@ -120,7 +138,7 @@ def _by_column(problem: Problem, width: int, seed: int) -> jax.Array:
     sizes = jnp.asarray(problem.sizes, jnp.int32)
     tiles = rows_of_tiles(problem.rows, sizes)[0].shape[0]
     made = Tiles(values, _powers(tiles, width, seed=seed))
-    return fp8_grouped.dequantise_rows(made, sizes, jnp.bfloat16)
+    return dequantise_rows(made, sizes, jnp.bfloat16)
 
 
 def _weight(problem: Problem) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from deepseek_jax.precision.fp8_hopper import H100, HopperProducts
-from deepseek_jax.precision.grouped import by_platform
+from deepseek_jax.precision.grouped import by_platform, mesh_is_of_cpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Fp8Form:
 
     Attributes:
       power_of_two: whether scales are powers of two. The kernels take others, too.
-      kernels: names in `kernels/names.py`.
+      kernels: names in `kernels/kernel_names.py`.
       hopper: the kernels. With its `interpret` they run in a program for any platform.
     """
 
@@ -37,18 +37,23 @@ class Fp8Form:
         *,
         takes: bool = True,
     ) -> Callable[..., Any]:
-        """The form of a product: one of two functions of arrays, alike in arguments and results.
+        """The form of a computation: one of two functions of arrays, alike in results.
 
         Args:
           name: of the kernel.
           takes: whether the kernel takes these operands.
         """
-        if name not in self.kernels or not takes:
+        if not takes or not self.uses(name):
             return portable
-        if self.hopper.interpret:
-            return kernel
-        # Without a mesh a program is one of this process.
-        here = jax.sharding.get_abstract_mesh().empty
-        if here and jax.default_backend() == "cpu":
-            return portable
-        return by_platform(portable, kernel)
+        return kernel if self.hopper.interpret else by_platform(portable, kernel)
+
+    def uses(self, name: str) -> bool:
+        """Whether a kernel is in use here, on some platform that the program may be lowered for."""
+        if name not in self.kernels or self.hopper.interpret:
+            return name in self.kernels
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:  # the program is one of this process
+            return jax.default_backend() != "cpu"
+        # Outside `shard_map` XLA would gather the operands of a kernel.
+        alone = mesh.size == 1 or set(mesh.axis_names) == set(mesh.manual_axes)
+        return alone and not mesh_is_of_cpus()

@@ -1,13 +1,13 @@
 """FP8 products by the kernels for Hopper, on the types of the portable form.
 
-M rows, K input width, N output width, E experts, T tiles of rows.
+M rows, K input width, N output width, E experts.
 
 `fp8_linear` and `fp8_grouped` multiply dequantised operands; these functions take the same tiles
 and weights and multiply them as they are. Sums are float32 in both, in another order.
 
     product           x w        x in tiles along K       a transposed copy of w
     input_gradient    d_out w^T  d_out in tiles along N   w as it is
-    weight_gradient   x^T d_out  both in tiles along M    transposed copies of both
+    weight_gradient   x^T d_out  both in tiles along M, transposed (`token_tiles.py`)
 
 Tensor cores contract 8-bit operands along memory only, hence the copies: one byte for each number.
 A width that is no multiple of 128, as the 576 of the key-value latent with its rotary key, is
@@ -20,13 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from deepseek_jax.kernels import fp8_outer, fp8_product, matmul_tiling
-from deepseek_jax.precision.expert_tiles import rows_of_tiles
 from deepseek_jax.precision.fp8_tiles import BLOCK, Tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight
+from deepseek_jax.precision.token_tiles import TokenTiles, turned
 
 
 def takes(weight: Fp8Weight, depth: int) -> bool:
@@ -68,7 +67,7 @@ class HopperProducts:
     ) -> jax.Array:
         """x w: MK, in tiles along K, and matrices KN -> MN in `dtype`; rows of nobody are zero."""
         values, scales = _matrices(weight, tiles.values.shape[1], -1)
-        return self._product(tiles, _turned(values), scales.mT, sizes, dtype)
+        return self._product(tiles, turned(values), scales.mT, sizes, dtype)
 
     def input_gradient(
         self, tiles: Tiles, weight: Fp8Weight, sizes: jax.Array | None = None, *, dtype: DTypeLike
@@ -76,25 +75,26 @@ class HopperProducts:
         """d_out w^T: MN, in tiles along N, and matrices KN -> MK in `dtype`."""
         return self._product(tiles, *_matrices(weight, -1, tiles.values.shape[1]), sizes, dtype)
 
-    def weight_gradient(self, x: Tiles, d_out: Tiles) -> jax.Array:
-        """x^T d_out: MK and MN, in tiles along M -> KN float32."""
+    def weight_gradient(
+        self, x: TokenTiles, d_out: TokenTiles, sizes: jax.Array | None = None
+    ) -> jax.Array:
+        """x^T d_out: MK and MN in tiles of tokens -> KN float32, or EKN for each expert."""
+        depth, width = x.values.shape[0], d_out.values.shape[0]
         left, right = (
-            Tiles(_padded(tiles.values, -1, -2), _padded(tiles.scales, -1)) for tiles in (x, d_out)
+            TokenTiles(_padded(tiles.values, 0), _padded(tiles.scales, 1)) for tiles in (x, d_out)
         )
-        out = self._outer(left, right, None)
-        return out[0, : x.values.shape[1], : d_out.values.shape[1]]
-
-    def grouped_weight_gradient(self, x: Tiles, d_out: Tiles, sizes: jax.Array) -> jax.Array:
-        """x^T d_out for each expert: MK and MN, as `quantise_rows` returns them -> EKN float32."""
-        row, inside = rows_of_tiles(x.values.shape[0], sizes)  # T128
-
-        def in_tiles(tiles: Tiles) -> Tiles:
-            own = tiles.values.at[row.reshape(-1)].get(mode="promise_in_bounds")  # (T128)D
-            own = jnp.where(inside.reshape(-1, 1), own, jnp.zeros((), own.dtype))
-            return Tiles(_padded(own, -1), _padded(tiles.scales, -1))
-
-        out = self._outer(in_tiles(x), in_tiles(d_out), (sizes + BLOCK - 1) // BLOCK)
-        return out[:, : x.values.shape[1], : d_out.values.shape[1]]
+        shape = left.values.shape[0], right.values.shape[0], left.values.shape[1]
+        out = fp8_outer.outer(
+            left.values,
+            left.scales,
+            right.values,
+            right.scales,
+            None if sizes is None else (sizes + BLOCK - 1) // BLOCK,
+            tiling=self._tiling(matmul_tiling.OUTER_TILINGS, shape, 1),
+            sms=self.sms,
+            interpret=self.interpret,
+        )[:, :depth, :width]
+        return out[0] if sizes is None else out
 
     def _product(
         self,
@@ -121,20 +121,6 @@ class HopperProducts:
         )
         return out[:rows, :columns]
 
-    def _outer(self, x: Tiles, d_out: Tiles, blocks: jax.Array | None) -> jax.Array:
-        """MK and MN in whole tiles along M -> EKN."""
-        shape = x.values.shape[1], d_out.values.shape[1], x.values.shape[0]
-        return fp8_outer.outer(
-            _turned(x.values),
-            x.scales,
-            _turned(d_out.values),
-            d_out.scales,
-            blocks,
-            tiling=self._tiling(matmul_tiling.OUTER_TILINGS, shape, 1),
-            sms=self.sms,
-            interpret=self.interpret,
-        )
-
     def _tiling(
         self,
         candidates: tuple[matmul_tiling.Tiling, ...],
@@ -146,15 +132,6 @@ class HopperProducts:
 
 
 H100 = HopperProducts()
-
-
-def _turned(x: jax.Array) -> jax.Array:
-    """The transposed copy of matrices, made here.
-
-    A kernel wants its operands in row-major order. XLA would choose the transposed order for
-    whatever the array comes from instead, up to the residuals of a pipeline, and copy all of them.
-    """
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))).mT
 
 
 def _matrices(weight: Fp8Weight, depth: int, width: int) -> tuple[jax.Array, jax.Array]:

@@ -23,13 +23,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from deepseek_jax.kernels.names import OUTER, PRODUCT
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT
+from deepseek_jax.precision import fp8_operands
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper import takes
-from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles, quantise_tiles
+from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight, bare
 from deepseek_jax.precision.scopes import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from deepseek_jax.precision.token_tiles import TokenTiles, in_rows
 
 
 def operand_dtype(power_of_two: bool) -> jnp.dtype:
@@ -76,15 +78,15 @@ def _matmul(x: jax.Array, weight: Fp8Weight, form: Fp8Form) -> jax.Array:
     depth = x.shape[1]
     kernel = functools.partial(form.hopper.product, dtype=x.dtype)
     product = form.choose(PRODUCT, portable, kernel, takes=takes(weight, depth))
-    return product(quantise_tiles(x, power_of_two=form.power_of_two), bare(weight))
+    return product(fp8_operands.rows(x, form), bare(weight))
 
 
 # Tiles of x along M, an empty array of the dtype of x, the weight.
-_Kept = tuple[Tiles, jax.Array, Fp8Weight]
+_Kept = tuple[Tiles | TokenTiles, jax.Array, Fp8Weight]
 
 
 def _forward(x: jax.Array, weight: Fp8Weight, form: Fp8Form) -> tuple[jax.Array, _Kept]:
-    tiles = quantise_tiles(x, power_of_two=form.power_of_two, axis=-2)
+    tiles = fp8_operands.tokens(x, form)
     like = jnp.zeros((0,), x.dtype)
     kept = kept_weight(weight)
     # A checkpoint would save the carrier as an argument of this product.
@@ -99,10 +101,14 @@ def kept_weight(weight: Fp8Weight) -> Fp8Weight:
 
 def _backward(form: Fp8Form, kept: _Kept, d_out: jax.Array) -> tuple[Any, Any]:
     tiles, like, weight = kept
-    d_x = _input_gradient(d_out, weight, tiles.values.shape[1], form, like.dtype)
+    trained = weight.carrier is not None
+    rows, sent = (
+        fp8_operands.both(d_out, form) if trained else (fp8_operands.rows(d_out, form), None)
+    )
+    d_x = _input_gradient(rows, weight, form, like.dtype)
     d_weight = None
-    if weight.carrier is not None:
-        d_weight = _weight_gradient(tiles, d_out, form).reshape(weight.shape)
+    if sent is not None:
+        d_weight = _weight_gradient(tiles, sent, d_out.shape[0], form).reshape(weight.shape)
     nothing: Any = None
     return d_x, Fp8Weight(nothing, nothing, d_weight)
 
@@ -111,10 +117,9 @@ _matmul.defvjp(_forward, _backward)
 
 
 @jax.named_scope(INPUT_GRADIENT)
-def _input_gradient(
-    d_out: jax.Array, weight: Fp8Weight, depth: int, form: Fp8Form, result: DTypeLike
-) -> jax.Array:
-    """d_out w^T: MN, in tiles along N, and w of K = `depth` rows -> MK in the dtype `result`."""
+def _input_gradient(d_out: Tiles, weight: Fp8Weight, form: Fp8Form, result: DTypeLike) -> jax.Array:
+    """d_out w^T: MN, in tiles along N, and w of K rows -> MK in the dtype `result`."""
+    depth = weight.values.size // d_out.values.shape[1]
 
     def portable(tiles: Tiles, weight: Fp8Weight) -> jax.Array:
         dtype = operand_dtype(form.power_of_two)
@@ -123,16 +128,20 @@ def _input_gradient(
 
     kernel = functools.partial(form.hopper.input_gradient, dtype=result)
     product = form.choose(PRODUCT, portable, kernel, takes=takes(weight, depth))
-    return product(quantise_tiles(d_out, power_of_two=form.power_of_two), bare(weight))
+    return product(d_out, bare(weight))
 
 
 @jax.named_scope(WEIGHT_GRADIENT)
-def _weight_gradient(tiles: Tiles, d_out: jax.Array, form: Fp8Form) -> jax.Array:
-    """x^T d_out: tiles of x MK along M, and MN -> KN float32."""
+def _weight_gradient(
+    x: Tiles | TokenTiles, d_out: Tiles | TokenTiles, count: int, form: Fp8Form
+) -> jax.Array:
+    """x^T d_out: MK and MN of M = `count` rows, both in tiles along M -> KN float32."""
 
-    def portable(x: Tiles, d_out: Tiles) -> jax.Array:
+    def portable(x: Tiles | TokenTiles, d_out: Tiles | TokenTiles) -> jax.Array:
         dtype = operand_dtype(form.power_of_two)
-        return row_product("MK,MN->KN", dequantise_tiles(x, dtype), dequantise_tiles(d_out, dtype))
+        left, right = (dequantise_tiles(in_rows(tiles, count), dtype) for tiles in (x, d_out))
+        return row_product("MK,MN->KN", left, right)
 
-    product = form.choose(OUTER, portable, form.hopper.weight_gradient)
-    return product(tiles, quantise_tiles(d_out, power_of_two=form.power_of_two, axis=-2))
+    transposed = isinstance(x, TokenTiles) and isinstance(d_out, TokenTiles)
+    product = form.choose(OUTER, portable, form.hopper.weight_gradient, takes=transposed)
+    return product(x, d_out)

@@ -41,10 +41,15 @@ def by_platform(portable: Callable[..., Any], kernel: Callable[..., Any]) -> Cal
 
     Under a mesh of CPU devices the kernel is not traced at all.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "cpu":
+    if mesh_is_of_cpus():
         return portable
     return lambda *arguments: lax.platform_dependent(*arguments, cuda=kernel, default=portable)
+
+
+def mesh_is_of_cpus() -> bool:
+    """Whether a program is traced under a mesh of CPU devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "cpu"
 
 
 def grouped_matmul(

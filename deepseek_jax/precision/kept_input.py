@@ -13,14 +13,9 @@ from typing import Any
 
 import jax
 
-from deepseek_jax.precision import weight_gradients
-from deepseek_jax.precision.fp8_tiles import (
-    Tiles,
-    dequantise_tiles,
-    exponents,
-    quantise_tiles,
-    scales_from,
-)
+from deepseek_jax.precision import fp8_operands, weight_gradients
+from deepseek_jax.precision.fp8_form import Fp8Form
+from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles, exponents, scales_from
 from deepseek_jax.precision.fp8_weights import Fp8Weight
 from deepseek_jax.precision.saved import Saved, save
 
@@ -29,13 +24,14 @@ Layer = Callable[..., jax.Array]
 
 
 def from_fp8_input(
-    name: Saved, layer: Layer, x: jax.Array, weight: Fp8Weight, *rest: jax.Array
+    name: Saved, layer: Layer, form: Fp8Form, x: jax.Array, weight: Fp8Weight, *rest: jax.Array
 ) -> jax.Array:
     """layer(x, weight, *rest), of whose x backward has only FP8 tiles.
 
     Args:
       name: of the residual.
       layer: closes over no array.
+      form: of the quantisation, with power-of-two scales.
       x: ...D, in tiles of 128 along D. A NaN or an infinity makes its whole tile NaN in backward.
       rest: arrays of any dtype, which backward keeps as they are.
     """
@@ -47,7 +43,7 @@ def from_fp8_input(
         return layer(x, weight, *rest)
 
     def forward(x: jax.Array, weight: Fp8Weight, rest: Any) -> tuple[jax.Array, Any]:
-        tiles = quantise_tiles(x, power_of_two=True)
+        tiles = fp8_operands.rows(x, form)
         kept = save(name, (tiles.values, exponents(tiles.scales)))
         bare = dataclasses.replace(weight, carrier=None)
         return layer(x, bare, *rest), (kept, bare, rest)

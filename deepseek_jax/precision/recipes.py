@@ -15,12 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.kernels.names import ATTENTION, ATTENTION_PADDED, LATENT_ATTENTION, OUTER, PRODUCT
-from deepseek_jax.precision import fp8_grouped, fp8_linear, kept_output
+from deepseek_jax.kernels.kernel_names import (
+    ATTENTION,
+    ATTENTION_PADDED,
+    LATENT_ATTENTION,
+    OUTER,
+    PRODUCT,
+    QUANTISE,
+)
+from deepseek_jax.precision import fp8_grouped, fp8_linear, fp8_operands, kept_output
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper import H100, HopperProducts
-from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, of_part, quantise_blocks
+from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, of_part
 from deepseek_jax.precision.grouped import grouped_matmul
 from deepseek_jax.precision.kept_input import from_fp8_input
 from deepseek_jax.precision.saved import Saved, save
@@ -44,8 +51,8 @@ class Recipe:
     Attributes:
       name: the value of `precision.recipe`.
       activation_dtype: dtype of activations, in matmuls and between them.
-      kernels: names in `kernels/names.py` of the kernels that compute on a GPU, where each passed
-        its check. All else, and everything on another platform, is computed in the portable form.
+      kernels: names in `kernels/kernel_names.py` of the kernels that compute on a GPU, where each
+        passed its check. All else, and everything on another platform, is in the portable form.
     """
 
     name: str
@@ -198,7 +205,7 @@ class Fp8Recipe(Recipe):
             return super().prepare(weight, sensitive=sensitive)
         if isinstance(weight, Fp8Weight):
             return of_part(weight, linear)
-        return quantise_blocks(weight, linear, power_of_two=self.power_of_two)
+        return fp8_operands.blocks(weight, linear, self._form)
 
     def stored_dtype(self, *, linear: bool) -> jnp.dtype:
         # Blocks made of bfloat16 weights would be rounded twice.
@@ -226,7 +233,8 @@ class Fp8Recipe(Recipe):
 
     @property
     def known_kernels(self) -> frozenset[str]:
-        return super().known_kernels | {PRODUCT, OUTER}
+        quantisers = {QUANTISE} if self.power_of_two else set()
+        return super().known_kernels | {PRODUCT, OUTER} | quantisers
 
     def with_kernels(self, names: frozenset[str], sms: int) -> Recipe:
         hopper = dataclasses.replace(self.hopper, sms=sms)
@@ -244,7 +252,16 @@ class Fp8Recipe(Recipe):
     def _form(self) -> Fp8Form:
         return Fp8Form(self.power_of_two, self.kernels, self.hopper)
 
-    from_kept = staticmethod(from_fp8_input)
+    def from_kept(
+        self,
+        name: Saved,
+        layer: Callable[..., jax.Array],
+        x: jax.Array,
+        weight: Any,
+        *rest: jax.Array,
+    ) -> jax.Array:
+        form = dataclasses.replace(self._form, power_of_two=True)
+        return from_fp8_input(name, layer, form, x, weight, *rest)
 
     @property
     def _output_form(self) -> kept_output.SavedForm:

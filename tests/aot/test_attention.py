@@ -17,14 +17,14 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.aot import cluster, compiled
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.kernels import names
+from deepseek_jax.kernels import kernel_names
 from deepseek_jax.model import absorbed_attention, remat
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import attend_and_project
 from deepseek_jax.precision.recipes import BFLOAT16
 
 LAYERS, DEVICES, S, D, H, X, W = 2, 8, 1024, 256, 8, 192, 128
-RECIPE = dataclasses.replace(BFLOAT16, kernels=frozenset({names.ATTENTION}))
+RECIPE = dataclasses.replace(BFLOAT16, kernels=frozenset({kernel_names.ATTENTION}))
 HOW = Execution(recipe=RECIPE, remat=remat.REPORT)
 AXES = ("node", "gpu")
 
@@ -113,7 +113,7 @@ def test_absorbed_attention_spills_nothing(tmp_path, monkeypatch):
     shapes = (8, 2, 128, 512), (8, 2, 128, 64), (8, 4096, 512), (8, 4096, 64)
     given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
     positions = jax.ShapeDtypeStruct((8, 2), jnp.int32, sharding=place)
-    kernels = frozenset({names.LATENT_ATTENTION})
+    kernels = frozenset({kernel_names.LATENT_ATTENTION})
 
     def attend(*given):
         return absorbed_attention.latent_attention(*given, 0.1, kernels)

@@ -15,8 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.aot import cluster
 from deepseek_jax.config import MeshConfig
-from deepseek_jax.kernels import fp8_outer, fp8_product, fp8_quantise
+from deepseek_jax.kernels import fp8_outer, fp8_product
 from deepseek_jax.kernels.matmul_tiling import H100_SMS, OUTER_TILINGS, PRODUCT_TILINGS
+from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser
+from deepseek_jax.precision.fp8_sources import FromKeptSwiGLU, FromSwiGLU, Plain
+from deepseek_jax.precision.fp8_tiles import Tiles
+from deepseek_jax.precision.fp8_weights import Linear
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
 
@@ -81,12 +85,52 @@ def test_outer_products_of_all_experts(compile_kernel, tiling):
     check(*compile_kernel(fn, *operands), "fp8_outer")
 
 
-def test_quantised_rows(compile_kernel):
-    """One reading; largest values keep a NaN; the cast rounds to nearest in hardware."""
-    fn = functools.partial(fp8_quantise.quantise, largest=448.0, floor=1e-12)
-    said, code, text = compile_kernel(fn, operand((M, K), jnp.bfloat16))
+def tiles_of(width):
+    return Tiles(operand((M, width)), operand((M, width // 128), jnp.float32))
+
+
+PER_ROW = (M,), jnp.float32
+QUANTISERS = {
+    "both": ("both", lambda: (Plain(operand((M, K), jnp.bfloat16)),), 80),
+    "SwiGLU": (
+        "both",
+        lambda: (FromSwiGLU(operand((M, N), jnp.bfloat16), operand(*PER_ROW)),),
+        112,
+    ),
+    "SwiGLU of kept, experts": (
+        "tokens_of_experts",
+        lambda: (FromKeptSwiGLU(tiles_of(N), operand(*PER_ROW)), operand((E,), jnp.int32)),
+        168,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_quantised_activations(compile_kernel, name):
+    """One reading, and one kernel; the cast rounds to nearest in hardware.
+
+    The registers let three thread blocks share an SM, as their shared memory does, or two of
+    SwiGLU, or one.
+    """
+    method, inputs, registers = QUANTISERS[name]
+    said, code, text = compile_kernel(getattr(HopperQuantiser(), method), *inputs())
     assert len(re.findall("mosaic_gpu_v2", text)) == 1 and "/fp8_quantise/" in text
     assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said
-    assert int(re.search(r"Used (\d+) registers", said)[1]) <= 96  # five blocks of threads to an SM
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= registers
     assert "cvt.rn.satfinite.e4m3x2.f32" in code
-    assert "max.NaN.f32" in code and "max.f32" not in code
+    assert "max.s16" in code and "max.NaN.bf16" not in code  # of bits, which keep a NaN
+    if name == "SwiGLU":  # as XLA for GPUs computes it, instruction by instruction
+        assert len(re.findall(r"rcp\.approx\.f32", code)) == 64
+        assert len(re.findall(r"ex2\.approx\.ftz\.f32", code)) == 64
+
+
+def test_quantised_weights(compile_kernel):
+    linear = Linear.whole("-io", (E, K, N))
+    weights = operand((E, K, N), jnp.float32)
+    said, code, text = compile_kernel(
+        lambda x: HopperQuantiser().blocks_and_copy(x, linear), weights
+    )
+    assert len(re.findall("mosaic_gpu_v2", text)) == 1 and "/fp8_quantise/" in text
+    assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"], said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= 128  # two thread blocks to an SM
+    assert "cvt.rn.satfinite.e4m3x2.f32" in code

@@ -17,7 +17,7 @@ from configs import v3_671b
 from deepseek_jax import config as configs
 from deepseek_jax.aot import cluster, compiled, cost_model, hlo, pipelined_step, products
 from deepseek_jax.config import ConfigError
-from deepseek_jax.kernels.names import OUTER, PRODUCT
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.lockstep import lockstep
 from deepseek_jax.precision.scopes import FORWARD, INPUT_GRADIENT, PRODUCTS, WEIGHT_GRADIENT
@@ -86,7 +86,16 @@ def test_a_tick_keeps_and_multiplies_in_fp8(one_layer):
         (INPUT_GRADIENT, True): backward,
         (WEIGHT_GRADIENT, True): backward,
     }
-    assert products.kernel_counts(program.module) == {PRODUCT: forward + backward, OUTER: backward}
+    # Quantised by kernels: rows of inputs and of what is kept, 11 forward, and 2 in a round of
+    # overflow; again the rows of 2 inputs, tokens of 9, and gradients, of which the experts' 2 take
+    # two kernels each, 16; and in such a round 9 in all. Rows in messages are packed by XLA.
+    assert products.kernel_counts(program.module) == {
+        PRODUCT: forward + backward,
+        OUTER: backward,
+        QUANTISE: 2 * (11 + 2) + 2 * (2 + 9 + 7 + 2 * 2 + 9),
+    }
+    casts = list(products.fp8_casts(program.module))
+    assert casts and all(re.search(r"dispatch|combine", cast) for cast in casts)
     # Sums are in float32, and in a fixed order: no scatter adds atomically.
     for line, dtype in hlo.sums(program.module):
         assert dtype == "f32" and (line.opcode != "scatter" or line.unique), line

@@ -7,7 +7,7 @@ import pytest
 import small
 
 from deepseek_jax.aot import cluster, compiled, cost_model, hlo, layer, products
-from deepseek_jax.kernels.names import OUTER, PRODUCT
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.precision.recipes import BFLOAT16, Fp8Recipe
 from deepseek_jax.precision.scopes import PRODUCTS, WEIGHT_GRADIENT
 
@@ -15,6 +15,9 @@ pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing(
 
 # W^DQ, W^UQ, W^DKV with W^KR, W^UK with W^UV, W^O; two of the shared expert, two of the others.
 LINEAR = 9
+# Inputs as rows, once for W^DQ and W^DKV, and as tokens; gradients of the 7 outputs that are not of
+# experts, and twice those of the 2 that are; what backward keeps, inputs of W^O and of 2 SwiGLU.
+QUANTISED = 8 + 8 + 7 + 2 * 2 + 3
 # Two of the attention core and four of its backward, three of the router, three that count tokens.
 OTHERS = 6 + 3 + 3
 
@@ -83,7 +86,10 @@ def test_each_linear_of_a_layer_has_three_kernels():
     assert collections.Counter((each.kind, each.in_fp8, each.kernel) for each in found) == {
         **linear, (products.OTHER, False, ""): OTHERS
     }  # fmt: skip
-    assert products.kernel_counts(program.module) == {PRODUCT: 2 * LINEAR, OUTER: LINEAR}
+    assert products.kernel_counts(program.module) == {
+        PRODUCT: 2 * LINEAR, OUTER: LINEAR, QUANTISE: QUANTISED
+    }  # fmt: skip
+    assert list(products.fp8_casts(program.module)) == []
     # The scheduler is told the time of a kernel as that of a product with FP8 operands.
     rates = cost_model.Rates(flops_fp8=1.0, memory_bytes=1e30)
     costs = cost_model.costs(program, rates)

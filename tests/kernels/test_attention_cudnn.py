@@ -9,7 +9,7 @@ import pytest
 import small
 from jax._src.cudnn import fused_attention_stablehlo
 
-from deepseek_jax.kernels import attention_cudnn, names
+from deepseek_jax.kernels import attention_cudnn, kernel_names
 from deepseek_jax.kernels.attention_cudnn import PADDED, UNPADDED
 
 DEFAULTS = ("", "0", 0, False, "PRIMITIVE_TYPE_INVALID", [], {}, 42)  # 42: a seed of dropout
@@ -40,9 +40,9 @@ def test_the_call_is_the_one_that_jax_makes(backward, monkeypatch):
 @pytest.mark.parametrize(
     ("allowed", "kernel"),
     [
-        ([names.ATTENTION, names.ATTENTION_PADDED], UNPADDED),
-        ([names.ATTENTION_PADDED, names.PRODUCT], PADDED),
-        ([names.PRODUCT], None),
+        ([kernel_names.ATTENTION, kernel_names.ATTENTION_PADDED], UNPADDED),
+        ([kernel_names.ATTENTION_PADDED, kernel_names.PRODUCT], PADDED),
+        ([kernel_names.PRODUCT], None),
     ],
 )
 def test_the_first_that_passed_its_check_is_chosen(allowed, kernel):

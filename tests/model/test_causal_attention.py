@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.kernels import attention_cudnn, names
+from deepseek_jax.kernels import attention_cudnn, kernel_names
 from deepseek_jax.kernels.attention_cudnn import AttentionKernel
 from deepseek_jax.model import attention_check, remat
 from deepseek_jax.model.causal_attention import FusedAttention
@@ -21,7 +21,7 @@ from deepseek_jax.precision.recipes import BFLOAT16, FP8
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 B, S, H, X, W, D = 1, 48, 2, 24, 16, 32
-KERNELS = frozenset({names.ATTENTION})
+KERNELS = frozenset({kernel_names.ATTENTION})
 
 
 def shapes():
@@ -135,8 +135,8 @@ def test_the_check_passes_another_order_and_nothing_else(monkeypatch, mask, fact
         return jax.vjp(parts, query, key, value)[1](d_out)
 
     kernel = AttentionKernel(forward, backward)
-    monkeypatch.setitem(attention_cudnn.BY_NAME, names.ATTENTION, kernel)
-    check = attention_check.causal(names.ATTENTION)
+    monkeypatch.setitem(attention_cudnn.BY_NAME, kernel_names.ATTENTION, kernel)
+    check = attention_check.causal(kernel_names.ATTENTION)
     assert bool(jax.jit(check.agrees)().all()) == passes
 
 
@@ -152,7 +152,7 @@ def test_every_kernel_of_attention_has_a_check():
     found = attention_check.checks()
     assert found.keys() == BFLOAT16.known_kernels
     for name, check in found.items():
-        if name != names.ATTENTION_PADDED:  # without a GPU, JAX refuses to trace it
+        if name != kernel_names.ATTENTION_PADDED:  # without a GPU, JAX refuses to trace it
             kernel = attention_check.latent() if "latent" in name else attention_check.causal(name)
             assert jax.eval_shape(kernel.agrees).shape == check.portable().shape
 

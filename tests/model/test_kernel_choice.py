@@ -8,8 +8,8 @@ import pytest
 import small
 
 from deepseek_jax.aot import layer
-from deepseek_jax.kernels import fp8_outer, fp8_product
-from deepseek_jax.kernels.names import OUTER, PRODUCT
+from deepseek_jax.kernels import fp8_outer, fp8_product, fp8_quantise, fp8_quantise_blocks
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.model import execution, kernel_choice
 from deepseek_jax.precision.recipes import BFLOAT16, FLOAT32, FP8
 from deepseek_jax.runtime import kernel_check
@@ -18,10 +18,15 @@ EVERY = FP8.known_kernels
 
 
 def test_a_layer_on_a_cpu_traces_no_kernel(monkeypatch):
-    for kernel, name in ((fp8_product, "product"), (fp8_outer, "outer")):
+    for kernel, name in (
+        (fp8_product, "product"),
+        (fp8_outer, "outer"),
+        (fp8_quantise, "quantise"),
+        (fp8_quantise_blocks, "quantise_blocks"),
+    ):
         monkeypatch.setattr(kernel, name, None)  # a call would fail
     config = small.config(precision_recipe="fp8")
-    assert execution.of(config).recipe.kernels == EVERY > {PRODUCT, OUTER}
+    assert execution.of(config).recipe.kernels == EVERY > {PRODUCT, OUTER, QUANTISE}
     layer.lower(config, small.mesh_of({}))
 
 
@@ -48,7 +53,7 @@ def test_a_cpu_checks_nothing(monkeypatch, caplog):
     monkeypatch.setattr(kernel_check, "refused", None)  # a call would fail
     config = small.config(precision_recipe="fp8")
     # Programs for a virtual cluster have the kernels.
-    assert execution.of(config).recipe.kernels == EVERY > {PRODUCT, OUTER}
+    assert execution.of(config).recipe.kernels == EVERY > {PRODUCT, OUTER, QUANTISE}
     assert execution.kernels_of(config.precision).summary() == {"kernels": "portable"}
     assert not caplog.records
     portable = small.config(precision_recipe="fp8", precision_kernels="portable")
@@ -83,6 +88,8 @@ def test_a_gpu_is_not_checked_for_the_portable_form(on_a_gpu):
     assert execution.kernels_of(portable.precision).summary() == {"kernels": "portable"}
     every = execution.kernels_of(small.config(precision_recipe="fp8").precision)
     assert every.summary() == {"kernels": ", ".join(sorted(EVERY))}
+    free = small.config(precision_recipe="fp8", precision_scales="free")  # quantised by division
+    assert execution.kernels_of(free.precision).names == EVERY - {QUANTISE}
 
 
 def test_messages_have_their_sms_where_experts_are_on_several_gpus():

@@ -9,8 +9,8 @@ from equations import attention
 from equations.norm import part
 from published import layer, variant
 
+from deepseek_jax.kernels import kernel_names
 from deepseek_jax.kernels import latent_attention as latent_kernel
-from deepseek_jax.kernels import names
 from deepseek_jax.model.absorbed_attention import latent_attention
 from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.execution import Execution
@@ -100,7 +100,7 @@ def test_on_a_cpu_a_kernel_of_absorbed_attention_changes_nothing():
     shapes = (2, 2, 4, 128), (2, 2, 4, 64), (2, 64, 128), (2, 64, 64)
     given = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
     given.append(jnp.array([[5, 6], [62, 63]], jnp.int32))
-    kernels = frozenset({names.LATENT_ATTENTION})
+    kernels = frozenset({kernel_names.LATENT_ATTENTION})
     assert latent_kernel.takes(given[0], given[2], given[3])
     got = jax.jit(lambda *given: latent_attention(*given, 0.1, kernels))(*given)
     want = jax.jit(lambda *given: latent_attention(*given, 0.1))(*given)

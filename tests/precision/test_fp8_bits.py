@@ -13,7 +13,7 @@ from equations import tiles as equations
 from hard_tiles import assert_same_bits, broken, hard
 
 from deepseek_jax.checkpoint.hf import fp8_blocks
-from deepseek_jax.precision.fp8_grouped import quantise_rows
+from deepseek_jax.precision.expert_tiles import quantise_rows
 from deepseek_jax.precision.fp8_tiles import quantise_tiles, scales_from
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
 from deepseek_jax.precision.payload import FP8_PAYLOAD

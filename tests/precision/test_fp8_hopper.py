@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import scaled
 
-from deepseek_jax.kernels.names import OUTER, PRODUCT
-from deepseek_jax.precision import fp8_grouped, grouped, weight_gradients
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT
+from deepseek_jax.precision import grouped, weight_gradients
 from deepseek_jax.precision.einsum import exact_einsum
+from deepseek_jax.precision.expert_tiles import dequantise_rows, quantise_rows
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper import HopperProducts, takes
 from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
 from deepseek_jax.precision.recipes import recipe
+from deepseek_jax.precision.token_tiles import quantise_tokens
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -70,10 +72,14 @@ def portable_grouped_input_gradient(d_out, w, sizes):
     return PLAN.rows_gradient((sent, w.dequantised(K, BFLOAT16), sizes), sent)
 
 
-def portable_grouped_weight_gradient(x, d_out, sizes):
-    x, d_out = (fp8_grouped.dequantise_rows(tiles, sizes, BFLOAT16) for tiles in (x, d_out))
-    saved = x, jnp.zeros((0,), BFLOAT16), sizes
+def portable_grouped_weight_gradient(x, d_out):
+    x, d_out = (dequantise_rows(quantise_rows(y, SIZES, True), SIZES, BFLOAT16) for y in (x, d_out))
+    saved = x, jnp.zeros((0,), BFLOAT16), SIZES
     return PLAN.weight_gradient(saved, d_out, (E, K, N), jnp.float32)
+
+
+def grouped_weight_gradient(x, d_out):
+    return HOPPER.weight_gradient(*(quantise_tokens(y, SIZES, True) for y in (x, d_out)), SIZES)
 
 
 @pytest.mark.slow  # as are those of experts below: `test_fp8_checks.py` computes them, too
@@ -92,10 +98,14 @@ def test_input_gradients_of_all_experts():
 def test_weight_gradients_of_all_experts():
     """Tiles along rows: three of 130 and 61 rows, and a fourth that no expert has."""
     given = [
-        Tiles(scaled.values(M, width, seed=width), scaled.scales(4, width, seed=1))
+        dequantise_rows(
+            Tiles(scaled.values(M, width, seed=width), scaled.scales(4, width, seed=1)),
+            SIZES,
+            BFLOAT16,
+        )
         for width in (K, N)
     ]
-    assert_equal(HOPPER.grouped_weight_gradient, portable_grouped_weight_gradient, *given, SIZES)
+    assert_equal(grouped_weight_gradient, portable_grouped_weight_gradient, *given)
 
 
 def layers(fp8, experts):
@@ -128,7 +138,7 @@ def layers(fp8, experts):
 def test_layers_of_a_recipe_with_kernels(scales, experts):
     """All three products of real numbers, to the rounding of sums in float32 to bfloat16."""
     portable = recipe("fp8", scales)
-    kernels = dataclasses.replace(portable, kernels=frozenset({PRODUCT, OUTER}), hopper=HOPPER)
+    kernels = dataclasses.replace(portable, kernels=portable.known_kernels, hopper=HOPPER)
     random = np.random.default_rng(0)
     weight, x, pull = (
         jnp.asarray(random.normal(size=shape), dtype)

@@ -30,7 +30,7 @@ import numpy as np
 import qwix
 from hard_tiles import assert_same_bits, hard
 
-from deepseek_jax.precision.fp8_grouped import quantise_rows
+from deepseek_jax.precision.expert_tiles import quantise_rows
 from deepseek_jax.precision.fp8_tiles import BLOCK, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
 
