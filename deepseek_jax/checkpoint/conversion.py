@@ -20,7 +20,7 @@ from deepseek_jax.checkpoint import carried, load, new_folder
 from deepseek_jax.checkpoint.hf import config_json, export, names, reader
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.checkpoint.store import Store
-from deepseek_jax.config import Config, ConfigError, ModelConfig
+from deepseek_jax.config import Config, ConfigError, ModelConfig, PrecisionConfig
 from deepseek_jax.errors import reason
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
@@ -138,6 +138,8 @@ def to_published(
     own_tokenizer = source.tokenizer if made_here and not told else None
     marks = _marks(source, described)
     described = carried.without_absent_code({**described, **marks}, beside)
+    if form == "fp8" and source.run is not None:
+        described = _with_scales_of(source.run.precision, described)
     described = config_json.in_format(described, form)
     needed = export.most_bytes(source.model, form) + carried.size(beside)
     with new_folder.appearing(target) as folder:
@@ -155,6 +157,17 @@ def to_published(
         else:
             values = _of_run(source.directory, source.model, described)
         export.write(folder, described, values, form, shard_bytes)
+
+
+def _with_scales_of(precision: PrecisionConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that state the scales which a run in FP8 computed with.
+
+    Where its weights came in FP8, the format of those scales stays.
+    """
+    powers = precision.recipe == "fp8" and precision.scales == "power_of_two"
+    if not powers or settings.get("quantization_config"):
+        return dict(settings)
+    return {**settings, "quantization_config": {"scale_fmt": "ue8m0"}}
 
 
 def described_run(workdir: Path, model: ModelConfig) -> dict[str, Any]:

@@ -131,6 +131,17 @@ def test_fp8_of_any_scale_keeps_every_value(tmp_path):
     )
 
 
+def test_a_run_in_fp8_exports_the_blocks_that_it_computes_with(tmp_path):
+    checkpoints.write(tmp_path / "in", *checkpoints.make("v3"))
+    config = small.config(precision_recipe="fp8", precision_scales="power_of_two")
+    conversion.to_run(open_checkpoint(tmp_path / "in"), tmp_path / "run", config)
+    conversion.to_published(open_checkpoint(tmp_path / "run"), tmp_path / "out", "fp8", SHARD)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["quantization_config"]["scale_fmt"] == "ue8m0"
+    ours, theirs = (deepseek_jax.load(tmp_path / each, dtype="fp8") for each in ("out", "run"))
+    jax.tree.map(np.testing.assert_array_equal, ours.weights, theirs.weights)
+
+
 def test_blocks():
     """What is no product of E4M3 values is rounded to one; that, done again, changes nothing."""
     random = np.random.default_rng(0)
