@@ -5,6 +5,7 @@ Operands have values and scales whose sums are exact in any order (`scaled.py`).
 
 import dataclasses
 import functools
+import re
 
 import interpreted
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import scaled
 
-from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT
+from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.precision import grouped, weight_gradients
 from deepseek_jax.precision.einsum import exact_einsum
 from deepseek_jax.precision.expert_tiles import dequantise_rows, quantise_rows
@@ -127,6 +128,17 @@ def layers(fp8, experts):
     return run
 
 
+def inputs(experts):
+    """Weight, input, and gradient of the output."""
+    random = np.random.default_rng(0)
+    return [
+        jnp.asarray(random.normal(size=shape), dtype)
+        for shape, dtype in (
+            ((E, K, N) if experts else (K, N), jnp.float32), ((M, K), BFLOAT16), ((M, N), BFLOAT16)
+        )
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "experts",
     [
@@ -139,13 +151,7 @@ def test_layers_of_a_recipe_with_kernels(scales, experts):
     """All three products of real numbers, to the rounding of sums in float32 to bfloat16."""
     portable = recipe("fp8", scales)
     kernels = dataclasses.replace(portable, kernels=portable.known_kernels, hopper=HOPPER)
-    random = np.random.default_rng(0)
-    weight, x, pull = (
-        jnp.asarray(random.normal(size=shape), dtype)
-        for shape, dtype in (
-            ((E, K, N) if experts else (K, N), jnp.float32), ((M, K), BFLOAT16), ((M, N), BFLOAT16)
-        )
-    )  # fmt: skip
+    weight, x, pull = inputs(experts)
     got = interpreted.run(layers(kernels, experts), weight, x, pull)
     want = layers(portable, experts)(weight, x, pull)
     # Neighbours in bfloat16 are up to 2^-7 apart; the gradient of the weight is float32.
@@ -155,6 +161,26 @@ def test_layers_of_a_recipe_with_kernels(scales, experts):
         np.testing.assert_allclose(
             np.asarray(ours, np.float32), theirs, rtol=rounding, atol=1e-6 * scale
         )
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        pytest.param(False, id="one matrix", marks=pytest.mark.slow),
+        pytest.param(True, id="experts"),
+    ],
+)
+def test_another_platform_computes_the_portable_form(monkeypatch, experts):
+    """Of operands that are transposed for the kernels: the same bits."""
+    portable = recipe("fp8")
+    kernels = portable.with_kernels(portable.known_kernels, sms=132)
+    given = inputs(experts)
+    want = layers(portable, experts)(*given)
+    monkeypatch.setattr(Fp8Form, "uses", lambda form, name: name in form.kernels)
+    run = layers(kernels, experts)
+    assert {PRODUCT, OUTER, QUANTISE} <= set(re.findall(r"\w+", str(run.trace(*given).jaxpr)))
+    for ours, theirs in zip(run(*given), want, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 def test_what_has_no_kernel_is_portable():
