@@ -87,9 +87,9 @@ def test_a_tick_keeps_and_multiplies_in_fp8(one_layer):
         (WEIGHT_GRADIENT, True): backward,
     }
     # Quantised by kernels: forward the rows of 8 inputs, and of 2 more that are kept; in backward
-    # the rows of 2 that are computed again, the tokens of 8, and gradients: those of 7 outputs once,
-    # of the experts' 2 twice. A round of overflow: 2 inputs forward; in backward 2 as rows and
-    # tokens, one that is kept, 2 gradients twice. Rows in messages are packed by XLA.
+    # the rows of 2 that are computed again, the tokens of 8, gradients of 7 outputs once, and of
+    # the experts' 2 twice. A round of overflow: 2 inputs forward; in backward 2 as rows and tokens,
+    # one that is kept, 2 gradients twice. Rows in messages are packed by XLA.
     rounds = 2 * (2 + 2 * 2 + 1 + 2 * 2)
     assert products.kernel_counts(program.module) == {
         PRODUCT: forward + backward,
