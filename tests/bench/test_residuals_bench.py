@@ -19,8 +19,8 @@ def kept(recipe, dispatch):
 
 @pytest.mark.parametrize("dispatch", ["compute", "fp8"])
 def test_fp8_keeps_a_byte_and_a_scale_for_each_number(dispatch):
-    """Of 8 copies of a token their tiles, SwiGLU's inputs, heads; the rest stays BF16."""
-    tile = 1 + 1 / 128
-    swiglu_and_heads = 8 * 4096 + 4096 + 128 * 128
+    """SwiGLU's inputs of 8 copies of a token and of the token in E4M3, heads in E5M6; else BF16."""
+    scale = 1 / 128
+    swiglu, heads = 8 * 4096 + 4096, 128 * 128
     bfloat16, fp8 = kept("bfloat16", dispatch), kept("fp8", dispatch)
-    assert bfloat16 - fp8 == swiglu_and_heads * (2 - tile)
+    assert bfloat16 - fp8 == swiglu * (2 - 1 - scale) + heads * (2 - 1.5 - scale)

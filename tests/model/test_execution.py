@@ -77,4 +77,5 @@ def test_every_saved_name_is_in_the_model():
     for in_flight in (1, 2):
         function, arguments = traced(in_flight=in_flight)
         text += str(jax.make_jaxpr(function)(*arguments))
-    assert {name for name in Saved if f"name={name}" not in text} == set()
+    # Sums are saved where a kernel computes attention: `test_causal_attention.py`.
+    assert {name for name in Saved if f"name={name}" not in text} == {Saved.ATTENTION_SUM}
