@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from flax import nnx
 
 from configs import v3_671b
 from deepseek_jax import config as configs
 from deepseek_jax.config import LOGICAL_AXES
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model, build_model
-from deepseek_jax.precision.recipes import BFLOAT16
+from deepseek_jax.precision.fp8_weights import Fp8Weight
+from deepseek_jax.precision.recipes import BFLOAT16, FP8
 
 
 def built(config):
@@ -61,3 +63,22 @@ def test_place_reaches_every_parameter():
     placed = params.place(model, lambda axes, shape: (axes, shape))
     leaves = jax.tree.leaves(placed, is_leaf=lambda x: isinstance(x, tuple))
     assert leaves == [(w.axes, w.shape) for w in params.describe(model)]
+
+
+def test_linear_layers_alone_are_quantised():
+    """Every product of the report's section 3.3.1, and not embedding, head, router or norms."""
+    model = abstract_model(small.config(model_mtp_depth=1).model)
+    weights = params.split(model)[1]
+    ready = jax.eval_shape(lambda tree: params.prepare(tree, FP8), weights)
+    attention = {"query_down", "query_up", "kv_down", "kv_up", "out"}
+    experts = {"experts.gate_up", "experts.down", "shared.gate_up", "shared.down"}
+    want = {f"dense_layers.feed.{name}" for name in ("gate_up", "down")} | {"mtp.project"}
+    for layer in ("moe_layers", "mtp.block"):
+        want |= {f"{layer}.feed.{name}" for name in experts}
+    for layer in ("dense_layers", "moe_layers", "mtp.block"):
+        want |= {f"{layer}.attention.{name}" for name in attention}
+    assert want == {
+        ".".join(map(str, path))
+        for path, variable in nnx.to_flat_state(ready)
+        if isinstance(variable.get_raw_value(), Fp8Weight)
+    }
