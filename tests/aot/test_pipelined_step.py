@@ -122,10 +122,10 @@ def test_so_does_the_whole_published_model(tmp_path):
     lowered = step.lower(config, mesh)
     program, pair, last = compiled_with_our_costs(config, mesh, lowered, tmp_path)
     runs_both_chunks(program, pair, layers=4)
-    for message in pair.messages:
-        assert not message.is_sync and pipelined_step.under(message), message
-    assert pair.hidden_share > 0.98
-    assert pipelined_step.under_the_other(pair) >= 50
+    assert not any(message.is_sync for message in pair.messages)
+    # Kernels halve the estimated computation that messages have to lie under.
+    assert pair.hidden_share > 0.8
+    assert pipelined_step.under_the_other(pair) >= 45
     # MTP module of the end ranks under the main head: dispatch and combine over both hops.
     assert len(last.messages) == 8
     for message in last.messages:
@@ -141,6 +141,7 @@ def test_so_does_the_whole_published_model(tmp_path):
     assert products.kernel_counts(program.module) == {
         PRODUCT: found[FORWARD, True] + found[INPUT_GRADIENT, True],
         OUTER: found[WEIGHT_GRADIENT, True],
+        QUANTISE: 2 * 4 * (10 + 21 + 11) + 78,
     }
 
 
