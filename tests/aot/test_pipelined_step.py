@@ -1,9 +1,8 @@
 """The ticks of DualPipe, compiled for 2,048 H100s: pipe 16 x replica 2 x node 8 x gpu 8.
 
-Each stage has one layer of V3's sizes, without embedding and head. With `-m slow` the scheduler
-also gets the costs of `cost_model`, by which it places messages, for this and for the whole model;
-the latter takes ten minutes and more, and is what `python -m deepseek_jax.plan step` prints.
-Nothing runs here.
+All that is compiled needs `-m slow`: one layer of V3's sizes in each stage, without embedding and
+head, in minutes; and the whole model, as `python -m deepseek_jax.plan step` does, in ten and more.
+The scheduler then gets the costs of `cost_model`, by which it places messages. Nothing runs here.
 """
 
 import collections
@@ -58,6 +57,7 @@ def one_layer():
     return config, mesh, pipelined_step.lower_alone(config, mesh)
 
 
+@pytest.mark.slow
 def test_a_tick_keeps_and_multiplies_in_fp8(one_layer):
     config, mesh, lowered = one_layer
     program = compiled.read(cluster.compile_for(lowered), mesh, pipelined_step.KERNELS)

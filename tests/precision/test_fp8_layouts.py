@@ -23,7 +23,7 @@ from deepseek_jax.model import params
 from deepseek_jax.model.transformer import build_model
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
-from deepseek_jax.precision import recipes
+from deepseek_jax.precision import fp8_operands
 from deepseek_jax.precision.fp8_weights import Fp8Weight, quantise_blocks
 from deepseek_jax.precision.recipes import FP8
 from deepseek_jax.train import optimizer, step
@@ -89,7 +89,7 @@ def test_weights_are_quantised_once_a_step_and_gathered_in_fp8(layout, monkeypat
     def marked(weight, linear, **rest):
         return quantise_blocks(checkpoint_name(weight, "quantised"), linear, **rest)
 
-    monkeypatch.setattr(recipes, "quantise_blocks", marked)
+    monkeypatch.setattr(fp8_operands, "quantise_blocks", marked)
     config = small.config(
         model_mtp_depth=0, precision_recipe="fp8", batch_micro_sequences=2, **layout
     )
