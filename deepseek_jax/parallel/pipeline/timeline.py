@@ -4,8 +4,16 @@ The formulas are from table 2 of the report and DeepSeek's DualPipe repository, 
 """
 
 import dataclasses
+from typing import Protocol
 
 from deepseek_jax.parallel.pipeline.schedule import Result, Schedule, Step, Task, Work
+
+
+class StepCosts(Protocol):
+    """Times of steps, which may differ between stages."""
+
+    def of(self, step: Step) -> float:
+        """Time of a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +73,13 @@ class Timeline:
     peaks: tuple[int, ...]
 
 
-def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
+def simulate(schedule: Schedule, costs: StepCosts = UNIT, hop: float = 0) -> Timeline:
     """Runs every rank's program in order, each step as soon as its inputs are ready.
+
+    Args:
+      schedule: Programs of the ranks.
+      costs: Times of their steps.
+      hop: Time from a result to its arrival on another rank.
 
     Raises:
       ValueError: the programs deadlock.
@@ -76,7 +89,11 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     ends: list[list[float]] = [[] for _ in schedule.programs]
     for rank, number in schedule.order():
         step = schedule.programs[rank][number]
-        inputs = (ready[need] for task in step for need in schedule.needs(task))
+        inputs = (
+            ready[need] + hop * (schedule.owner(need.stage, need.micro) != rank)
+            for task in step
+            for need in schedule.needs(task)
+        )
         start = max(ends[rank][-1] if number else 0, *inputs, 0)
         starts[rank].append(start)
         ends[rank].append(start + costs.of(step))

@@ -1,0 +1,200 @@
+"""Seconds of a pipeline chunk, forward F, input gradient I, weight gradient W, and of a pair F&B.
+
+A chunk is the layers of one stage for one micro-batch, with the embedding or the heads where the
+stage has them. Alone, a chunk waits for its messages. In a pair its messages travel under the
+other chunk's work, except for what exceeds it, and for the synchronisation of each message, which
+no work can hide: the peers of a message are late by as much as their own work differs.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel.pipeline.schedule import Work
+from deepseek_jax.plan.layer_work import BF16, DeviceShare, LayerWork, Matmul, PartWork, layer_work
+from deepseek_jax.plan.machine import Machine, Seconds
+from deepseek_jax.plan.messages import Message
+
+FORWARD, INPUTS, WEIGHTS = Work.FORWARD, Work.INPUT_GRAD, Work.WEIGHT_GRAD
+PHASES = (FORWARD, INPUTS, WEIGHTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Seconds of a chunk, by phase.
+
+    Attributes:
+      attention, feed, ends: Work of attention, feed-forward networks, and embedding and heads.
+      messages: Payload seconds of each message, alone on the links.
+      busy: The same beside other messages and matmuls.
+      tensor: Messages between tensor-parallel ranks, which nothing hides.
+      waits: Messages that need synchronisation.
+      concurrent: Part of W on a second stream in a pair.
+    """
+
+    attention: Mapping[Work, Seconds]
+    feed: Mapping[Work, Seconds]
+    ends: Mapping[Work, Seconds]
+    messages: Mapping[Work, float]
+    busy: Mapping[Work, float]
+    tensor: Mapping[Work, float]
+    waits: Mapping[Work, float]
+    concurrent: float
+
+    def compute(self, phase: Work) -> float:
+        """Seconds of computation of a phase."""
+        return self.attention[phase].total + self.feed[phase].total + self.ends[phase].total
+
+    def alone(self, phase: Work) -> float:
+        """Seconds of a phase that nothing overlaps with."""
+        return self.compute(phase) + self.exposed_alone(phase)
+
+    def exposed_alone(self, phase: Work) -> float:
+        """Seconds in which a phase that nothing overlaps with waits for messages."""
+        return self.messages[phase] + self.tensor[phase] + self.waits[phase]
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlappedPair:
+    """Seconds of two chunks that overlap.
+
+    Attributes:
+      compute: Computation of both, without what a second stream takes.
+      payload: Messages of both.
+      exposed: Messages beyond the computation.
+      synchronisation: Waits that nothing hides, and sums over tensor-parallel ranks.
+    """
+
+    compute: float
+    payload: float
+    exposed: float
+    synchronisation: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exposed + self.synchronisation
+
+
+def overlapped(parts: Iterable[tuple[Chunk, Work]]) -> OverlappedPair:
+    """Pair of the given phases of chunks."""
+    parts = list(parts)
+    compute = sum(chunk.compute(phase) for chunk, phase in parts)
+    compute -= sum(chunk.concurrent for chunk, phase in parts if phase is WEIGHTS)
+    payload = sum(chunk.busy[phase] for chunk, phase in parts)
+    waits = sum(chunk.waits[phase] + chunk.tensor[phase] for chunk, phase in parts)
+    return OverlappedPair(compute, payload, max(0.0, payload - compute), waits)
+
+
+def forward_and_backward(forward: Chunk, backward: Chunk) -> OverlappedPair:
+    """F&B of DualPipe."""
+    return overlapped([(forward, FORWARD), (backward, INPUTS), (backward, WEIGHTS)])
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkTimes:
+    """Times of chunks on a machine.
+
+    Attributes:
+      shape: A device's share of the model.
+      machine: Machine.
+    """
+
+    shape: DeviceShare
+    machine: Machine
+
+    @property
+    def config(self) -> Config:
+        return self.shape.config
+
+    def layer(self, *, dense: bool) -> Chunk:
+        """One layer."""
+        return self.chunk((1, 0) if dense else (0, 1))
+
+    def chunk(self, layers: tuple[int, int], ends: Sequence[str] = ()) -> Chunk:
+        """A chunk of (dense, MoE) layers; `ends` names "embedding" and "heads"."""
+        works = [layer_work(self.shape, dense=True), layer_work(self.shape, dense=False)]
+        mtp = self.config.model.mtp_depth if "heads" in ends else 0
+        counts = layers[0], layers[1] + mtp
+        return Chunk(
+            attention=self._parts(works, counts, "attention"),
+            feed=self._parts(works, counts, "feed"),
+            ends=self._ends(ends),
+            messages=self._messages(works, counts, overlapped=False),
+            busy=self._messages(works, counts, overlapped=True),
+            tensor={p: self._payload(works, counts, p, "tensor", False) for p in PHASES},
+            waits={p: self._waits(works, counts, p) for p in PHASES},
+            concurrent=self._concurrent(works, counts),
+        )
+
+    def _parts(self, works: list[LayerWork], counts: tuple[int, int], part: str):
+        return {phase: self._sum(works, counts, part, phase) for phase in PHASES}
+
+    def _sum(self, works: list[LayerWork], counts, part: str, phase: Work) -> Seconds:
+        total = Seconds()
+        for work, count in zip(works, counts, strict=True):
+            if count:
+                total += self._seconds(getattr(work, part)[phase], phase) * count
+        return total
+
+    def _seconds(self, piece: PartWork, phase: Work) -> Seconds:
+        recipe = self.config.precision.recipe
+        return self.machine.seconds(piece, backward=phase is not FORWARD, recipe=recipe)
+
+    def _messages(self, works, counts, *, overlapped: bool) -> dict[Work, float]:
+        return {p: self._payload(works, counts, p, "messages", overlapped) for p in PHASES}
+
+    def _payload(self, works, counts, phase: Work, kind: str, overlapped: bool) -> float:
+        sent: list[tuple[Message, int]] = [
+            (message, count)
+            for work, count in zip(works, counts, strict=True)
+            for message in getattr(work, kind)[phase]
+        ]
+        seconds = self.machine.message_seconds
+        return sum(count * seconds(message, overlapped=overlapped) for message, count in sent)
+
+    def _waits(self, works: list[LayerWork], counts, phase: Work) -> float:
+        crossing = sum(
+            count * sum(message.slow_bytes > 0 for message in work.messages[phase])
+            for work, count in zip(works, counts, strict=True)
+        )
+        return crossing * self.machine.efficiency.synchronisation_s
+
+    def _concurrent(self, works: list[LayerWork], counts: tuple[int, int]) -> float:
+        if self.config.precision.recipe != "fp8":
+            return 0.0
+        share = self.machine.efficiency.concurrent_weight_gradient
+        return share * counts[1] * self._seconds(works[1].feed[WEIGHTS], WEIGHTS).matmul
+
+    def _ends(self, ends: Sequence[str]) -> dict[Work, Seconds]:
+        model, tokens = self.config.model, self.shape.tokens
+        pieces = {phase: PartWork() for phase in PHASES}
+        if "embedding" in ends:
+            row = PartWork((), 0.0, 0.0, 2 * BF16 * tokens * model.d_model)
+            pieces[FORWARD], pieces[WEIGHTS] = pieces[FORWARD] + row, pieces[WEIGHTS] + row
+        if "heads" in ends:
+            d, vocab = model.d_model, model.vocab / self.config.mesh.tensor
+            for phase, piece in _head(tokens, d, vocab).items():
+                pieces[phase] += _times(piece, 1 + model.mtp_depth)
+            projection = Matmul(tokens, 2 * d, d), Matmul(tokens, d, 2 * d)
+            gradient = Matmul(2 * d, tokens, d, gradient=True)
+            for phase, matmul in zip(PHASES, (*projection, gradient), strict=True):
+                pieces[phase] += _times(PartWork((matmul,)), model.mtp_depth)
+        return {phase: self._seconds(piece, phase) for phase, piece in pieces.items()}
+
+
+def _times(piece: PartWork, count: int) -> PartWork:
+    total = PartWork()
+    for _ in range(count):
+        total += piece
+    return total
+
+
+def _head(tokens: int, d: int, vocab: float) -> dict[Work, PartWork]:
+    """Head and cross-entropy: logits in 16-bit products, read and written in float32."""
+    logits = 4.0 * tokens * vocab
+    forward = Matmul(tokens, d, vocab, linear=False)
+    return {
+        FORWARD: PartWork((forward,), 0.0, 0.0, 3 * logits),
+        INPUTS: PartWork((Matmul(tokens, vocab, d, linear=False),), 0.0, 0.0, 2 * logits),
+        WEIGHTS: PartWork((Matmul(d, tokens, vocab, linear=False, gradient=True),)),
+    }
