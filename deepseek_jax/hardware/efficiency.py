@@ -15,9 +15,15 @@ Sources of the numbers:
 - [TRACE] deepseek-ai/profile-data, train.json (commit 4496024): one overlapped pair of V3's
   training on H800, of which `plan/published_trace.py` holds the sums. Numbers marked so are fitted
   to that trace, and are therefore no prediction of it.
-- [EP] DeepEP's published bandwidths, see `network.py`.
-- [FA3] FlashAttention-3 (arXiv 2407.08608): forward with causal mask at head dim 128, 4k to 16k
-  tokens on H100: about 600 TFLOP/s; it agrees with [TRACE] at 555.
+- [MAMF] Largest matmul speed that stas00/ml-engineering measured with cuBLAS in BF16 on an H100:
+  794.5 TFLOP/s.
+- [OWN] This project's grouped matmul on an H100: `bench grouped` measured 0.97 of a dense product
+  forward, `bench tiles` 681 forward and 611 TFLOP/s for the gradient of weights.
+- [TORCHAO] Quantisers on an H100: 92 % of memory bandwidth can be had
+  (benchmarks/prototype/blockwise_fp8_training, commit 55c56d0).
+
+The attention core of [TRACE] agrees with cuDNN 9.27 on an H200 at V3's 192/128 and 4,096 tokens: 612
+and 490 TFLOP/s (NVIDIA/cudnn-frontend, benchmark/attention_training, commit 706aac3).
 """
 
 import dataclasses
@@ -32,11 +38,11 @@ class Efficiency:
       half_contraction_fp8, half_contraction_bf16: K0, elements.
       weight_gradient_fp8, grouped_weight_gradient_fp8: Of the peak, for the gradient of one weight
         and of those of experts.
-      weight_gradient_bf16, grouped_bf16: Of `matmul_bf16`'s speed.
+      grouped_bf16, grouped_weight_gradient_bf16: Of the speed of a dense product.
       attention_forward, attention_backward: Attention core, of the 16-bit peak.
       quantise_forward, quantise_backward: Of memory bandwidth, making FP8 tiles.
       pointwise_forward, pointwise_backward: Of memory bandwidth, all else than matmuls.
-      optimizer: Of memory bandwidth, for AdamW.
+      optimizer: Of memory bandwidth, for AdamW and for matmuls that memory bounds.
       all_to_all: Of a network's effective bandwidth, while other messages and matmuls run.
       synchronisation_s: Seconds that each message waits for its peers, never hidden.
       concurrent_weight_gradient: Part of the experts' weight gradients that runs on a second stream
@@ -45,19 +51,19 @@ class Efficiency:
 
     matmul_fp8: float = 1450 / 1979  # [DG]
     half_contraction_fp8: float = 690.0  # [DG]
-    matmul_bf16: float = 0.80
+    matmul_bf16: float = 794.5 / 989.5  # [MAMF]
     half_contraction_bf16: float = 345.0  # the same time as in FP8, at half the speed
     weight_gradient_fp8: float = 0.382  # [TRACE]
     grouped_weight_gradient_fp8: float = 0.303  # [TRACE]; torchao measured 457 TFLOP/s, 0.23
-    weight_gradient_bf16: float = 0.90
-    grouped_bf16: float = 0.90
+    grouped_bf16: float = 0.97  # [OWN]
+    grouped_weight_gradient_bf16: float = 0.97 * 611 / 681  # [OWN]
     attention_forward: float = 0.66  # [TRACE]
     attention_backward: float = 0.50  # [TRACE]
     quantise_forward: float = 0.227  # [TRACE]
     quantise_backward: float = 0.49  # [TRACE]
     pointwise_forward: float = 0.32  # [TRACE]
     pointwise_backward: float = 0.414  # [TRACE]
-    optimizer: float = 0.75
+    optimizer: float = 0.92  # [TORCHAO]
     all_to_all: float = 0.69  # [TRACE]
     synchronisation_s: float = 0.675e-3  # [TRACE]
     concurrent_weight_gradient: float = 0.45  # [TRACE]

@@ -107,7 +107,7 @@ class ChunkTimes:
         return self.shape.config
 
     def layer(self, *, dense: bool) -> Chunk:
-        """One layer."""
+        """Chunk of a single layer."""
         return self.chunk((1, 0) if dense else (0, 1))
 
     def chunk(self, layers: tuple[int, int], ends: Sequence[str] = ()) -> Chunk:

@@ -94,12 +94,15 @@ class DeviceShare:
       tokens: T.
       attention: "mla"; or "mha" or "gqa", which answer the same model without latents.
       imbalance: Rows of the device with the most rows of experts, over the mean.
+      sequence_ranks: Ranks that split the tokens of a sequence everywhere but in attention, which
+        gathers them (Megatron's sequence parallelism); this project's programs have 1.
     """
 
     config: Config
     tokens: int
     attention: str = "mla"
     imbalance: float = 1.0
+    sequence_ranks: int = 1
 
     @property
     def fp8(self) -> bool:
@@ -126,10 +129,8 @@ def layer_work(shape: DeviceShare, *, dense: bool) -> LayerWork:
     return LayerWork(
         attention=attention,
         feed=feed,
-        messages={FORWARD: (), INPUTS: (), WEIGHTS: ()}
-        if dense
-        else exchanges(shape.config, shape.tokens),
-        tensor=tensor_messages(shape.config, shape.tokens),
+        messages={FORWARD: (), INPUTS: (), WEIGHTS: ()} if dense else sent,
+        tensor=tensor_messages(shape.config, shape.tokens, shape.sequence_ranks),
     )
 
 

@@ -101,9 +101,8 @@ class Machine:
         rate = share.matmul_fp8 if fp8 else share.matmul_bf16
         rate *= matmul.contraction / (matmul.contraction + half)
         if not fp8 and matmul.groups > 1:
-            rate *= share.grouped_bf16
-        if not fp8 and matmul.gradient:
-            rate *= share.weight_gradient_bf16
+            gradient = share.grouped_weight_gradient_bf16
+            rate *= gradient if matmul.gradient else share.grouped_bf16
         return rate
 
     @property

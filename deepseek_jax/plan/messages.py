@@ -113,9 +113,19 @@ def buffers(config: Config, tokens: int) -> dict[str, list[int]]:
     return traffic.message_bytes(plan, _payload(config), model.d_model, dtype, model.top_k)
 
 
-def tensor_messages(config: Config, tokens: int) -> dict[Work, tuple[Message, ...]]:
-    """Sums over tensor-parallel ranks: attention's and the network's outputs, and gradients."""
+def tensor_messages(
+    config: Config, tokens: int, sequence_ranks: int = 1
+) -> dict[Work, tuple[Message, ...]]:
+    """Messages inside a layer between tensor-parallel ranks.
+
+    Sums of attention's and the network's outputs, and of their gradients. Sequence parallelism
+    gathers tokens before attention and scatters sums after it instead; backward gathers once more.
+    """
     ranks = config.mesh.tensor
+    if sequence_ranks > 1:
+        size = (sequence_ranks - 1) * tokens * config.model.d_model * _itemsize(config)
+        gathered = (Message("sequence gather", 0.0, size),)
+        return {FORWARD: 2 * gathered, INPUTS: 3 * gathered, WEIGHTS: ()}
     if ranks == 1:
         return {FORWARD: (), INPUTS: (), WEIGHTS: ()}
     ring = 2 * (ranks - 1) / ranks * tokens * config.model.d_model * _itemsize(config)

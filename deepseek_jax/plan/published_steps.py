@@ -1,0 +1,179 @@
+"""Published training steps of real clusters beside what the plan says of the same layout.
+
+Nothing here is fitted to any of these steps. Where a source leaves a fact open, the row says what
+is assumed. Tensor parallelism with sequence parallelism is planned as a part of the tokens on each
+device, which has the same operations, and the messages of the gathered sequences.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from deepseek_jax.config import Config
+from deepseek_jax.hardware import chips, network
+from deepseek_jax.plan import step_time
+from deepseek_jax.plan.chunk_time import (
+    FORWARD,
+    INPUTS,
+    WEIGHTS,
+    Chunk,
+    ChunkTimes,
+    forward_and_backward,
+)
+from deepseek_jax.plan.machine import Machine
+from deepseek_jax.plan.published_trace import H800_MACHINE, Compared, trace_config
+from deepseek_jax.plan.update_time import update_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedStep:
+    """A published step beside the plan's.
+
+    Attributes:
+      name: System, devices and format.
+      source: Document.
+      seconds: Seconds of the step.
+      parts: Parts of it, where published.
+      assumed: What the source leaves open.
+    """
+
+    name: str
+    source: str
+    seconds: Compared
+    parts: tuple[Compared, ...]
+    assumed: str
+
+    def row(self) -> dict[str, Any]:
+        """Dictionary for tables and JSON."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            **{key: value for key, value in self.seconds.row().items() if key != "name"},
+            "parts": [part.row() for part in self.parts],
+            "assumed": self.assumed,
+        }
+
+
+def published_steps(v3: Config, moonlight: Config) -> list[PublishedStep]:
+    """All rows.
+
+    Args:
+      v3, moonlight: Configs of the two models, `configs/v3_671b.py` and `configs/moonlight_16b.py`.
+    """
+    return [deepseek(v3), megatron_bf16(v3), megatron_fp8(v3), megatron_moonlight(moonlight)]
+
+
+def deepseek(v3: Config) -> PublishedStep:
+    """V3's own training, whose split is that of a rank at an end of the pipeline."""
+    times = step_time.times(trace_config(v3), H800_MACHINE)
+    step = step_time.step_time(times)
+    end = step.ranks[0]
+    parts = (
+        Compared("forward alone, 1F", end.forward, 1.13),
+        Compared("backward alone, 1B", end.backward, 1.99),
+        Compared("weight gradient alone, 1W", end.weight_gradient, 0.48),
+        Compared("overlapped, 1F1B", end.pairs, 13.95),
+        Compared("bubble", end.bubble, 2.06),
+        Compared("optimizer", step.update, 0.29),
+    )
+    return PublishedStep(
+        "DeepSeek, 2,048 H800, FP8",
+        "Insights into DeepSeek-V3 (arXiv 2505.09343), training table; the split from memory of it",
+        Compared("step, s", step.total, 19.926),
+        parts,
+        "four layers in each stage but the last, which has one, MTP and the heads",
+    )
+
+
+def megatron_bf16(v3: Config) -> PublishedStep:
+    """Megatron-Bridge, all-to-alls not overlapped."""
+    config = _megatron(v3, recipe="bfloat16", sequences=16_384)
+    times = _times(config, Machine(chips.H100, network.H100))
+    return PublishedStep(
+        "Megatron-Bridge, 1,024 H100, BF16",
+        "NVIDIA-NeMo/Megatron-Bridge, docs/model-verification/models/deepseek-v3.md (d5d8c19)",
+        Compared("step, s", _interleaved(times, overlap=False), 61.756),
+        (),
+        "grouped matmuls as fast as this project's; HybridEP at DeepEP's bandwidth",
+    )
+
+
+def megatron_fp8(v3: Config) -> PublishedStep:
+    """NeMo 25.09, blockwise FP8, all-to-alls overlapped; 330 TFLOP/s at 260 GFLOP a token."""
+    config = _megatron(v3, recipe="fp8", sequences=8192)
+    times = _times(config, Machine(chips.H100, network.H100, communication_sms=24))
+    return PublishedStep(
+        "NeMo, 1,024 H100, FP8",
+        "NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary.md (df0289c), NeMo 25.09",
+        Compared("step, s", _interleaved(times, overlap=True), 25.88),
+        (),
+        "kernels as fast as DeepSeek's; tokens sent in FP8",
+    )
+
+
+def megatron_moonlight(moonlight: Config) -> PublishedStep:
+    """Moonlight on two nodes, routed by a real router, experts inside a node."""
+    mesh = dataclasses.replace(moonlight.mesh, pipe=1, replica=2, node=1, gpu=8, tensor=1)
+    config = dataclasses.replace(
+        moonlight,
+        mesh=mesh,
+        layout=dataclasses.replace(
+            moonlight.layout, recompute="none", zero=1, micro_batches_in_flight=2
+        ),
+        batch=dataclasses.replace(moonlight.batch, length=4096, sequences=1024, micro_sequences=32),
+        precision=dataclasses.replace(moonlight.precision, recipe="bfloat16", dispatch="compute"),
+    )
+    machine = Machine(chips.H100, network.H100, communication_sms=32)
+    times = step_time.times(config, machine)
+    return PublishedStep(
+        "Megatron-Bridge, Moonlight 16B, 16 H100, BF16",
+        "NVIDIA-NeMo/Megatron-Bridge, docs/model-verification/models/moonlight-16b-a3b.md (d5d8c19)",
+        Compared("step, s", step_time.step_time(times).total, 11.636),
+        (),
+        "grouped matmuls as fast as this project's; a balanced router, where the run's was its own",
+    )
+
+
+RANKS, VIRTUAL, TENSOR = 8, 4, 2
+
+
+def _megatron(v3: Config, *, recipe: str, sequences: int) -> Config:
+    """Layout of both rows: TP 2, PP 8, VP 4, EP 64; 64 data-parallel groups of one sequence."""
+    return dataclasses.replace(
+        v3,
+        mesh=dataclasses.replace(v3.mesh, pipe=RANKS, replica=2, node=8, gpu=8, tensor=1),
+        layout=dataclasses.replace(v3.layout, recompute="report", pipeline="1f1b"),
+        batch=dataclasses.replace(v3.batch, sequences=sequences, micro_sequences=64),
+        precision=dataclasses.replace(
+            v3.precision, recipe=recipe, dispatch="fp8" if recipe == "fp8" else "compute"
+        ),
+    )
+
+
+def _times(config: Config, machine: Machine) -> ChunkTimes:
+    found = step_time.times(config, machine)
+    share = dataclasses.replace(found.shape, sequence_ranks=TENSOR)
+    return dataclasses.replace(found, shape=share)
+
+
+def _interleaved(times: ChunkTimes, *, overlap: bool) -> float:
+    """Seconds of a step of interleaved 1F1B, stages "Et|(tt|)*30mL" over eight ranks.
+
+    The rank with the most work decides; it idles for (ranks - 1) chunks of its own (Narayanan et
+    al., 2021).
+    """
+    dense = times.config.model.dense_layers
+    first = times.chunk((dense, 7 - dense), ("embedding",))
+    middle, last = times.chunk((0, 8)), times.chunk((0, 6), ("heads",))
+    work = max(_both(chunk, overlap) for chunk in (first, middle, last))
+    many = step_time.micro_batches(times.config)
+    bubble = (RANKS - 1) / VIRTUAL * sum(middle.alone(p) for p in (FORWARD, INPUTS, WEIGHTS))
+    return many * work + bubble + update_seconds(times.config, times.machine)
+
+
+def _both(chunk: Chunk, overlap: bool) -> float:
+    """Seconds of a micro-batch's forward and backward on one rank."""
+    if overlap:
+        return forward_and_backward(chunk, chunk).total
+    phases: Sequence[Any] = (FORWARD, INPUTS, WEIGHTS)
+    return sum(chunk.alone(phase) for phase in phases)
