@@ -9,18 +9,40 @@ from deepseek_jax.hardware import chips, network, xla_options, xla_target
 
 
 def test_every_number_is_positive():
-    for facts in (*chips.CHIPS.values(), *network.NETWORKS.values()):
+    exchanges = [row for links in network.NETWORKS.values() for row in links.all_to_all]
+    for facts in (*chips.CHIPS.values(), *network.NETWORKS.values(), *exchanges):
         for field in dataclasses.fields(facts):
             value = getattr(facts, field.name)
             for number in value.values() if field.name == "peak_flops_per_s" else [value]:
-                assert number is None or isinstance(number, str) or number > 0, field.name
+                assert number is None or isinstance(number, str | tuple) or number > 0, field.name
 
 
 def test_halving_the_bits_doubles_the_peak():
     for chip in chips.CHIPS.values():
         peak = chip.peak_flops_per_s
         assert peak["bfloat16"] == peak["float16"] == pytest.approx(2 * peak["tf32"], rel=1e-3)
-        assert peak["float8"] == pytest.approx(2 * peak["bfloat16"], rel=1e-3)
+        if chip is not chips.A100:
+            assert peak["float8"] == pytest.approx(2 * peak["bfloat16"], rel=1e-3)
+    assert "float8" not in chips.A100.peak_flops_per_s
+
+
+def test_every_chip_has_a_network():
+    assert list(chips.CHIPS) == list(network.NETWORKS)
+    for name in chips.CHIPS:
+        assert chips.CHIPS[name].name == network.NETWORKS[name].name == name
+
+
+def test_racks_and_nodes_add_up_to_the_datasheets():
+    """GB200 NVL72 and HGX B200 as NVIDIA prints them: memory, its bandwidth, FP8 with sparsity."""
+    rack, node = chips.GB200, chips.B200
+    assert network.GB200.gpus_per_node == 72 and network.B200.gpus_per_node == 8
+    assert 72 * rack.hbm_bytes == pytest.approx(13.4e12, rel=1e-3)
+    assert 72 * rack.hbm_bytes_per_s == 576e12
+    assert 2 * 72 * rack.peak_flops_per_s["float8"] == 720e15
+    assert 72 * 2 * network.GB200.nvlink_bytes_per_s == pytest.approx(130e12, rel=0.01)
+    assert 8 * node.hbm_bytes == 1440e9
+    assert 2 * 8 * node.peak_flops_per_s["float8"] == 72e15
+    assert 8 * 2 * network.B200.nvlink_bytes_per_s == 14.4e12
 
 
 def test_the_h800_is_an_h100_with_weaker_links_and_less_float64():
@@ -36,19 +58,40 @@ def test_the_h800_is_an_h100_with_weaker_links_and_less_float64():
 
 def test_the_h200_differs_from_the_h100_in_memory_alone():
     h100, h200 = chips.H100, chips.H200
-    same = {"name": "", "hbm_bytes": 0, "hbm_bytes_per_s": 0.0}
+    same = {"name": "", "hbm_bytes": 0, "hbm_bytes_per_s": 0.0, "dollars_per_hour": 0.0}
     assert dataclasses.replace(h100, **same) == dataclasses.replace(h200, **same)
     assert h200.hbm_bytes > h100.hbm_bytes and h200.hbm_bytes_per_s > h100.hbm_bytes_per_s
 
 
 def test_links_reach_less_than_they_are_rated():
     for links in network.NETWORKS.values():
-        if links.nvlink_effective_bytes_per_s:
-            assert links.nvlink_effective_bytes_per_s < links.nvlink_bytes_per_s
-        assert links.infiniband_effective_bytes_per_s < links.infiniband_bytes_per_s
-        assert links.infiniband_small_bytes_per_s <= links.infiniband_effective_bytes_per_s
+        effective = links.nvlink_effective_bytes_per_s or links.inside_bytes_per_s
+        assert links.inside_bytes_per_s == effective < links.nvlink_bytes_per_s
+        effective = links.infiniband_effective_bytes_per_s or links.between_bytes_per_s
+        assert links.between_bytes_per_s == effective < links.infiniband_bytes_per_s
+        assert (links.infiniband_small_bytes_per_s or 0) <= effective
         assert links.infiniband_bytes_per_s < links.nvlink_bytes_per_s
         assert links.infiniband_latency_s < links.infiniband_far_latency_s
+
+
+def test_published_exchanges_fit_through_the_links():
+    """Only without the copies that stay in the node: 90 GB/s is more than a NIC of 50 carries."""
+    rows = [(links, row) for links in network.NETWORKS.values() for row in links.all_to_all]
+    for links, row in rows:
+        inside = row.nodes == 1
+        rated = links.nvlink_bytes_per_s if inside else links.infiniband_bytes_per_s
+        assert row.wire_bytes_per_s < rated
+        assert row.nodes == -(-row.gpus // links.gpus_per_node)
+    assert any(row.dispatch_bytes_per_s > links.infiniband_bytes_per_s for links, row in rows)
+
+
+def test_effective_bandwidths_are_those_of_the_published_exchanges():
+    h800, b200, gb200 = network.H800, network.B200, network.GB200
+    (spread,) = [row for row in h800.all_to_all if row.gpus == 64]
+    assert h800.infiniband_effective_bytes_per_s == spread.wire_bytes_per_s
+    for links, row in ((b200, b200.all_to_all[0]), (gb200, gb200.all_to_all[-1])):
+        want = pytest.approx(row.wire_bytes_per_s, rel=1e-3)
+        assert links.nvlink_effective_bytes_per_s == want
 
 
 def test_the_report_s_argument_for_four_nodes():
@@ -74,6 +117,9 @@ def test_chips_are_found_by_any_spelling(name):
 def test_a_device_s_own_name_is_enough():
     assert chips.chip("NVIDIA H100 80GB HBM3") is chips.H100
     assert chips.chip("NVIDIA-H200") is chips.H200
+    assert chips.chip("NVIDIA A100-SXM4-80GB") is chips.A100
+    assert chips.chip("NVIDIA GB200") is chips.GB200
+    assert chips.chip("AMD Instinct MI300X") is chips.MI300X
 
 
 def test_the_host_has_no_published_peak():
@@ -86,6 +132,10 @@ def test_the_host_has_no_published_peak():
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989.5e12),
         ("NVIDIA H200", "bfloat16", 989.5e12),
         ("NVIDIA H200", "float32", None),  # not a product of the matrix units
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "float8", None),
+        ("NVIDIA A100-SXM4-40GB", "bfloat16", None),  # slower memory
+        ("NVIDIA B200", "bfloat16", 2250e12),
         ("NVIDIA H100 PCIe", "bfloat16", None),  # slower than the SXM form
         ("NVIDIA H100 NVL", "bfloat16", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
@@ -101,7 +151,7 @@ def test_peaks_by_device_and_dtype(kind, dtype, peak):
 def test_unknown_names_get_the_closest(lookup):
     with pytest.raises(ValueError, match=r"'h80'; did you mean h800\?"):
         lookup("h80")
-    with pytest.raises(ValueError, match="known: h100, h800, h200"):
+    with pytest.raises(ValueError, match="known: h100, h800, h200, b200"):
         lookup("abacus")
 
 
