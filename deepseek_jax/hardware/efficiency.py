@@ -15,15 +15,17 @@ Sources of the numbers:
 - [TRACE] deepseek-ai/profile-data, train.json (commit 4496024): one overlapped pair of V3's
   training on H800, of which `plan/published_trace.py` holds the sums. Numbers marked so are fitted
   to that trace, and are therefore no prediction of it.
-- [MAMF] Largest matmul speed that stas00/ml-engineering measured with cuBLAS in BF16 on an H100:
-  794.5 TFLOP/s.
+- [MAMF] Largest matmul speeds that stas00/ml-engineering measured (cuBLAS, hipBLASLt), TFLOP/s in
+  BF16: A100 271.2, H100 794.5, B200 1,745, GB200 1,822, MI300X 668.4; in FP8: B200 3,432, GB200
+  3,616.
 - [OWN] This project's grouped matmul on an H100: `bench grouped` measured 0.97 of a dense product
   forward, `bench tiles` 681 forward and 611 TFLOP/s for the gradient of weights.
 - [TORCHAO] Quantisers on an H100: 92 % of memory bandwidth can be had
   (benchmarks/prototype/blockwise_fp8_training, commit 55c56d0).
 
-The attention core of [TRACE] agrees with cuDNN 9.27 on an H200 at V3's 192/128 and 4,096 tokens: 612
-and 490 TFLOP/s (NVIDIA/cudnn-frontend, benchmark/attention_training, commit 706aac3).
+- [CUDNN] NVIDIA/cudnn-frontend, benchmark/attention_training: V3's attention at 4,096 tokens, cuDNN
+  9.27. On an H200 612 TFLOP/s forward and 490 backward, which agrees with [TRACE]; on a GB200 1,369
+  and 1,066 (commits 706aac3, 4780afd).
 """
 
 import dataclasses
@@ -49,24 +51,65 @@ class Efficiency:
         in an overlapped pair.
     """
 
-    matmul_fp8: float = 1450 / 1979  # [DG]
-    half_contraction_fp8: float = 690.0  # [DG]
-    matmul_bf16: float = 794.5 / 989.5  # [MAMF]
-    half_contraction_bf16: float = 345.0  # the same time as in FP8, at half the speed
-    weight_gradient_fp8: float = 0.382  # [TRACE]
-    grouped_weight_gradient_fp8: float = 0.303  # [TRACE]; torchao measured 457 TFLOP/s, 0.23
-    grouped_bf16: float = 0.97  # [OWN]
-    grouped_weight_gradient_bf16: float = 0.97 * 611 / 681  # [OWN]
-    attention_forward: float = 0.66  # [TRACE]
-    attention_backward: float = 0.50  # [TRACE]
-    quantise_forward: float = 0.227  # [TRACE]
-    quantise_backward: float = 0.49  # [TRACE]
-    pointwise_forward: float = 0.32  # [TRACE]
-    pointwise_backward: float = 0.414  # [TRACE]
-    optimizer: float = 0.92  # [TORCHAO]
-    all_to_all: float = 0.69  # [TRACE]
-    synchronisation_s: float = 0.675e-3  # [TRACE]
-    concurrent_weight_gradient: float = 0.45  # [TRACE]
+    matmul_fp8: float = 1450 / 1979
+    half_contraction_fp8: float = 690.0
+    matmul_bf16: float = 794.5 / 989.5
+    half_contraction_bf16: float = 345.0
+    weight_gradient_fp8: float = 0.382
+    grouped_weight_gradient_fp8: float = 0.303
+    grouped_bf16: float = 0.97
+    grouped_weight_gradient_bf16: float = 0.97 * 611 / 681
+    attention_forward: float = 0.66
+    attention_backward: float = 0.50
+    quantise_forward: float = 0.227
+    quantise_backward: float = 0.49
+    pointwise_forward: float = 0.32
+    pointwise_backward: float = 0.414
+    optimizer: float = 0.92
+    all_to_all: float = 0.707
+    synchronisation_s: float = 0.675e-3
+    concurrent_weight_gradient: float = 0.45
 
 
 PUBLISHED = Efficiency()
+
+# Source of each number of Hopper's.
+SOURCES = {
+    "matmul_fp8": "[DG]",
+    "half_contraction_fp8": "[DG]",
+    "matmul_bf16": "[MAMF]",
+    "half_contraction_bf16": "the same time as in FP8, at half the speed",
+    "weight_gradient_fp8": "[TRACE]",
+    "grouped_weight_gradient_fp8": "[TRACE]; torchao measured 457 TFLOP/s, 0.23",
+    "grouped_bf16": "[OWN]",
+    "grouped_weight_gradient_bf16": "[OWN]",
+    "attention_forward": "[TRACE]",
+    "attention_backward": "[TRACE]",
+    "quantise_forward": "[TRACE]",
+    "quantise_backward": "[TRACE]",
+    "pointwise_forward": "[TRACE]",
+    "pointwise_backward": "[TRACE]",
+    "optimizer": "[TORCHAO]",
+    "all_to_all": "[TRACE]",
+    "synchronisation_s": "[TRACE]",
+    "concurrent_weight_gradient": "[TRACE]",
+}
+
+# Chips of other generations: measured shares where there are any, and Hopper's elsewhere.
+BY_CHIP = {
+    "a100": dataclasses.replace(PUBLISHED, matmul_bf16=271.2 / 312),  # [MAMF]
+    "b200": dataclasses.replace(PUBLISHED, matmul_bf16=1745 / 2250, matmul_fp8=3432 / 4500),
+    "gb200": dataclasses.replace(
+        PUBLISHED,
+        matmul_bf16=1822 / 2500,
+        matmul_fp8=3616 / 5000,
+        attention_forward=1369 / 2500,  # [CUDNN]
+        attention_backward=1066 / 2500,
+    ),
+    "mi300x": dataclasses.replace(PUBLISHED, matmul_bf16=668.4 / 1307.4),
+}
+
+
+def efficiency(chip: str) -> Efficiency:
+    """Efficiency of a chip by its name; Hopper's for others."""
+    return BY_CHIP.get(chip, PUBLISHED)

@@ -2,6 +2,9 @@
 
 python -m deepseek_jax.plan --config=FILE [--devices=N] [--json]
     Parameters, operations and memory of a config, estimated.
+python -m deepseek_jax.plan --config=FILE --hardware=h800 [--price=2] [--imbalance=1.2]
+    The same, and the time of a step by rank, layer and link, with throughput, days and money, and
+    the error of these estimates on published systems. KIND is a chip's name or a TOML file.
 python -m deepseek_jax.plan schedule --pipe=8 --micro_batches=20 [--kind=dualpipe] [--json]
     A pipeline schedule with its bubbles beside those of other kinds; draws it into --picture.
 python -m deepseek_jax.plan step --config=FILE [--costs=costs.pbtxt] [--json]
@@ -12,14 +15,24 @@ python -m deepseek_jax.plan step --config=FILE [--costs=costs.pbtxt] [--json]
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
 
-from deepseek_jax import command
+from deepseek_jax import command, config_file
 from deepseek_jax.aot import pipelined_step
-from deepseek_jax.config import ConfigError
-from deepseek_jax.plan import compare_schedules, layout_report, schedule_plot
+from deepseek_jax.config import Config, ConfigError, parse
+from deepseek_jax.plan import (
+    compare_schedules,
+    layout_report,
+    machine_lookup,
+    published_steps,
+    published_trace,
+    schedule_plot,
+    time_report,
+    time_text,
+)
 from deepseek_jax.table import text as aligned
 from deepseek_jax.train import step as train_step
 
@@ -33,10 +46,20 @@ MICRO = flags.DEFINE_integer("micro_batches", None, "schedule: micro-batches of 
 KIND = flags.DEFINE_string("kind", "dualpipe", "schedule: 1f1b, zb1p, dualpipe or dualpipev.")
 PICTURE = flags.DEFINE_string("picture", "schedule.png", "schedule: path of the plot; '' for none.")
 COSTS = flags.DEFINE_string("costs", "", "step: path to write the instruction costs to.")
+HARDWARE = flags.DEFINE_string(
+    "hardware", None, "Machine: h800, h100 and others, or a TOML file; adds times to the plan."
+)
+PRICE = flags.DEFINE_float(
+    "price", None, "Dollars of a GPU for an hour, with --hardware.", lower_bound=0.0
+)
+IMBALANCE = flags.DEFINE_float(
+    "imbalance", 1.0, "Rows of experts of the fullest GPU over the mean, with --hardware.",
+    lower_bound=1.0,
+)  # fmt: skip
 
 # Name on the command line, empty for the plan of a config -> its flags.
 FLAGS_OF = {
-    "": ("config", "devices"),
+    "": ("config", "devices", "hardware", "price", "imbalance"),
     "schedule": ("pipe", "micro_batches", "kind", "picture"),
     "step": ("config", "costs"),
 }
@@ -53,8 +76,34 @@ def main(name: str = "") -> None:
         {"schedule": schedule, "step": step}[name]()
         return
     jax.config.update("jax_platforms", "cpu")  # shapes only: never take an accelerator's memory
-    planned = layout_report.plan(command.read_config(CONFIG), DEVICES.value)
-    print(json.dumps(planned, indent=2) if JSON.value else layout_report.text(planned))
+    config = layout_report.resolved(command.read_config(CONFIG), DEVICES.value)
+    planned, shown = layout_report.plan(config), ""
+    if HARDWARE.value is not None:
+        timed, shown = _timed(config)
+        planned = {**planned, **timed}
+    elif PRICE.value is not None or flags.FLAGS["imbalance"].present:
+        raise ConfigError("--price and --imbalance go with --hardware=h800 or another machine")
+    if JSON.value:
+        print(json.dumps(planned, indent=2))
+        return
+    print(layout_report.text(planned))
+    print(shown, end="")
+
+
+def _timed(config: Config) -> tuple[dict[str, Any], str]:
+    """Times of a config on --hardware, and the errors of such times, as dictionary and text."""
+    machine = machine_lookup.find(str(HARDWARE.value), PRICE.value)
+    machine = machine_lookup.with_messages(machine, config)
+    timed = time_report.report(config, machine, imbalance=IMBALANCE.value)
+    folder = config_file.published()
+    v3, moonlight = (
+        parse(config_file.load(folder / f"{name}.py")) for name in ("v3_671b", "moonlight_16b")
+    )
+    trace = published_trace.compare_trace(v3)
+    steps = published_steps.published_steps(v3, moonlight)
+    shown = f"{time_text.text(timed)}\n\n{time_text.error_text(steps, trace)}\n"
+    errors = {"steps": [step.row() for step in steps], "trace": [row.row() for row in trace]}
+    return {"time": timed, "errors": errors}, shown
 
 
 def schedule() -> None:

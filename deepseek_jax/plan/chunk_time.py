@@ -150,11 +150,25 @@ class ChunkTimes:
             for message in getattr(work, kind)[phase]
         ]
         seconds = self.machine.message_seconds
-        return sum(count * seconds(message, overlapped=overlapped) for message, count in sent)
+        return sum(
+            count * seconds(self._placed(message), overlapped=overlapped) for message, count in sent
+        )
+
+    def _placed(self, message: Message) -> Message:
+        """The message on this machine's links, where a node may hold several of the mesh's."""
+        if not self._one_node:
+            return message
+        return Message(message.name, 0.0, message.slow_bytes + message.fast_bytes)
+
+    @property
+    def _one_node(self) -> bool:
+        """Whether the experts of a layer are inside one node of the machine."""
+        devices = self.shape.devices_of_experts * self.config.mesh.tensor
+        return devices <= self.machine.network.gpus_per_node
 
     def _waits(self, works: list[LayerWork], counts, phase: Work) -> float:
         crossing = sum(
-            count * sum(message.slow_bytes > 0 for message in work.messages[phase])
+            count * sum(self._placed(message).slow_bytes > 0 for message in work.messages[phase])
             for work, count in zip(works, counts, strict=True)
         )
         return crossing * self.machine.efficiency.synchronisation_s

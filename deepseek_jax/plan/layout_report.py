@@ -32,25 +32,37 @@ _ROWS = (
 )
 
 
-def plan(config: Config, devices: int | None = None) -> dict[str, Any]:
-    """Computes the cost of a config without running it.
+def resolved(config: Config, devices: int | None = None) -> Config:
+    """The config with the sizes of a mesh axis of -1.
 
     Args:
       config: Config of the run.
-      devices: Number of devices, which resolves a mesh axis of -1 (None: 1) and must equal the
-        product of a mesh without -1.
-
-    Returns:
-      Dictionary with stable keys; bytes and counts are integers.
+      devices: Number of devices; None: 1. Must equal the product of a mesh without -1.
 
     Raises:
       ConfigError: A mesh that does not fit `devices`, or sizes that do not fit the mesh.
     """
     sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
     if -1 in sizes or devices is not None:
-        resolved = mesh.resolve(config.mesh, 1 if devices is None else devices)
-        config = dataclasses.replace(config, mesh=resolved)
+        config = dataclasses.replace(config, mesh=mesh.resolve(config.mesh, devices or 1))
         check(config)
+    return config
+
+
+def plan(config: Config, devices: int | None = None) -> dict[str, Any]:
+    """Computes the cost of a config without running it.
+
+    Args:
+      config: Config of the run.
+      devices: As in `resolved`.
+
+    Returns:
+      Dictionary with stable keys; bytes and counts are integers.
+
+    Raises:
+      ConfigError: As `resolved`.
+    """
+    config = resolved(config, devices)
     model, length = config.model, config.batch.length
     counted, cache, used = count(model), cache_bytes_per_token(model), memory(config)
     causal, full = (training_flops_per_token(model, length, causal=c) for c in (True, False))

@@ -52,14 +52,12 @@ class Machine:
       chip: Peaks and memory of a device.
       network: Links of a device.
       efficiency: Sustained shares of both.
-      price: Dollars of one device for an hour; None if unknown.
       communication_sms: Multiprocessors that messages take from matmuls.
     """
 
     chip: Chip
     network: Network
     efficiency: Efficiency = PUBLISHED
-    price: float | None = None
     communication_sms: int = 0
 
     def seconds(self, piece: PartWork, *, backward: bool, recipe: str) -> Seconds:
@@ -131,15 +129,5 @@ class Machine:
           overlapped: Whether other messages and matmuls run beside it.
         """
         factor = self.efficiency.all_to_all if overlapped else 1.0
-        slow = message.slow_bytes / self.network.infiniband_effective_bytes_per_s
-        return max(slow, message.fast_bytes / self.nvlink) / factor
-
-    @property
-    def nvlink(self) -> float:
-        """Effective bytes/s inside a node."""
-        links = self.network
-        return links.nvlink_effective_bytes_per_s or NVLINK_SHARE * links.nvlink_bytes_per_s
-
-
-# Effective over rated NVLink bandwidth, where only the rated one is published: that of the H800.
-NVLINK_SHARE = 160 / 200
+        slow = message.slow_bytes / self.network.between_bytes_per_s
+        return max(slow, message.fast_bytes / self.network.inside_bytes_per_s) / factor

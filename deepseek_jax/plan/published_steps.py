@@ -127,7 +127,7 @@ def megatron_moonlight(moonlight: Config) -> PublishedStep:
     times = step_time.times(config, machine)
     return PublishedStep(
         "Megatron-Bridge, Moonlight 16B, 16 H100, BF16",
-        "NVIDIA-NeMo/Megatron-Bridge, docs/model-verification/models/moonlight-16b-a3b.md (d5d8c19)",
+        "NVIDIA-NeMo/Megatron-Bridge, docs/model-verification/models/moonlight-16b-a3b.md",
         Compared("step, s", step_time.step_time(times).total, 11.636),
         (),
         "grouped matmuls as fast as this project's; a balanced router, where the run's was its own",

@@ -36,7 +36,7 @@ FITTED = (
     "second stream; not the other matmuls, which are DeepGEMM's"
 )
 
-H800_MACHINE = Machine(H800, H800_LINKS, price=2.0, communication_sms=COMMUNICATION_SMS)
+H800_MACHINE = Machine(H800, H800_LINKS, communication_sms=COMMUNICATION_SMS)
 
 
 @dataclasses.dataclass(frozen=True)

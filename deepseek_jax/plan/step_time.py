@@ -211,7 +211,7 @@ def _asynchronous(chunks: ChunkTimes, kind: str) -> tuple[tuple[RankTime, ...], 
 def hop_seconds(chunks: ChunkTimes) -> float:
     """Seconds in which a micro-batch's activations reach the next pipeline rank."""
     size = 2 * chunks.shape.tokens * chunks.config.model.d_model
-    return size / chunks.machine.network.infiniband_effective_bytes_per_s
+    return size / chunks.machine.network.between_bytes_per_s
 
 
 def _lockstep(chunks: ChunkTimes) -> tuple[tuple[RankTime, ...], float]:

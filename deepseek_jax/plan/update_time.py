@@ -51,5 +51,5 @@ def _link(config: Config, machine: Machine) -> float:
     sizes = config.mesh
     crossing = math.prod(getattr(sizes, axis) for axis in DATA_AXES if axis != "gpu") * sizes.pipe
     if crossing > 1:
-        return machine.network.infiniband_effective_bytes_per_s
-    return machine.nvlink
+        return machine.network.between_bytes_per_s
+    return machine.network.inside_bytes_per_s

@@ -1,0 +1,80 @@
+"""Machine of `--hardware`: a known one by its name, or a user's by its file."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config.hints import did_you_mean, name_shown, need, shown
+from deepseek_jax.hardware import machine_file
+from deepseek_jax.hardware.chips import CHIPS
+from deepseek_jax.hardware.efficiency import Efficiency, efficiency
+from deepseek_jax.hardware.network import NETWORKS
+from deepseek_jax.plan.machine import Machine
+
+_SHARES = {field.name for field in dataclasses.fields(Efficiency)}
+_NO_SHARES = ("synchronisation_s", "half_contraction_fp8", "half_contraction_bf16")
+
+
+def find(name: str, price: float | None = None) -> Machine:
+    """Looks up a machine.
+
+    Args:
+      name: "h800" and other names of `hardware/chips.py`, or the path of a TOML file.
+      price: Dollars of a device for an hour, instead of the machine's own.
+
+    Raises:
+      ConfigError: No such machine; the message names the closest one. Or a fault in the file.
+    """
+    if name.endswith(".toml") or "/" in name:
+        chip, network, changed = machine_file.load(Path(name).expanduser())
+        base = efficiency(chip.name)
+        try:
+            share = dataclasses.replace(base, **_checked(changed))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    else:
+        key = name.lower()
+        if key not in CHIPS:
+            raise ConfigError(
+                f"--hardware={name_shown(name)} is not known{did_you_mean(key, CHIPS)}; name one "
+                f"of {', '.join(CHIPS)}, or a file such as docs/data/my_cluster.toml"
+            )
+        chip, network, share = CHIPS[key], NETWORKS[key], efficiency(key)
+    if price is not None:
+        chip = dataclasses.replace(chip, dollars_per_hour=price)
+    return Machine(chip, network, share)
+
+
+def with_messages(machine: Machine, config: Config) -> Machine:
+    """The machine with the multiprocessors that this config leaves to messages.
+
+    Raises:
+      ConfigError: More GPUs in a node of the mesh than in one of the machine.
+    """
+    mesh, over = config.mesh, config.layout.rules.get("experts", ())
+    inside, node = mesh.gpu * mesh.tensor, machine.network.gpus_per_node
+    need(
+        inside <= node,
+        f"mesh.gpu={mesh.gpu} x mesh.tensor={mesh.tensor} are {inside} GPUs, and a node of "
+        f"{machine.chip.name} has {node}; set mesh.gpu={max(1, node // mesh.tensor)} and more "
+        "mesh.node",
+    )
+    several = any(getattr(mesh, axis) > 1 for axis in over)
+    sms = config.layout.communication_sms if several else 0
+    return dataclasses.replace(machine, communication_sms=min(sms, machine.chip.sms - 1))
+
+
+def _checked(table: Mapping[str, Any]) -> dict[str, float]:
+    """The table [efficiency] of a machine's file."""
+    for key, value in table.items():
+        path = f"efficiency.{name_shown(key)}"
+        need(key in _SHARES, f"unknown key {path}{did_you_mean(key, _SHARES)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        most = 1e6 if key in _NO_SHARES else 1.0
+        need(
+            number and 0 < value <= most,
+            f"{path}={shown(value)}; expected a number above 0, at most {most:g}",
+        )
+    return {key: float(value) for key, value in table.items()}
