@@ -62,3 +62,27 @@ def test_context_extension_is_1000_steps_at_one_learning_rate(name, length, sequ
         )
         hyper = token_schedule.hyper(config.schedule, step=step, tokens=tokens)
         assert (hyper.learning_rate, hyper.mtp_weight, hyper.bias_speed) == (7.3e-6, 0.1, 0.0)
+
+
+def test_the_mlperf_recipe_is_the_published_model_with_its_own_schedule():
+    """Learning rates by the benchmark's rule, at its smallest batch and along its cosine."""
+    config, published = load("mlperf_deepseekv3_671b"), load("v3_671b")
+    assert dataclasses.replace(config.model, yarn_factor=1.0) == published.model
+    step = config.batch.length * config.batch.sequences
+    assert config.schedule.tokens == 12_000 * step
+
+    def at(index):
+        return token_schedule.hyper(config.schedule, step=index, tokens=index * step)
+
+    base = 2.4e-5 * (15_360 / 16_384) ** 0.5
+    assert at(4).learning_rate == pytest.approx(base, rel=1e-4)
+    assert at(0).learning_rate == pytest.approx(base / 4, rel=1e-4)
+    middle = 4 + (12_000 - 4) // 2
+    assert at(middle).learning_rate == pytest.approx((base + 1e-8) / 2, rel=1e-4)
+    assert at(12_000).learning_rate == 1e-8
+    for index in (0, 1, 11_999):
+        assert (at(index).mtp_weight, at(index).bias_speed) == (0.1, 0.001)
+        assert (
+            token_schedule.micro_batches(config.batch, index * step) * config.batch.micro_sequences
+            == config.batch.sequences
+        )
