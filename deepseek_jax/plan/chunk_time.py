@@ -155,16 +155,13 @@ class ChunkTimes:
         )
 
     def _placed(self, message: Message) -> Message:
-        """The message on this machine's links, where a node may hold several of the mesh's."""
-        if not self._one_node:
-            return message
-        return Message(message.name, 0.0, message.slow_bytes + message.fast_bytes)
-
-    @property
-    def _one_node(self) -> bool:
-        """Whether the experts of a layer are inside one node of the machine."""
-        devices = self.shape.devices_of_experts * self.config.mesh.tensor
-        return devices <= self.machine.network.gpus_per_node
+        """The message on the machine's links; its nodes may differ from the mesh's."""
+        whole, mesh = message.slow_bytes + message.fast_bytes, self.config.mesh
+        if self.shape.devices_of_experts * mesh.tensor <= self.machine.network.gpus_per_node:
+            return Message(message.name, 0.0, whole)
+        if mesh.gpu * mesh.tensor > self.machine.network.gpus_per_node:
+            return Message(message.name, whole, 0.0)
+        return message
 
     def _waits(self, works: list[LayerWork], counts, phase: Work) -> float:
         crossing = sum(

@@ -48,20 +48,9 @@ def find(name: str, price: float | None = None) -> Machine:
 
 
 def with_messages(machine: Machine, config: Config) -> Machine:
-    """The machine with the multiprocessors that this config leaves to messages.
-
-    Raises:
-      ConfigError: More GPUs in a node of the mesh than in one of the machine.
-    """
-    mesh, over = config.mesh, config.layout.rules.get("experts", ())
-    inside, node = mesh.gpu * mesh.tensor, machine.network.gpus_per_node
-    need(
-        inside <= node,
-        f"mesh.gpu={mesh.gpu} x mesh.tensor={mesh.tensor} are {inside} GPUs, and a node of "
-        f"{machine.chip.name} has {node}; set mesh.gpu={max(1, node // mesh.tensor)} and more "
-        "mesh.node",
-    )
-    several = any(getattr(mesh, axis) > 1 for axis in over)
+    """The machine with the multiprocessors that this config leaves to messages."""
+    over = config.layout.rules.get("experts", ())
+    several = any(getattr(config.mesh, axis) > 1 for axis in over)
     sms = config.layout.communication_sms if several else 0
     return dataclasses.replace(machine, communication_sms=min(sms, machine.chip.sms - 1))
 

@@ -50,7 +50,18 @@ def report(config: Config, machine: Machine, *, imbalance: float = 1.0) -> dict[
         "layer": _layer(chunks),
         "links": _links(chunks),
         "assumed": _assumed(machine),
+        "notes": _notes(config, machine),
     }
+
+
+def _notes(config: Config, machine: Machine) -> list[str]:
+    mesh, node = config.mesh, machine.network.gpus_per_node
+    if (inside := mesh.gpu * mesh.tensor) <= node:
+        return []
+    return [
+        f"mesh.gpu={mesh.gpu} x mesh.tensor={mesh.tensor} are {inside} GPUs, and a node of "
+        f"{machine.chip.name} has {node}: messages inside a node of the mesh go between nodes."
+    ]
 
 
 def _layer(chunks: ChunkTimes) -> list[dict[str, Any]]:

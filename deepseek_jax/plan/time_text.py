@@ -22,7 +22,7 @@ def text(timed: dict[str, Any]) -> str:
     parts = [_steps(timed), _ranks(timed), _layer(timed)]
     if timed["links"]:
         parts.append(_links(timed))
-    return "\n".join([*parts, _assumed(timed)])
+    return "\n".join([*parts, *timed["notes"], _assumed(timed)])
 
 
 def error_text(steps: Sequence[PublishedStep], trace: Sequence[Compared]) -> str:
