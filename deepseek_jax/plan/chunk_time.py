@@ -13,7 +13,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.parallel.pipeline.schedule import Work
 from deepseek_jax.plan.layer_work import BF16, DeviceShare, LayerWork, Matmul, PartWork, layer_work
 from deepseek_jax.plan.machine import Machine, Seconds
-from deepseek_jax.plan.messages import Message
+from deepseek_jax.plan.messages import Message, width_messages
 
 FORWARD, INPUTS, WEIGHTS = Work.FORWARD, Work.INPUT_GRAD, Work.WEIGHT_GRAD
 PHASES = (FORWARD, INPUTS, WEIGHTS)
@@ -27,7 +27,7 @@ class Chunk:
       attention, feed, ends: Work of attention, feed-forward networks, and embedding and heads.
       messages: Payload seconds of each message, alone on the links.
       busy: The same beside other messages and matmuls.
-      tensor: Messages between tensor-parallel ranks, which nothing hides.
+      tensor: Messages between ranks that share a width, which nothing hides.
       waits: Messages that need synchronisation.
       concurrent: Part of W on a second stream in a pair.
     """
@@ -121,7 +121,7 @@ class ChunkTimes:
             ends=self._ends(ends),
             messages=self._messages(works, counts, overlapped=False),
             busy=self._messages(works, counts, overlapped=True),
-            tensor={p: self._payload(works, counts, p, "tensor", False) for p in PHASES},
+            tensor={p: self._tensor(works, counts, ends, p) for p in PHASES},
             waits={p: self._waits(works, counts, p) for p in PHASES},
             concurrent=self._concurrent(works, counts),
         )
@@ -162,6 +162,15 @@ class ChunkTimes:
         if mesh.gpu * mesh.tensor > self.machine.network.gpus_per_node:
             return Message(message.name, whole, 0.0)
         return message
+
+    def _tensor(self, works, counts, ends: Sequence[str], phase: Work) -> float:
+        seconds = self._payload(works, counts, phase, "tensor", False)
+        if "heads" in ends and phase is not WEIGHTS and self.shape.shared_widths:
+            heads = 1 + self.config.model.mtp_depth
+            sent = width_messages(self.config, self.shape.tokens, "vocab", heads)
+            placed = (self._placed(message) for message in sent)
+            seconds += sum(self.machine.message_seconds(m, overlapped=False) for m in placed)
+        return seconds
 
     def _waits(self, works: list[LayerWork], counts, phase: Work) -> float:
         crossing = sum(

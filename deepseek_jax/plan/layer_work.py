@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.parallel.pipeline.schedule import Work
-from deepseek_jax.plan.messages import Message, exchanges, tensor_messages
+from deepseek_jax.plan.messages import Message, exchanges, tensor_messages, width_messages
 
 FORWARD, INPUTS, WEIGHTS = Work.FORWARD, Work.INPUT_GRAD, Work.WEIGHT_GRAD
 BF16, FP8 = 2, 1  # bytes of a number
@@ -96,6 +96,8 @@ class DeviceShare:
       imbalance: Rows of the device with the most rows of experts, over the mean.
       sequence_ranks: Ranks that split the tokens of a sequence everywhere but in attention, which
         gathers them (Megatron's sequence parallelism); this project's programs have 1.
+      shared_widths: Whether data-parallel devices share widths as `layout.rules` says; otherwise
+        each device computes its own tokens, as published systems are assumed to.
     """
 
     config: Config
@@ -103,6 +105,7 @@ class DeviceShare:
     attention: str = "mla"
     imbalance: float = 1.0
     sequence_ranks: int = 1
+    shared_widths: bool = True
 
     @property
     def fp8(self) -> bool:
@@ -130,8 +133,17 @@ def layer_work(shape: DeviceShare, *, dense: bool) -> LayerWork:
         attention=attention,
         feed=feed,
         messages={FORWARD: (), INPUTS: (), WEIGHTS: ()} if dense else sent,
-        tensor=tensor_messages(shape.config, shape.tokens, shape.sequence_ranks),
+        tensor=_inside(shape, dense),
     )
+
+
+def _inside(shape: DeviceShare, dense: bool) -> dict[Work, tuple[Message, ...]]:
+    """Messages of a layer besides those to experts: a wide network gathers tokens and scatters."""
+    found = tensor_messages(shape.config, shape.tokens, shape.sequence_ranks)
+    wide: tuple[Message, ...] = ()
+    if dense and shape.shared_widths:
+        wide = width_messages(shape.config, shape.tokens, "dense_width", 2)
+    return {**found, FORWARD: found[FORWARD] + wide, INPUTS: found[INPUTS] + wide}
 
 
 def _linears(model: ModelConfig, attention: str, tensor: int) -> list[tuple[str, int, int]]:

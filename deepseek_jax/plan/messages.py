@@ -11,7 +11,7 @@ import math
 
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config, buffer_slots, most_nodes
+from deepseek_jax.config import DATA_AXES, Config, buffer_slots, most_nodes
 from deepseek_jax.parallel.experts import traffic
 from deepseek_jax.parallel.experts.dispatch import ExchangePlan, Hop
 from deepseek_jax.parallel.pipeline.schedule import Work
@@ -131,6 +131,21 @@ def tensor_messages(
     ring = 2 * (ranks - 1) / ranks * tokens * config.model.d_model * _itemsize(config)
     both = Message("tensor sum", 0.0, ring), Message("tensor sum", 0.0, ring)
     return {FORWARD: both, INPUTS: both, WEIGHTS: ()}
+
+
+def width_messages(config: Config, tokens: int, axis: str, count: int) -> tuple[Message, ...]:
+    """Gathers or scatters of the tokens of all devices that share a width over data parallelism.
+
+    Args:
+      axis: "dense_width" or "vocab".
+      count: Number of such messages.
+    """
+    over = config.layout.rules.get(axis, ())
+    others = math.prod(getattr(config.mesh, name) for name in over if name in DATA_AXES) - 1
+    if not others:
+        return ()
+    size = others * tokens * config.model.d_model * _itemsize(config)
+    return count * (Message(f"{axis} gather", 0.0, size),)
 
 
 def _payload(config: Config) -> Payload:

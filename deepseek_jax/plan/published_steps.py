@@ -65,7 +65,7 @@ def published_steps(v3: Config, moonlight: Config) -> list[PublishedStep]:
 
 def deepseek(v3: Config) -> PublishedStep:
     """V3's own training, whose split is that of a rank at an end of the pipeline."""
-    times = step_time.times(trace_config(v3), H800_MACHINE)
+    times = _times(trace_config(v3), H800_MACHINE)
     step = step_time.step_time(times)
     end = step.ranks[0]
     parts = (
@@ -88,7 +88,7 @@ def deepseek(v3: Config) -> PublishedStep:
 def megatron_bf16(v3: Config) -> PublishedStep:
     """Megatron-Bridge, all-to-alls not overlapped."""
     config = _megatron(v3, recipe="bfloat16", sequences=16_384)
-    times = _times(config, Machine(chips.H100, network.H100))
+    times = _times(config, Machine(chips.H100, network.H100), TENSOR)
     return PublishedStep(
         "Megatron-Bridge, 1,024 H100, BF16",
         "NVIDIA-NeMo/Megatron-Bridge, docs/model-verification/models/deepseek-v3.md (d5d8c19)",
@@ -101,7 +101,7 @@ def megatron_bf16(v3: Config) -> PublishedStep:
 def megatron_fp8(v3: Config) -> PublishedStep:
     """NeMo 25.09, blockwise FP8, all-to-alls overlapped; 330 TFLOP/s at 260 GFLOP a token."""
     config = _megatron(v3, recipe="fp8", sequences=8192)
-    times = _times(config, Machine(chips.H100, network.H100, communication_sms=24))
+    times = _times(config, Machine(chips.H100, network.H100, communication_sms=24), TENSOR)
     return PublishedStep(
         "NeMo, 1,024 H100, FP8",
         "NVIDIA-NeMo/Megatron-Bridge, docs/performance-summary.md (df0289c), NeMo 25.09",
@@ -118,13 +118,13 @@ def megatron_moonlight(moonlight: Config) -> PublishedStep:
         moonlight,
         mesh=mesh,
         layout=dataclasses.replace(
-            moonlight.layout, recompute="none", zero=1, micro_batches_in_flight=2
+            trace_config(moonlight).layout, recompute="none", zero=1, micro_batches_in_flight=2
         ),
         batch=dataclasses.replace(moonlight.batch, length=4096, sequences=1024, micro_sequences=32),
         precision=dataclasses.replace(moonlight.precision, recipe="bfloat16", dispatch="compute"),
     )
     machine = Machine(chips.H100, network.H100, communication_sms=32)
-    times = step_time.times(config, machine)
+    times = _times(config, machine)
     return PublishedStep(
         "Megatron-Bridge, Moonlight 16B, 16 H100, BF16",
         "NVIDIA-NeMo/Megatron-Bridge, docs/model-verification/models/moonlight-16b-a3b.md",
@@ -142,7 +142,7 @@ def _megatron(v3: Config, *, recipe: str, sequences: int) -> Config:
     return dataclasses.replace(
         v3,
         mesh=dataclasses.replace(v3.mesh, pipe=RANKS, replica=2, node=8, gpu=8, tensor=1),
-        layout=dataclasses.replace(v3.layout, recompute="report", pipeline="1f1b"),
+        layout=dataclasses.replace(trace_config(v3).layout, pipeline="1f1b"),
         batch=dataclasses.replace(v3.batch, sequences=sequences, micro_sequences=64),
         precision=dataclasses.replace(
             v3.precision, recipe=recipe, dispatch="fp8" if recipe == "fp8" else "compute"
@@ -150,9 +150,9 @@ def _megatron(v3: Config, *, recipe: str, sequences: int) -> Config:
     )
 
 
-def _times(config: Config, machine: Machine) -> ChunkTimes:
+def _times(config: Config, machine: Machine, sequence_ranks: int = 1) -> ChunkTimes:
     found = step_time.times(config, machine)
-    share = dataclasses.replace(found.shape, sequence_ranks=TENSOR)
+    share = dataclasses.replace(found.shape, sequence_ranks=sequence_ranks, shared_widths=False)
     return dataclasses.replace(found, shape=share)
 
 

@@ -58,10 +58,9 @@ class Compared:
 
 
 def trace_config(config: Config) -> Config:
-    """V3's config, with the recomputation of the trace."""
-    return dataclasses.replace(
-        config, layout=dataclasses.replace(config.layout, recompute="report")
-    )
+    """A config with the recomputation of the trace."""
+    layout = dataclasses.replace(config.layout, recompute="report")
+    return dataclasses.replace(config, layout=layout)
 
 
 def compare_trace(config: Config) -> list[Compared]:
