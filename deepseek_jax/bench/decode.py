@@ -10,11 +10,8 @@ and expanded, over keys and values of every head.
 
 import dataclasses
 import functools
-import importlib.util
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deepseek_jax.bench import hugging_face
 from deepseek_jax.bench.train import sized
-from deepseek_jax.checkpoint.hf import config_json, export
 from deepseek_jax.config import Config, ModelConfig
-from deepseek_jax.model import execution, params, rotary
+from deepseek_jax.model import execution, rotary
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.mla import LatentAttention
 from deepseek_jax.model.transformer import Transformer, build_model
@@ -106,16 +103,11 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def _hugging_face(model: Transformer) -> Callable[[np.ndarray, int], Any] | None:
     """Greedy decoding of `transformers` with these weights; None if it is not installed."""
-    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+    if not hugging_face.installed():
         return None
     import torch
-    import transformers
 
-    with tempfile.TemporaryDirectory() as folder:
-        _export(model, Path(folder))
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    loaded = loaded.to(device).eval()
+    loaded, device = hugging_face.load(model).eval(), hugging_face.device()
 
     def generate(prompts: np.ndarray, tokens: int) -> Any:
         with torch.inference_mode():
@@ -131,15 +123,6 @@ def _hugging_face(model: Transformer) -> Callable[[np.ndarray, int], Any] | None
         return made[:, prompts.shape[1] :].tolist()
 
     return generate
-
-
-def _export(model: Transformer, folder: Path) -> None:
-    paths = [weight.path for weight in params.describe(model)]
-    ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(model)), strict=True))
-    source = export.WeightSource(
-        model.config, True, lambda piece: piece.published(ours[piece.path][piece.index])
-    )
-    export.write(folder, config_json.published(model.config), source, "float32", 1 << 40)
 
 
 def _attention_row(config: ModelConfig, length: int, rounds: int, batch: int = 8) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""Training speed: tokens per second, and the share of the machine's matmul speed in the same run.
+"""Training speed: tokens per second beside Hugging Face, and the share of the matmul speed.
 
 The model has 10.8 million parameters: 4 layers of which 1 dense, width 256, 16 experts of width
-128, top-4 in 4 groups, vocabulary 8192, batch 8 x 256, float32.
+128, top-4 in 4 groups, vocabulary 8192, no MTP module, batch 8 x 256, float32. If torch and
+transformers are installed, `transformers` trains the same weights on the same batch in the same
+process, in turns with ours, after its first loss and gradient were found to be ours.
 """
 
 import dataclasses
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from deepseek_jax.bench import hugging_face
 from deepseek_jax.config import Config
 from deepseek_jax.hardware import xla_options
 from deepseek_jax.model.count import count
@@ -20,6 +24,8 @@ from deepseek_jax.model.flops import training_flops_per_token
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.train import optimizer, state, token_schedule
 from deepseek_jax.train.step import make_step, tokens_spec
+
+TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4}  # relative; the balance loss is in our norm alone
 
 
 def sized(config: Config, **model: Any) -> Config:
@@ -55,14 +61,14 @@ class Stepper:
 
     Attributes:
       config: Config of the benchmark.
-      run: Function that runs one step and returns its seconds.
+      step: Function that runs one step and returns its metrics.
       program: Text of the compiled step.
       build_seconds: Time of initialising the state.
       compile_seconds: Time of tracing and compiling the step.
     """
 
     config: Config
-    run: Any
+    step: Callable[[], dict[str, jax.Array]]
     program: str
     build_seconds: float
     compile_seconds: float
@@ -78,30 +84,46 @@ class Stepper:
             now = jax.block_until_ready(state.initialise(config, places, adam))
             built = time.perf_counter()
             place = NamedSharding(mesh, tokens_spec(layout))
-            shape = (1, config.batch.micro_sequences, config.batch.length + 1)
-            drawn = np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
-            tokens = jax.device_put(drawn, place)
-            hyper = jax.tree.map(
-                np.float32, token_schedule.hyper(config.schedule, step=0, tokens=0)
-            )
+            tokens = jax.device_put(batch(config)[None], place)
+            hyper = jax.tree.map(np.float32, first_hyper(config))
             step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
             options = xla_options.options(jax.default_backend())
             compiled = step.lower(now, tokens, np.int32(1), hyper).compile(options)
             compile_seconds = time.perf_counter() - built
 
-        def run() -> float:
+        def one() -> dict[str, jax.Array]:
             nonlocal now
-            begin = time.perf_counter()
             now, metrics = compiled(now, tokens, np.int32(1), hyper)
-            jax.block_until_ready(metrics)
-            return time.perf_counter() - begin
+            return metrics
 
-        return cls(config, run, compiled.as_text() or "", built - start, compile_seconds)
+        return cls(config, one, compiled.as_text() or "", built - start, compile_seconds)
+
+    def run(self) -> float:
+        """Runs one step; returns its seconds."""
+        return seconds_of(lambda: jax.block_until_ready(self.step()))
 
     @property
     def tokens(self) -> int:
         """Tokens of a step."""
         return token_schedule.tokens_per_micro_batch(self.config.batch)
+
+
+def batch(config: Config) -> np.ndarray:
+    """Random tokens of every step, B(S+1)."""
+    shape = (config.batch.micro_sequences, config.batch.length + 1)
+    return np.random.default_rng(0).integers(0, config.model.vocab, shape, np.int32)
+
+
+def first_hyper(config: Config) -> token_schedule.Hyper:
+    """Hyperparameters of every step: those of the first."""
+    return token_schedule.hyper(config.schedule, step=0, tokens=0)
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Seconds of a call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def matmul_flops_per_second(size: int = 2048, repeats: int = 5) -> float:
@@ -117,15 +139,30 @@ def matmul_flops_per_second(size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / best
 
 
-def measure(config: Config, *, rounds: int = 6, steps: int = 4) -> dict[str, float]:
-    """Measures rounds of matmuls and steps in turns, as the machine may be shared."""
+def measure(config: Config, *, rounds: int = 6, steps: int = 4) -> dict[str, Any]:
+    """Measures rounds of matmuls and steps in turns, as the machine may be shared.
+
+    Returns:
+      Figures of our step; `hugging_face` tokens per second or None, `of_hugging_face` the median of
+      the rounds' ratios, and `pairs`, a list with tokens per second of each round.
+
+    Raises:
+      ValueError: `transformers` computes another loss or gradient.
+    """
     config = sized(config)
     stepper = Stepper.of(config)
-    first = stepper.run()
-    seconds, peaks = [], []
+    begin = time.perf_counter()
+    metrics = jax.device_get(stepper.step())
+    first = time.perf_counter() - begin
+    theirs = trainer(config, metrics) if hugging_face.installed() else None
+    seconds, peaks, pairs = [], [], []
     for _ in range(rounds):
         peaks.append(matmul_flops_per_second())
-        seconds += [stepper.run() for _ in range(steps)]
+        turn = [stepper.run() for _ in range(steps)]
+        seconds += turn
+        if theirs is not None:
+            others = [seconds_of(theirs.step) for _ in range(steps)]
+            pairs.append(_pair(stepper.tokens, turn, others))
     tokens_per_second = stepper.tokens / float(np.median(seconds))
     flops = training_flops_per_token(config.model, config.batch.length)
     peak = float(np.median(peaks))
@@ -135,7 +172,36 @@ def measure(config: Config, *, rounds: int = 6, steps: int = 4) -> dict[str, flo
         "tokens_per_second": tokens_per_second,
         "matmul_flops_per_second": peak,
         "share_of_matmul": tokens_per_second * flops / peak,
+        "hugging_face": _median(pairs, "hugging_face"),
+        "of_hugging_face": _median(pairs, "of_hugging_face"),
         "build_seconds": stepper.build_seconds,
         "compile_seconds": stepper.compile_seconds,
         "first_step_seconds": first,
+        "pairs": pairs,
     }
+
+
+def trainer(config: Config, ours: Mapping[str, Any]) -> hugging_face.TorchTrainer:
+    """Makes a training of `transformers` and takes its first step, which must be ours.
+
+    Args:
+      ours: metrics of our first step.
+    """
+    made = hugging_face.TorchTrainer(config, batch(config), first_hyper(config).learning_rate)
+    for name, theirs in made.step().items():
+        if abs(theirs - ours[name]) > TOLERANCES[name] * abs(theirs):
+            raise ValueError(
+                f"the first step of transformers has {name} {theirs:.7g}, and ours "
+                f"{ours[name]:.7g}: they do not train the same model"
+            )
+    return made
+
+
+def _pair(tokens: int, ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Row of table `pairs` from the seconds of each step of a round."""
+    mine, other = (tokens / float(np.median(seconds)) for seconds in (ours, theirs))
+    return {"ours": mine, "hugging_face": other, "of_hugging_face": mine / other}
+
+
+def _median(rows: list[dict[str, float]], name: str) -> float | None:
+    return float(np.median([row[name] for row in rows])) if rows else None
