@@ -27,6 +27,7 @@ from deepseek_jax.plan import (
     compare_schedules,
     layout_report,
     machine_lookup,
+    measured,
     published_steps,
     published_trace,
     schedule_plot,
@@ -52,6 +53,9 @@ HARDWARE = flags.DEFINE_string(
 PRICE = flags.DEFINE_float(
     "price", None, "Dollars of a GPU for an hour, with --hardware.", lower_bound=0.0
 )
+MEASURED = flags.DEFINE_string(
+    "measured", None, "File of `bench layer --out` to take efficiencies from, with --hardware."
+)
 IMBALANCE = flags.DEFINE_float(
     "imbalance", 1.0, "Rows of experts of the fullest GPU over the mean, with --hardware.",
     lower_bound=1.0,
@@ -59,10 +63,11 @@ IMBALANCE = flags.DEFINE_float(
 
 # Name on the command line, empty for the plan of a config -> its flags.
 FLAGS_OF = {
-    "": ("config", "devices", "hardware", "price", "imbalance"),
+    "": ("config", "devices", "hardware", "price", "measured", "imbalance"),
     "schedule": ("pipe", "micro_batches", "kind", "picture"),
     "step": ("config", "costs"),
 }
+_WITH_HARDWARE = ("price", "measured", "imbalance")
 NAMES = tuple(name for name in FLAGS_OF if name)
 
 
@@ -81,8 +86,8 @@ def main(name: str = "") -> None:
     if HARDWARE.value is not None:
         timed, shown = _timed(config)
         planned = {**planned, **timed}
-    elif PRICE.value is not None or flags.FLAGS["imbalance"].present:
-        raise ConfigError("--price and --imbalance go with --hardware=h800 or another machine")
+    elif alone := [name for name in _WITH_HARDWARE if flags.FLAGS[name].present]:
+        raise ConfigError(f"--{alone[0]} goes with --hardware=h800 or another machine")
     if JSON.value:
         print(json.dumps(planned, indent=2))
         return
@@ -93,8 +98,10 @@ def main(name: str = "") -> None:
 def _timed(config: Config) -> tuple[dict[str, Any], str]:
     """Times of a config on --hardware, and the errors of such times, as dictionary and text."""
     machine = machine_lookup.find(str(HARDWARE.value), PRICE.value)
-    machine = machine_lookup.with_messages(machine, config)
-    timed = time_report.report(config, machine, imbalance=IMBALANCE.value)
+    machine, names = machine_lookup.with_messages(machine, config), ()
+    if MEASURED.value is not None:
+        machine, names = measured.with_measured(machine, command.path("measured", MEASURED.value))
+    timed = time_report.report(config, machine, imbalance=IMBALANCE.value, measured=names)
     folder = config_file.published()
     v3, moonlight = (
         parse(config_file.load(folder / f"{name}.py")) for name in ("v3_671b", "moonlight_16b")

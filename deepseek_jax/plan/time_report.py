@@ -1,6 +1,7 @@
 """Times of a plan as a dictionary and as text: step, ranks, layers, links, cost, assumptions."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from deepseek_jax.config import Config
@@ -19,13 +20,16 @@ PHASES = {
 }
 
 
-def report(config: Config, machine: Machine, *, imbalance: float = 1.0) -> dict[str, Any]:
+def report(
+    config: Config, machine: Machine, *, imbalance: float = 1.0, measured: Sequence[str] = ()
+) -> dict[str, Any]:
     """Times of a config on a machine.
 
     Args:
       config: Config of the run, whose mesh has no -1.
       machine: Machine, with the multiprocessors of messages set.
       imbalance: Rows of experts of the fullest device over the mean.
+      measured: Names of the machine's efficiencies that were measured.
 
     Returns:
       Dictionary with stable keys; seconds, bytes and dollars.
@@ -50,6 +54,7 @@ def report(config: Config, machine: Machine, *, imbalance: float = 1.0) -> dict[
         "layer": _layer(chunks),
         "links": _links(chunks),
         "assumed": _assumed(machine),
+        "measured": list(measured),
         "notes": _notes(config, machine),
     }
 

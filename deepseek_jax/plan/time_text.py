@@ -132,6 +132,7 @@ def _assumed(timed: dict[str, Any]) -> str:
     lines = ["Assumed, with source (hardware/efficiency.py, hardware/network.py):"]
     for name, value in assumed.items():
         source = SOURCES.get(name, "hardware/network.py, hardware/chips.py")
+        source = "measured, --measured" if name in timed["measured"] else source
         lines.append(
             f"  {name:32}{'not known' if value is None else f'{value:,.6g}':>16}  {source}"
         )

@@ -64,7 +64,7 @@ def test_the_command():
     [
         (("--hardware=h8000",), "did you mean h800"),
         (("--hardware=no/such.toml",), "no/such.toml cannot be read"),
-        (("--price=2",), "--price and --imbalance go with --hardware"),
+        (("--price=2",), "--price goes with --hardware"),
         (("--hardware=h100", "--imbalance=0.5"), "imbalance"),
     ],
 )
