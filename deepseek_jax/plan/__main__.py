@@ -98,7 +98,8 @@ def main(name: str = "") -> None:
 def _timed(config: Config) -> tuple[dict[str, Any], str]:
     """Times of a config on --hardware, and the errors of such times, as dictionary and text."""
     machine = machine_lookup.find(str(HARDWARE.value), PRICE.value)
-    machine, names = machine_lookup.with_messages(machine, config), ()
+    machine = machine_lookup.with_messages(machine, config)
+    names: tuple[str, ...] = ()
     if MEASURED.value is not None:
         machine, names = measured.with_measured(machine, command.path("measured", MEASURED.value))
     timed = time_report.report(config, machine, imbalance=IMBALANCE.value, measured=names)

@@ -52,21 +52,21 @@ def _read(path: Path) -> tuple[str, list[Row]]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = one_line(repr(error), 100)
         raise ConfigError(
-            f"--measured={path} is no file of measured rates ({reason}); bench layer --out makes one"
+            f"--measured={path} is no file of measured rates ({reason}); see bench layer --out"
         ) from error
 
 
 def _row(row: Row) -> Row:
-    found = {
+    shape, seconds = tuple(map(int, row["shape"])), float(row["seconds"])
+    if not (0 < seconds < 1e6 and min(shape, default=0) > 0):
+        raise ValueError(f"seconds={seconds}, shape={shape}")
+    return {
         "piece": str(row["piece"]),
         "recipe": str(row["recipe"]),
-        "shape": tuple(map(int, row["shape"])),
-        "seconds": float(row["seconds"]),
+        "shape": shape,
+        "seconds": seconds,
         "bytes": int(row["bytes"]),
     }
-    if not (0 < found["seconds"] < 1e6 and min(found["shape"], default=0) > 0):
-        raise ValueError(f"seconds={found['seconds']}, shape={found['shape']}")
-    return found
 
 
 def _check_chip(machine: Machine, device: str, path: Path) -> None:
