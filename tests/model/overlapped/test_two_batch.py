@@ -47,12 +47,7 @@ def pulled(how, sizes, length):
     "sizes, way, recompute, length",
     [
         pytest.param({"replica": 2}, TWO_HOP, "none", 6, marks=pytest.mark.slow),
-        (
-            {"gpu": 4},
-            dataclasses.replace(FLAT, capacity_factor=1.25, payload=FP8_PAYLOAD),
-            "full",
-            3,
-        ),
+        ({"gpu": 4}, dataclasses.replace(FLAT, payload=FP8_PAYLOAD), "full", 3),
         (
             {"node": 2, "gpu": 2, "tensor": 2},
             dataclasses.replace(TWO_HOP, capacity_factor=0.5),
