@@ -69,7 +69,6 @@ CASES = {
         {
             "model_layers": 5,
             "model_dense_layers": 2,
-            "model_mtp_depth": 0,
             "layout_stage_layers": (2, 0, 1, 2),
             "layout_recompute": "report",
             "layout_defer_weight_gradients": True,
