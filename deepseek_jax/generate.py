@@ -3,7 +3,7 @@
 Layout and precision are those of --config. Without it they are those of the training run that made
 the checkpoint; a Hugging Face directory runs in the dtype of its config.json (`torch_dtype`; FP8
 blocks in bfloat16; float32 where that is missing or float16) with dropless dispatch in that dtype.
---dtype takes the place of either's dtype.
+--dtype takes the place of either's dtype. A run in FP8 generates in bfloat16.
 
 A prompt is encoded as documents are in training: after BOS, and the names of special tokens in it,
 such as <｜User｜>, are spelled in letters, with a warning. With --special_tokens such a name is
@@ -71,7 +71,12 @@ CACHE_LENGTH = flags.DEFINE_integer(
     "Tokens that a slot holds, prompt included. Default: enough for all, a multiple of 64.",
     lower_bound=1,
 )
-DTYPE = flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), "Dtype of weights and matmuls.")
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ("float32", "bfloat16"),
+    "Dtype of weights and matmuls. What was trained or stored in FP8 generates in bfloat16.",
+)
 CONFIG = command.define_config_flag()
 MESH = flags.DEFINE_list("mesh", [], "Devices by mesh axis, as node:2,gpu:4; else one device.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")

@@ -121,12 +121,6 @@ class FromNorm:
     inverse_rms: jax.Array
     scale: jax.Array
 
-    @classmethod
-    def of(cls, x: jax.Array, scale: jax.Array, eps: float) -> "FromNorm":
-        """The output of `model/norm.py`, whose 1 / rms takes a reading of x, MD bfloat16."""
-        wide = x.astype(jnp.float32)
-        return cls(x, jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1) + eps), scale)
-
     @property
     def shape(self) -> tuple[int, int]:
         return self.x.shape[0], self.x.shape[1]

@@ -55,7 +55,6 @@ def ran(recompute="none", block=16, unroll=1):
         dict(recompute="full"),
         dict(recompute="report"),
         dict(block=20, unroll=2),  # 20 does not divide 48
-        dict(block=512, recompute="report"),
     ],
     ids=str,
 )

@@ -26,7 +26,7 @@ def made(depth):
     return settings, weights, load(settings, weights)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("depth", [0, 1, 4])  # the modules of 2 and 3 are among those of 4
 def test_follows_the_equations(depth):
     settings, weights, model = made(depth)
     tokens = checkpoints.tokens(settings, length=24)

@@ -41,3 +41,15 @@ def test_does_not_see_the_scale_of_its_input():
     norm, _ = made(16, 1e-12, rng)
     x = jnp.asarray(rng.normal(size=(1, 3, 16)), jnp.float32)
     np.testing.assert_array_equal(norm(x), norm(x * 1024))  # a power of two: exact
+
+
+def test_a_row_whose_squares_overflow_is_nan_and_no_other():
+    norm, gain = made(16, 1e-6, np.random.default_rng(3))
+    x = np.random.default_rng(4).normal(size=(1, 3, 16)).astype(np.float32)
+    x[0, 1, 5] = 1e18
+    want = norm(jnp.asarray(x))
+    assert np.isfinite(want).all() and want[0, 1, 5] == pytest.approx(4 * gain[5], rel=1e-6)
+    x[0, 1, 5] = 1e30
+    got = norm(jnp.asarray(x))
+    assert np.isnan(got[0, 1]).all()
+    np.testing.assert_array_equal(got[0, ::2], want[0, ::2])

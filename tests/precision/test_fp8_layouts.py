@@ -6,6 +6,7 @@ near-tie of the router may change hands. In bfloat16 the same layouts differ by 
 """
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,17 @@ ZERO = dict(mesh_gpu=2, layout_zero=1)
 PIPELINE = dict(mesh_pipe=2, mesh_gpu=2, layout_zero=1)
 
 
+@functools.cache
+def drawn(model):
+    """Weights of a model."""
+    return params.split(build_model(model, jax.random.key(0)))[1]
+
+
 def prepared(config):
     """The FP8 weights of a step, whole."""
     layout = meshes.layout(config)
     mesh = small.mesh_of({name: getattr(config.mesh, name) for name in MESH_AXES})
-    _, weights, _ = params.split(build_model(config.model, jax.random.key(0)))
+    weights = drawn(config.model)
     stored = params.place(weights, layout.storage)
 
     def local(weights):

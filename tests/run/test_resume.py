@@ -127,7 +127,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(whole, text, tmp_path):
     kept, *later = runs.checkpoints(run)
     for step in later:
         shutil.rmtree(run / "checkpoints" / str(step))
-    mesh, quick = {"pipe": 2, "gpu": 2, "tensor": 2}, {"capacity_factor": 100, "unroll": 1}
+    mesh, quick = {"pipe": 2, "node": 2, "gpu": 2}, {"capacity_factor": 100, "unroll": 1}
     loop.train(runs.tiny(text, mesh=mesh, layout=quick), run, screen=False)
     got, want = runs.losses(run), runs.losses(whole[0])
     assert kept < len(want) - 5
