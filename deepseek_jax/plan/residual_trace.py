@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
@@ -43,18 +44,44 @@ def of_layer_pass(config: Config) -> list[Leaf]:
     how = dataclasses.replace(execution.of(config), in_flight=1)
 
     def residuals(block: Any, x: jax.Array) -> Any:
-        layer = LayerPass(
-            how,
-            config.model.experts,
-            layer_weights(block_modules(block)),
-            recompute_all=how.remat.recompute_all,
-            resend=how.remat.resend,
-        )
-        forward = layer.forward(x)
-        run_to_end(forward.steps(shared=layer.weights["shared"] is not None))
-        return forward.result()[2].leaves
+        return _forward(_layer_pass(config, how, block), x)[2].leaves
 
     return jax.tree.leaves(_on_a_device(config, how, residuals, dense=False))
+
+
+def of_deferred(config: Config) -> list[Leaf]:
+    """Arrays that an MoE layer keeps of one micro-batch for weight gradients that it defers.
+
+    Args:
+      config: Config of the run, whose mesh has no -1.
+    """
+    how = dataclasses.replace(execution.of(config), in_flight=1)
+
+    def deferred(block: Any, x: jax.Array) -> Any:
+        layer = _layer_pass(config, how, block)
+        out, _, residuals = _forward(layer, x)
+        backward = layer.backward(residuals, out, layer.routing_gradient(x, jnp.float32(0)))
+        run_to_end(backward.steps(shared=layer.weights["shared"] is not None))
+        return backward.deferred().leaves
+
+    return jax.tree.leaves(_on_a_device(config, how, deferred, dense=False))
+
+
+def _layer_pass(config: Config, how: execution.Execution, block: Any) -> LayerPass:
+    return LayerPass(
+        how,
+        config.model.experts,
+        layer_weights(block_modules(block)),
+        defer=config.layout.defer_weight_gradients,
+        recompute_all=how.remat.recompute_all,
+        resend=how.remat.resend,
+    )
+
+
+def _forward(layer: LayerPass, x: jax.Array) -> Any:
+    forward = layer.forward(x)
+    run_to_end(forward.steps(shared=layer.weights["shared"] is not None))
+    return forward.result()
 
 
 def of_block(config: Config, *, dense: bool) -> list[Leaf]:
