@@ -7,10 +7,13 @@ the compiler are a stated model of what is live at the worst moment (`temporarie
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from deepseek_jax.config import Config
+from deepseek_jax.model import remat
 from deepseek_jax.model.count import weights
 from deepseek_jax.parallel import mesh
 from deepseek_jax.parallel.pipeline import schedule
@@ -22,6 +25,9 @@ from deepseek_jax.plan.activations import DeviceShapes, device_shapes, layer_res
 from deepseek_jax.plan.memory import Memory, memory
 from deepseek_jax.precision.recipes import recipe
 from deepseek_jax.train.token_schedule import most_micro_batches
+
+GIB = 2**30
+RECIPES = ("bfloat16", "fp8")
 
 # Items of device memory, in the order of tables and pictures.
 MASTERS, MOMENTS = "masters", "moments"
@@ -211,3 +217,42 @@ def _fewest_dense_slots(config: Config) -> int:
 def _deferred_bytes(config: Config) -> int:
     """Bytes that a layer keeps for the weight gradients that it defers; traced."""
     return sum(map(residual_trace.nbytes, residual_trace.of_deferred(config)))
+
+
+def by_recipe(
+    config: Config,
+    recipes: Sequence[str] = RECIPES,
+    policies: Sequence[str] = tuple(remat.BY_NAME),
+) -> Mapping[tuple[str, str], DeviceMemory]:
+    """Estimates the peak memory for each recipe and recompute policy.
+
+    Args:
+      config: Config of the run, whose mesh has no -1.
+      recipes: Values of precision.recipe.
+      policies: Values of layout.recompute. "none" without a pipeline takes seconds.
+
+    Returns:
+      (recipe, policy) -> memory.
+    """
+    found = {}
+    for name, policy in itertools.product(recipes, policies):
+        precision = dataclasses.replace(config.precision, recipe=name)
+        layout = dataclasses.replace(config.layout, recompute=policy)
+        changed = dataclasses.replace(config, precision=precision, layout=layout)
+        found[name, policy] = device_memory(changed)
+    return found
+
+
+def rows(memories: Mapping[tuple[str, str], DeviceMemory]) -> list[dict[str, Any]]:
+    """Rows of a table in GiB: recipe, policy, each item, peak, the largest item, host memory."""
+    return [
+        {
+            "recipe": name,
+            "recompute": policy,
+            **{item: size / GIB for item, size in memory.items.items()},
+            "peak": memory.peak / GIB,
+            "largest": memory.largest,
+            "EMA, host": memory.ema_host / GIB,
+        }
+        for (name, policy), memory in memories.items()
+    ]
