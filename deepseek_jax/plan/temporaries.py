@@ -1,0 +1,108 @@
+"""Temporaries of the compiler: a model of what is live at the worst moment, with fitted counts.
+
+The worst moment is in the backward pass of an MoE layer, at its experts. Live are then
+
+- rows of the experts' slots: tokens, gate_up, SwiGLU and gradients of the three, and messages;
+- with overflow rounds, whose backward is a loop inside, more of them, and the sums over rounds of
+  the gradients of the experts' weights, in float32;
+- the residual stream, and queries, keys, values and outputs of the heads, which the recomputed
+  attention and its gradient wait for;
+- the dense layer's hidden rows, which XLA computes again before it needs them;
+- the gradient of the embedding, in float32.
+
+The shapes are those of the program. How many arrays of a shape are live at once is the scheduler's
+choice: the counts below are fitted to what XLA reports for the configs named beside them
+(jax 0.10.2), and hold for all others.
+"""
+
+import dataclasses
+import math
+
+from deepseek_jax.config import Config
+from deepseek_jax.model import remat
+from deepseek_jax.plan.activations import FLOAT32, DeviceShapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Arrays that are live at once, in the compute dtype.
+
+    Attributes:
+      rows: Arrays of the experts' slots with the model's width.
+      hidden: Arrays of the experts' slots with the width of gate_up.
+      stream: Arrays of the tokens with the widths of the stream and of all heads.
+      dense: Arrays of a dense layer's gate_up.
+    """
+
+    rows: float
+    hidden: float
+    stream: float
+    dense: float
+
+
+ONE_ROUND = Counts(rows=3, hidden=3, stream=8, dense=1.5)  # fitted to v3_small
+ROUNDS = Counts(rows=6, hidden=4.5, stream=8, dense=1.5)  # fitted to v2_lite_16b
+
+
+def messages(shapes: DeviceShapes) -> int:
+    """Bytes of the buffers of one message: what is sent over the last hop, and what arrives."""
+    if not shapes.hops:
+        return 0
+    parts, slots = shapes.hops[-1]
+    return 2 * parts * slots * shapes.activation * shapes.model.d_model
+
+
+def of_layer(config: Config, shapes: DeviceShapes) -> int:
+    """Bytes of the temporaries in the backward pass of a layer, messages included."""
+    model, size = shapes.model, shapes.activation
+    counts = ONE_ROUND if shapes.complete else ROUNDS
+    rows = counts.rows * model.d_model + counts.hidden * 2 * shapes.expert_width
+    total = shapes.slots * rows * size + counts.stream * stream_bytes(shapes)
+    if keeps_all(config):  # nothing is computed again: half of the arrays
+        total /= 2
+    if not shapes.complete:
+        total += FLOAT32 * expert_weights(shapes)
+    if model.dense_layers:
+        total += counts.dense * shapes.dense_tokens * 2 * shapes.dense_width * size
+    total += FLOAT32 * shapes.vocab * model.d_model
+    return int(total * config.layout.micro_batches_in_flight)
+
+
+def keeps_all(config: Config) -> bool:
+    """Whether a layer computes nothing again in backward."""
+    policy = remat.BY_NAME[config.layout.recompute]
+    return policy.matmuls and config.layout.zero < 3 and config.mesh.pipe == 1
+
+
+def stream_bytes(shapes: DeviceShapes) -> int:
+    """Bytes of one array of each width of a token: the stream, queries, keys, values, outputs."""
+    model = shapes.model
+    heads = 2 * (model.d_nope + model.d_rope) + 2 * model.d_value
+    return shapes.activation * shapes.tokens * (model.d_model + shapes.heads * heads)
+
+
+def expert_weights(shapes: DeviceShapes) -> int:
+    """Numbers in the weights of a layer's routed experts on this device."""
+    return 3 * shapes.experts * shapes.model.d_model * shapes.expert_width
+
+
+def of_head(config: Config, shapes: DeviceShapes) -> int:
+    """Bytes of a chunk's logits and their gradient, of the table's gradient, and of the rows."""
+    model = shapes.model
+    rows = (1 + model.mtp_depth) * shapes.tokens
+    chunk = min(config.layout.loss_chunk, rows) * shapes.vocab_shares
+    logits = chunk * shapes.vocab * (2 * FLOAT32 + shapes.activation)
+    table = FLOAT32 * 2 * shapes.vocab * model.d_model
+    return logits + table + 3 * rows * model.d_model * shapes.activation
+
+
+def of_tick(config: Config, shapes: DeviceShapes, kept: int) -> int:
+    """Bytes of the temporaries of a pipeline's tick, messages included.
+
+    Backward first reads all that its chunk kept, because writes to the pools wait for it; what
+    forward keeps goes into the pools at once, and gradients into their sums.
+
+    Args:
+      kept: Bytes that a chunk keeps of one micro-batch.
+    """
+    return kept + of_layer(config, shapes)
