@@ -1,0 +1,234 @@
+"""Ablations of a config: step time, memory and price with each idea of the report switched off.
+
+Each row changes one thing, and keeps the number of devices, the batch and all else. Times are those
+of asynchronous ranks, since ideas are compared and not this project's executor. With a skewed
+router, one device has `SKEW` times the mean rows of experts in every layer, and all others wait.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from deepseek_jax.config import Config, ConfigError, check
+from deepseek_jax.plan import machine_lookup, step_time
+from deepseek_jax.plan.attention_kinds import cache_bytes, extra_bytes
+from deepseek_jax.plan.cost import run_cost
+from deepseek_jax.plan.machine import Machine
+from deepseek_jax.plan.peak import peak_bytes, room_bytes
+from deepseek_jax.plan.update_time import update_seconds
+
+SKEW = 2.0
+EXECUTION = "asynchronous"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """An idea switched off.
+
+    Attributes:
+      answer: Idea of the base.
+      instead: Its replacement.
+      effect: Physical effect of the replacement, for a reader of the row.
+      change: Config without the idea; the same config if it does not have the idea.
+      attention: "mla", "mha" or "gqa".
+      imbalance: Rows of experts of the fullest device over the mean.
+    """
+
+    answer: str
+    instead: str
+    effect: str
+    change: Callable[[Config], Config] = lambda config: config
+    attention: str = "mla"
+    imbalance: float = 1.0
+
+
+def replace(config: Config, section: str, **values: Any) -> Config:
+    """The config with some values of one section changed."""
+    changed = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **{section: changed})
+
+
+def _any_node(config: Config) -> Config:
+    return replace(config, "model", top_groups=config.model.groups)
+
+
+def _flat(config: Config) -> Config:
+    hops = config.layout.dispatch == "two_hop" and config.mesh.node > 1
+    return replace(config, "layout", dispatch="flat") if hops else config
+
+
+def _one_node(config: Config) -> Config:
+    mesh = config.mesh
+    return replace(config, "mesh", replica=mesh.replica * mesh.node, node=1)
+
+
+def _schedule(kind: str) -> Callable[[Config], Config]:
+    def change(config: Config) -> Config:
+        if config.mesh.pipe == 1 or not config.layout.pipeline.startswith("dualpipe"):
+            return config
+        return replace(config, "layout", pipeline=kind, defer_weight_gradients=False)
+
+    return change
+
+
+def _bfloat16(config: Config) -> Config:
+    if config.precision.recipe != "fp8":
+        return config
+    return replace(config, "precision", recipe="bfloat16", dispatch="compute")
+
+
+def _recompute(policy: str) -> Callable[[Config], Config]:
+    return lambda config: replace(config, "layout", recompute=policy)
+
+
+def _moments(config: Config) -> Config:
+    return replace(config, "optimizer", moments="float32")
+
+
+def _skewed(config: Config) -> Config:
+    factor = SKEW * config.layout.capacity_factor  # buffers for the rows of the fullest device
+    return replace(config, "layout", capacity_factor=factor)
+
+
+def _no_mtp(config: Config) -> Config:
+    return replace(config, "model", mtp_depth=0)
+
+
+BASE = Ablation("base", "", "the config as it is")
+ABLATIONS = (
+    Ablation("MLA", "MHA", "each head keeps its own keys and values", attention="mha"),
+    Ablation("MLA", "GQA, 8 key heads", "heads share keys and values in groups", attention="gqa"),
+    Ablation("node-limited routing", "any node", "a token is sent to more nodes", _any_node),
+    Ablation("two-hop dispatch", "flat", "a copy for each GPU crosses InfiniBand", _flat),
+    Ablation("experts over nodes", "one node", "NVLink alone; more experts on a GPU", _one_node),
+    Ablation("DualPipe", "1F1B", "messages under no other work; weights once", _schedule("1f1b")),
+    Ablation("DualPipe", "zero bubble", "the same with fewer bubbles", _schedule("zb1p")),
+    Ablation("FP8", "BF16", "matmuls at half the peak, messages twice as long", _bfloat16),
+    Ablation("recomputation", "none", "all activations are kept", _recompute("none")),
+    Ablation("recomputation", "full", "forward runs twice, with messages", _recompute("full")),
+    Ablation("BF16 moments", "FP32", "twice the bytes of Adam's moments", _moments),
+    Ablation(
+        "balanced router", f"skewed {SKEW:g} x", "all wait for the fullest GPU", _skewed, "mla", SKEW
+    ),
+    Ablation("MTP", "off", "one prediction of each token", _no_mtp),
+)
+
+
+def compare(config: Config, machines: Sequence[Machine]) -> dict[str, Any]:
+    """Compares a config with its ablations on each machine.
+
+    Args:
+      config: Config of the run, whose mesh has no -1.
+      machines: Machines, each with another name.
+
+    Returns:
+      Dictionary with stable keys. "rows" has the base first; a row has "problem", why it cannot be
+      run on any machine or None, and "chips", its figures by the machine's name, each None where it
+      cannot be computed. Those have a "problem" of their own, such as memory that does not fit.
+
+    Raises:
+      ConfigError: The base cannot be timed on a machine.
+    """
+    named = {machine.chip.name: machine for machine in machines}
+    base = {name: _figures(BASE, config, machine) for name, machine in named.items()}
+    rows = [_row(BASE, config, base)]
+    for ablation in ABLATIONS:
+        found = {name: _or_problem(ablation, config, m) for name, m in named.items()}
+        for name, figures in found.items():
+            if figures["seconds"] is not None:
+                figures["change"] = figures["seconds"] / base[name]["seconds"] - 1
+                figures["peak_change"] = figures["peak_bytes"] - base[name]["peak_bytes"]
+        rows.append(_row(ablation, config, found))
+    return {
+        "devices": math.prod(dataclasses.astuple(config.mesh)),
+        "tokens": config.schedule.tokens,
+        "execution": EXECUTION,
+        "skew": SKEW,
+        "machines": {name: _machine(machine) for name, machine in named.items()},
+        "rows": rows,
+    }
+
+
+def _machine(machine: Machine) -> dict[str, Any]:
+    return {
+        "room_bytes": room_bytes(machine.chip),
+        "inside_bytes_per_s": machine.network.inside_bytes_per_s,
+        "between_bytes_per_s": machine.network.between_bytes_per_s,
+        "dollars_per_hour": machine.chip.dollars_per_hour,
+    }
+
+
+def _row(ablation: Ablation, config: Config, chips: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "answer": ablation.answer,
+        "instead": ablation.instead,
+        "effect": ablation.effect,
+        "cache_bytes_per_token": cache_bytes(config.model, ablation.attention),
+        "problem": _problem(ablation, config),
+        "chips": chips,
+    }
+
+
+def _problem(ablation: Ablation, config: Config) -> str | None:
+    """Reason why this project does not run a row."""
+    changed = ablation.change(config)
+    if ablation is not BASE and changed == config and ablation.attention == "mla":
+        return f"{ablation.answer}: this config does not have it"
+    try:
+        check(changed)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+_NOTHING: dict[str, Any] = dict.fromkeys(
+    (
+        "seconds", "change", "exposed", "bubble", "peak_bytes", "peak_change", "fits",
+        "tokens_per_device_second", "device_hours", "dollars", "problem",
+    )
+)  # fmt: skip
+
+
+def _or_problem(ablation: Ablation, config: Config, machine: Machine) -> dict[str, Any]:
+    if ablation.change(config) == config and ablation.attention == "mla":
+        return dict(_NOTHING)
+    try:
+        return _figures(ablation, config, machine)
+    except ConfigError as error:
+        return {**_NOTHING, "problem": str(error)}
+
+
+def _figures(ablation: Ablation, config: Config, machine: Machine) -> dict[str, Any]:
+    """Figures of a row on a machine; the bubble and exposed messages of the rank with the most."""
+    changed = ablation.change(config)
+    machine = machine_lookup.with_messages(machine, changed)
+    chunks = step_time.times(
+        changed, machine, attention=ablation.attention, imbalance=ablation.imbalance
+    )
+    stored = _line_of_stages(changed)
+    step = step_time.step_time(chunks, EXECUTION)
+    step = dataclasses.replace(step, update=update_seconds(stored, machine))
+    cost = run_cost(config, machine, step)
+    peak = peak_bytes(stored) + extra_bytes(stored, ablation.attention)
+    over = peak - room_bytes(machine.chip)
+    return {
+        **_NOTHING,
+        "seconds": step.total,
+        "change": 0.0,
+        "exposed": max(rank.exposed for rank in step.ranks),
+        "bubble": max(rank.bubble for rank in step.ranks),
+        "peak_bytes": peak,
+        "peak_change": 0,
+        "fits": over <= 0,
+        "tokens_per_device_second": cost.tokens_per_device_second,
+        "device_hours": cost.device_hours,
+        "dollars": cost.dollars,
+    }
+
+
+def _line_of_stages(config: Config) -> Config:
+    """The config as memory knows it: ZB1P, which is not executed, holds the stages of 1F1B."""
+    if config.layout.pipeline != "zb1p":
+        return config
+    return replace(config, "layout", pipeline="1f1b")
