@@ -3,6 +3,7 @@
 Each row changes one thing, and keeps the number of devices, the batch and all else. Times are those
 of asynchronous ranks, since ideas are compared and not this project's executor. With a skewed
 router, one device has `SKEW` times the mean rows of experts in every layer, and all others wait.
+Tensor parallelism is Megatron's with sequence parallelism: ranks share the tokens of a sequence.
 """
 
 import dataclasses
@@ -13,12 +14,14 @@ from typing import Any
 from deepseek_jax.config import Config, ConfigError, check
 from deepseek_jax.plan import machine_lookup, step_time
 from deepseek_jax.plan.attention_kinds import cache_bytes, extra_bytes
+from deepseek_jax.plan.chunk_time import ChunkTimes
 from deepseek_jax.plan.cost import run_cost
 from deepseek_jax.plan.machine import Machine
-from deepseek_jax.plan.peak import peak_bytes, room_bytes
+from deepseek_jax.plan.peak import live_layers, peak_bytes, room_bytes
 from deepseek_jax.plan.update_time import update_seconds
 
 SKEW = 2.0
+TENSOR = 4  # ranks of tensor parallelism, where it is switched on
 EXECUTION = "asynchronous"
 
 
@@ -33,6 +36,7 @@ class Ablation:
       change: Config without the idea; the same config if it does not have the idea.
       attention: "mla", "mha" or "gqa".
       imbalance: Rows of experts of the fullest device over the mean.
+      sequence_ranks: Ranks of tensor parallelism with sequence parallelism.
     """
 
     answer: str
@@ -41,6 +45,7 @@ class Ablation:
     change: Callable[[Config], Config] = lambda config: config
     attention: str = "mla"
     imbalance: float = 1.0
+    sequence_ranks: int = 1
 
 
 def replace(config: Config, section: str, **values: Any) -> Config:
@@ -61,6 +66,15 @@ def _flat(config: Config) -> Config:
 def _one_node(config: Config) -> Config:
     mesh = config.mesh
     return replace(config, "mesh", replica=mesh.replica * mesh.node, node=1)
+
+
+def _tensor(config: Config) -> Config:
+    """Ranks of tensor parallelism in the place of data-parallel GPUs, with as many tokens a rank."""
+    mesh, batch = config.mesh, config.batch
+    if mesh.tensor > 1 or mesh.gpu % TENSOR or batch.micro_sequences % TENSOR:
+        return config
+    config = replace(config, "mesh", gpu=mesh.gpu // TENSOR, tensor=TENSOR)
+    return replace(config, "batch", micro_sequences=batch.micro_sequences // TENSOR)
 
 
 def _schedule(kind: str) -> Callable[[Config], Config]:
@@ -102,6 +116,10 @@ ABLATIONS = (
     Ablation("node-limited routing", "any node", "a token is sent to more nodes", _any_node),
     Ablation("two-hop dispatch", "flat", "a copy for each GPU crosses InfiniBand", _flat),
     Ablation("experts over nodes", "one node", "NVLink alone; more experts on a GPU", _one_node),
+    Ablation(
+        "no tensor parallelism", f"{TENSOR} ranks", "sequences gathered over NVLink in each layer",
+        _tensor, sequence_ranks=TENSOR,
+    ),
     Ablation("DualPipe", "1F1B", "messages under no other work; weights once", _schedule("1f1b")),
     Ablation("DualPipe", "zero bubble", "the same with fewer bubbles", _schedule("zb1p")),
     Ablation("FP8", "BF16", "matmuls at half the peak, messages twice as long", _bfloat16),
@@ -109,10 +127,11 @@ ABLATIONS = (
     Ablation("recomputation", "full", "forward runs twice, with messages", _recompute("full")),
     Ablation("BF16 moments", "FP32", "twice the bytes of Adam's moments", _moments),
     Ablation(
-        "balanced router", f"skewed {SKEW:g} x", "all wait for the fullest GPU", _skewed, "mla", SKEW
+        "balanced router", f"skewed {SKEW:g} x", "all wait for the fullest GPU",
+        _skewed, imbalance=SKEW,
     ),
     Ablation("MTP", "off", "one prediction of each token", _no_mtp),
-)
+)  # fmt: skip
 
 
 def compare(config: Config, machines: Sequence[Machine]) -> dict[str, Any]:
@@ -174,7 +193,9 @@ def _problem(ablation: Ablation, config: Config) -> str | None:
     """Reason why this project does not run a row."""
     changed = ablation.change(config)
     if ablation is not BASE and changed == config and ablation.attention == "mla":
-        return f"{ablation.answer}: this config does not have it"
+        return f"the config has no {ablation.answer} to switch off"
+    if changed.layout.pipeline == "zb1p":
+        return "no executor of this project runs the schedule ZB1P"
     try:
         check(changed)
     except ConfigError as error:
@@ -203,14 +224,13 @@ def _figures(ablation: Ablation, config: Config, machine: Machine) -> dict[str, 
     """Figures of a row on a machine; the bubble and exposed messages of the rank with the most."""
     changed = ablation.change(config)
     machine = machine_lookup.with_messages(machine, changed)
-    chunks = step_time.times(
-        changed, machine, attention=ablation.attention, imbalance=ablation.imbalance
-    )
     stored = _line_of_stages(changed)
-    step = step_time.step_time(chunks, EXECUTION)
+    step = step_time.step_time(_chunks(ablation, changed, machine), EXECUTION)
     step = dataclasses.replace(step, update=update_seconds(stored, machine))
     cost = run_cost(config, machine, step)
-    peak = peak_bytes(stored) + extra_bytes(stored, ablation.attention)
+    peak = peak_bytes(stored, EXECUTION)
+    if ablation.attention != "mla":
+        peak += extra_bytes(stored, ablation.attention, live_layers(stored, EXECUTION))
     over = peak - room_bytes(machine.chip)
     return {
         **_NOTHING,
@@ -225,6 +245,18 @@ def _figures(ablation: Ablation, config: Config, machine: Machine) -> dict[str, 
         "device_hours": cost.device_hours,
         "dollars": cost.dollars,
     }
+
+
+def _chunks(ablation: Ablation, changed: Config, machine: Machine) -> ChunkTimes:
+    """Times of chunks; sequence-parallel ranks are timed as devices with a part of a sequence."""
+    ranks, mesh = ablation.sequence_ranks, changed.mesh
+    if ranks > 1:
+        changed = replace(changed, "mesh", gpu=mesh.gpu * ranks, tensor=mesh.tensor // ranks)
+    chunks = step_time.times(
+        changed, machine, attention=ablation.attention, imbalance=ablation.imbalance
+    )
+    shape = dataclasses.replace(chunks.shape, sequence_ranks=ranks)
+    return dataclasses.replace(chunks, shape=shape)
 
 
 def _line_of_stages(config: Config) -> Config:

@@ -7,9 +7,8 @@ Their times are in `layer_work.py`.
 
 import math
 
-from deepseek_jax.config import DATA_AXES, Config, ModelConfig, stage_count
+from deepseek_jax.config import DATA_AXES, Config, ModelConfig
 from deepseek_jax.parallel.pipeline import stage_assignment
-from deepseek_jax.parallel.pipeline.timeline import peak_formula
 from deepseek_jax.plan.kv_cache import cache_bytes_per_token
 from deepseek_jax.precision.fp8_tiles import BLOCK
 
@@ -22,12 +21,13 @@ def cache_bytes(model: ModelConfig, attention: str) -> int:
     return int(getattr(cache_bytes_per_token(model), attention))
 
 
-def extra_bytes(config: Config, attention: str) -> int:
+def extra_bytes(config: Config, attention: str, live_layers: int) -> int:
     """Bytes on a device that another attention needs in training beyond those of MLA.
 
     Args:
       config: Config of the run with MLA, whose mesh has no -1.
       attention: "mla", "mha" or "gqa".
+      live_layers: Layers, times the micro-batches whose activations each keeps at once.
     """
     if attention == "mla":
         return 0
@@ -37,7 +37,7 @@ def extra_bytes(config: Config, attention: str) -> int:
     sequences = config.batch.micro_sequences // math.prod(getattr(mesh, a) for a in DATA_AXES)
     tokens = sequences * config.batch.length
     itemsize = FLOAT32 if config.precision.recipe == "float32" else BF16
-    activations = itemsize * tokens * live_layers(config) * kept / mesh.tensor
+    activations = itemsize * tokens * live_layers * kept / mesh.tensor
     return round(bytes_per_weight(config) * more / mesh.tensor + activations)
 
 
@@ -58,15 +58,6 @@ def layers_held(config: Config) -> int:
     if config.mesh.pipe == 1:
         return config.model.layers
     return math.prod(stage_assignment.assign_layers(config).layers.shape[1:])
-
-
-def live_layers(config: Config) -> int:
-    """Layers of micro-batches whose activations a device holds at once, without MTP."""
-    if config.mesh.pipe == 1:
-        return config.model.layers * config.layout.micro_batches_in_flight
-    stages = stage_count(config.layout.pipeline, config.mesh.pipe)
-    slots = stage_assignment.assign_layers(config).slots
-    return peak_formula(config.layout.pipeline, stages) * slots
 
 
 def bytes_per_weight(config: Config) -> float:
