@@ -9,9 +9,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from deepseek_jax.config import DATA_AXES, Config, ModelConfig, buffer_slots, most_nodes
 from deepseek_jax.kernels import attention_cudnn
@@ -117,7 +117,7 @@ def device_shapes(config: Config) -> DeviceShapes:
         config.layout.capacity_factor, tokens, model.top_k, model.experts, parts, most_nodes(model)
     )
     heads, dtype = model.heads // _parts(layout, "heads"), chosen.activation_dtype
-    query, value = (
+    head: tuple[Any, ...] = tuple(
         jax.ShapeDtypeStruct((1, 1, heads, width), dtype)
         for width in (model.d_nope + model.d_rope, model.d_value)
     )
@@ -139,7 +139,7 @@ def device_shapes(config: Config) -> DeviceShapes:
         fp8=config.precision.recipe == "fp8",
         fp8_payload=config.precision.dispatch == "fp8",
         attention_kernel=attention_cudnn.chosen(kernels.names) is not None
-        and attention_cudnn.takes(query, value),
+        and attention_cudnn.takes(*head),
     )
 
 

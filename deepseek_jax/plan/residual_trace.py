@@ -96,7 +96,8 @@ def of_block(config: Config, *, dense: bool) -> list[Leaf]:
     how = execution.of(config)
 
     def residuals(block: Any, x: jax.Array) -> Any:
-        graph, weights, rest = nnx.split(block, nnx.Param, ...)
+        parts: Any = nnx.split(block, nnx.Param, ...)
+        graph, weights, rest = parts
 
         def run(weights: Any, x: jax.Array) -> jax.Array:
             def step(block: Any, x: jax.Array) -> Any:

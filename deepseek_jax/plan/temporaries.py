@@ -16,7 +16,6 @@ choice: the counts below are fitted to what XLA reports for the configs named be
 """
 
 import dataclasses
-import math
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import remat
@@ -25,23 +24,26 @@ from deepseek_jax.plan.activations import FLOAT32, DeviceShapes
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Arrays that are live at once, in the compute dtype.
+    """Arrays of each shape that are live at once, counted in the compute dtype.
 
     Attributes:
       rows: Arrays of the experts' slots with the model's width.
       hidden: Arrays of the experts' slots with the width of gate_up.
-      stream: Arrays of the tokens with the widths of the stream and of all heads.
+      stream: Arrays of the tokens with the model's width; one in float32 counts two.
+      heads: Arrays of the queries, keys, values and outputs of all heads.
       dense: Arrays of a dense layer's gate_up.
     """
 
     rows: float
     hidden: float
     stream: float
+    heads: float
     dense: float
 
 
-ONE_ROUND = Counts(rows=3, hidden=3, stream=8, dense=1.5)  # fitted to v3_small
-ROUNDS = Counts(rows=6, hidden=4.5, stream=8, dense=1.5)  # fitted to v2_lite_16b
+ONE_ROUND = Counts(rows=3, hidden=3, stream=20, heads=1, dense=1.5)  # fitted to v3_small
+ONE_ROUND_FP8 = Counts(1.5, 1.5, 4, 1, 0.75)  # fitted to v3_small in FP8
+ROUNDS = Counts(rows=6, hidden=4.5, stream=20, heads=1, dense=1.5)  # fitted to v2_lite_16b
 
 
 def messages(shapes: DeviceShapes) -> int:
@@ -55,9 +57,12 @@ def messages(shapes: DeviceShapes) -> int:
 def of_layer(config: Config, shapes: DeviceShapes) -> int:
     """Bytes of the temporaries in the backward pass of a layer, messages included."""
     model, size = shapes.model, shapes.activation
-    counts = ONE_ROUND if shapes.complete else ROUNDS
+    one_round = ONE_ROUND_FP8 if shapes.fp8 else ONE_ROUND
+    counts = one_round if shapes.complete else ROUNDS
+    heads = 2 * shapes.heads * (model.d_nope + model.d_rope + model.d_value)
     rows = counts.rows * model.d_model + counts.hidden * 2 * shapes.expert_width
-    total = shapes.slots * rows * size + counts.stream * stream_bytes(shapes)
+    tokens = counts.stream * model.d_model + counts.heads * heads
+    total = size * (shapes.slots * rows + shapes.tokens * tokens)
     if keeps_all(config):  # nothing is computed again: half of the arrays
         total /= 2
     if not shapes.complete:
@@ -72,13 +77,6 @@ def keeps_all(config: Config) -> bool:
     """Whether a layer computes nothing again in backward."""
     policy = remat.BY_NAME[config.layout.recompute]
     return policy.matmuls and config.layout.zero < 3 and config.mesh.pipe == 1
-
-
-def stream_bytes(shapes: DeviceShapes) -> int:
-    """Bytes of one array of each width of a token: the stream, queries, keys, values, outputs."""
-    model = shapes.model
-    heads = 2 * (model.d_nope + model.d_rope) + 2 * model.d_value
-    return shapes.activation * shapes.tokens * (model.d_model + shapes.heads * heads)
 
 
 def expert_weights(shapes: DeviceShapes) -> int:
@@ -96,13 +94,18 @@ def of_head(config: Config, shapes: DeviceShapes) -> int:
     return logits + table + 3 * rows * model.d_model * shapes.activation
 
 
-def of_tick(config: Config, shapes: DeviceShapes, kept: int) -> int:
+def of_tick(
+    config: Config, shapes: DeviceShapes, layers: int, kept: int, layer_gradients: int
+) -> int:
     """Bytes of the temporaries of a pipeline's tick, messages included.
 
     Backward first reads all that its chunk kept, because writes to the pools wait for it; what
-    forward keeps goes into the pools at once, and gradients into their sums.
+    forward keeps goes into the pools at once. Gradients of weights are made in float32, layer by
+    layer, and those of all layers but the present one take space until they are in their sums.
 
     Args:
+      layers: Layer slots of a chunk.
       kept: Bytes that a chunk keeps of one micro-batch.
+      layer_gradients: Bytes of the gradients of one layer's weights, in float32.
     """
-    return kept + of_layer(config, shapes)
+    return kept + of_layer(config, shapes) + (layers - 1) * layer_gradients
