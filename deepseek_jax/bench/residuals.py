@@ -41,19 +41,26 @@ def kept_bytes(config: Config) -> dict[str, int]:
       Of attention scores as "scores", and of all others as "kept".
     """
     sizes = {"kept": 0, "scores": 0}
-    for leaf in residual_trace.of_layer_pass(config):
+    for leaf in residual_trace.of_layer_pass(_alone(config)):
         scores = leaf.ndim == CORE and leaf.shape[1] == config.model.heads
         sizes["scores" if scores else "kept"] += residual_trace.nbytes(leaf)
     return sizes
 
 
 def _with(config: Config, recompute: str, recipe: str, dispatch: str) -> Config:
-    """The config on one device with one sequence, a policy, a recipe and a payload of tokens."""
+    """The config with a policy, a recipe and a payload of tokens."""
+    return dataclasses.replace(
+        config,
+        layout=dataclasses.replace(config.layout, recompute=recompute),
+        precision=dataclasses.replace(config.precision, recipe=recipe, dispatch=dispatch),
+    )
+
+
+def _alone(config: Config) -> Config:
+    """The config with one sequence on one device."""
     one = dict.fromkeys(("pipe", "replica", "node", "gpu", "tensor"), 1)
     return dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, **one),
         batch=dataclasses.replace(config.batch, micro_sequences=1),
-        layout=dataclasses.replace(config.layout, recompute=recompute),
-        precision=dataclasses.replace(config.precision, recipe=recipe, dispatch=dispatch),
     )

@@ -9,9 +9,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from deepseek_jax.config import DATA_AXES, Config, ModelConfig, buffer_slots, most_nodes
 from deepseek_jax.kernels import attention_cudnn
@@ -40,14 +40,15 @@ class DeviceShapes:
       dense_tokens: Tokens that a dense layer's part of this device works on; more than T where
         `dense_width` is split over devices with different tokens.
       dense_width, shared_width, expert_width: F of this device.
-      vocab: Rows of the tables on this device; head_tokens: rows that its part of the head scores,
-        over those of the micro-batch.
+      vocab: Rows of the tables on this device.
+      vocab_shares: Devices with different tokens whose rows its part of the head scores.
       experts: Routed experts of this device.
       hops: (P, slots of a lane) of each all-to-all on the way to the experts.
       slots: Slots for the copies that this device's experts work on.
       activation: Bytes of a number between two matmuls.
       fp8: Whether inputs of linear layers are kept in FP8.
       fp8_payload: Whether tokens travel in FP8.
+      attention_block: Query rows of attention that are scored at once.
       attention_kernel: Whether a kernel computes attention, which saves its output.
     """
 
@@ -67,6 +68,7 @@ class DeviceShapes:
     activation: int
     fp8: bool
     fp8_payload: bool
+    attention_block: int
     attention_kernel: bool
 
     @property
@@ -117,7 +119,7 @@ def device_shapes(config: Config) -> DeviceShapes:
         config.layout.capacity_factor, tokens, model.top_k, model.experts, parts, most_nodes(model)
     )
     heads, dtype = model.heads // _parts(layout, "heads"), chosen.activation_dtype
-    query, value = (
+    head: tuple[Any, ...] = tuple(
         jax.ShapeDtypeStruct((1, 1, heads, width), dtype)
         for width in (model.d_nope + model.d_rope, model.d_value)
     )
@@ -138,8 +140,9 @@ def device_shapes(config: Config) -> DeviceShapes:
         activation=dtype.itemsize,
         fp8=config.precision.recipe == "fp8",
         fp8_payload=config.precision.dispatch == "fp8",
+        attention_block=config.layout.attention_block,
         attention_kernel=attention_cudnn.chosen(kernels.names) is not None
-        and attention_cudnn.takes(query, value),
+        and attention_cudnn.takes(*head),
     )
 
 
@@ -211,6 +214,8 @@ def _closed_form(
         kept[LATENTS] = size * tokens * (model.q_latent + model.kv_latent + model.d_rope)
         if Saved.ATTENTION in policy.names:
             kept[ATTENTION] = _attention_bytes(shapes)
+        if policy.keep_scores and not shapes.attention_kernel:
+            kept[ATTENTION] += _scores_bytes(shapes)
         kept[SWIGLU] = shapes.slots * _kept_input(shapes, 2 * shapes.expert_width) * routed
         if not routed:
             kept[SWIGLU] = shapes.dense_tokens * _kept_input(shapes, 2 * shapes.dense_width)
@@ -252,6 +257,14 @@ def _attention_bytes(shapes: DeviceShapes) -> int:
         return heads * _kept_input(shapes, width)
     packed = width + width // 2 + -(-width // BLOCK) if shapes.fp8 else shapes.activation * width
     return heads * (packed + FLOAT32)
+
+
+def _scores_bytes(shapes: DeviceShapes) -> int:
+    """Bytes of the softmaxes in float32, in blocks of queries with the keys up to their end."""
+    length, block = shapes.length, shapes.attention_block
+    ends = (min(start + block, length) for start in range(0, length, block))
+    scores = sum(((end - 1) % block + 1) * end for end in ends)
+    return FLOAT32 * shapes.sequences * shapes.heads * scores
 
 
 def _routing_bytes(shapes: DeviceShapes, policy: remat.Remat, *, staged: bool) -> int:

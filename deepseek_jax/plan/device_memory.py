@@ -20,7 +20,7 @@ from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.lockstep import lockstep
 from deepseek_jax.parallel.pipeline.one_f_one_b import LinearStages, OneFOneB
 from deepseek_jax.parallel.pipeline.stage_assignment import assign_layers, stage_map
-from deepseek_jax.plan import activations, residual_trace, temporaries
+from deepseek_jax.plan import residual_trace, temporaries
 from deepseek_jax.plan.activations import DeviceShapes, device_shapes, layer_residuals
 from deepseek_jax.plan.memory import Memory, memory
 from deepseek_jax.precision.recipes import recipe
@@ -89,7 +89,7 @@ def device_memory(config: Config) -> DeviceMemory:
     }
     held, layers = _held(config)
     return DeviceMemory(
-        items={key: (state | items).get(key, 0) for key in ITEMS},
+        items={key: {**state, **items}.get(key, 0) for key in ITEMS},
         moment=name,
         kept_per_layer=layer_residuals(config),
         held=held,
@@ -184,27 +184,43 @@ def _staged_moments(
 ) -> Mapping[str, Mapping[str, int]]:
     """Items besides masters and moments at the moments that can be the worst, in a pipeline."""
     slots, layers = kept_slots(config), assign_layers(config).slots
-    one = layers * sum(layer_residuals(config).values())
-    one -= _fewest_dense_slots(config) * (
-        sum(layer_residuals(config).values())
-        - sum(layer_residuals(config, dense=True).values())
-    )
+    layer = sum(layer_residuals(config).values())
+    without = layer - sum(layer_residuals(config, dense=True).values())
+    chunk = layers * layer - _fewest_dense_slots(config) * without
     passing = (slots["x"] + slots["d_y"]) * shapes.activation * shapes.tokens * shapes.model.d_model
-    later = 0
-    if "later" in slots:
-        later = slots["later"] * layers * _deferred_bytes(config)
-    rows = temporaries.messages(shapes)
+    deferred = slots["later"] * layers * _deferred_bytes(config) if "later" in slots else 0
+    carried = {
+        WEIGHTS: fixed.compute_weights,
+        GRADIENTS: fixed.gradients,
+        ACTIVATIONS: slots["kept"] * chunk + passing,
+        DEFERRED: deferred,
+    }
+    rows, made = temporaries.messages(shapes), _layer_gradients(config)
+    tick = temporaries.of_tick(config, shapes, layers, chunk, made)
+    end = temporaries.of_last_stage(
+        config, shapes, config.model.mtp_depth * _kept_at_the_end(config)
+    )
     return {
-        "a tick": {
-            WEIGHTS: fixed.compute_weights,
-            GRADIENTS: fixed.gradients,
-            ACTIVATIONS: slots["kept"] * one + passing,
-            DEFERRED: later,
-            MESSAGES: rows,
-            TEMPORARIES: temporaries.of_tick(config, shapes, one) - rows,
-        },
+        "a tick": {**carried, MESSAGES: rows, TEMPORARIES: tick - rows},
+        "the last stage": {**carried, MESSAGES: rows, TEMPORARIES: end - rows},
         "the optimizer": {GRADIENTS: fixed.gradients + fixed.reduced_gradients},
     }
+
+
+def _kept_at_the_end(config: Config) -> int:
+    """Bytes that an MTP module of the last stage keeps within its tick; `remat.within_tick`."""
+    policy = config.layout.recompute
+    layout = dataclasses.replace(config.layout, recompute="none" if policy == "none" else "report")
+    return sum(layer_residuals(dataclasses.replace(config, layout=layout)).values())
+
+
+def _layer_gradients(config: Config) -> int:
+    """Bytes of the gradients of one MoE layer's weights in float32 on one device."""
+    layout, numbers = mesh.layout(config), 0
+    for weight in weights(config.model):
+        if weight.trained and weight.path.startswith("moe_layers."):
+            numbers += math.prod(layout.local(layout.spec(weight.axes), weight.shape))
+    return 4 * numbers // max(config.model.moe_layers, 1)
 
 
 def _fewest_dense_slots(config: Config) -> int:

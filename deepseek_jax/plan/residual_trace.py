@@ -5,7 +5,6 @@ no device is needed. A trace takes seconds. `activations.py` has the same bytes 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +95,8 @@ def of_block(config: Config, *, dense: bool) -> list[Leaf]:
     how = execution.of(config)
 
     def residuals(block: Any, x: jax.Array) -> Any:
-        graph, weights, rest = nnx.split(block, nnx.Param, ...)
+        parts: Any = nnx.split(block, nnx.Param, ...)
+        graph, weights, rest = parts
 
         def run(weights: Any, x: jax.Array) -> jax.Array:
             def step(block: Any, x: jax.Array) -> Any:
@@ -120,14 +120,13 @@ def _saved(fn: Callable[..., Any], weights: Any, x: jax.Array) -> list[jax.Array
 def _on_a_device(
     config: Config, how: execution.Execution, fn: Callable[..., Any], *, dense: bool
 ) -> Any:
-    """Shapes of fn(block, x) on a device of the mesh, with prepared weights and one x BSD."""
+    """Shapes of fn(block, x) on a device of the mesh, with prepared weights and x BSD."""
     layout = meshes.layout(config)
     whole = jax.eval_shape(
         lambda key: Block(config.model, dense=dense, rngs=nnx.Rngs(params=key)), jax.random.key(0)
     )
     parts: Any = nnx.split(whole, nnx.Param, ...)
     graph, masters, rest = parts
-    weights = jax.eval_shape(functools.partial(params.prepare, recipe=how.recipe), masters)
     keep = layout.storage if layout.zero == 3 else lambda names, _: layout.spec(names)
     sizes = tuple(getattr(config.mesh, name) for name in MESH_AXES)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
@@ -135,16 +134,17 @@ def _on_a_device(
     rows = config.batch.micro_sequences // ranks * how.in_flight
     shape = rows, config.batch.length, config.model.d_model
 
-    def local(weights: Any, rest: Any, x: jax.Array) -> Any:
+    def local(masters: Any, rest: Any, x: jax.Array) -> Any:
         with axes.active(layout):
+            weights = params.prepare(masters, how.recipe)
             return fn(nnx.merge(graph, weights, rest), x)
 
     mapped = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(params.place(weights, keep), P(), P()),
+        in_specs=(params.place(masters, keep), P(), P()),
         out_specs=P(),
         check_vma=False,
     )
     x = Leaf(shape, how.recipe.activation_dtype)
-    return jax.eval_shape(mapped, weights, rest, x)
+    return jax.eval_shape(mapped, masters, rest, x)

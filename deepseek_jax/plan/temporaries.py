@@ -16,32 +16,36 @@ choice: the counts below are fitted to what XLA reports for the configs named be
 """
 
 import dataclasses
-import math
 
 from deepseek_jax.config import Config
 from deepseek_jax.model import remat
 from deepseek_jax.plan.activations import FLOAT32, DeviceShapes
+from deepseek_jax.train.last_stage import PARTS
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Arrays that are live at once, in the compute dtype.
+    """Arrays of each shape that are live at once, counted in the compute dtype.
 
     Attributes:
       rows: Arrays of the experts' slots with the model's width.
       hidden: Arrays of the experts' slots with the width of gate_up.
-      stream: Arrays of the tokens with the widths of the stream and of all heads.
+      stream: Arrays of the tokens with the model's width; one in float32 counts two.
+      heads: Arrays of the queries, keys, values and outputs of all heads.
       dense: Arrays of a dense layer's gate_up.
     """
 
     rows: float
     hidden: float
     stream: float
+    heads: float
     dense: float
 
 
-ONE_ROUND = Counts(rows=3, hidden=3, stream=8, dense=1.5)  # fitted to v3_small
-ROUNDS = Counts(rows=6, hidden=4.5, stream=8, dense=1.5)  # fitted to v2_lite_16b
+ONE_ROUND = Counts(rows=3, hidden=3, stream=20, heads=1, dense=1.5)  # fitted to v3_small
+ONE_ROUND_FP8 = Counts(2, 2, 8, 1, 0.75)  # fitted to v3_small in FP8, recompute report and full
+ROUNDS = Counts(rows=6, hidden=4.5, stream=20, heads=1, dense=1.5)  # fitted to v2_lite_16b
+SPACE = 0.9  # of the gradients of a chunk's other layers; fitted to v3_671b
 
 
 def messages(shapes: DeviceShapes) -> int:
@@ -53,32 +57,42 @@ def messages(shapes: DeviceShapes) -> int:
 
 
 def of_layer(config: Config, shapes: DeviceShapes) -> int:
-    """Bytes of the temporaries in the backward pass of a layer, messages included."""
+    """Bytes of the temporaries in backward of a stack of layers, messages included."""
     model, size = shapes.model, shapes.activation
-    counts = ONE_ROUND if shapes.complete else ROUNDS
-    rows = counts.rows * model.d_model + counts.hidden * 2 * shapes.expert_width
-    total = shapes.slots * rows * size + counts.stream * stream_bytes(shapes)
-    if keeps_all(config):  # nothing is computed again: half of the arrays
-        total /= 2
-    if not shapes.complete:
-        total += FLOAT32 * expert_weights(shapes)
+    counts = _counts(shapes)
+    total = _at_experts(config, shapes, counts)
     if model.dense_layers:
         total += counts.dense * shapes.dense_tokens * 2 * shapes.dense_width * size
-    total += FLOAT32 * shapes.vocab * model.d_model
+    total += table_gradient(shapes)
     return int(total * config.layout.micro_batches_in_flight)
+
+
+def _counts(shapes: DeviceShapes) -> Counts:
+    one_round = ONE_ROUND_FP8 if shapes.fp8 else ONE_ROUND
+    return one_round if shapes.complete else ROUNDS
+
+
+def _at_experts(config: Config, shapes: DeviceShapes, counts: Counts) -> float:
+    """Bytes of the rows and tokens of a layer in backward, at its experts."""
+    model = shapes.model
+    heads = 2 * shapes.heads * (model.d_nope + model.d_rope + model.d_value)
+    rows = counts.rows * model.d_model + counts.hidden * 2 * shapes.expert_width
+    tokens = counts.stream * model.d_model + counts.heads * heads
+    total = shapes.activation * (shapes.slots * rows + shapes.tokens * tokens)
+    if keeps_all(config):  # nothing is computed again: half of the arrays
+        total /= 2
+    return total if shapes.complete else total + FLOAT32 * expert_weights(shapes)
+
+
+def table_gradient(shapes: DeviceShapes) -> int:
+    """Bytes of the gradient of the embedding's or the head's table, in float32."""
+    return FLOAT32 * shapes.vocab * shapes.model.d_model
 
 
 def keeps_all(config: Config) -> bool:
     """Whether a layer computes nothing again in backward."""
     policy = remat.BY_NAME[config.layout.recompute]
     return policy.matmuls and config.layout.zero < 3 and config.mesh.pipe == 1
-
-
-def stream_bytes(shapes: DeviceShapes) -> int:
-    """Bytes of one array of each width of a token: the stream, queries, keys, values, outputs."""
-    model = shapes.model
-    heads = 2 * (model.d_nope + model.d_rope) + 2 * model.d_value
-    return shapes.activation * shapes.tokens * (model.d_model + shapes.heads * heads)
 
 
 def expert_weights(shapes: DeviceShapes) -> int:
@@ -92,17 +106,40 @@ def of_head(config: Config, shapes: DeviceShapes) -> int:
     rows = (1 + model.mtp_depth) * shapes.tokens
     chunk = min(config.layout.loss_chunk, rows) * shapes.vocab_shares
     logits = chunk * shapes.vocab * (2 * FLOAT32 + shapes.activation)
-    table = FLOAT32 * 2 * shapes.vocab * model.d_model
-    return logits + table + 3 * rows * model.d_model * shapes.activation
+    return logits + 2 * table_gradient(shapes) + 3 * rows * model.d_model * shapes.activation
 
 
-def of_tick(config: Config, shapes: DeviceShapes, kept: int) -> int:
+def of_tick(
+    config: Config, shapes: DeviceShapes, layers: int, kept: int, layer_gradients: int
+) -> int:
     """Bytes of the temporaries of a pipeline's tick, messages included.
 
     Backward first reads all that its chunk kept, because writes to the pools wait for it; what
-    forward keeps goes into the pools at once, and gradients into their sums.
+    forward keeps goes into the pools at once. Gradients of weights are made in float32, layer by
+    layer, and added to their sums; XLA's assignment leaves space between these large buffers.
 
     Args:
+      layers: Layer slots of a chunk.
       kept: Bytes that a chunk keeps of one micro-batch.
+      layer_gradients: Bytes of the gradients of one layer's weights, in float32.
     """
-    return kept + of_layer(config, shapes)
+    space = SPACE * (layers - 1) * layer_gradients
+    return int(kept + _at_experts(config, shapes, _counts(shapes)) + space)
+
+
+def of_last_stage(config: Config, shapes: DeviceShapes, module: int) -> int:
+    """Bytes of the temporaries of a pipeline's end, messages included.
+
+    Backward of an MTP module overlaps with the head before it: live are the gradients of the table
+    from both heads, their sum and that of the embedding, and one part's logits and their gradient.
+
+    Args:
+      module: Bytes that the MTP modules keep of one micro-batch.
+    """
+    part = max(min(config.layout.loss_chunk, shapes.tokens // PARTS), 1) * shapes.vocab_shares
+    logits = part * shapes.vocab * (FLOAT32 + shapes.activation)
+    ends = module + logits + 4 * table_gradient(shapes)
+    if not shapes.model.mtp_depth:
+        return ends
+    counts = dataclasses.replace(_counts(shapes), hidden=3)  # no forward chunk beside it
+    return int(ends + _at_experts(config, shapes, counts))
