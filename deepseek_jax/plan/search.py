@@ -17,7 +17,7 @@ from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.plan import machine_lookup, step_time
 from deepseek_jax.plan.candidates import candidates, overrides
 from deepseek_jax.plan.machine import Machine
-from deepseek_jax.plan.memory import memory
+from deepseek_jax.plan.memory_floor import MemoryFloor, is_traced
 from deepseek_jax.plan.peak import RESERVE_BYTES, peak_bytes, room_bytes
 from deepseek_jax.plan.step_time import StepTime
 from deepseek_jax.plan.time_bound import TimeBound
@@ -39,13 +39,13 @@ class Found:
     """Outcome of a search.
 
     Attributes:
-      ranked: Best layout of each family that fits, with its step; the fastest family first.
+      ranked: Best layout of each family that fits, with step and bytes; the fastest first.
       too_large: Layouts of a family that do not fit and are faster than the last of `ranked`, with
         bytes; the one of a family that needs the least.
       tried: Number of candidates.
     """
 
-    ranked: list[tuple[Config, StepTime]]
+    ranked: list[tuple[Config, StepTime, int]]
     too_large: dict[Family, tuple[Config, int]]
     tried: int
 
@@ -74,11 +74,11 @@ def search(
     Raises:
       ConfigError: No layout of this number of devices, or none that fits.
     """
-    found = _find(config, devices, machine, count + SLOWER, execution)
+    found = _find(config, devices, machine, count, execution)
     best = found.ranked[0][1]
     room = room_bytes(machine.chip)
-    rows = [_row(each, config, step, peak_bytes(each, execution)) for each, step in found.ranked]
-    for row, (_, step) in zip(rows, found.ranked, strict=True):
+    rows = [_row(each, config, step, size) for each, step, size in found.ranked]
+    for row, (_, step, _) in zip(rows, found.ranked, strict=True):
         row["behind"] = _behind(step, best)
     large = []
     for each, size in _nearest(found, TOO_LARGE):
@@ -99,9 +99,9 @@ def search(
 
 
 def _find(
-    config: Config, devices: int, machine: Machine, families: int, execution: str
+    config: Config, devices: int, machine: Machine, count: int, execution: str
 ) -> Found:
-    """Best-first search; see the head of this file."""
+    """Best-first search; see the head of this file. `count` layouts are proposed, and more lose."""
     bound, room, order = TimeBound(machine, execution), room_bytes(machine.chip), itertools.count()
     queue: list[tuple[float, int, int, Config, StepTime | None]] = []
     for each in candidates(config, devices, machine):
@@ -111,28 +111,22 @@ def _find(
     found = Found([], {}, len(queue))
     heapq.heapify(queue)
     done: set[Family] = set()
-    floors: dict[tuple[Any, ...], int] = {}
-    while queue and len(done) < families:
+    floor = MemoryFloor()
+    while queue and len(done) < count + SLOWER:
         seconds, number, stage, each, step = heapq.heappop(queue)
         family = family_of(each)
         if family in done:
             continue
-        if step is not None:
-            done.add(family)
-            found.ranked.append((each, step))
-        elif stage == 0:
-            key = (*family, each.layout.zero, each.precision.recipe)
-            if key not in floors:
-                floors[key] = _floor_bytes(each)
-            if floors[key] > room:
-                _note(found.too_large, family, each, floors[key])
-            else:
-                heapq.heappush(queue, (seconds + _outside(each, machine), number, 1, each, None))
-        elif (size := peak_bytes(each, execution)) > room:
-            _note(found.too_large, family, each, size)
-        else:
+        if stage == 0 and (size := floor.bytes(each)) <= room:
+            heapq.heappush(queue, (seconds + _outside(each, machine), number, 1, each, None))
+        elif stage == 1 and (size := _size(each, floor, execution, quick=True)) <= room:
             planned = _step(each, machine, execution)
             heapq.heappush(queue, (planned.total, number, 2, each, planned))
+        elif step and (size := _size(each, floor, execution, quick=len(done) >= count)) <= room:
+            done.add(family)
+            found.ranked.append((each, step, size))
+        else:
+            _note(found.too_large, family, each, size)
     if not found.ranked:
         least = min(size for _, size in found.too_large.values())
         raise ConfigError(
@@ -149,10 +143,9 @@ def family_of(config: Config) -> Family:
     return Family(dataclasses.astuple(config.mesh), pipeline)
 
 
-def _floor_bytes(config: Config) -> int:
-    """Bytes that a layout needs at least, whatever it keeps of a micro-batch."""
-    used = memory(config)
-    return used.state + used.compute_weights + (used.gradients if config.mesh.pipe > 1 else 0)
+def _size(config: Config, floor: MemoryFloor, execution: str, *, quick: bool) -> int:
+    """Bytes of a device; where they need a trace, `quick` takes their lower bound."""
+    return floor.bytes(config) if quick and is_traced(config) else peak_bytes(config, execution)
 
 
 def _outside(config: Config, machine: Machine) -> float:
@@ -169,7 +162,7 @@ def _note(noted: dict[Family, tuple[Config, int]], family: Family, each: Config,
 
 def _nearest(found: Found, count: int) -> list[tuple[Config, int]]:
     """Layouts that do not fit and need the least, of families that have no layout that fits."""
-    ranked = {family_of(each) for each, _ in found.ranked}
+    ranked = {family_of(each) for each, *_ in found.ranked}
     rest = [pair for family, pair in found.too_large.items() if family not in ranked]
     return sorted(rest, key=lambda pair: pair[1])[:count]
 
