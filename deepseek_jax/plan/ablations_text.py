@@ -76,8 +76,8 @@ def scaled(value: float) -> str:
 
 def _notes(compared: dict[str, Any]) -> Iterator[str]:
     tokens = scaled(compared["tokens"])
-    yield "Estimated. Each row changes one thing and keeps the batch and the number of GPUs; times and"
-    yield f"memory are those of asynchronous ranks. GPU h and price: {tokens} tokens, full batches, no stops."
+    yield "Estimated. Each row changes one thing and keeps the batch and the number of GPUs; times"
+    yield f"and memory are those of asynchronous ranks. GPU h, price: {tokens} tokens, no stops."
     yield "Exposed: seconds of a step in which the rank that waits most waits for messages. GiB: peak of a"
     yield "GPU. Cache: KB per token of a served model, in 16 bits, shown where it changes."
     for chip, machine in compared["machines"].items():

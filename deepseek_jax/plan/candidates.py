@@ -55,12 +55,18 @@ def candidates(config: Config, devices: int, machine: Machine) -> Iterator[Confi
                     continue
                 for recipe in recipes(config, machine.chip):
                     precision = dataclasses.replace(config.precision, recipe=recipe)
-                    for policy in POLICIES:
+                    for policy in _policies(config, mesh):
                         yield dataclasses.replace(
                             found,
                             precision=precision,
                             layout=dataclasses.replace(layout, recompute=policy),
                         )
+
+
+def _policies(config: Config, mesh: MeshConfig) -> tuple[str, ...]:
+    """Recompute policies; "none" without a pipeline, which keeps scores, only if the config's."""
+    own = config.layout.recompute == "none"
+    return POLICIES if own or mesh.pipe > 1 else POLICIES[1:]
 
 
 def _micro_batches(config: Config, mesh: MeshConfig) -> Iterator[int]:
