@@ -7,7 +7,13 @@ import dataclasses
 from typing import Any
 
 from deepseek_jax.config import Config
-from deepseek_jax.plan.device_memory import ACTIVATIONS, device_memory
+from deepseek_jax.plan.device_memory import (
+    ACTIVATIONS,
+    MESSAGES,
+    TEMPORARIES,
+    DeviceMemory,
+    device_memory,
+)
 from deepseek_jax.plan.memory import Memory, memory
 
 
@@ -30,11 +36,26 @@ class MemoryFloor:
         used = self._used[key]
         if config.mesh.pipe > 1:
             return used.state + used.compute_weights + used.gradients
-        policy = "report" if layout.recompute == "none" else layout.recompute
-        one = dataclasses.replace(layout, micro_batches_in_flight=1, recompute=policy)
-        found = device_memory(dataclasses.replace(config, layout=one))
-        kept = layout.micro_batches_in_flight * found.items[ACTIVATIONS]
+        kept = layout.micro_batches_in_flight * _closed_form(config).items[ACTIVATIONS]
         return used.state + used.compute_weights + kept
+
+
+def closed_form_bytes(config: Config) -> int:
+    """Peak bytes of a layout whose estimate needs a trace, without one.
+
+    Two micro-batches in flight take twice the activations and temporaries of one; what is kept
+    without recomputation beyond the report's is left out.
+    """
+    found = _closed_form(config)
+    again = sum(found.items[item] for item in (ACTIVATIONS, MESSAGES, TEMPORARIES))
+    return found.peak + (config.layout.micro_batches_in_flight - 1) * again
+
+
+def _closed_form(config: Config) -> DeviceMemory:
+    layout = config.layout
+    policy = "report" if layout.recompute == "none" else layout.recompute
+    one = dataclasses.replace(layout, micro_batches_in_flight=1, recompute=policy)
+    return device_memory(dataclasses.replace(config, layout=one))
 
 
 def is_traced(config: Config) -> bool:

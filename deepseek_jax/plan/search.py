@@ -17,7 +17,7 @@ from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.plan import machine_lookup, step_time
 from deepseek_jax.plan.candidates import candidates, overrides
 from deepseek_jax.plan.machine import Machine
-from deepseek_jax.plan.memory_floor import MemoryFloor, is_traced
+from deepseek_jax.plan.memory_floor import MemoryFloor, closed_form_bytes, is_traced
 from deepseek_jax.plan.peak import RESERVE_BYTES, peak_bytes, room_bytes
 from deepseek_jax.plan.step_time import StepTime
 from deepseek_jax.plan.time_bound import TimeBound
@@ -119,12 +119,12 @@ def _find(
             continue
         if stage == 0 and (size := floor.bytes(each)) <= room:
             heapq.heappush(queue, (seconds + _outside(each, machine), number, 1, each, None))
-        elif stage == 1 and (size := _size(each, floor, execution, quick=True)) <= room:
+        elif stage == 1 and (size := _size(each, execution)) <= room:
             planned = _step(each, machine, execution)
             heapq.heappush(queue, (planned.total, number, 2, each, planned))
-        elif step and (size := _size(each, floor, execution, quick=len(done) >= count)) <= room:
+        elif step:
             done.add(family)
-            found.ranked.append((each, step, size))
+            found.ranked.append((each, step, _size(each, execution)))
         else:
             _note(found.too_large, family, each, size)
     if not found.ranked:
@@ -143,9 +143,11 @@ def family_of(config: Config) -> Family:
     return Family(dataclasses.astuple(config.mesh), pipeline)
 
 
-def _size(config: Config, floor: MemoryFloor, execution: str, *, quick: bool) -> int:
-    """Bytes of a device; where they need a trace, `quick` takes their lower bound."""
-    return floor.bytes(config) if quick and is_traced(config) else peak_bytes(config, execution)
+def _size(config: Config, execution: str) -> int:
+    """Bytes of a device; of a layout whose residuals need a trace, those of its closed form."""
+    if not is_traced(config):
+        return peak_bytes(config, execution)
+    return closed_form_bytes(config)
 
 
 def _outside(config: Config, machine: Machine) -> float:
@@ -219,7 +221,7 @@ def _given(
     if math.prod(dataclasses.astuple(config.mesh)) != devices:
         return None
     try:
-        step, size = _step(config, machine, execution), peak_bytes(config, execution)
+        step, size = _step(config, machine, execution), _size(config, execution)
     except ConfigError:  # a format that the chip does not multiply
         return None
     row = _row(config, config, step, size)
