@@ -69,7 +69,7 @@ def _one_node(config: Config) -> Config:
 
 
 def _tensor(config: Config) -> Config:
-    """Ranks of tensor parallelism in the place of data-parallel GPUs, with as many tokens a rank."""
+    """Ranks of tensor parallelism in the place of data-parallel GPUs of a node."""
     mesh, batch = config.mesh, config.batch
     if mesh.tensor > 1 or mesh.gpu % TENSOR or batch.micro_sequences % TENSOR:
         return config
@@ -123,7 +123,7 @@ ABLATIONS = (
         "no tensor parallelism", f"{TENSOR} ranks", "sequences gathered over NVLink in each layer",
         _tensor, sequence_ranks=TENSOR,
     ),
-    Ablation("DualPipe", "1F1B", "messages wait, matmuls get all SMs, weights once", _schedule("1f1b")),
+    Ablation("DualPipe", "1F1B", "messages wait; all SMs for matmuls", _schedule("1f1b")),
     Ablation("DualPipe", "zero bubble", "the same with fewer bubbles", _schedule("zb1p")),
     Ablation("FP8", "BF16", "matmuls at half the peak, messages twice as long", _bfloat16),
     Ablation("recomputation", "none", "all activations are kept", _recompute("none")),

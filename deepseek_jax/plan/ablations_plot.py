@@ -1,4 +1,4 @@
-"""Plot of a comparison with ablations: extra step time and memory of each, in bars from the base."""
+"""Plot of a comparison with ablations: extra time and memory of each, in bars from the base."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -67,9 +67,8 @@ def _cells(row: dict[str, Any], found: dict[str, Any], base: dict[str, Any]) -> 
 
 def scaled(value: float) -> str:
     """Number with three digits, and K, M or T for thousands, millions or trillions."""
-    for size, letter in ((1e12, "T"), (1e6, "M"), (1e3, "K"), (1.0, "")):
-        if abs(value) >= size:
-            break
+    units = ((1e12, "T"), (1e6, "M"), (1e3, "K"), (1.0, ""))
+    size, letter = next((unit for unit in units if abs(value) >= unit[0]), units[-1])
     digits = max(0, 2 - len(str(int(value / size))) + 1)
     return f"{value / size:.{digits}f}{letter}"
 
@@ -78,8 +77,8 @@ def _notes(compared: dict[str, Any]) -> Iterator[str]:
     tokens = scaled(compared["tokens"])
     yield "Estimated. Each row changes one thing and keeps the batch and the number of GPUs; times"
     yield f"and memory are those of asynchronous ranks. GPU h, price: {tokens} tokens, no stops."
-    yield "Exposed: seconds of a step in which the rank that waits most waits for messages. GiB: peak of a"
-    yield "GPU. Cache: KB per token of a served model, in 16 bits, shown where it changes."
+    yield "Exposed: seconds of a step in which the rank that waits most waits for messages."
+    yield "GiB: peak of a GPU. Cache: KB per token of a served model, in 16 bits, shown where it changes."
     for chip, machine in compared["machines"].items():
         dollars = machine["dollars_per_hour"]
         price = "" if dollars is None else f", ${dollars:.2f} an hour"

@@ -32,7 +32,9 @@ def meshes(config: Config, devices: int, node: int) -> Iterator[MeshConfig]:
             continue
         inside = divisors(devices // tensor) if single else [node // tensor]
         for gpu in inside:
-            for pipe in divisors(devices // (gpu * tensor)) if devices % (gpu * tensor) == 0 else ():
+            for pipe in (
+                divisors(devices // (gpu * tensor)) if devices % (gpu * tensor) == 0 else ()
+            ):
                 rest = devices // (gpu * tensor * pipe)
                 for nodes in [1] if single else divisors(rest):
                     if pipe <= model.layers and model.experts % (nodes * gpu) == 0:

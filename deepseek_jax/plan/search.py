@@ -98,9 +98,7 @@ def search(
     }
 
 
-def _find(
-    config: Config, devices: int, machine: Machine, count: int, execution: str
-) -> Found:
+def _find(config: Config, devices: int, machine: Machine, count: int, execution: str) -> Found:
     """Best-first search; see the head of this file. `count` layouts are proposed, and more lose."""
     bound, room, order = TimeBound(machine, execution), room_bytes(machine.chip), itertools.count()
     queue: list[tuple[float, int, int, Config, StepTime | None]] = []
@@ -119,18 +117,18 @@ def _find(
             continue
         if stage == 0 and (size := floor.bytes(each)) <= room:
             heapq.heappush(queue, (seconds + _outside(each, machine), number, 1, each, None))
-        elif stage == 1 and (size := _size(each, execution)) <= room:
+        elif stage == 1 and (size := planned_bytes(each, execution)) <= room:
             planned = _step(each, machine, execution)
             heapq.heappush(queue, (planned.total, number, 2, each, planned))
         elif step:
             done.add(family)
-            found.ranked.append((each, step, _size(each, execution)))
+            found.ranked.append((each, step, planned_bytes(each, execution)))
         else:
             _note(found.too_large, family, each, size)
     if not found.ranked:
         least = min(size for _, size in found.too_large.values())
         raise ConfigError(
-            f"no layout of {devices} devices fits: the smallest found needs {least / 2**30:.1f} GiB "
+            f"no layout of {devices} devices fits: the smallest needs {least / 2**30:.1f} GiB "
             f"of a device, and a program may use {room / 2**30:.1f} GiB of {machine.chip.name}; "
             "use more devices"
         )
@@ -143,7 +141,7 @@ def family_of(config: Config) -> Family:
     return Family(dataclasses.astuple(config.mesh), pipeline)
 
 
-def _size(config: Config, execution: str) -> int:
+def planned_bytes(config: Config, execution: str) -> int:
     """Bytes of a device; of a layout whose residuals need a trace, those of its closed form."""
     if not is_traced(config):
         return peak_bytes(config, execution)
@@ -221,7 +219,7 @@ def _given(
     if math.prod(dataclasses.astuple(config.mesh)) != devices:
         return None
     try:
-        step, size = _step(config, machine, execution), _size(config, execution)
+        step, size = _step(config, machine, execution), planned_bytes(config, execution)
     except ConfigError:  # a format that the chip does not multiply
         return None
     row = _row(config, config, step, size)

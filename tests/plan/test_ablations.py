@@ -80,5 +80,5 @@ def test_picture(compared, tmp_path):
     assert width > 1000 and height > 700
     with pytest.raises(ConfigError, match="is a folder"):
         ablations_plot.draw(compared, "", tmp_path)
-    with pytest.raises(ConfigError, match="compare.nothing"):
+    with pytest.raises(ConfigError, match=r"compare\.nothing"):
         ablations_plot.draw(compared, "", tmp_path / "compare.nothing")

@@ -36,7 +36,7 @@ SMALL = with_(
 )  # fmt: skip
 
 
-def sample(config, devices, count=40):
+def sample(config, devices, count=12):
     found = list(candidates.candidates(config, devices, H800))
     return random.Random(0).sample(found, count)
 
@@ -96,7 +96,7 @@ def test_proposals_parse_as_they_are(found):
         parsed = configs.parse(config)
         assert dataclasses.asdict(parsed.mesh) == row["mesh"]
         assert parsed.layout.recompute == row["recompute"]
-        assert peak_bytes(parsed, "asynchronous") == row["peak_bytes"]
+        assert search.planned_bytes(parsed, "asynchronous") == row["peak_bytes"]
 
 
 def test_losers_say_why(found):
@@ -110,13 +110,13 @@ def test_losers_say_why(found):
 
 def test_nothing_fits():
     tiny = dataclasses.replace(H800.chip, hbm_bytes=2_200_000_000)
-    with pytest.raises(ConfigError, match="no layout of 16 devices fits: the smallest .* GiB"):
+    with pytest.raises(ConfigError, match="no layout of 16 devices fits: the smallest needs"):
         search.search(SMALL, 16, dataclasses.replace(H800, chip=tiny))
 
 
 def test_devices_that_split_nothing():
-    with pytest.raises(ConfigError, match="no layout of 7 devices passes"):
-        search.search(SMALL, 7, H800)
+    with pytest.raises(ConfigError, match="no layout of 11 devices passes"):
+        search.search(SMALL, 11, H800)
 
 
 def test_a_chip_without_fp8_is_given_bfloat16():
