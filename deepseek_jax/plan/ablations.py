@@ -26,7 +26,7 @@ EXECUTION = "asynchronous"
 
 
 @dataclasses.dataclass(frozen=True)
-class Ablation:
+class SwitchedOff:
     """An idea switched off.
 
     Attributes:
@@ -112,28 +112,28 @@ def _no_mtp(config: Config) -> Config:
     return replace(config, "model", mtp_depth=0)
 
 
-BASE = Ablation("base", "", "the config as it is")
+BASE = SwitchedOff("base", "", "the config as it is")
 ABLATIONS = (
-    Ablation("MLA", "MHA", "each head keeps its own keys and values", attention="mha"),
-    Ablation("MLA", "GQA, 8 key heads", "heads share keys and values in groups", attention="gqa"),
-    Ablation("node-limited routing", "any node", "a token is sent to more nodes", _any_node),
-    Ablation("two-hop dispatch", "flat", "a copy for each GPU crosses InfiniBand", _flat),
-    Ablation("experts over nodes", "one node", "NVLink alone; more experts on a GPU", _one_node),
-    Ablation(
+    SwitchedOff("MLA", "MHA", "each head keeps its own keys and values", attention="mha"),
+    SwitchedOff("MLA", "GQA, 8 key heads", "heads share keys and values in groups", attention="gqa"),
+    SwitchedOff("node-limited routing", "any node", "a token is sent to more nodes", _any_node),
+    SwitchedOff("two-hop dispatch", "flat", "a copy for each GPU crosses InfiniBand", _flat),
+    SwitchedOff("experts over nodes", "one node", "NVLink alone; more experts on a GPU", _one_node),
+    SwitchedOff(
         "no tensor parallelism", f"{TENSOR} ranks", "sequences gathered over NVLink in each layer",
         _tensor, sequence_ranks=TENSOR,
     ),
-    Ablation("DualPipe", "1F1B", "messages wait; all SMs for matmuls", _schedule("1f1b")),
-    Ablation("DualPipe", "zero bubble", "the same with fewer bubbles", _schedule("zb1p")),
-    Ablation("FP8", "BF16", "matmuls at half the peak, messages twice as long", _bfloat16),
-    Ablation("recomputation", "none", "all activations are kept", _recompute("none")),
-    Ablation("recomputation", "full", "forward runs twice, with messages", _recompute("full")),
-    Ablation("BF16 moments", "FP32", "twice the bytes of Adam's moments", _moments),
-    Ablation(
+    SwitchedOff("DualPipe", "1F1B", "messages wait; all SMs for matmuls", _schedule("1f1b")),
+    SwitchedOff("DualPipe", "zero bubble", "the same with fewer bubbles", _schedule("zb1p")),
+    SwitchedOff("FP8", "BF16", "matmuls at half the peak, messages twice as long", _bfloat16),
+    SwitchedOff("recomputation", "none", "all activations are kept", _recompute("none")),
+    SwitchedOff("recomputation", "full", "forward runs twice, with messages", _recompute("full")),
+    SwitchedOff("BF16 moments", "FP32", "twice the bytes of Adam's moments", _moments),
+    SwitchedOff(
         "balanced router", f"skewed {SKEW:g} x", "all wait for the fullest GPU",
         _skewed, imbalance=SKEW,
     ),
-    Ablation("MTP", "off", "one prediction of each token", _no_mtp),
+    SwitchedOff("MTP", "off", "one prediction of each token", _no_mtp),
 )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _machine(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _row(ablation: Ablation, config: Config, chips: dict[str, Any]) -> dict[str, Any]:
+def _row(ablation: SwitchedOff, config: Config, chips: dict[str, Any]) -> dict[str, Any]:
     return {
         "answer": ablation.answer,
         "instead": ablation.instead,
@@ -192,7 +192,7 @@ def _row(ablation: Ablation, config: Config, chips: dict[str, Any]) -> dict[str,
     }
 
 
-def _problem(ablation: Ablation, config: Config) -> str | None:
+def _problem(ablation: SwitchedOff, config: Config) -> str | None:
     """Reason why this project does not run a row."""
     changed = ablation.change(config)
     if ablation is not BASE and changed == config and ablation.attention == "mla":
@@ -214,7 +214,7 @@ _NOTHING: dict[str, Any] = dict.fromkeys(
 )  # fmt: skip
 
 
-def _or_problem(ablation: Ablation, config: Config, machine: Machine) -> dict[str, Any]:
+def _or_problem(ablation: SwitchedOff, config: Config, machine: Machine) -> dict[str, Any]:
     if ablation.change(config) == config and ablation.attention == "mla":
         return dict(_NOTHING)
     try:
@@ -223,7 +223,7 @@ def _or_problem(ablation: Ablation, config: Config, machine: Machine) -> dict[st
         return {**_NOTHING, "problem": str(error)}
 
 
-def _figures(ablation: Ablation, config: Config, machine: Machine) -> dict[str, Any]:
+def _figures(ablation: SwitchedOff, config: Config, machine: Machine) -> dict[str, Any]:
     """Figures of a row on a machine; the bubble and exposed messages of the rank with the most."""
     changed = ablation.change(config)
     machine = machine_lookup.with_messages(machine, changed)
@@ -250,7 +250,7 @@ def _figures(ablation: Ablation, config: Config, machine: Machine) -> dict[str, 
     }
 
 
-def _chunks(ablation: Ablation, changed: Config, machine: Machine) -> ChunkTimes:
+def _chunks(ablation: SwitchedOff, changed: Config, machine: Machine) -> ChunkTimes:
     """Times of chunks; sequence-parallel ranks are timed as devices with a part of a sequence."""
     ranks, mesh = ablation.sequence_ranks, changed.mesh
     if ranks > 1:

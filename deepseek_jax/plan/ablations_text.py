@@ -78,7 +78,7 @@ def _notes(compared: dict[str, Any]) -> Iterator[str]:
     yield "Estimated. Each row changes one thing and keeps the batch and the number of GPUs; times"
     yield f"and memory are those of asynchronous ranks. GPU h, price: {tokens} tokens, no stops."
     yield "Exposed: seconds of a step in which the rank that waits most waits for messages."
-    yield "GiB: peak of a GPU. Cache: KB per token of a served model, in 16 bits, shown where it changes."
+    yield "GiB: peak of a GPU. Cache: KB per token of a served model in 16 bits, where it changes."
     for chip, machine in compared["machines"].items():
         dollars = machine["dollars_per_hour"]
         price = "" if dollars is None else f", ${dollars:.2f} an hour"
