@@ -115,7 +115,7 @@ def _no_mtp(config: Config) -> Config:
 BASE = SwitchedOff("base", "", "the config as it is")
 ABLATIONS = (
     SwitchedOff("MLA", "MHA", "each head keeps its own keys and values", attention="mha"),
-    SwitchedOff("MLA", "GQA, 8 key heads", "heads share keys and values in groups", attention="gqa"),
+    SwitchedOff("MLA", "GQA, 8 key heads", "heads share keys and values", attention="gqa"),
     SwitchedOff("node-limited routing", "any node", "a token is sent to more nodes", _any_node),
     SwitchedOff("two-hop dispatch", "flat", "a copy for each GPU crosses InfiniBand", _flat),
     SwitchedOff("experts over nodes", "one node", "NVLink alone; more experts on a GPU", _one_node),
