@@ -7,17 +7,10 @@ that travel as they are and in FP8.
 """
 
 import dataclasses
-import math
 from typing import Any
 
-import jax
-from flax import nnx
-
-from deepseek_jax.aot import layer as one_layer
 from deepseek_jax.config import Config
-from deepseek_jax.model import execution
-from deepseek_jax.model.overlapped.layer_pass import LayerPass, block_modules, layer_weights
-from deepseek_jax.parallel.overlap import run_to_end
+from deepseek_jax.plan import residual_trace
 
 RECIPES = (("bfloat16", "compute"), ("bfloat16", "fp8"), ("fp8", "fp8"))  # and its dispatch
 CORE = 4  # rank of attention scores, which `recompute=none` keeps in every recipe
@@ -47,38 +40,27 @@ def kept_bytes(config: Config) -> dict[str, int]:
     Returns:
       Of attention scores as "scores", and of all others as "kept".
     """
-    how = dataclasses.replace(execution.of(config), in_flight=1)
-    graph, weights, rest = one_layer.abstract(config, how)
-
-    def residuals(weights: Any, rest: Any, x: jax.Array) -> list[jax.Array]:
-        block: Any = nnx.merge(graph, weights, rest)
-        layer = LayerPass(
-            how,
-            config.model.experts,
-            layer_weights(block_modules(block)),
-            recompute_all=how.remat.recompute_all,
-            resend=how.remat.resend,
-        )
-        forward = layer.forward(x)
-        run_to_end(forward.steps(shared=layer.weights["shared"] is not None))
-        return forward.result()[2].leaves
-
-    shape = 1, config.batch.length, config.model.d_model
-    x = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
-    leaves = jax.eval_shape(residuals, weights, rest, x)
     sizes = {"kept": 0, "scores": 0}
-    for leaf in leaves:
+    for leaf in residual_trace.of_layer_pass(_alone(config)):
         scores = leaf.ndim == CORE and leaf.shape[1] == config.model.heads
-        sizes["scores" if scores else "kept"] += math.prod(leaf.shape) * leaf.dtype.itemsize
+        sizes["scores" if scores else "kept"] += residual_trace.nbytes(leaf)
     return sizes
 
 
 def _with(config: Config, recompute: str, recipe: str, dispatch: str) -> Config:
-    """The config on one device, with a policy, a recipe and a payload of tokens."""
+    """The config with a policy, a recipe and a payload of tokens."""
+    return dataclasses.replace(
+        config,
+        layout=dataclasses.replace(config.layout, recompute=recompute),
+        precision=dataclasses.replace(config.precision, recipe=recipe, dispatch=dispatch),
+    )
+
+
+def _alone(config: Config) -> Config:
+    """The config with one sequence on one device."""
     one = dict.fromkeys(("pipe", "replica", "node", "gpu", "tensor"), 1)
     return dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, **one),
-        layout=dataclasses.replace(config.layout, recompute=recompute),
-        precision=dataclasses.replace(config.precision, recipe=recipe, dispatch=dispatch),
+        batch=dataclasses.replace(config.batch, micro_sequences=1),
     )

@@ -6,6 +6,7 @@ pipeline, so that the estimate equals the allocation.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -15,6 +16,7 @@ from deepseek_jax.config import Config, layers_per_stage
 from deepseek_jax.model.count import weights
 from deepseek_jax.parallel import mesh
 from deepseek_jax.parallel.pipeline import stage_assignment
+from deepseek_jax.precision.fp8_weights import Linear
 from deepseek_jax.precision.recipes import recipe
 
 COUNTERS = 2 * 4  # bytes of the step and of Adam's count, int32
@@ -74,7 +76,7 @@ def memory(config: Config) -> Memory:
     layout, float32 = mesh.layout(config), 4
     per_layer = layout.zero == 3
     rows = _stage_rows(config) if config.mesh.pipe > 1 else {}
-    prepared_bytes = recipe(config.precision.recipe).prepared_bytes
+    prepared_bytes = functools.partial(_prepared_bytes, config.precision.recipe)
     moment = jnp.dtype(config.optimizer.moments).itemsize
     stored = bias = compute = gradients = reduced = 0
     gathered: dict[str, int] = collections.defaultdict(int)
@@ -117,6 +119,14 @@ def memory(config: Config) -> Memory:
         counters=COUNTERS,
         ema_host=float32 * stored if config.optimizer.ema_decay else 0,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared_bytes(
+    name: str, shape: tuple[int, ...], *, sensitive: bool, linear: Linear | None
+) -> int:
+    """`Recipe.prepared_bytes` of a recipe, remembered: a search asks for the same shapes again."""
+    return recipe(name).prepared_bytes(shape, sensitive=sensitive, linear=linear)
 
 
 def _kind(path: str) -> str:

@@ -1,0 +1,145 @@
+"""Temporaries of the compiler: a model of what is live at the worst moment, with fitted counts.
+
+The worst moment is in the backward pass of an MoE layer, at its experts. Live are then
+
+- rows of the experts' slots: tokens, gate_up, SwiGLU and gradients of the three, and messages;
+- with overflow rounds, whose backward is a loop inside, more of them, and the sums over rounds of
+  the gradients of the experts' weights, in float32;
+- the residual stream, and queries, keys, values and outputs of the heads, which the recomputed
+  attention and its gradient wait for;
+- the dense layer's hidden rows, which XLA computes again before it needs them;
+- the gradient of the embedding, in float32.
+
+The shapes are those of the program. How many arrays of a shape are live at once is the scheduler's
+choice: the counts below are fitted to what XLA reports for the configs named beside them
+(jax 0.10.2), and hold for all others.
+"""
+
+import dataclasses
+
+from deepseek_jax.config import Config
+from deepseek_jax.model import remat
+from deepseek_jax.plan.activations import FLOAT32, DeviceShapes
+from deepseek_jax.train.last_stage import PARTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Arrays of each shape that are live at once, counted in the compute dtype.
+
+    Attributes:
+      rows: Arrays of the experts' slots with the model's width.
+      hidden: Arrays of the experts' slots with the width of gate_up.
+      stream: Arrays of the tokens with the model's width; one in float32 counts two.
+      heads: Arrays of the queries, keys, values and outputs of all heads.
+      dense: Arrays of a dense layer's gate_up.
+    """
+
+    rows: float
+    hidden: float
+    stream: float
+    heads: float
+    dense: float
+
+
+ONE_ROUND = Counts(rows=3, hidden=3, stream=20, heads=1, dense=1.5)  # fitted to v3_small
+ONE_ROUND_FP8 = Counts(2, 2, 8, 1, 0.75)  # fitted to v3_small in FP8, recompute report and full
+ROUNDS = Counts(rows=6, hidden=4.5, stream=20, heads=1, dense=1.5)  # fitted to v2_lite_16b
+SPACE = 0.9  # of the gradients of a chunk's other layers; fitted to v3_671b
+
+
+def messages(shapes: DeviceShapes) -> int:
+    """Bytes of the buffers of one message: what is sent over the last hop, and what arrives."""
+    if not shapes.hops:
+        return 0
+    parts, slots = shapes.hops[-1]
+    return 2 * parts * slots * shapes.activation * shapes.model.d_model
+
+
+def of_layer(config: Config, shapes: DeviceShapes) -> int:
+    """Bytes of the temporaries in backward of a stack of layers, messages included."""
+    model, size = shapes.model, shapes.activation
+    counts = _counts(shapes)
+    total = _at_experts(config, shapes, counts)
+    if model.dense_layers:
+        total += counts.dense * shapes.dense_tokens * 2 * shapes.dense_width * size
+    total += table_gradient(shapes)
+    return int(total * config.layout.micro_batches_in_flight)
+
+
+def _counts(shapes: DeviceShapes) -> Counts:
+    one_round = ONE_ROUND_FP8 if shapes.fp8 else ONE_ROUND
+    return one_round if shapes.complete else ROUNDS
+
+
+def _at_experts(config: Config, shapes: DeviceShapes, counts: Counts) -> float:
+    """Bytes of the rows and tokens of a layer in backward, at its experts."""
+    model = shapes.model
+    heads = 2 * shapes.heads * (model.d_nope + model.d_rope + model.d_value)
+    rows = counts.rows * model.d_model + counts.hidden * 2 * shapes.expert_width
+    tokens = counts.stream * model.d_model + counts.heads * heads
+    total = shapes.activation * (shapes.slots * rows + shapes.tokens * tokens)
+    if keeps_all(config):  # nothing is computed again: half of the arrays
+        total /= 2
+    return total if shapes.complete else total + FLOAT32 * expert_weights(shapes)
+
+
+def table_gradient(shapes: DeviceShapes) -> int:
+    """Bytes of the gradient of the embedding's or the head's table, in float32."""
+    return FLOAT32 * shapes.vocab * shapes.model.d_model
+
+
+def keeps_all(config: Config) -> bool:
+    """Whether a layer computes nothing again in backward."""
+    policy = remat.BY_NAME[config.layout.recompute]
+    return policy.matmuls and config.layout.zero < 3 and config.mesh.pipe == 1
+
+
+def expert_weights(shapes: DeviceShapes) -> int:
+    """Numbers in the weights of a layer's routed experts on this device."""
+    return 3 * shapes.experts * shapes.model.d_model * shapes.expert_width
+
+
+def of_head(config: Config, shapes: DeviceShapes) -> int:
+    """Bytes of a chunk's logits and their gradient, of the table's gradient, and of the rows."""
+    model = shapes.model
+    rows = (1 + model.mtp_depth) * shapes.tokens
+    chunk = min(config.layout.loss_chunk, rows) * shapes.vocab_shares
+    logits = chunk * shapes.vocab * (2 * FLOAT32 + shapes.activation)
+    return logits + 2 * table_gradient(shapes) + 3 * rows * model.d_model * shapes.activation
+
+
+def of_tick(
+    config: Config, shapes: DeviceShapes, layers: int, kept: int, layer_gradients: int
+) -> int:
+    """Bytes of the temporaries of a pipeline's tick, messages included.
+
+    Backward first reads all that its chunk kept, because writes to the pools wait for it; what
+    forward keeps goes into the pools at once. Gradients of weights are made in float32, layer by
+    layer, and added to their sums; XLA's assignment leaves space between these large buffers.
+
+    Args:
+      layers: Layer slots of a chunk.
+      kept: Bytes that a chunk keeps of one micro-batch.
+      layer_gradients: Bytes of the gradients of one layer's weights, in float32.
+    """
+    space = SPACE * (layers - 1) * layer_gradients
+    return int(kept + _at_experts(config, shapes, _counts(shapes)) + space)
+
+
+def of_last_stage(config: Config, shapes: DeviceShapes, module: int) -> int:
+    """Bytes of the temporaries of a pipeline's end, messages included.
+
+    Backward of an MTP module overlaps with the head before it: live are the gradients of the table
+    from both heads, their sum and that of the embedding, and one part's logits and their gradient.
+
+    Args:
+      module: Bytes that the MTP modules keep of one micro-batch.
+    """
+    part = max(min(config.layout.loss_chunk, shapes.tokens // PARTS), 1) * shapes.vocab_shares
+    logits = part * shapes.vocab * (FLOAT32 + shapes.activation)
+    ends = module + logits + 4 * table_gradient(shapes)
+    if not shapes.model.mtp_depth:
+        return ends
+    counts = dataclasses.replace(_counts(shapes), hidden=3)  # no forward chunk beside it
+    return int(ends + _at_experts(config, shapes, counts))

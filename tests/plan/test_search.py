@@ -1,0 +1,123 @@
+"""`plan --search`: bounds hold, proposals fit and parse, losers say why."""
+
+import dataclasses
+import importlib
+import random
+
+import pytest
+from all_configs import load
+
+from deepseek_jax import config as configs
+from deepseek_jax.config import ConfigError
+from deepseek_jax.plan import candidates, machine_lookup, search, search_text, step_time
+from deepseek_jax.plan.memory_floor import MemoryFloor, is_traced
+from deepseek_jax.plan.peak import peak_bytes
+from deepseek_jax.plan.time_bound import TimeBound
+
+H800 = machine_lookup.find("h800")
+
+
+def with_(config, **sections):
+    for name, keys in sections.items():
+        part = dataclasses.replace(getattr(config, name), **keys)
+        config = dataclasses.replace(config, **{name: part})
+    return config
+
+
+# V3's shape at a hundredth: two nodes, and no search tries a policy that needs a trace.
+SMALL = with_(
+    load("v3_671b"),
+    model=dict(
+        layers=8, dense_layers=1, d_model=1024, d_dense=2048, heads=8, vocab=4096, experts=32,
+        d_expert=512, q_latent=256, kv_latent=128,
+    ),
+    mesh=dict(pipe=4, replica=1, node=1, gpu=4),
+    batch=dict(sequences=512, ramp_sequences=512, micro_sequences=16),
+)  # fmt: skip
+
+
+def sample(config, devices, count=12):
+    found = list(candidates.candidates(config, devices, H800))
+    return random.Random(0).sample(found, count)
+
+
+@pytest.mark.parametrize("execution", search.EXECUTIONS)
+def test_no_step_is_shorter_than_its_bound(execution):
+    bound = TimeBound(H800, execution)
+    for config in sample(SMALL, 16):
+        machine = machine_lookup.with_messages(H800, config)
+        planned = step_time.step_time(step_time.times(config, machine), execution)
+        assert 0 < bound.seconds(config) <= planned.pipeline * (1 + 1e-9)
+
+
+def test_no_memory_is_smaller_than_its_floor():
+    floor = MemoryFloor()
+    for config in sample(SMALL, 16):
+        if not is_traced(config):
+            assert 0 < floor.bytes(config) <= peak_bytes(config, "asynchronous")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search.search(SMALL, 16, H800, execution="asynchronous")
+
+
+def test_the_fastest_that_fit_are_proposed(found):
+    """Against every candidate that does not need a trace, timed one by one."""
+    best = {}
+    for config in candidates.candidates(SMALL, 16, H800):
+        if config.mesh.pipe == 1 or config.layout.recompute != "report":
+            continue
+        machine = machine_lookup.with_messages(H800, config)
+        seconds = step_time.step_time(step_time.times(config, machine)).total
+        family = search.family_of(config)
+        best[family] = min(best.get(family, seconds), seconds)
+    rows = found["proposed"] + found["slower"]
+    times = [row["seconds"] for row in rows]
+    assert times == sorted(times) and len(times) == 3 + search.SLOWER
+    staged = [row for row in rows if row["pipeline"]]
+    for row in staged:
+        family = search.Family(tuple(row["mesh"].values()), row["pipeline"])
+        assert row["seconds"] <= best.pop(family) * (1 + 1e-9)
+    assert all(seconds >= times[-1] for seconds in best.values() if not staged)
+    assert all(row["peak_bytes"] <= found["room_bytes"] for row in rows)
+
+
+def test_proposals_parse_as_they_are(found):
+    base = importlib.import_module("configs.v3_671b").get_config()
+    for section in ("model", "mesh", "batch"):
+        base[section].update(dataclasses.asdict(getattr(SMALL, section)))
+    for row in found["proposed"]:
+        config = base.copy_and_resolve_references()
+        for flag in row["overrides"]:
+            key, _, value = flag.removeprefix("--config.").partition("=")
+            section, name = key.split(".")
+            config[section][name] = type(config[section][name])(value)
+        parsed = configs.parse(config)
+        assert dataclasses.asdict(parsed.mesh) == row["mesh"]
+        assert parsed.layout.recompute == row["recompute"]
+        assert search.planned_bytes(parsed, "asynchronous") == row["peak_bytes"]
+
+
+def test_losers_say_why(found):
+    for row in found["slower"]:
+        parts = dict(row["behind"])
+        assert parts.pop("total") == pytest.approx(sum(parts.values()))
+    shown = search_text.text(found)
+    assert "s slower" in shown and "--config." in shown
+    assert f"{found['given']['seconds']:.4g} s" in shown
+
+
+def test_nothing_fits():
+    tiny = dataclasses.replace(H800.chip, hbm_bytes=2_200_000_000)
+    with pytest.raises(ConfigError, match="no layout of 16 devices fits: the smallest needs"):
+        search.search(SMALL, 16, dataclasses.replace(H800, chip=tiny))
+
+
+def test_devices_that_split_nothing():
+    with pytest.raises(ConfigError, match="no layout of 11 devices passes"):
+        search.search(SMALL, 11, H800)
+
+
+def test_a_chip_without_fp8_is_given_bfloat16():
+    assert candidates.recipes(SMALL, machine_lookup.find("a100").chip) == ("bfloat16",)
