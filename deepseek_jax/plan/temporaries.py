@@ -24,7 +24,7 @@ from deepseek_jax.train.last_stage import PARTS
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts:
+class LiveArrays:
     """Arrays of each shape that are live at once, counted in the compute dtype.
 
     Attributes:
@@ -42,9 +42,9 @@ class Counts:
     dense: float
 
 
-ONE_ROUND = Counts(rows=3, hidden=3, stream=20, heads=1, dense=1.5)  # fitted to v3_small
-ONE_ROUND_FP8 = Counts(2, 2, 8, 1, 0.75)  # fitted to v3_small in FP8, recompute report and full
-ROUNDS = Counts(rows=6, hidden=4.5, stream=20, heads=1, dense=1.5)  # fitted to v2_lite_16b
+ONE_ROUND = LiveArrays(rows=3, hidden=3, stream=20, heads=1, dense=1.5)  # fitted to v3_small
+ONE_ROUND_FP8 = LiveArrays(2, 2, 8, 1, 0.75)  # fitted to v3_small in FP8, recompute report and full
+ROUNDS = LiveArrays(rows=6, hidden=4.5, stream=20, heads=1, dense=1.5)  # fitted to v2_lite_16b
 SPACE = 0.9  # of the gradients of a chunk's other layers; fitted to v3_671b
 
 
@@ -67,12 +67,12 @@ def of_layer(config: Config, shapes: DeviceShapes) -> int:
     return int(total * config.layout.micro_batches_in_flight)
 
 
-def _counts(shapes: DeviceShapes) -> Counts:
+def _counts(shapes: DeviceShapes) -> LiveArrays:
     one_round = ONE_ROUND_FP8 if shapes.fp8 else ONE_ROUND
     return one_round if shapes.complete else ROUNDS
 
 
-def _at_experts(config: Config, shapes: DeviceShapes, counts: Counts) -> float:
+def _at_experts(config: Config, shapes: DeviceShapes, counts: LiveArrays) -> float:
     """Bytes of the rows and tokens of a layer in backward, at its experts."""
     model = shapes.model
     heads = 2 * shapes.heads * (model.d_nope + model.d_rope + model.d_value)
