@@ -7,6 +7,7 @@ The worst moment is in the backward pass of an MoE layer, at its experts. Live a
   the gradients of the experts' weights, in float32;
 - the residual stream, and queries, keys, values and outputs of the heads, which the recomputed
   attention and its gradient wait for;
+- scores of one block of queries and their gradient, where no kernel computes attention;
 - the dense layer's hidden rows, which XLA computes again before it needs them;
 - the gradient of the embedding, in float32.
 
@@ -79,6 +80,9 @@ def _at_experts(config: Config, shapes: DeviceShapes, counts: LiveArrays) -> flo
     rows = counts.rows * model.d_model + counts.hidden * 2 * shapes.expert_width
     tokens = counts.stream * model.d_model + counts.heads * heads
     total = shapes.activation * (shapes.slots * rows + shapes.tokens * tokens)
+    if not shapes.attention_kernel:  # scores of a block of queries, and their gradient
+        block = min(shapes.attention_block, shapes.length)
+        total += 2 * FLOAT32 * shapes.sequences * shapes.heads * block * shapes.length
     if keeps_all(config):  # nothing is computed again: half of the arrays
         total /= 2
     return total if shapes.complete else total + FLOAT32 * expert_weights(shapes)
