@@ -195,11 +195,11 @@ def _staged_moments(
         ACTIVATIONS: slots["kept"] * chunk + passing,
         DEFERRED: deferred,
     }
-    rows, made = temporaries.messages(shapes), _layer_gradients(config)
-    tick = temporaries.of_tick(config, shapes, layers, chunk, made)
-    end = temporaries.of_last_stage(
-        config, shapes, config.model.mtp_depth * _kept_at_the_end(config)
-    )
+    rows = temporaries.messages(shapes)
+    space = temporaries.space_between(layers, _layer_gradients(config))
+    tick = temporaries.of_tick(config, shapes, chunk, space)
+    module = config.model.mtp_depth * _kept_at_the_end(config)
+    end = temporaries.of_last_stage(config, shapes, module, space)
     return {
         "a tick": {**carried, MESSAGES: rows, TEMPORARIES: tick - rows},
         "the last stage": {**carried, MESSAGES: rows, TEMPORARIES: end - rows},

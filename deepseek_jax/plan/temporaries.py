@@ -7,6 +7,7 @@ The worst moment is in the backward pass of an MoE layer, at its experts. Live a
   the gradients of the experts' weights, in float32;
 - the residual stream, and queries, keys, values and outputs of the heads, which the recomputed
   attention and its gradient wait for;
+- scores of one block of queries and their gradient, where no kernel computes attention;
 - the dense layer's hidden rows, which XLA computes again before it needs them;
 - the gradient of the embedding, in float32.
 
@@ -24,7 +25,7 @@ from deepseek_jax.train.last_stage import PARTS
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts:
+class LiveArrays:
     """Arrays of each shape that are live at once, counted in the compute dtype.
 
     Attributes:
@@ -42,10 +43,10 @@ class Counts:
     dense: float
 
 
-ONE_ROUND = Counts(rows=3, hidden=3, stream=20, heads=1, dense=1.5)  # fitted to v3_small
-ONE_ROUND_FP8 = Counts(2, 2, 8, 1, 0.75)  # fitted to v3_small in FP8, recompute report and full
-ROUNDS = Counts(rows=6, hidden=4.5, stream=20, heads=1, dense=1.5)  # fitted to v2_lite_16b
-SPACE = 0.9  # of the gradients of a chunk's other layers; fitted to v3_671b
+ONE_ROUND = LiveArrays(rows=3, hidden=3, stream=20, heads=1, dense=1.5)  # fitted to v3_small
+ONE_ROUND_FP8 = LiveArrays(2, 2, 8, 1, 0.75)  # fitted to v3_small in FP8, recompute report and full
+ROUNDS = LiveArrays(rows=6, hidden=4.5, stream=20, heads=1, dense=1.5)  # fitted to v2_lite_16b
+SPACE = 0.75  # of the gradients of a chunk's other layers; fitted to v3_671b
 
 
 def messages(shapes: DeviceShapes) -> int:
@@ -67,18 +68,21 @@ def of_layer(config: Config, shapes: DeviceShapes) -> int:
     return int(total * config.layout.micro_batches_in_flight)
 
 
-def _counts(shapes: DeviceShapes) -> Counts:
+def _counts(shapes: DeviceShapes) -> LiveArrays:
     one_round = ONE_ROUND_FP8 if shapes.fp8 else ONE_ROUND
     return one_round if shapes.complete else ROUNDS
 
 
-def _at_experts(config: Config, shapes: DeviceShapes, counts: Counts) -> float:
+def _at_experts(config: Config, shapes: DeviceShapes, counts: LiveArrays) -> float:
     """Bytes of the rows and tokens of a layer in backward, at its experts."""
     model = shapes.model
     heads = 2 * shapes.heads * (model.d_nope + model.d_rope + model.d_value)
     rows = counts.rows * model.d_model + counts.hidden * 2 * shapes.expert_width
     tokens = counts.stream * model.d_model + counts.heads * heads
     total = shapes.activation * (shapes.slots * rows + shapes.tokens * tokens)
+    if not shapes.attention_kernel:  # scores of a block of queries, and their gradient
+        block = min(shapes.attention_block, shapes.length)
+        total += 2 * FLOAT32 * shapes.sequences * shapes.heads * block * shapes.length
     if keeps_all(config):  # nothing is computed again: half of the arrays
         total /= 2
     return total if shapes.complete else total + FLOAT32 * expert_weights(shapes)
@@ -109,25 +113,20 @@ def of_head(config: Config, shapes: DeviceShapes) -> int:
     return logits + 2 * table_gradient(shapes) + 3 * rows * model.d_model * shapes.activation
 
 
-def of_tick(
-    config: Config, shapes: DeviceShapes, layers: int, kept: int, layer_gradients: int
-) -> int:
+def of_tick(config: Config, shapes: DeviceShapes, kept: int, space: int) -> int:
     """Bytes of the temporaries of a pipeline's tick, messages included.
 
     Backward first reads all that its chunk kept, because writes to the pools wait for it; what
-    forward keeps goes into the pools at once. Gradients of weights are made in float32, layer by
-    layer, and added to their sums; XLA's assignment leaves space between these large buffers.
+    forward keeps goes into the pools at once.
 
     Args:
-      layers: Layer slots of a chunk.
       kept: Bytes that a chunk keeps of one micro-batch.
-      layer_gradients: Bytes of the gradients of one layer's weights, in float32.
+      space: Result of `space_between`.
     """
-    space = SPACE * (layers - 1) * layer_gradients
     return int(kept + _at_experts(config, shapes, _counts(shapes)) + space)
 
 
-def of_last_stage(config: Config, shapes: DeviceShapes, module: int) -> int:
+def of_last_stage(config: Config, shapes: DeviceShapes, module: int, space: int) -> int:
     """Bytes of the temporaries of a pipeline's end, messages included.
 
     Backward of an MTP module overlaps with the head before it: live are the gradients of the table
@@ -135,11 +134,25 @@ def of_last_stage(config: Config, shapes: DeviceShapes, module: int) -> int:
 
     Args:
       module: Bytes that the MTP modules keep of one micro-batch.
+      space: Result of `space_between`.
     """
     part = max(min(config.layout.loss_chunk, shapes.tokens // PARTS), 1) * shapes.vocab_shares
     logits = part * shapes.vocab * (FLOAT32 + shapes.activation)
-    ends = module + logits + 4 * table_gradient(shapes)
+    ends = module + logits + 4 * table_gradient(shapes) + space
     if not shapes.model.mtp_depth:
         return ends
     counts = dataclasses.replace(_counts(shapes), hidden=3)  # no forward chunk beside it
     return int(ends + _at_experts(config, shapes, counts))
+
+
+def space_between(layers: int, layer_gradients: int) -> int:
+    """Bytes between buffers that the assignment of a pipelined program leaves unused.
+
+    A tick makes the gradients of its layers' weights in float32, layer by layer. Space that these
+    buffers had is too small for some of those that are live later.
+
+    Args:
+      layers: Layer slots of a chunk.
+      layer_gradients: Bytes of the gradients of one layer's weights, in float32.
+    """
+    return int(SPACE * (layers - 1) * layer_gradients)
