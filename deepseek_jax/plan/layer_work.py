@@ -128,13 +128,23 @@ def layer_work(shape: DeviceShare, *, dense: bool) -> LayerWork:
     if shape.config.layout.recompute == "full":
         attention = {**attention, INPUTS: attention[INPUTS] + attention[FORWARD]}
         feed = {**feed, INPUTS: feed[INPUTS] + feed[FORWARD]}
-    sent = exchanges(shape.config, shape.tokens)
+    sent = _exchanges(shape)
     return LayerWork(
         attention=attention,
         feed=feed,
         messages={FORWARD: (), INPUTS: (), WEIGHTS: ()} if dense else sent,
         tensor=_inside(shape, dense),
     )
+
+
+def _exchanges(shape: DeviceShare) -> dict[Work, tuple[Message, ...]]:
+    """Messages to experts; those of the last hop end at the fullest device."""
+    flat = shape.config.layout.dispatch == "flat"
+    slow, fast = shape.imbalance if flat else 1.0, shape.imbalance
+    return {
+        phase: tuple(Message(m.name, slow * m.slow_bytes, fast * m.fast_bytes) for m in sent)
+        for phase, sent in exchanges(shape.config, shape.tokens).items()
+    }
 
 
 def _inside(shape: DeviceShare, dense: bool) -> dict[Work, tuple[Message, ...]]:

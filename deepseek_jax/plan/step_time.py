@@ -8,12 +8,14 @@ wait for the slowest; heads and loss follow in every other tick.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
+from typing import Any
 
 from deepseek_jax.config import Config, layers_per_stage, stage_count
 from deepseek_jax.model.flops import training_flops_per_token
-from deepseek_jax.parallel.pipeline import lockstep
+from deepseek_jax.parallel.pipeline import lockstep, one_f_one_b
 from deepseek_jax.parallel.pipeline import schedule as schedules
 from deepseek_jax.parallel.pipeline.schedule import Schedule, Step, Work
 from deepseek_jax.parallel.pipeline.timeline import simulate
@@ -94,29 +96,38 @@ class StepTime:
 
 @dataclasses.dataclass(frozen=True)
 class StageCosts:
-    """Costs of steps by the chunks of their stages."""
+    """Costs of steps by the chunks of their stages.
+
+    Attributes:
+      chunks: Chunk of each stage.
+      found: Seconds of the steps asked for before, whole and exposed.
+    """
 
     chunks: tuple[Chunk, ...]
+    found: dict[tuple[Any, ...], tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def of(self, step: Step) -> float:
         """Seconds of a step."""
-        if len(step) > 1:
-            return forward_and_backward(
-                self.chunks[step[0].stage], self.chunks[step[1].stage]
-            ).total
-        chunk, work = self.chunks[step[0].stage], step[0].work
-        if work is Work.BACKWARD:
-            return chunk.alone(INPUTS) + chunk.alone(WEIGHTS)
-        return chunk.alone(work)
+        return self._seconds(step)[0]
 
     def exposed(self, step: Step) -> float:
         """Seconds of a step in which the rank waits for messages."""
-        if len(step) > 1:
-            both = forward_and_backward(self.chunks[step[0].stage], self.chunks[step[1].stage])
-            return both.exposed + both.synchronisation
+        return self._seconds(step)[1]
+
+    def _seconds(self, step: Step) -> tuple[float, float]:
+        key = tuple((task.work, task.stage) for task in step)
+        if key not in self.found:
+            self.found[key] = self._computed(step)
+        return self.found[key]
+
+    def _computed(self, step: Step) -> tuple[float, float]:
         chunk, work = self.chunks[step[0].stage], step[0].work
+        if len(step) > 1:
+            both = forward_and_backward(chunk, self.chunks[step[1].stage])
+            return both.total, both.exposed + both.synchronisation
         works = (INPUTS, WEIGHTS) if work is Work.BACKWARD else (work,)
-        return sum(chunk.exposed_alone(each) for each in works)
+        exposed = sum(chunk.exposed_alone(each) for each in works)
+        return sum(chunk.alone(each) for each in works), exposed
 
 
 def times(
@@ -139,7 +150,9 @@ def step_time(chunks: ChunkTimes, execution: str = "asynchronous") -> StepTime:
     config = chunks.config
     if config.mesh.pipe == 1:
         ranks, seconds, execution = (*_one_stage(chunks), "one stage")
-    elif execution == "lockstep" and config.layout.pipeline != "1f1b":
+    elif execution == "lockstep" and config.layout.pipeline == "1f1b":
+        ranks, seconds = _lockstep_one_way(chunks)
+    elif execution == "lockstep":
         ranks, seconds = _lockstep(chunks)
     else:
         ranks, seconds = _asynchronous(chunks, config.layout.pipeline)
@@ -181,9 +194,12 @@ def build(config: Config, kind: str) -> Schedule:
     """
     many, ranks = micro_batches(config), config.mesh.pipe
     least = 2 * ranks if kind.startswith("dualpipe") else 1
-    return schedules.BY_NAME[kind](
-        ranks, max(least, many + (many % 2 if kind == "dualpipe" else 0))
-    )
+    return _built(kind, ranks, max(least, many + (many % 2 if kind == "dualpipe" else 0)))
+
+
+@functools.lru_cache(maxsize=64)
+def _built(kind: str, ranks: int, many: int) -> Schedule:
+    return schedules.BY_NAME[kind](ranks, many)
 
 
 def _asynchronous(chunks: ChunkTimes, kind: str) -> tuple[tuple[RankTime, ...], float]:
@@ -210,14 +226,16 @@ def _asynchronous(chunks: ChunkTimes, kind: str) -> tuple[tuple[RankTime, ...], 
 
 def hop_seconds(chunks: ChunkTimes) -> float:
     """Seconds in which a micro-batch's activations reach the next pipeline rank."""
-    size = 2 * chunks.shape.tokens * chunks.config.model.d_model
-    return size / chunks.machine.network.between_bytes_per_s
+    size, links = 2 * chunks.shape.tokens * chunks.config.model.d_model, chunks.machine.network
+    inside = math.prod(dataclasses.astuple(chunks.config.mesh)) <= links.gpus_per_node
+    return size / (links.inside_bytes_per_s if inside else links.between_bytes_per_s)
 
 
 def _lockstep(chunks: ChunkTimes) -> tuple[tuple[RankTime, ...], float]:
     config = chunks.config
     built = build(config, config.layout.pipeline)
-    tables = lockstep.lockstep(built, config.layout.defer_weight_gradients)
+    defer = config.layout.defer_weight_gradients
+    ticks = _ticks(built.kind, built.ranks, built.micro_batches, defer)
     counts = layers_per_stage(config.model.layers, built.stages, config.layout.stage_layers)
     full = chunks.chunk((0, max(counts)))
     tick = forward_and_backward(full, full)
@@ -227,11 +245,35 @@ def _lockstep(chunks: ChunkTimes) -> tuple[tuple[RankTime, ...], float]:
     ).total  # MTP's messages under the heads
     hop = hop_seconds(chunks)
     busy = 3 * built.micro_batches * built.stages / built.ranks  # F, I and W of every chunk
-    total = tables.count * (tick.total + hop) + micro_batches(config) / 2 * last
+    total = ticks * (tick.total + hop) + micro_batches(config) / 2 * last
     useful = busy / 3 * tick.total
-    exposed = tables.count * (tick.exposed + tick.synchronisation + hop)
+    exposed = ticks * (tick.exposed + tick.synchronisation + hop)
     rank = RankTime(0.0, 0.0, 0.0, useful, exposed, total - useful)
     return (rank,) * built.ranks, total
+
+
+@functools.lru_cache(maxsize=256)
+def _ticks(kind: str, ranks: int, many: int, defer: bool) -> int:
+    """Ticks of a step in lockstep."""
+    return lockstep.lockstep(_built(kind, ranks, many), defer).count
+
+
+def _lockstep_one_way(chunks: ChunkTimes) -> tuple[tuple[RankTime, ...], float]:
+    """1F1B in lockstep: a forward and then a backward in every tick, and the heads in each."""
+    config, ranks = chunks.config, chunks.config.mesh.pipe
+    counts = layers_per_stage(config.model.layers, ranks, config.layout.stage_layers)
+    full = chunks.chunk((0, max(counts)))
+    ends = chunks.chunk((0, 0), ("embedding", "heads"))
+    many, phases = micro_batches(config), (FORWARD, INPUTS, WEIGHTS)
+    ticks = one_f_one_b.OneFOneB(ranks, skip=False).ticks(many)
+    last = overlapped([(ends, phase) for phase in phases]).total
+    hop = 2 * hop_seconds(chunks)
+    useful = many * sum(full.alone(phase) for phase in phases)
+    total = ticks * (useful / many + hop) + many * last
+    exposed = ticks * (sum(full.exposed_alone(phase) for phase in phases) + hop)
+    forward = many * full.alone(FORWARD)
+    rank = RankTime(forward, useful - forward, 0.0, 0.0, exposed, total - useful)
+    return (rank,) * ranks, total
 
 
 def _one_stage(chunks: ChunkTimes) -> tuple[tuple[RankTime, ...], float]:
