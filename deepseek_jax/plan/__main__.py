@@ -1,10 +1,15 @@
 """Planner: cost of a layout without running it.
 
 python -m deepseek_jax.plan --config=FILE [--devices=N] [--json]
-    Parameters, operations and memory of a config, estimated.
+    Parameters, operations and memory of a config, estimated; --picture=FILE draws the memory.
 python -m deepseek_jax.plan --config=FILE --hardware=h800 [--price=2] [--imbalance=1.2]
     The same, and the time of a step by rank, layer and link, with throughput, days and money, and
-    the error of these estimates on published systems. KIND is a chip's name or a TOML file.
+    the error of these estimates on published systems. --hardware is a chip's name or a TOML file;
+    --measured=FILE takes efficiencies from `bench layer --out=FILE`.
+python -m deepseek_jax.plan --config=FILE --compare [--hardware=h800,h100] [--picture=ideas.png]
+    The same model with each idea of the report switched off: time, memory, money on each machine.
+python -m deepseek_jax.plan --config=FILE --search --devices=N --hardware=h800 [--execution=KIND]
+    The fastest layouts that fit, with the flags that start them, and why the next ones lose.
 python -m deepseek_jax.plan schedule --pipe=8 --micro_batches=20 [--kind=dualpipe] [--json]
     A pipeline schedule with its bubbles beside those of other kinds; draws it into --picture.
 python -m deepseek_jax.plan step --config=FILE [--costs=costs.pbtxt] [--json]
@@ -24,13 +29,21 @@ from deepseek_jax import command, config_file
 from deepseek_jax.aot import pipelined_step
 from deepseek_jax.config import Config, ConfigError, parse
 from deepseek_jax.plan import (
+    ablations,
+    ablations_plot,
+    ablations_text,
     compare_schedules,
+    device_memory,
     layout_report,
     machine_lookup,
     measured,
+    memory_plot,
+    memory_text,
     published_steps,
     published_trace,
     schedule_plot,
+    search,
+    search_text,
     time_report,
     time_text,
 )
@@ -45,7 +58,12 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 PIPE = flags.DEFINE_integer("pipe", None, "schedule: ranks of the pipeline, as mesh.pipe.")
 MICRO = flags.DEFINE_integer("micro_batches", None, "schedule: micro-batches of a step.")
 KIND = flags.DEFINE_string("kind", "dualpipe", "schedule: 1f1b, zb1p, dualpipe or dualpipev.")
-PICTURE = flags.DEFINE_string("picture", "schedule.png", "schedule: path of the plot; '' for none.")
+PICTURE = flags.DEFINE_string(
+    "picture",
+    None,
+    "Path of the plot: of the schedule ('' for none; default schedule.png), of --compare, or of "
+    "the memory of a config.",
+)
 COSTS = flags.DEFINE_string("costs", "", "step: path to write the instruction costs to.")
 HARDWARE = flags.DEFINE_string(
     "hardware", None, "Machine: h800, h100 and others, or a TOML file; adds times to the plan."
@@ -61,13 +79,35 @@ IMBALANCE = flags.DEFINE_float(
     lower_bound=1.0,
 )  # fmt: skip
 
+COMPARE = flags.DEFINE_bool("compare", False, "Switch each idea of the report off, one at a time.")
+SEARCH = flags.DEFINE_bool("search", False, "Search layouts of --devices on --hardware.")
+EXECUTION = flags.DEFINE_enum(
+    "execution",
+    "lockstep",
+    search.EXECUTIONS,
+    "search: times as this project's executor runs, or of asynchronous ranks.",
+)
+
 # Name on the command line, empty for the plan of a config -> its flags.
 FLAGS_OF = {
-    "": ("config", "devices", "hardware", "price", "measured", "imbalance"),
+    "": (
+        "config",
+        "devices",
+        "hardware",
+        "price",
+        "measured",
+        "imbalance",
+        "compare",
+        "search",
+        "execution",
+        "picture",
+    ),
     "schedule": ("pipe", "micro_batches", "kind", "picture"),
     "step": ("config", "costs"),
 }
 _WITH_HARDWARE = ("price", "measured", "imbalance")
+_NOT_WITH_COMPARE = ("measured", "imbalance", "search", "execution")
+_NOT_WITH_SEARCH = ("imbalance", "picture")
 NAMES = tuple(name for name in FLAGS_OF if name)
 
 
@@ -81,18 +121,78 @@ def main(name: str = "") -> None:
         {"schedule": schedule, "step": step}[name]()
         return
     jax.config.update("jax_platforms", "cpu")  # shapes only: never take an accelerator's memory
+    if COMPARE.value:
+        compare()
+    elif SEARCH.value:
+        search_layouts()
+    elif flags.FLAGS["execution"].present:
+        raise ConfigError("--execution goes with --search")
+    else:
+        plan_config()
+
+
+def plan_config() -> None:
+    """Prints the plan of a config, and draws its memory if --picture names a file."""
     config = layout_report.resolved(command.read_config(CONFIG), DEVICES.value)
-    planned, shown = layout_report.plan(config), ""
+    held = device_memory.device_memory(config)
+    planned = {**layout_report.plan(config), "memory": memory_text.row(held)}
+    shown = memory_text.text(held) + "\n"
     if HARDWARE.value is not None:
-        timed, shown = _timed(config)
-        planned = {**planned, **timed}
+        timed, times = _timed(config)
+        planned, shown = {**planned, **timed}, f"{shown}\n{times}"
     elif alone := [name for name in _WITH_HARDWARE if flags.FLAGS[name].present]:
         raise ConfigError(f"--{alone[0]} goes with --hardware=h800 or another machine")
+    if PICTURE.value:
+        planned["picture"] = str(_draw_memory(config, Path(PICTURE.value)))
+        shown += f"drawn in {planned['picture']}\n"
     if JSON.value:
         print(json.dumps(planned, indent=2))
         return
     print(layout_report.text(planned))
     print(shown, end="")
+
+
+def _draw_memory(config: Config, path: Path) -> Path:
+    """Draws the memory of a config in each recipe and with each recomputation."""
+    chip = machine_lookup.find(HARDWARE.value or "h100").chip
+    found = device_memory.by_recipe(config)
+    labels = {f"{recipe}, {policy}": memory for (recipe, policy), memory in found.items()}
+    title = "Memory of a device by recipe and recomputation (estimated)"
+    return memory_plot.draw(labels, chip.hbm_bytes, chip.name, title, path)
+
+
+def compare() -> None:
+    """Prints, and draws, a config without one idea at a time."""
+    _refuse("compare", _NOT_WITH_COMPARE)
+    config = layout_report.resolved(command.read_config(CONFIG), DEVICES.value)
+    names = (HARDWARE.value or "h800,h100").split(",")
+    machines = [machine_lookup.find(name, PRICE.value) for name in names]
+    compared = ablations.compare(config, machines)
+    if PICTURE.value:
+        title = f"{compared['devices']:,} devices, one idea switched off at a time (estimated)"
+        drawn = ablations_plot.draw(compared, title, Path(PICTURE.value))
+        compared["picture"] = str(drawn)
+    print(json.dumps(compared, indent=2) if JSON.value else ablations_text.text(compared))
+    if PICTURE.value and not JSON.value:
+        print(f"drawn in {compared['picture']}")
+
+
+def search_layouts() -> None:
+    """Prints the fastest layouts that fit."""
+    _refuse("search", _NOT_WITH_SEARCH)
+    if DEVICES.value is None or HARDWARE.value is None:
+        raise ConfigError("--search needs --devices=N and --hardware=h800 or another machine")
+    machine, config = machine_lookup.find(HARDWARE.value, PRICE.value), command.read_config(CONFIG)
+    if MEASURED.value is not None:
+        machine, _ = measured.with_measured(machine, command.path("measured", MEASURED.value))
+    found = search.search(config, DEVICES.value, machine, execution=EXECUTION.value)
+    print(json.dumps(found, indent=2) if JSON.value else search_text.text(found))
+
+
+def _refuse(mode: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise ConfigError(f"--{name} does not go with --{mode}")
 
 
 def _timed(config: Config) -> tuple[dict[str, Any], str]:
@@ -122,8 +222,9 @@ def schedule() -> None:
         )
     built = compare_schedules.build(KIND.value, PIPE.value, MICRO.value)
     compared = compare_schedules.compare(built)
-    if PICTURE.value:
-        compared["picture"] = str(schedule_plot.draw(built, Path(PICTURE.value)))
+    picture = "schedule.png" if PICTURE.value is None else PICTURE.value
+    if picture:
+        compared["picture"] = str(schedule_plot.draw(built, Path(picture)))
     if JSON.value:
         print(json.dumps(compared, indent=2))
         return
