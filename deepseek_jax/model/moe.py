@@ -12,12 +12,12 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.router import Router, Routing
-from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.balancer import slots_for
 from deepseek_jax.parallel.experts.exchange import Exchange, Received
 from deepseek_jax.parallel.experts.overflow import Rounds
 from deepseek_jax.precision.saved import Saved, save
+from deepseek_jax.precision.swiglu import swiglu
 
 FEW_TOKENS = 16  # most tokens of a decoding step that packed weights or all experts serve
 

@@ -68,7 +68,7 @@ class Plain:
 
 
 def _swiglu(gate: jax.Array, up: jax.Array, scale: jax.Array) -> jax.Array:
-    """silu(gate) up scale, in the order of `model/swiglu.py`."""
+    """silu(gate) up scale, in the order of `precision/swiglu.py`."""
     return jax.nn.silu(gate) * up * scale
 
 

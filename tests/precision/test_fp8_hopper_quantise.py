@@ -10,7 +10,6 @@ import pytest
 from hard_tiles import broken
 
 from deepseek_jax.model.norm import RMSNorm
-from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.precision.expert_tiles import dequantise_rows, quantise_rows
 from deepseek_jax.precision.fp8_hopper_quantise import (
     HopperQuantiser,
@@ -20,6 +19,7 @@ from deepseek_jax.precision.fp8_quantise_problems import further_problems, probl
 from deepseek_jax.precision.fp8_sources import FromKept, FromKeptSwiGLU, FromNorm, FromSwiGLU, Plain
 from deepseek_jax.precision.fp8_tiles import E4M3, Tiles, dequantise_tiles, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
+from deepseek_jax.precision.swiglu import swiglu
 from deepseek_jax.precision.token_tiles import in_rows, quantise_tokens
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")

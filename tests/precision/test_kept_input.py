@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model import remat
-from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.precision.fp8_tiles import dequantise_tiles, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
 from deepseek_jax.precision.recipes import BFLOAT16, FP8
 from deepseek_jax.precision.saved import Saved
+from deepseek_jax.precision.swiglu import swiglu
 
 TOKENS, WIDTH, OUT = 256, 384, 128
 
