@@ -28,6 +28,7 @@ from deepseek_jax.precision.einsum import exact_einsum
 from deepseek_jax.precision.expert_tiles import dequantise_rows, quantise_rows
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
 from deepseek_jax.precision.grouped import Plan
+from deepseek_jax.precision.linear_input import LinearInput, numbers
 from deepseek_jax.precision.recipes import Recipe
 
 NEIGHBOURS = 32  # products that a tensor core adds at once
@@ -109,22 +110,22 @@ class Ablation(Recipe):
         """The master of a linear layer's weight; other weights as in bfloat16."""
         return weight if sensitive or linear is not None else weight.astype(self.activation_dtype)
 
-    def einsum(self, subscripts: str, x: jax.Array, weight: Any) -> jax.Array:
+    def einsum(self, subscripts: str, x: LinearInput, weight: Any) -> jax.Array:
         """Linear layer: the summed letters are the first of the weight."""
         of_x, of_weight, _ = subscripts.replace("->", ",").split(",")
         inner = "".join(letter for letter in of_weight if letter in of_x)
         rows = "".join(letter for letter in of_x if letter not in inner)
-        x = jnp.einsum(f"{of_x}->{rows}{inner}", x.astype(self.activation_dtype))
-        depth = math.prod(x.shape[len(rows) :])
-        out = _linear(x.reshape(-1, depth), weight.reshape(depth, -1), self.form)
-        return out.reshape(*x.shape[: len(rows)], *weight.shape[len(inner) :])
+        array = jnp.einsum(f"{of_x}->{rows}{inner}", numbers(x).astype(self.activation_dtype))
+        depth = math.prod(array.shape[len(rows) :])
+        out = _linear(array.reshape(-1, depth), weight.reshape(depth, -1), self.form)
+        return out.reshape(*array.shape[: len(rows)], *weight.shape[len(inner) :])
 
-    def grouped(self, rows: jax.Array, weight: Any, sizes: jax.Array, likely: int) -> jax.Array:
+    def grouped(self, rows: LinearInput, weight: Any, sizes: jax.Array, likely: int) -> jax.Array:
         """Linear layers of all experts at once; arguments as in `grouped.grouped_matmul`."""
-        rows = rows.astype(self.activation_dtype)
-        matrices = weight.reshape(weight.shape[0], rows.shape[1], -1)
-        plan = grouped.plan(rows.shape[0], weight.shape[0], likely)
-        return _grouped(rows, matrices, sizes, plan, self.form)
+        array = numbers(rows).astype(self.activation_dtype)
+        matrices = weight.reshape(weight.shape[0], array.shape[1], -1)
+        plan = grouped.plan(array.shape[0], weight.shape[0], likely)
+        return _grouped(array, matrices, sizes, plan, self.form)
 
 
 TENSOR_SCALES = Ablation("fp8", jnp.dtype(jnp.bfloat16), form=TensorScales())

@@ -6,7 +6,7 @@
 M rows, D columns, b blocks of 128 columns, or of 128 rows. A linear layer multiplies the rows; the
 gradient of its weight contracts tokens, and tensor cores contract 8-bit operands along memory only,
 hence the transposed copy. x is read, or made of what is read, number by number, and rounded to
-bfloat16: SwiGLU's output, or that of RMSNorm.
+bfloat16: SwiGLU's output, or what tiles hold.
 
 A thread block has a square of 128 x 128 in shared memory, and two warpgroups. Each takes 64 of its
 rows, then 64 of its columns. Both kinds of tile lie within a square, so every number is read from
@@ -32,7 +32,7 @@ run on a GPU yet.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,24 +99,7 @@ class PerRow:
         return lax.broadcast_in_dim(ref[rows], (PART, CHUNK), [0])
 
 
-@dataclasses.dataclass(frozen=True)
-class PerColumn:
-    """An operand with a number for each column of x: D float32."""
-
-    array: jax.Array
-
-    def memory(self, parts: int) -> Any:
-        """Shared memory; parts share it."""
-        del parts
-        return plgpu.SMEM((SQUARE,), jnp.float32)
-
-    def numbers(self, ref: Any, rows: Any, columns: Any, on_gpu: bool) -> jax.Array:
-        """Numbers of some columns, each repeated along its column."""
-        del rows, on_gpu
-        return lax.broadcast_in_dim(ref[columns], (PART, CHUNK), [1])
-
-
-Operand = Square | PerRow | PerColumn
+Operand = Square | PerRow
 Pair = tuple[jax.Array, jax.Array]  # values, and scales with a row for each block of 128
 
 
@@ -167,14 +150,15 @@ def quantise(
     scratch = _scratch(operands, 2 if tiles is None else 3, [name for name, _, _ in results])
     if tokens and (make is not None or tiles is not None):
         scratch["turn"] = plgpu.Barrier(num_arrivals=2)
+    arrays = {id(operand.array): operand.array for operand in operands}  # gate and up share one
 
     def body(*refs: Any, **memory: Any) -> None:
         table, refs = (None, refs) if tiles is None else (refs[0], refs[1:])
         block = _Block(operands, make, table, largest, floor, interpret is None, memory)
-        block.load(refs[: len(operands)])
+        block.load(dict(zip(arrays, refs, strict=False)))
         block.fill()
         if rows:
-            block.store("row", block.rows(), *refs[len(operands) : len(operands) + 2])
+            block.store("row", block.rows(), *refs[len(arrays) : len(arrays) + 2])
         if tokens:
             block.store("token", block.columns(), *refs[-2:])
         plgpu.wait_smem_to_gmem(0)
@@ -184,9 +168,8 @@ def quantise(
         for _, down, across in results
         for shape in (((down, across), E4M3), ((across // SQUARE, down), jnp.float32))
     ]
-    arrays = [operand.array for operand in operands]
     found = call(body, out, (count, width // SQUARE), scratch, interpret)(
-        *arrays if tiles is None else (tiles, *arrays)
+        *() if tiles is None else (tiles,), *arrays.values()
     )
     return (found[0], found[1]) if rows else None, (found[-2], found[-1]) if tokens else None
 
@@ -194,8 +177,7 @@ def quantise(
 def _scratch(operands: Sequence[Operand], parts: int, results: Sequence[str]) -> dict[str, Any]:
     """Shared memory and barriers of a thread block, by name."""
     scratch = {f"read{number}": it.memory(parts) for number, it in enumerate(operands)}
-    copies = sum(1 if isinstance(it, PerColumn) else parts for it in operands)
-    scratch["full"] = plgpu.Barrier(num_arrivals=copies)
+    scratch["full"] = plgpu.Barrier(num_arrivals=parts * len(operands))
     if operands[0].array.dtype != jnp.bfloat16:
         scratch["made"] = square_memory(jnp.bfloat16)
     for name in results:
@@ -221,8 +203,8 @@ class _Block:
         """Rows of this warpgroup in a square; of the copy, its rows again."""
         return pl.ds(pl.multiple_of(lax.axis_index("half") * PART, PART), PART)
 
-    def load(self, refs: Sequence[Any]) -> None:
-        """Loads the parts of each operand."""
+    def load(self, refs: Mapping[int, Any]) -> None:
+        """Loads the parts of each operand, of the reference to its array."""
         row, column = lax.axis_index("row"), lax.axis_index("column")
         if self.table is None:
             starts = [row * SQUARE, row * SQUARE + PART]
@@ -232,11 +214,9 @@ class _Block:
 
         @pl.when(lax.axis_index("half") == 0)
         def start() -> None:
-            for number, (operand, ref) in enumerate(zip(self.operands, refs, strict=True)):
+            for number, operand in enumerate(self.operands):
+                ref = refs[id(operand.array)]
                 memory, full = self.memory[f"read{number}"], self.memory["full"]
-                if isinstance(operand, PerColumn):
-                    plgpu.copy_gmem_to_smem(ref.at[_block(column)], memory, full)
-                    continue
                 for part, first in enumerate(starts):
                     source = operand.source(ref, pl.ds(first, PART), column)
                     plgpu.copy_gmem_to_smem(source, memory.at[pl.ds(part * PART, PART)], full)
@@ -273,7 +253,7 @@ class _Block:
     def _numbers(self, operand: Operand, ref: Any, columns: Any) -> jax.Array:
         """An operand's numbers for this warpgroup's rows of the square, 64 x 64 float32."""
         found = operand.numbers(ref, self.own, columns, self.on_gpu)
-        if self.table is None or isinstance(operand, PerColumn):
+        if self.table is None:
             return found
         late, _, _ = self._places()
         return jnp.where(

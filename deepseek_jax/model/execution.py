@@ -42,9 +42,10 @@ def of(config: Config, own: Recipe | None = None) -> Execution:
     Args:
       own: a recipe in place of the config's, for experiments; None for the config's.
     """
+    chosen = own or recipe_of(config)
     return Execution(
-        recipe=own or recipe_of(config),
-        dispatch=dispatch.of(config),
+        recipe=chosen,
+        dispatch=dispatch.of(config, chosen),
         remat=remat.BY_NAME[config.layout.recompute],
         attention_block=config.layout.attention_block,
         unroll=config.layout.unroll,

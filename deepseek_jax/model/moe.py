@@ -12,12 +12,13 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.router import Router, Routing
-from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.balancer import slots_for
 from deepseek_jax.parallel.experts.exchange import Exchange, Received
 from deepseek_jax.parallel.experts.overflow import Rounds
+from deepseek_jax.precision.linear_input import LinearInput, SwiGLU, TiledArray
 from deepseek_jax.precision.saved import Saved, save
+from deepseek_jax.precision.swiglu import swiglu
 
 FEW_TOKENS = 16  # most tokens of a decoding step that packed weights or all experts serve
 
@@ -43,7 +44,7 @@ class FeedForward(nnx.Module):
             gate_up = einsum("BSD,DX->BSX", axes.fan_out(x, self.axis), _joined(self.gate_up[...]))
             out = how.recipe.from_kept(
                 Saved.GATE_UP,
-                lambda gate_up, down: einsum("BSF,FD->BSD", swiglu(gate_up), down),
+                lambda gate_up, down: einsum("BSF,FD->BSD", SwiGLU(gate_up), down),
                 gate_up,
                 self.down[...],
             )
@@ -76,7 +77,7 @@ class Experts(nnx.Module):
 
 def through_experts(
     how: Execution, weights: tuple[jax.Array, jax.Array], arrived: Received
-) -> jax.Array:
+) -> jax.Array | TiledArray:
     """Each row of SD through its expert's SwiGLU network, times its routing weight -> SD.
 
     Args:
@@ -93,7 +94,7 @@ def expert_rounds(how: Execution) -> Rounds:
 
 @jax.named_scope("experts")
 def into_experts(
-    how: Execution, gate_up: jax.Array, rows: jax.Array, arrived: Received
+    how: Execution, gate_up: jax.Array, rows: LinearInput, arrived: Received
 ) -> jax.Array:
     """SD through its experts' gate_up ED2F -> S(2F)."""
     return how.recipe.grouped(rows, _joined(gate_up), arrived.sizes, arrived.likely)
@@ -102,14 +103,17 @@ def into_experts(
 @jax.named_scope("experts")
 def out_of_experts(
     how: Execution, down: jax.Array, up: jax.Array, weights: jax.Array, arrived: Received
-) -> jax.Array:
+) -> jax.Array | TiledArray:
     """S(2F) through SwiGLU and its experts' down EFD, times the routing weights S -> SD.
 
-    The weight goes in before W_down, which is linear: so backward needs no outputs of experts.
+    The weight goes in before W_down, which is linear: so backward needs no outputs of experts. The
+    output's gradient arrives as the payload encodes it, hence the type of the result.
     """
+    recipe = how.recipe
+    grouped = recipe.grouped_for_message if how.dispatch.payload.fp8 else recipe.grouped
 
-    def layer(up: jax.Array, down: Any, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-        return how.recipe.grouped(swiglu(up, weights), down, sizes, arrived.likely)
+    def layer(up: Any, down: Any, weights: jax.Array, sizes: jax.Array) -> jax.Array | TiledArray:
+        return grouped(SwiGLU(up, weights), down, sizes, arrived.likely)
 
     return how.recipe.from_kept(Saved.GATE_UP, layer, up, down, weights, arrived.sizes)
 

@@ -16,8 +16,8 @@ from flax import nnx
 
 from deepseek_jax.model import params
 from deepseek_jax.model.moe import scaled
-from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.precision import packed_product
+from deepseek_jax.precision.swiglu import swiglu
 
 
 class PackedExperts(nnx.Module):

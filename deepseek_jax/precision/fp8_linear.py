@@ -28,8 +28,10 @@ from deepseek_jax.precision import fp8_operands
 from deepseek_jax.precision.einsum import exact_einsum, row_product
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper import takes
+from deepseek_jax.precision.fp8_sources import Source, source_of
 from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight, bare
+from deepseek_jax.precision.linear_input import LinearInput, numbers
 from deepseek_jax.precision.scopes import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from deepseek_jax.precision.token_tiles import TokenTiles, in_rows
 
@@ -39,7 +41,7 @@ def operand_dtype(power_of_two: bool) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if power_of_two else jnp.float32)
 
 
-def einsum(subscripts: str, x: jax.Array, weight: Fp8Weight, *, form: Fp8Form) -> jax.Array:
+def einsum(subscripts: str, x: LinearInput, weight: Fp8Weight, *, form: Fp8Form) -> jax.Array:
     """Contraction of x with a weight, in the dtype of x.
 
     Args:
@@ -57,18 +59,21 @@ def einsum(subscripts: str, x: jax.Array, weight: Fp8Weight, *, form: Fp8Form) -
             f"{subscripts} is no linear layer: FP8 weights multiply from the right, their summed "
             "letters first; compute this product with precision.recipe=bfloat16"
         )
-    if of_x != rows + inner:
-        x = jnp.einsum(f"{of_x}->{rows}{inner}", x)
-    out_shape = (*x.shape[: len(rows)], *weight.shape[len(inner) :])
-    depth = math.prod(x.shape[len(rows) :])
-    out = _matmul(x.reshape(-1, depth), weight, form)
+    array, source = numbers(x), None
+    depth = math.prod(weight.shape[: len(inner)])
+    if of_x == rows + inner:
+        source = source_of(x, depth, form.power_of_two)
+    else:
+        array = jnp.einsum(f"{of_x}->{rows}{inner}", array)
+    out_shape = (*array.shape[: len(rows)], *weight.shape[len(inner) :])
+    out = _matmul(array.reshape(-1, depth), source, weight, form)
     return out.reshape(out_shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 @jax.named_scope(FORWARD)
-def _matmul(x: jax.Array, weight: Fp8Weight, form: Fp8Form) -> jax.Array:
-    """MK times a weight of K rows -> MN, in the dtype of x."""
+def _matmul(x: jax.Array, source: Source | None, weight: Fp8Weight, form: Fp8Form) -> jax.Array:
+    """MK times a weight of K rows -> MN, in the dtype of x, to which gradients of x go alone."""
 
     def portable(tiles: Tiles, weight: Fp8Weight) -> jax.Array:
         dtype = operand_dtype(form.power_of_two)
@@ -78,19 +83,21 @@ def _matmul(x: jax.Array, weight: Fp8Weight, form: Fp8Form) -> jax.Array:
     depth = x.shape[1]
     kernel = functools.partial(form.hopper.product, dtype=x.dtype)
     product = form.choose(PRODUCT, portable, kernel, takes=takes(weight, depth))
-    return product(fp8_operands.rows(x, form), bare(weight))
+    return product(fp8_operands.rows(x, form, source), bare(weight))
 
 
 # Tiles of x along M, an empty array of the dtype of x, the weight.
 _Kept = tuple[Tiles | TokenTiles, jax.Array, Fp8Weight]
 
 
-def _forward(x: jax.Array, weight: Fp8Weight, form: Fp8Form) -> tuple[jax.Array, _Kept]:
-    tiles = fp8_operands.tokens(x, form)
+def _forward(
+    x: jax.Array, source: Source | None, weight: Fp8Weight, form: Fp8Form
+) -> tuple[jax.Array, _Kept]:
+    tiles = fp8_operands.tokens(x, form, source=source)
     like = jnp.zeros((0,), x.dtype)
     kept = kept_weight(weight)
     # A checkpoint would save the carrier as an argument of this product.
-    return _matmul(x, bare(weight), form), (tiles, like, kept)
+    return _matmul(x, source, bare(weight), form), (tiles, like, kept)
 
 
 def kept_weight(weight: Fp8Weight) -> Fp8Weight:
@@ -99,7 +106,7 @@ def kept_weight(weight: Fp8Weight) -> Fp8Weight:
     return Fp8Weight(weight.values, weight.scales, carrier)
 
 
-def _backward(form: Fp8Form, kept: _Kept, d_out: jax.Array) -> tuple[Any, Any]:
+def _backward(form: Fp8Form, kept: _Kept, d_out: jax.Array) -> tuple[Any, None, Any]:
     tiles, like, weight = kept
     trained = weight.carrier is not None
     rows, sent = (
@@ -110,7 +117,7 @@ def _backward(form: Fp8Form, kept: _Kept, d_out: jax.Array) -> tuple[Any, Any]:
     if sent is not None:
         d_weight = _weight_gradient(tiles, sent, d_out.shape[0], form).reshape(weight.shape)
     nothing: Any = None
-    return d_x, Fp8Weight(nothing, nothing, d_weight)
+    return d_x, None, Fp8Weight(nothing, nothing, d_weight)
 
 
 _matmul.defvjp(_forward, _backward)

@@ -10,8 +10,14 @@ M rows, D columns.
 A quantiser for Hopper makes them where `Fp8Form` chooses it, scales are powers of two and it takes
 the array; else XLA does. Both make the same bits. Where the gradient of the weight has a kernel,
 tiles of tokens are made transposed, as it reads them.
+
+A `source` of x, of `fp8_sources.source_of`, spares writing x to memory. Tiles of x are its rows as
+they are: quantised again they would hold the same numbers. Their tiles of tokens are made of them.
+Of SwiGLU a quantiser makes rows alone; tiles of tokens are made in backward, where XLA computes
+SwiGLU anyway, for the gradients of gate and up.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -21,14 +27,19 @@ from deepseek_jax.kernels.kernel_names import OUTER, QUANTISE
 from deepseek_jax.precision.expert_tiles import quantise_rows
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser, takes_weight
-from deepseek_jax.precision.fp8_sources import Plain
+from deepseek_jax.precision.fp8_sources import FromKept, Plain, Source, TileSource
 from deepseek_jax.precision.fp8_tiles import BLOCK, Tiles, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
 from deepseek_jax.precision.token_tiles import TokenTiles, quantise_tokens
 
 
-def rows(x: jax.Array, form: Fp8Form) -> Tiles:
-    """Tiles of 128 columns of x ...D."""
+def rows(x: jax.Array, form: Fp8Form, source: Source | None = None) -> Tiles:
+    """Tiles of 128 columns of x ...D; of x MD, if there is a source."""
+    if isinstance(source, FromKept):
+        return source.tiles
+    if source is not None and form.uses(QUANTISE):
+        made = functools.partial(_rows_of_source, form)
+        return form.choose(QUANTISE, made, _quantiser(form).rows)(source)
 
     def portable(x: jax.Array) -> Tiles:
         return quantise_tiles(x, power_of_two=form.power_of_two)
@@ -42,7 +53,12 @@ def rows(x: jax.Array, form: Fp8Form) -> Tiles:
     return form.choose(QUANTISE, portable, kernel, takes=_takes(x, form))(x)
 
 
-def tokens(x: jax.Array, form: Fp8Form, sizes: jax.Array | None = None) -> Tiles | TokenTiles:
+def tokens(
+    x: jax.Array,
+    form: Fp8Form,
+    sizes: jax.Array | None = None,
+    source: Source | None = None,
+) -> Tiles | TokenTiles:
     """Tiles of 128 rows of x MD; of one expert each with `sizes`, as in `token_tiles.py`.
 
     Returns:
@@ -54,15 +70,19 @@ def tokens(x: jax.Array, form: Fp8Form, sizes: jax.Array | None = None) -> Tiles
             return quantise_rows(x, sizes, form.power_of_two)
         return quantise_tiles(x, power_of_two=form.power_of_two, axis=-2)
 
-    def portable(x: jax.Array, sizes: jax.Array | None) -> TokenTiles:
-        return quantise_tokens(x, sizes, form.power_of_two)
+    def portable(source: TileSource, sizes: jax.Array | None) -> TokenTiles:
+        return quantise_tokens(source.portable(), sizes, form.power_of_two)
 
-    def kernel(x: jax.Array, sizes: jax.Array | None) -> TokenTiles:
+    def kernel(source: TileSource, sizes: jax.Array | None) -> TokenTiles:
         if sizes is None:
-            return _quantiser(form).tokens(Plain(x))
-        return _quantiser(form).tokens_of_experts(Plain(x), sizes)
+            return _quantiser(form).tokens(source)
+        return _quantiser(form).tokens_of_experts(source, sizes)
 
-    return form.choose(QUANTISE, portable, kernel, takes=_takes(x, form))(x, sizes)
+    read: TileSource = Plain(x)
+    if isinstance(source, FromKept) and form.uses(QUANTISE):
+        read = source
+    takes = form.power_of_two and read.fits
+    return form.choose(QUANTISE, portable, kernel, takes=takes)(read, sizes)
 
 
 def both(x: jax.Array, form: Fp8Form) -> tuple[Tiles, Tiles | TokenTiles]:
@@ -96,6 +116,10 @@ def blocks(weight: jax.Array, linear: Linear, form: Fp8Form) -> Fp8Weight:
 
     takes = form.power_of_two and takes_weight(weight, linear)
     return form.choose(QUANTISE, portable, kernel, takes=takes)(weight)
+
+
+def _rows_of_source(form: Fp8Form, source: TileSource) -> Tiles:
+    return quantise_tiles(source.portable(), power_of_two=form.power_of_two)
 
 
 def _quantiser(form: Fp8Form) -> HopperQuantiser:

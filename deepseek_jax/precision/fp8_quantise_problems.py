@@ -16,14 +16,7 @@ import numpy as np
 
 from deepseek_jax.precision import fp8_tiles
 from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser
-from deepseek_jax.precision.fp8_sources import (
-    FromKept,
-    FromKeptSwiGLU,
-    FromNorm,
-    FromSwiGLU,
-    Plain,
-    TileSource,
-)
+from deepseek_jax.precision.fp8_sources import FromKept, FromSwiGLU, Plain, TileSource
 from deepseek_jax.precision.fp8_tiles import Tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, quantise_blocks
 from deepseek_jax.precision.token_tiles import TokenTiles, quantise_tokens
@@ -55,6 +48,8 @@ def problems(quantiser: HopperQuantiser) -> list[QuantiserProblem]:
     """A problem for each quantiser that a recipe uses, without infinities and NaN."""
     x, of_experts = Plain(_hard(ROWS, COLUMNS, 0)), Plain(_hard(MOST, COLUMNS, 4))
     sizes = np.asarray(SIZES, np.int32)
+    gate_up = (256.0 * _gate_up(ROWS, COLUMNS)).astype(jnp.bfloat16)
+    kept = FromKept(_kept(_gate_up(MOST, COLUMNS // 2), -40, 40))
     return [
         QuantiserProblem("x, rows", (x,), quantiser.rows, _rows),
         QuantiserProblem("x, tokens", (x,), quantiser.tokens, _tokens),
@@ -63,37 +58,26 @@ def problems(quantiser: HopperQuantiser) -> list[QuantiserProblem]:
             "x, tokens of experts", (of_experts, sizes), quantiser.tokens_of_experts, _tokens
         ),
         QuantiserProblem(
+            "SwiGLU, rows", (FromSwiGLU(gate_up, _powers(ROWS)),), quantiser.rows, _rows
+        ),
+        QuantiserProblem("kept, tokens", (kept,), quantiser.tokens, _tokens),
+        QuantiserProblem(
+            "kept, tokens of experts", (kept, sizes), quantiser.tokens_of_experts, _tokens
+        ),
+        QuantiserProblem(
             "weights", (_weights(),), lambda weights: quantiser.blocks(weights, LINEAR), _blocks
         ),
     ]
 
 
 def further_problems(quantiser: HopperQuantiser) -> list[QuantiserProblem]:
-    """Problems for the quantisers that no recipe uses: of other sources, and with a copy."""
-    scale = _powers(ROWS)
-    gate_up = (256.0 * _gate_up(ROWS, COLUMNS)).astype(jnp.bfloat16)
-    norm = FromNorm(_hard(ROWS, COLUMNS, 1, 40), scale, _powers(COLUMNS))
-    kept = FromKept(_kept(_gate_up(ROWS, COLUMNS // 2), -40, 40))
-    gated_kept = FromKeptSwiGLU(_kept(_gate_up(MOST, fp8_tiles.BLOCK), 7, 9), _powers(MOST))
-    sizes = np.asarray(SIZES, np.int32)
+    """Problems for the quantisers that no recipe uses: of weights, with a transposed copy."""
 
     def with_copy(weights: jax.Array) -> Any:
         made = _blocks(weights)
         return made, made.values.mT
 
     return [
-        QuantiserProblem(
-            "SwiGLU, rows and tokens", (FromSwiGLU(gate_up, scale),), quantiser.both, _both
-        ),
-        QuantiserProblem("RMSNorm, rows and tokens", (norm,), quantiser.both, _both),
-        QuantiserProblem("kept, tokens", (kept,), quantiser.tokens, _tokens),
-        QuantiserProblem("SwiGLU of kept, tokens", (gated_kept,), quantiser.tokens, _tokens),
-        QuantiserProblem(
-            "SwiGLU of kept, tokens of experts",
-            (gated_kept, sizes),
-            quantiser.tokens_of_experts,
-            _tokens,
-        ),
         QuantiserProblem(
             "weights and a transposed copy",
             (_weights(),),

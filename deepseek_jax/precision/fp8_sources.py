@@ -3,25 +3,28 @@
 M rows, D columns of x, which is bfloat16. XLA would write x, and read it again to quantise it; a
 quantiser makes x of its source on the way, number by number.
 
-    Plain             x itself
-    FromSwiGLU        gate and up: x = silu(gate) up scale, the output of SwiGLU
-    FromNorm          x is the output of RMSNorm, given 1 / rms of each row
-    FromKept          tiles of x along its columns, which backward has
-    FromKeptSwiGLU    such tiles of gate and up
+    Plain         x itself
+    FromSwiGLU    gate and up: x = silu(gate) up scale, the output of SwiGLU
+    FromKept      tiles of x along its columns, of a message or of a residual
 
-1 / rms takes a reading of its own: a row is longer than the squares that quantisers read.
+`source_of` finds the source of a linear layer's input. Two more were written, and did not pay: the
+output of RMSNorm, whose 1 / rms takes a reading of its own, and SwiGLU of kept tiles of gate and
+up, in backward, where XLA computes SwiGLU anyway for the gradients (docs/kernels.md has figures).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.kernels.fp8_quantise import Operand, PerColumn, PerRow, Square
+from deepseek_jax.kernels.fp8_quantise import Operand, PerRow, Square
 from deepseek_jax.precision.fp8_tiles import BLOCK, Tiles, dequantise_tiles
+from deepseek_jax.precision.linear_input import LinearInput, SwiGLU, TiledArray, numbers
 from deepseek_jax.precision.rounding import rounded
+from deepseek_jax.precision.swiglu import swiglu
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
@@ -67,11 +70,6 @@ class Plain:
         return operands, None
 
 
-def _swiglu(gate: jax.Array, up: jax.Array, scale: jax.Array) -> jax.Array:
-    """silu(gate) up scale, in the order of `model/swiglu.py`."""
-    return jax.nn.silu(gate) * up * scale
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FromSwiGLU:
@@ -79,11 +77,11 @@ class FromSwiGLU:
 
     Attributes:
       gate_up: M(2D) bfloat16, gate first.
-      scale: M float32.
+      scale: M float32; None for 1.
     """
 
     gate_up: jax.Array
-    scale: jax.Array
+    scale: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,49 +92,22 @@ class FromSwiGLU:
         return self.gate_up.dtype == BFLOAT16
 
     def portable(self) -> jax.Array:
-        gate, up = jnp.split(self.gate_up.astype(jnp.float32), 2, axis=1)
-        return rounded(_swiglu(gate, up, self.scale[:, None]), BFLOAT16)
+        return rounded(swiglu(self.gate_up, self.scale), BFLOAT16)
 
     def operands(self) -> tuple[list[Operand], Callable[..., jax.Array] | None]:
         gate_up, columns = self.gate_up, self.shape[1]
         if columns % BLOCK:
             halves = gate_up.reshape(-1, 2, columns)
             gate_up = padded(halves, 2).reshape(gate_up.shape[0], -1)
-        gate_up, scale = padded(gate_up, 0), padded(self.scale[None], 1)
-        return [Square(gate_up), Square(gate_up, gate_up.shape[1] // 2), PerRow(scale)], _swiglu
+        gate_up = padded(gate_up, 0)
+        operands: list[Operand] = [Square(gate_up), Square(gate_up, gate_up.shape[1] // 2)]
+        if self.scale is not None:
+            operands.append(PerRow(padded(self.scale[None], 1)))
 
+        def make(gate: jax.Array, up: jax.Array, *scale: jax.Array) -> jax.Array:
+            return math.prod(scale, start=jax.nn.silu(gate) * up)  # in the order of `swiglu`
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FromNorm:
-    """RMSNorm of x.
-
-    Attributes:
-      x: MD bfloat16.
-      inverse_rms: M float32, 1 / rms of each row.
-      scale: D float32, the weight of the norm.
-    """
-
-    x: jax.Array
-    inverse_rms: jax.Array
-    scale: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.x.shape[0], self.x.shape[1]
-
-    @property
-    def fits(self) -> bool:
-        return self.x.dtype == BFLOAT16
-
-    def portable(self) -> jax.Array:
-        wide = self.x.astype(jnp.float32)
-        return rounded(wide * self.inverse_rms[:, None] * self.scale[None], BFLOAT16)
-
-    def operands(self) -> tuple[list[Operand], Callable[..., jax.Array] | None]:
-        rms, scale = padded(self.inverse_rms[None], 1), padded(self.scale, 0)
-        operands: list[Operand] = [Square(padded(self.x, 0, 1)), PerRow(rms), PerColumn(scale)]
-        return operands, lambda x, inverse_rms, scale: x * inverse_rms * scale
+        return operands, make
 
 
 @jax.tree_util.register_dataclass
@@ -163,44 +134,28 @@ class FromKept:
         return [Square(values), PerRow(scales)], lambda x, scale: x * scale
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FromKeptSwiGLU:
-    """SwiGLU of gate and up, of which there are tiles.
+Source = FromSwiGLU | FromKept  # of a linear layer's input, where there is more than its numbers
 
-    Attributes:
-      tiles: of M(2D), gate first, along columns, with power-of-two scales. The kernel takes them if
-        128 divides D, so that no tile has columns of both.
-      scale: M float32.
+
+def source_of(x: LinearInput, depth: int, power_of_two: bool) -> Source | None:
+    """Source of the rows M(depth) of a linear layer's input; None if it is its numbers.
+
+    Args:
+      x: M... of any leading dimensions, of which `depth` joins the last ones.
+      power_of_two: whether the layer's scales are powers of two.
     """
-
-    tiles: Tiles
-    scale: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.tiles.values.shape[0], self.tiles.values.shape[1] // 2
-
-    @property
-    def fits(self) -> bool:
-        return self.shape[1] % BLOCK == 0
-
-    def portable(self) -> jax.Array:
-        return FromSwiGLU(dequantise_tiles(self.tiles, BFLOAT16), self.scale).portable()
-
-    def operands(self) -> tuple[list[Operand], Callable[..., jax.Array] | None]:
-        values, left = padded(self.tiles.values, 0), self.shape[1]
-        scales = padded(self.tiles.scales, 0).mT
-        operands: list[Operand] = [Square(values), PerRow(scales)]
-        operands += [Square(values, left), PerRow(scales, left)]
-        operands += [PerRow(padded(self.scale[None], 1))]
-
-        # An E4M3 value times a power of two is exact in bfloat16, so nothing is rounded twice.
-        def make(*numbers: jax.Array) -> jax.Array:
-            gate, gate_scale, up, up_scale, scale = numbers
-            return _swiglu(gate * gate_scale, up * up_scale, scale)
-
-        return operands, make
+    if not power_of_two:
+        return None
+    if isinstance(x, SwiGLU):
+        scale = None if x.scale is None else x.scale.reshape(-1)
+        source = FromSwiGLU(numbers(x.gate_up).reshape(-1, 2 * depth), scale)
+        return source if source.fits else None
+    if not isinstance(x, TiledArray):
+        return None
+    values, rows = x.tiles.values, x.array.size // depth
+    if values.shape[-1] != depth and values.shape[-1] % BLOCK:
+        return None  # tiles end inside the joined dimension
+    return FromKept(Tiles(values.reshape(rows, depth), x.tiles.scales.reshape(rows, -1)))
 
 
 def padded(x: jax.Array, *axes: int) -> jax.Array:

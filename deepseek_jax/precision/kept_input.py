@@ -8,6 +8,7 @@ multiplies, is computed again in backward from the kept tiles.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,20 +18,21 @@ from deepseek_jax.precision import fp8_operands, weight_gradients
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_tiles import Tiles, dequantise_tiles, exponents, scales_from
 from deepseek_jax.precision.fp8_weights import Fp8Weight
+from deepseek_jax.precision.linear_input import TiledArray
 from deepseek_jax.precision.saved import Saved, save
 
 # Output of a linear layer, given its input, its weight, and other arrays.
-Layer = Callable[..., jax.Array]
+Layer = Callable[..., Any]
 
 
 def from_fp8_input(
     name: Saved, layer: Layer, form: Fp8Form, x: jax.Array, weight: Fp8Weight, *rest: jax.Array
-) -> jax.Array:
+) -> Any:
     """layer(x, weight, *rest), of whose x backward has only FP8 tiles.
 
     Args:
       name: of the residual.
-      layer: closes over no array.
+      layer: closes over no array. In backward it gets a `TiledArray` for x.
       form: of the quantisation, with power-of-two scales.
       x: ...D, in tiles of 128 along D. A NaN or an infinity makes its whole tile NaN in backward.
       rest: arrays of any dtype, which backward keeps as they are.
@@ -39,24 +41,27 @@ def from_fp8_input(
     dtype = x.dtype
 
     @jax.custom_vjp
-    def run(x: jax.Array, weight: Fp8Weight, rest: Any) -> jax.Array:
+    def run(x: jax.Array, weight: Fp8Weight, rest: Any) -> Any:
         return layer(x, weight, *rest)
 
-    def forward(x: jax.Array, weight: Fp8Weight, rest: Any) -> tuple[jax.Array, Any]:
+    def forward(x: jax.Array, weight: Fp8Weight, rest: Any) -> tuple[Any, Any]:
         tiles = fp8_operands.rows(x, form)
         kept = save(name, (tiles.values, exponents(tiles.scales)))
         bare = dataclasses.replace(weight, carrier=None)
         return layer(x, bare, *rest), (kept, bare, rest)
 
-    def backward(kept: Any, d_out: jax.Array) -> tuple[Any, Any, Any]:
+    def backward(kept: Any, d_out: Any) -> tuple[Any, Any, Any]:
         (values, bytes_of_scales), weight, rest = kept
-        again = dequantise_tiles(Tiles(values, scales_from(bytes_of_scales)), dtype)
+        tiles = Tiles(values, scales_from(bytes_of_scales))
+        again = dequantise_tiles(tiles, dtype)
+
+        def from_tiles(weight: Fp8Weight, x: jax.Array, *rest: jax.Array) -> Any:
+            return layer(TiledArray(x, tiles), weight, *rest)
+
         if not trained:
-            d_x, *d_rest = jax.vjp(lambda x, *rest: layer(x, weight, *rest), again, *rest)[1](d_out)
+            d_x, *d_rest = jax.vjp(functools.partial(from_tiles, weight), again, *rest)[1](d_out)
             return d_x, None, tuple(d_rest)
-        pull = weight_gradients.vjp(
-            lambda weight, x, *rest: layer(x, weight, *rest), weight, again, *rest
-        )[1]
+        pull = weight_gradients.vjp(from_tiles, weight, again, *rest)[1]
         d_weight, d_x, *d_rest = pull(d_out)
         return d_x, weight_gradients.cotangents(weight, d_weight), tuple(d_rest)
 

@@ -30,6 +30,14 @@ from deepseek_jax.precision.fp8_hopper import H100, HopperProducts
 from deepseek_jax.precision.fp8_weights import Fp8Weight, Linear, of_part
 from deepseek_jax.precision.grouped import grouped_matmul
 from deepseek_jax.precision.kept_input import from_fp8_input
+from deepseek_jax.precision.linear_input import (
+    LinearInput,
+    TiledArray,
+    in_dtype,
+    numbers,
+    with_tiled_gradient,
+)
+from deepseek_jax.precision.payload import Payload
 from deepseek_jax.precision.saved import Saved, save
 
 
@@ -135,28 +143,43 @@ class Recipe:
         """The recipe of generation with weights that this one trained."""
         return self
 
-    def einsum(self, subscripts: str, x: jax.Array, weight: Any) -> jax.Array:
+    def payload(self, fp8: bool) -> Payload:
+        """Encoding of rows in messages, in FP8 or in the dtype of activations."""
+        return Payload(fp8)
+
+    def einsum(self, subscripts: str, x: LinearInput, weight: Any) -> jax.Array:
         """Linear layer: contraction of an activation with a prepared weight."""
         dtype = self.activation_dtype
-        return _linear(subscripts, x.astype(dtype), weight.astype(dtype)).astype(dtype)
+        return _linear(subscripts, numbers(x).astype(dtype), weight.astype(dtype)).astype(dtype)
 
-    def grouped(self, rows: jax.Array, weight: Any, sizes: jax.Array, likely: int) -> jax.Array:
+    def grouped(self, rows: LinearInput, weight: Any, sizes: jax.Array, likely: int) -> jax.Array:
         """Linear layers of all experts at once; arguments as in `grouped_matmul`."""
-        rows, weight = rows.astype(self.activation_dtype), weight.astype(self.activation_dtype)
-        return grouped_matmul(rows, weight, sizes, likely=likely)
+        array, weight = (x.astype(self.activation_dtype) for x in (numbers(rows), weight))
+        return grouped_matmul(array, weight, sizes, likely=likely)
+
+    def grouped_for_message(
+        self, rows: LinearInput, weight: Any, sizes: jax.Array, likely: int
+    ) -> TiledArray:
+        """`grouped`, of which a message in FP8 brings the gradient, as a `TiledArray`.
+
+        Returns:
+          MF, beside tiles of zeros, which only have the shape of the gradient's.
+        """
+        return with_tiled_gradient(self.grouped(rows, weight, sizes, likely))
 
     def from_kept(
         self,
         name: Saved,
-        layer: Callable[..., jax.Array],
+        layer: Callable[..., Any],
         x: jax.Array,
         weight: Any,
         *rest: jax.Array,
-    ) -> jax.Array:
+    ) -> Any:
         """layer(x, weight, *rest), of which backward needs x: a residual with a name.
 
         Args:
-          layer: closes over no array; it multiplies with the weight by this recipe.
+          layer: closes over no array; it multiplies with the weight by this recipe. It may get a
+            `TiledArray` for x.
           weight: a prepared weight.
         """
         return layer(save(name, x), weight, *rest)
@@ -240,28 +263,41 @@ class Fp8Recipe(Recipe):
         hopper = dataclasses.replace(self.hopper, sms=sms)
         return dataclasses.replace(self, kernels=names & self.known_kernels, hopper=hopper)
 
-    def einsum(self, subscripts: str, x: jax.Array, weight: Any) -> jax.Array:
-        x = x.astype(self.activation_dtype)
+    def payload(self, fp8: bool) -> Payload:
+        return Payload(fp8, self._kept_form)
+
+    def einsum(self, subscripts: str, x: LinearInput, weight: Any) -> jax.Array:
+        x = in_dtype(x, self.activation_dtype)
         return fp8_linear.einsum(subscripts, x, weight, form=self._form)
 
-    def grouped(self, rows: jax.Array, weight: Any, sizes: jax.Array, likely: int) -> jax.Array:
-        rows = rows.astype(self.activation_dtype)
+    def grouped(self, rows: LinearInput, weight: Any, sizes: jax.Array, likely: int) -> jax.Array:
+        rows = in_dtype(rows, self.activation_dtype)
         return fp8_grouped.grouped_matmul(rows, weight, sizes, likely=likely, form=self._form)
+
+    def grouped_for_message(
+        self, rows: LinearInput, weight: Any, sizes: jax.Array, likely: int
+    ) -> TiledArray:
+        rows = in_dtype(rows, self.activation_dtype)
+        return fp8_grouped.for_message(rows, weight, sizes, likely=likely, form=self._form)
 
     @property
     def _form(self) -> Fp8Form:
         return Fp8Form(self.power_of_two, self.kernels, self.hopper)
 
+    @property
+    def _kept_form(self) -> Fp8Form:
+        """Form of residuals and messages, whose scales are powers of two always."""
+        return dataclasses.replace(self._form, power_of_two=True)
+
     def from_kept(
         self,
         name: Saved,
-        layer: Callable[..., jax.Array],
+        layer: Callable[..., Any],
         x: jax.Array,
         weight: Any,
         *rest: jax.Array,
-    ) -> jax.Array:
-        form = dataclasses.replace(self._form, power_of_two=True)
-        return from_fp8_input(name, layer, form, x, weight, *rest)
+    ) -> Any:
+        return from_fp8_input(name, layer, self._kept_form, x, weight, *rest)
 
     @property
     def _output_form(self) -> kept_output.SavedForm:

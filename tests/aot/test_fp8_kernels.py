@@ -18,7 +18,7 @@ from deepseek_jax.config import MeshConfig
 from deepseek_jax.kernels import fp8_outer, fp8_product
 from deepseek_jax.kernels.matmul_tiling import H100_SMS, OUTER_TILINGS, PRODUCT_TILINGS
 from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser
-from deepseek_jax.precision.fp8_sources import FromKeptSwiGLU, FromSwiGLU, Plain
+from deepseek_jax.precision.fp8_sources import FromKept, FromSwiGLU, Plain
 from deepseek_jax.precision.fp8_tiles import Tiles
 from deepseek_jax.precision.fp8_weights import Linear
 
@@ -93,13 +93,13 @@ PER_ROW = (M,), jnp.float32
 QUANTISERS = {
     "both": ("both", lambda: (Plain(operand((M, K), jnp.bfloat16)),), 80),
     "SwiGLU": (
-        "both",
+        "rows",
         lambda: (FromSwiGLU(operand((M, N), jnp.bfloat16), operand(*PER_ROW)),),
         112,
     ),
-    "SwiGLU of kept, experts": (
+    "kept, experts": (
         "tokens_of_experts",
-        lambda: (FromKeptSwiGLU(tiles_of(N), operand(*PER_ROW)), operand((E,), jnp.int32)),
+        lambda: (FromKept(tiles_of(K)), operand((E,), jnp.int32)),
         168,
     ),
 }

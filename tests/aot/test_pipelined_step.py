@@ -86,18 +86,18 @@ def test_a_tick_keeps_and_multiplies_in_fp8(one_layer):
         (INPUT_GRADIENT, True): backward,
         (WEIGHT_GRADIENT, True): backward,
     }
-    # Quantised by kernels: forward the rows of 8 inputs, and of 2 more that are kept; in backward
-    # the rows of 2 that are computed again, the tokens of 8, gradients of 7 outputs once, and of
-    # the experts' 2 twice. A round of overflow: 2 inputs forward; in backward 2 as rows and tokens,
-    # one that is kept, 2 gradients twice. Rows in messages are packed by XLA.
-    rounds = 2 * (2 + 2 * 2 + 1 + 2 * 2)
+    # Quantised by kernels: forward the rows of 7 inputs, of which one is also the message to the
+    # experts, and of 2 more that are kept; in backward the rows of 2 that are computed again, the
+    # tokens of 8, gradients of 7 outputs once, that of the experts' first product twice, and that
+    # of the second one for its message and for its tokens. A round of overflow: a message and an
+    # input forward; in backward these again, the tokens of 2, one that is kept, 2 gradients twice.
+    rounds = 2 * (2 + 2 + 2 + 1 + 2 * 2)
     assert products.kernel_counts(program.module) == {
         PRODUCT: forward + backward,
         OUTER: backward,
-        QUANTISE: 2 * (8 + 2) + 2 * (2 + 8 + 7 + 2 * 2) + rounds,
+        QUANTISE: 2 * (7 + 2) + 2 * (2 + 8 + 7 + 2 + 2) + rounds,
     }
-    casts = list(products.fp8_casts(program.module))
-    assert casts and all(re.search(r"dispatch|combine", cast) for cast in casts)
+    assert not list(products.fp8_casts(program.module))
     # Sums are in float32, and in a fixed order: no scatter adds atomically.
     for line, dtype in hlo.sums(program.module):
         assert dtype == "f32" and (line.opcode != "scatter" or line.unique), line
@@ -136,12 +136,14 @@ def test_so_does_the_whole_published_model(tmp_path):
     assert {kind for kind, in_fp8 in found if in_fp8} == set(PRODUCTS)
     assert all(kind == products.OTHER for kind, in_fp8 in found if not in_fp8)
     # Four MoE layers in each of two ticks, as above; the others are of the dense layers and of MTP.
+    # Where a slot may have a dense layer, the shared expert is in a branch of its own, and so its
+    # input is quantised apart from the message.
     assert found[FORWARD, True] == 2 * 4 * (9 + 2 + 2 + 2) + 34
     assert found[INPUT_GRADIENT, True] == found[WEIGHT_GRADIENT, True] == 2 * 4 * (9 + 2) + 18
     assert products.kernel_counts(program.module) == {
         PRODUCT: found[FORWARD, True] + found[INPUT_GRADIENT, True],
         OUTER: found[WEIGHT_GRADIENT, True],
-        QUANTISE: 2 * 4 * (10 + 21 + 11) + 78,
+        QUANTISE: 2 * (3 * (10 + 21 + 11) + 9 + 21 + 11) + 77,
     }
 
 

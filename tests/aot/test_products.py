@@ -15,9 +15,11 @@ pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing(
 
 # W^DQ, W^UQ, W^DKV with W^KR, W^UK with W^UV, W^O; two of the shared expert, two of the others.
 LINEAR = 9
-# Inputs as rows, once for W^DQ and W^DKV, and as tokens; gradients of the 7 outputs that are not of
-# experts, and twice those of the 2 that are; what backward keeps, inputs of W^O and of 2 SwiGLU.
-QUANTISED = 8 + 8 + 7 + 2 * 2 + 3
+# Inputs as rows, once for W^DQ and W^DKV and once for the shared expert and the message to others,
+# which multiply what arrives as it is; and as tokens. Gradients of the 7 outputs that are not of
+# experts. Of those that are, one is quantised twice, and one for its message, and for its tokens
+# where it arrives. And what backward keeps: inputs of W^O and of 2 SwiGLU.
+QUANTISED = 7 + 8 + 7 + 2 + 2 + 3
 # Two of the attention core and four of its backward, three of the router, three that count tokens.
 OTHERS = 6 + 3 + 3
 
@@ -70,8 +72,9 @@ def test_both_operands_are_tiles_times_scales(left, right, in_fp8):
 
 
 def layer_of_experts(**changes):
-    """One layer's forward and backward, compiled for four devices."""
-    config = small.config(precision_recipe="fp8", mesh_node=2, mesh_gpu=2, **changes)
+    """One layer's forward and backward, compiled for four devices, with messages in FP8."""
+    fp8 = dict(precision_recipe="fp8", precision_dispatch="fp8")
+    config = small.config(**fp8, mesh_node=2, mesh_gpu=2, **changes)
     mesh = cluster.mesh(config.mesh)
     return compiled.read(cluster.compile_for(layer.lower(config, mesh)), mesh, layer.KERNELS)
 

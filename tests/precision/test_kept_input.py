@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from deepseek_jax.model import remat
-from deepseek_jax.model.swiglu import swiglu
 from deepseek_jax.precision.fp8_tiles import dequantise_tiles, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
+from deepseek_jax.precision.linear_input import SwiGLU
 from deepseek_jax.precision.recipes import BFLOAT16, FP8
 from deepseek_jax.precision.saved import Saved
 
@@ -19,7 +19,7 @@ TOKENS, WIDTH, OUT = 256, 384, 128
 
 
 def after_swiglu(recipe, gate_up, weight):
-    return recipe.einsum("MK,KN->MN", swiglu(gate_up), weight)
+    return recipe.einsum("MK,KN->MN", SwiGLU(gate_up), weight)
 
 
 def inputs(seed=0):

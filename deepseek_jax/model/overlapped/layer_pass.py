@@ -47,6 +47,7 @@ from deepseek_jax.parallel.experts.exchange import (
 from deepseek_jax.parallel.overlap import Steps, with_scope
 from deepseek_jax.parallel.pipeline import split_backward
 from deepseek_jax.precision import weight_gradients
+from deepseek_jax.precision.linear_input import TiledArray, numbers
 
 
 def stepped(how: Execution) -> SteppedDispatch:
@@ -203,13 +204,13 @@ class _Pass:
         self.layer, self.how, self.weights = layer, layer.how, layer.weights
         self.dispatch = stepped(layer.how)
 
-    def _rows(self) -> jax.Array:
-        return self.dispatch.payload.decode(self.arrived.rows, self.x.dtype)
+    def _rows(self) -> jax.Array | TiledArray:
+        return self.dispatch.payload.received(self.arrived.rows, self.x.dtype)
 
-    def _into(self, gate_up: jax.Array, rows: jax.Array) -> jax.Array:
+    def _into(self, gate_up: jax.Array, rows: jax.Array | TiledArray) -> jax.Array:
         return into_experts(self.how, gate_up, rows, self.arrived)
 
-    def _out_of(self, down: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
+    def _out_of(self, down: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array | TiledArray:
         return out_of_experts(self.how, down, up, weights, self.arrived)
 
 
@@ -242,9 +243,9 @@ class ForwardPass(_Pass):
         up = yield self._into(gate_up, self._rows())
         inputs = down, up, arrived.weights
         if self.how.remat.recompute_all:
-            out = yield self._out_of(*inputs)
+            out = yield numbers(self._out_of(*inputs))
         else:
-            out = yield self._step("down", self._out_of, *inputs)
+            out = yield numbers(self._step("down", self._out_of, *inputs))
         combining = self.dispatch.combining(out, arrived.route)
         self._first, served = yield from with_scope("combine", combining)
         self._exchange = exchange.after(served)
@@ -323,12 +324,12 @@ class BackwardPass(_Pass):
         travelled, rows = yield from with_scope("combine", gradient)
         if rows:
             self.arrived = dataclasses.replace(arrived, rows=rows)
-        d_out = self.dispatch.payload.decode(travelled, self.x.dtype)
+        d_out = self.dispatch.payload.received(travelled, self.x.dtype)
         # No step waits for gradients of weights: they are work for wherever there is none.
         d_down, d_hidden = self._split(self._down_vjp, d_out)
         d_up, d_weights = yield d_hidden
         d_gate_up, d_rows = self._split(self._gate_up_vjp, d_up)
-        d_rows = yield d_rows
+        d_rows = yield numbers(d_rows)
         gradient_sent = self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
         d_sent = yield from with_scope("dispatch", gradient_sent)
         self._d_experts = d_gate_up, d_down
@@ -388,7 +389,7 @@ class BackwardPass(_Pass):
         gate_up, _ = self.weights["experts"]
         return weight_gradients.vjp(self._into, gate_up, self._rows())[1](d_up)
 
-    def _down_vjp(self, d_out: jax.Array) -> Any:
+    def _down_vjp(self, d_out: jax.Array | TiledArray) -> Any:
         if "down" in self._vjps:
             d_down, *d_hidden = self._vjps["down"](d_out)
         else:

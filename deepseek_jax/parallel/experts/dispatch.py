@@ -36,7 +36,9 @@ from deepseek_jax.parallel.experts.message import Field
 from deepseek_jax.parallel.experts.permutation import Permutation
 from deepseek_jax.parallel.experts.reference import ReferenceDispatch
 from deepseek_jax.parallel.overlap import Steps, run_to_end
-from deepseek_jax.precision.payload import FP8_PAYLOAD, UNCHANGED_PAYLOAD, Payload
+from deepseek_jax.precision.linear_input import TiledArray, empty_like, numbers
+from deepseek_jax.precision.payload import UNCHANGED_PAYLOAD, Payload
+from deepseek_jax.precision.recipes import FLOAT32, Recipe
 from deepseek_jax.precision.saved import Saved, save
 
 
@@ -150,14 +152,14 @@ class AllToAllDispatch:
         """Tokens to their experts; see `exchange.Dispatch`."""
         return _send(self, dataclasses.replace(exchange, experts=None))
 
-    def combine(self, out: jax.Array, route: Route) -> tuple[jax.Array, jax.Array]:
+    def combine(self, out: jax.Array | TiledArray, route: Route) -> tuple[jax.Array, jax.Array]:
         """Experts' results to their tokens; see `exchange.Dispatch`."""
         return _combine(self, out, route)
 
     # The same with a step for each hop, and the gradients: see `exchange.SteppedDispatch`.
 
     def sending(self, exchange: Exchange) -> Steps[Received]:
-        """`send` in steps. Its rows are as they travel: `payload.decode` makes numbers of them."""
+        """`send` in steps. Rows are as they travel: `payload.received` makes numbers of them."""
         (count, top_k), total = exchange.chosen.shape, exchange.total
         plan = self.plan(count, top_k, total)
         expert_names = jnp.where(exchange.left, exchange.chosen + 1, NO_EXPERT).astype(
@@ -269,12 +271,12 @@ def _send(dispatch: AllToAllDispatch, exchange: Exchange) -> Received:
 
 def _send_forward(dispatch: AllToAllDispatch, exchange: Exchange) -> tuple[Received, Route]:
     arrived = run_to_end(dispatch.sending(exchange))
-    rows = dispatch.payload.decode(arrived.rows, exchange.tokens.dtype)
+    rows = dispatch.payload.received(arrived.rows, exchange.tokens.dtype)
     return dataclasses.replace(arrived, rows=rows, slow_hop_words=None), arrived.route
 
 
 def _send_backward(dispatch: AllToAllDispatch, route: Route, d: Received) -> tuple[Exchange]:
-    d_tokens, d_weights = run_to_end(dispatch.send_gradient(d.rows, d.weights, route))
+    d_tokens, d_weights = run_to_end(dispatch.send_gradient(numbers(d.rows), d.weights, route))
     return (cotangent(route.plan.total, d_tokens, d_weights),)
 
 
@@ -289,19 +291,19 @@ def _local_ids(expert_names: jax.Array, first: jax.Array, span: int) -> jax.Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _combine(
-    dispatch: AllToAllDispatch, out: jax.Array, route: Route
+    dispatch: AllToAllDispatch, out: jax.Array | TiledArray, route: Route
 ) -> tuple[jax.Array, jax.Array]:
-    return run_to_end(dispatch.combining(out, route))
+    return run_to_end(dispatch.combining(numbers(out), route))
 
 
-def _combine_forward(dispatch: AllToAllDispatch, out: jax.Array, route: Route) -> Any:
-    return _combine(dispatch, out, route), (route, jnp.zeros((0,), out.dtype))
+def _combine_forward(dispatch: AllToAllDispatch, out: jax.Array | TiledArray, route: Route) -> Any:
+    return _combine(dispatch, out, route), (route, jax.tree.map(empty_like, out))
 
 
 def _combine_backward(dispatch: AllToAllDispatch, saved: Any, cotangents: Any) -> Any:
     route, like = saved
     rows, _ = run_to_end(dispatch.combine_gradient(cotangents[0], route))
-    return dispatch.payload.decode(rows, like.dtype), None
+    return dispatch.payload.gradient(rows, like), None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
@@ -313,9 +315,13 @@ EXACT = AllToAllDispatch(
 )
 
 
-def of(config: Config) -> Dispatch:
-    """The dispatch of `layout.dispatch`, with the payload of `precision.dispatch`."""
-    payload = FP8_PAYLOAD if config.precision.dispatch == "fp8" else UNCHANGED_PAYLOAD
+def of(config: Config, recipe: Recipe = FLOAT32) -> Dispatch:
+    """The dispatch of `layout.dispatch`, with the payload of `precision.dispatch`.
+
+    Args:
+      recipe: by whose kernels a payload in FP8 is encoded.
+    """
+    payload = recipe.payload(config.precision.dispatch == "fp8")
     if config.layout.dispatch == "reference":
         return ReferenceDispatch(payload)
     two = config.layout.dispatch == "two_hop"

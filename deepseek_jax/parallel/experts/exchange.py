@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 
 from deepseek_jax.parallel.overlap import Steps
+from deepseek_jax.precision.linear_input import TiledArray
 from deepseek_jax.precision.payload import Payload
 from deepseek_jax.precision.saved import Saved, save
 
@@ -52,8 +53,8 @@ class Received:
     """Copies of tokens that reached this device's experts.
 
     Attributes:
-      rows: SD in the recipe's dtype, or as the payload encodes it; sorted by expert, zero past the
-        last copy.
+      rows: SD in the recipe's dtype, with FP8 tiles of them if the payload has these, or as the
+        payload encodes them; sorted by expert, zero past the last copy.
       weights: S float32, routing weights.
       sizes: int32, rows of each local expert.
       route: slots of the copies, by which `combine` returns results.
@@ -87,7 +88,7 @@ class Dispatch(Protocol):
         """Sends the choices that are left to their experts."""
         ...
 
-    def combine(self, out: jax.Array, route: Any) -> tuple[jax.Array, jax.Array]:
+    def combine(self, out: jax.Array | TiledArray, route: Any) -> tuple[jax.Array, jax.Array]:
         """out SD -> MD, the sum over each token's copies; and MK bool, which choices it holds."""
         ...
 
@@ -103,7 +104,7 @@ class Dispatch(Protocol):
 class SteppedDispatch(Protocol):
     """A dispatch in steps, one for each hop, and its gradients in steps.
 
-    In these, rows are as they travel: `payload.decode` makes numbers of them.
+    In these, rows are as they travel: `payload.received` makes numbers of them.
     """
 
     @property

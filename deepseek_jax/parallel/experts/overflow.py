@@ -18,9 +18,10 @@ from jax import lax
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.exchange import Dispatch, Exchange, Received, cotangent
 from deepseek_jax.precision import weight_gradients
+from deepseek_jax.precision.linear_input import TiledArray
 
 # (the experts' weights, rows) -> SD, each row through its expert, times its routing weight
-Work = Callable[[Any, Received], jax.Array]
+Work = Callable[[Any, Received], jax.Array | TiledArray]
 
 
 @dataclasses.dataclass(frozen=True)

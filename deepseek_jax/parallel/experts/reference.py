@@ -10,6 +10,7 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel.experts.exchange import Exchange, Received
 from deepseek_jax.precision.einsum import broadcast
+from deepseek_jax.precision.linear_input import TiledArray, empty_like, numbers
 from deepseek_jax.precision.payload import Payload
 
 
@@ -43,9 +44,9 @@ class ReferenceDispatch:
         sizes = jnp.full((total,), count, jnp.int32)
         return Received(rows, spread.sum(1).T.reshape(-1), sizes, left, total * count)
 
-    def combine(self, out: jax.Array, route: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def combine(self, out: jax.Array | TiledArray, route: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(EM)D -> MD, the sum over experts; and MK bool, the choices that were sent."""
-        total = out.shape[0] // route.shape[0]
+        total = numbers(out).shape[0] // route.shape[0]
         return _return(out, self.payload).reshape(total, route.shape[0], -1).sum(0), route
 
     def complete(self, tokens: int, top_k: int, total: int) -> bool:
@@ -69,11 +70,11 @@ _travel.defvjp(lambda tokens, payload: (_travel(tokens, payload), None), lambda 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _return(out: jax.Array, payload: Payload) -> jax.Array:
-    return out
+def _return(out: jax.Array | TiledArray, payload: Payload) -> jax.Array:
+    return numbers(out)
 
 
 _return.defvjp(
-    lambda out, payload: (out, None),
-    lambda payload, _, dy: (payload.decode(payload.encode(dy), dy.dtype),),
+    lambda out, payload: (numbers(out), jax.tree.map(empty_like, out)),
+    lambda payload, like, dy: (payload.gradient(payload.encode(dy), like),),
 )

@@ -23,6 +23,7 @@ from deepseek_jax.parallel.experts.overflow import Rounds
 from deepseek_jax.parallel.experts.reference import ReferenceDispatch
 from deepseek_jax.parallel.experts.traffic import message_bytes
 from deepseek_jax.precision.grouped import grouped_matmul
+from deepseek_jax.precision.linear_input import numbers
 from deepseek_jax.precision.payload import FP8_PAYLOAD, UNCHANGED_PAYLOAD
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -144,7 +145,8 @@ def test_expert_groups_take_as_many_rounds_as_each_needs():
 
 def network(weights, arrived):
     up, down = weights
-    hidden = jnp.tanh(grouped_matmul(arrived.rows, up, arrived.sizes, likely=arrived.likely))
+    rows = numbers(arrived.rows)
+    hidden = jnp.tanh(grouped_matmul(rows, up, arrived.sizes, likely=arrived.likely))
     out = grouped_matmul(hidden, down, arrived.sizes, likely=arrived.likely)
     return out * arrived.weights[:, None]
 
@@ -212,10 +214,8 @@ def test_fp8_payload_rounds_tokens_out_and_gradients_in():
     chosen, gates = jnp.zeros((TOKENS, 1), jnp.int32), jnp.ones((TOKENS, 1))
 
     def fn(tokens):
-        out, _ = through(
-            hops(True, 1.0, FP8_PAYLOAD), lambda _, a: 2 * a.rows, (), tokens, gates, chosen
-        )
-        return out
+        way = hops(True, 1.0, FP8_PAYLOAD)
+        return through(way, lambda _, a: 2 * numbers(a.rows), (), tokens, gates, chosen)[0]
 
     out, back = jax.vjp(fn, jnp.asarray(tokens))
     rounded = [

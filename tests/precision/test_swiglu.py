@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.swiglu import swiglu
+from deepseek_jax.precision.swiglu import swiglu
 
 
 def formula(gate_up, scale, axis):
