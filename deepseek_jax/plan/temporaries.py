@@ -46,9 +46,7 @@ class LiveArrays:
 ONE_ROUND = LiveArrays(rows=3, hidden=3, stream=20, heads=1, dense=1.5)  # fitted to v3_small
 ONE_ROUND_FP8 = LiveArrays(2, 2, 8, 1, 0.75)  # fitted to v3_small in FP8, recompute report and full
 ROUNDS = LiveArrays(rows=6, hidden=4.5, stream=20, heads=1, dense=1.5)  # fitted to v2_lite_16b
-SPACE = (
-    0.75  # of the gradients of a chunk's other layers; fitted to v3_671b and to stages of v3_16b
-)
+SPACE = 0.75  # of gradients of a chunk's other layers; fitted to v3_671b, stages of v3_16b
 
 
 def messages(shapes: DeviceShapes) -> int:
