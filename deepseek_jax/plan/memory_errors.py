@@ -14,12 +14,13 @@ def errors(file: Path, load: Callable[[str, Mapping[str, Any]], Config]) -> list
 
     Args:
       file: JSON with "rows", as docs/data/compiled_memory.json: "name", "config", "overrides",
-        "peak_bytes" of a device, and "fitted": whether a count of `temporaries.py` is fitted to it.
+        "peak_bytes" of a device, and "kind": "fitted" if a count of `temporaries.py` was chosen by
+        the row, "seen" if it was known when counts were chosen, or "held out".
       load: Function of the name of a config and of its overrides (dotted keys).
 
     Returns:
       For each row "row", "planned" and "reported" in GiB, "error" as a share of the reported one,
-      "kind" ("fitted" or "predicted"), and "largest", the largest item.
+      "kind", and "largest", the largest item.
     """
     found = []
     for row in json.loads(file.read_text())["rows"]:
@@ -30,7 +31,7 @@ def errors(file: Path, load: Callable[[str, Mapping[str, Any]], Config]) -> list
                 "planned": planned.peak / GIB,
                 "reported": row["peak_bytes"] / GIB,
                 "error": planned.peak / row["peak_bytes"] - 1,
-                "kind": "fitted" if row["fitted"] else "predicted",
+                "kind": row["kind"],
                 "largest": planned.largest,
             }
         )

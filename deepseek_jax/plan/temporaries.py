@@ -13,7 +13,7 @@ The worst moment is in the backward pass of an MoE layer, at its experts. Live a
 
 The shapes are those of the program. How many arrays of a shape are live at once is the scheduler's
 choice: the counts below are fitted to what XLA reports for the configs named beside them
-(jax 0.10.2), and hold for all others.
+(jax 0.10.2). docs/performance.md has the errors of other configs.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class LiveArrays:
 ONE_ROUND = LiveArrays(rows=3, hidden=3, stream=20, heads=1, dense=1.5)  # fitted to v3_small
 ONE_ROUND_FP8 = LiveArrays(2, 2, 8, 1, 0.75)  # fitted to v3_small in FP8, recompute report and full
 ROUNDS = LiveArrays(rows=6, hidden=4.5, stream=20, heads=1, dense=1.5)  # fitted to v2_lite_16b
-SPACE = 0.75  # of the gradients of a chunk's other layers; fitted to v3_671b
+SPACE = 0.75  # of gradients of a chunk's other layers; fitted to v3_671b, stages of v3_16b
 
 
 def messages(shapes: DeviceShapes) -> int:
@@ -83,7 +83,7 @@ def _at_experts(config: Config, shapes: DeviceShapes, counts: LiveArrays) -> flo
     if not shapes.attention_kernel:  # scores of a block of queries, and their gradient
         block = min(shapes.attention_block, shapes.length)
         total += 2 * FLOAT32 * shapes.sequences * shapes.heads * block * shapes.length
-    if keeps_all(config):  # nothing is computed again: half of the arrays
+    if keeps_all(config):  # nothing is computed again: half, fitted to v3_small
         total /= 2
     return total if shapes.complete else total + FLOAT32 * expert_weights(shapes)
 
@@ -141,7 +141,8 @@ def of_last_stage(config: Config, shapes: DeviceShapes, module: int, space: int)
     ends = module + logits + 4 * table_gradient(shapes) + space
     if not shapes.model.mtp_depth:
         return ends
-    counts = dataclasses.replace(_counts(shapes), hidden=3)  # no forward chunk beside it
+    # No forward chunk is beside it; fitted to stages of v3_16b.
+    counts = dataclasses.replace(_counts(shapes), hidden=3)
     return int(ends + _at_experts(config, shapes, counts))
 
 
