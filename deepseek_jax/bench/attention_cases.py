@@ -13,7 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.bench.kernel_case import KERNEL, PORTABLE, Form, KernelCase, Operands, traffic
+from deepseek_jax.bench.kernel_case import (
+    KERNEL,
+    PORTABLE,
+    Form,
+    KernelCase,
+    Operands,
+    numbers,
+    traffic,
+)
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.kernels import attention_cudnn, latent_attention
 from deepseek_jax.kernels.kernel_names import ATTENTION, LATENT_ATTENTION
@@ -25,7 +33,6 @@ FORWARD_GOAL, BACKWARD_GOAL = 550.0, 450.0  # TFLOP/s
 # to a long one.
 CACHES = (128, 4096), (128, 1024), (32, 4096), (8, 32_768), (1, 131_072)
 _BLOCK = 512  # of queries, in the portable form
-_BF16 = jnp.bfloat16
 
 
 def causal(model: ModelConfig, length: int, check: str = ATTENTION) -> list[KernelCase]:
@@ -42,20 +49,16 @@ def causal(model: ModelConfig, length: int, check: str = ATTENTION) -> list[Kern
     forward = {name: functools.partial(form.forward, scale=scale) for name, form in forms.items()}
     backward = {name: functools.partial(form.backward, scale=scale) for name, form in forms.items()}
 
-    def inputs(key: jax.Array) -> Operands:
+    def inputs(seed: jax.Array) -> Operands:
         widths = width, width, value
-        keys = jax.random.split(key, 3)
-        return tuple(
-            jax.random.normal(each, (1, length, heads, wide), _BF16)
-            for each, wide in zip(keys, widths, strict=True)
-        )
+        return tuple(numbers(seed + i, (1, length, heads, wide)) for i, wide in enumerate(widths))
 
-    def draw(key: jax.Array) -> Mapping[str, Operands]:
-        made = inputs(key)
+    def draw(seed: jax.Array) -> Mapping[str, Operands]:
+        made = inputs(seed)
         return {KERNEL: made, PORTABLE: made}
 
-    def draw_backward(key: jax.Array) -> Mapping[str, Operands]:
-        query, keys, values = inputs(key)
+    def draw_backward(seed: jax.Array) -> Mapping[str, Operands]:
+        query, keys, values = inputs(seed)
         # Random numbers in place of forward's results: their time is the same.
         log_sums = jnp.full((1, heads, length), jnp.log(float(length)))
         made = query, keys, values, values, log_sums, values
@@ -90,12 +93,9 @@ def decoding(model: ModelConfig, requests: int, length: int) -> KernelCase:
     heads, latent, rope = model.heads, model.kv_latent, model.d_rope
     scale = (model.d_nope + rope) ** -0.5
 
-    def draw(key: jax.Array) -> Mapping[str, Operands]:
+    def draw(seed: jax.Array) -> Mapping[str, Operands]:
         shapes = (1, heads, latent), (1, heads, rope), (length, latent), (length, rope)
-        keys = jax.random.split(key, len(shapes))
-        made = [
-            jax.random.normal(k, (requests, *s), _BF16) for k, s in zip(keys, shapes, strict=True)
-        ]
+        made = [numbers(seed + i, (requests, *shape)) for i, shape in enumerate(shapes)]
         positions = jnp.full((requests, 1), length - 1, jnp.int32)
         return {KERNEL: (*made, positions), PORTABLE: (*made, positions)}
 

@@ -7,6 +7,7 @@ sets the time.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ class KernelCase:
       name: its place in the model, "W^O".
       shape: sizes, in an order that belongs to the kind.
       check: name of the check that the kernel must have passed.
-      draw: random key -> operands of each form.
+      draw: seed, a uint32 -> operands of each form.
       forms: the computation as a function of its operands, by form.
       bytes: least memory traffic: operands and results of the kernel once.
       flops: operations, a multiply-add counting two; 0 where there is no product.
@@ -71,17 +72,32 @@ class KernelCase:
     def only(self, name: str, kernel: Form, check: str) -> "KernelCase":
         """The same operands for another kernel alone."""
 
-        def draw(key: jax.Array) -> Mapping[str, Operands]:
-            return {KERNEL: self.draw(key)[KERNEL]}
+        def draw(seed: jax.Array) -> Mapping[str, Operands]:
+            return {KERNEL: self.draw(seed)[KERNEL]}
 
         return dataclasses.replace(
             self, piece="tiling", name=name, check=check, draw=draw, forms={KERNEL: kernel}
         )
 
 
+SEED = jax.ShapeDtypeStruct((), jnp.uint32)
+
+
+def numbers(seed: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
+    """Numbers from -2 to 2 without a pattern: a hash of their places, which compiles at once.
+
+    With normal numbers by `jax.random`, operands would take longer to compile than kernels.
+    """
+    bits = lax.iota(jnp.uint32, math.prod(shape)) + seed * jnp.uint32(0x9E3779B9)
+    for factor in (0x85EBCA6B, 0xC2B2AE35):  # the last steps of MurmurHash3
+        bits = (bits ^ (bits >> 16)) * jnp.uint32(factor)
+    signed = lax.bitcast_convert_type(bits, jnp.int32).astype(jnp.float32)
+    return (signed * jnp.float32(2.0**-30)).astype(dtype).reshape(shape)
+
+
 def traffic(draw: Callable[[jax.Array], Mapping[str, Operands]], form: Form) -> int:
     """Bytes of the operands and results of a portable form, each once."""
-    operands = jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.key(0)))[PORTABLE]
+    operands = jax.eval_shape(draw, SEED)[PORTABLE]
     leaves = jax.tree.leaves((operands, jax.eval_shape(form, *operands)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
@@ -155,9 +171,9 @@ def _seconds(
     faults = {KERNEL: refused[case.check]} if case.check in refused else {}
     forms = {name: form for name, form in case.forms.items() if name not in faults}
     try:
-        operands = drawn(case, forms)(jax.random.key(0))
+        operands = drawn(case, forms)(jnp.uint32(0))
     except Exception as error:
-        return {}, faults | {"operands": _reason(error)}
+        return {}, faults | {"operands": reason(error)}
     with ThreadPoolExecutor() as pool:
         made = {
             name: pool.submit(_prepared, form, operands[name], times)
@@ -168,7 +184,7 @@ def _seconds(
         try:
             runs[name] = future.result()
         except Exception as error:
-            faults[name] = _reason(error)
+            faults[name] = reason(error)
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for name in [*runs] * (1 + rounds):
         if name in faults:
@@ -176,14 +192,14 @@ def _seconds(
         try:
             taken[name].append(runs[name]())
         except Exception as error:
-            faults[name] = _reason(error)
+            faults[name] = reason(error)
     # The first turn is not counted: it loads libraries, and their choice of an algorithm.
     return {k: float(np.median(v[1:])) for k, v in taken.items() if k not in faults}, faults
 
 
 def drawn(case: KernelCase, forms: Iterable[str]) -> Any:
-    """Jitted random key -> operands of these forms."""
-    return jax.jit(lambda key: {name: case.draw(key)[name] for name in forms})
+    """Jitted seed -> operands of these forms."""
+    return jax.jit(lambda seed: {name: case.draw(seed)[name] for name in forms})
 
 
 def _prepared(form: Form, operands: Operands, times: int) -> Callable[[], float]:
@@ -201,7 +217,8 @@ def _prepared(form: Form, operands: Operands, times: int) -> Callable[[], float]
     return run
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_FAULT]
 
 

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.aot import compiled, cost_model, layer
 from deepseek_jax.aot.compiled import Program
@@ -93,24 +95,27 @@ def measure(
     def late() -> bool:
         return time.monotonic() - begin > (BUDGET if budget is None else budget)
 
-    for piece, lower in pieces(small).items():
+    mesh = meshes.build(small.mesh)
+    for piece, lower in pieces(mesh).items():
         if late():
             left_out.append(piece)
             continue
-        made, programs = _measured(piece, lower, small, names, calls, repeats)
+        lowered = {name: lower(of_recipe(small, name)) for name in names}
+        made = _measured(piece, lowered, mesh, calls, repeats)
         for row in made:
             say(_line(row))
         rows += made
         if rates is not None:
             tokens = small.batch.micro_sequences * small.batch.length
-            rates.add(_rates(made, programs, (tokens, small.model.d_model)))
+            rates.add(_rates(made, (tokens, small.model.d_model)))
     if rates is not None and on_gpu:
         refused = found.get("kernels_refused", {})
         left_out += _measure_pieces(small, rates, refused, late, say)
     if left_out:
         say(f"no time was left for: {'; '.join(left_out)}")
     chip = known_chip(device.device_kind)
-    ours = next((row["of_portable"] for row in rows if row["recipe"] == "fp8"), None)
+    fp8 = [row for row in rows if row["recipe"] == "fp8" and row["piece"].startswith("MoE")]
+    ours = fp8[0].get("of_portable") if fp8 else None  # of the first policy
     return {
         **found,
         "peak_tflops_per_s": None if chip is None else chip.peak_flops_per_s["bfloat16"] / 1e12,
@@ -152,17 +157,21 @@ def of_recipe(config: Config, name: str) -> Config:
     return dataclasses.replace(config, precision=precision)
 
 
-def pieces(config: Config) -> dict[str, Callable[[Config], jax.stages.Lowered]]:
-    """Programs to measure, by name: functions of a config with a recipe."""
+def pieces(mesh: Mesh) -> dict[str, Callable[[Config], jax.stages.Lowered]]:
+    """Programs to measure, by name: functions of a config with a recipe.
+
+    Args:
+      mesh: of one device, real or virtual.
+    """
 
     def whole(policy: str, config: Config) -> jax.stages.Lowered:
         layout = dataclasses.replace(config.layout, recompute=policy)
-        each = dataclasses.replace(config, layout=layout)
-        return layer.lower(each, meshes.build(each.mesh))
+        return layer.lower(dataclasses.replace(config, layout=layout), mesh)
 
     found = {f"MoE layer, recompute {each}": functools.partial(whole, each) for each in POLICIES}
     first, *rest = found
-    return {first: found[first], "attention sublayer": _attention, **{k: found[k] for k in rest}}
+    attention = functools.partial(_attention, mesh)
+    return {first: found[first], "attention sublayer": attention, **{k: found[k] for k in rest}}
 
 
 def _choice(config: Config, name: str) -> dict[str, Any]:
@@ -170,7 +179,7 @@ def _choice(config: Config, name: str) -> dict[str, Any]:
     return execution.kernels_of(of_recipe(config, name).precision).summary()
 
 
-def _attention(config: Config) -> jax.stages.Lowered:
+def _attention(mesh: Mesh, config: Config) -> jax.stages.Lowered:
     """Lowers the gradient of attention with its norm and residual."""
     model, how = config.model, execution.of(config)
 
@@ -191,37 +200,45 @@ def _attention(config: Config) -> jax.stages.Lowered:
 
     shape = config.batch.micro_sequences, config.batch.length, model.d_model
     x = jax.ShapeDtypeStruct(shape, how.recipe.activation_dtype)
-    return jax.jit(gradients).lower(weights, rest, x)
+    whole: Any = (P(),) * 3
+    mapped = jax.shard_map(gradients, mesh=mesh, in_specs=whole, out_specs=P(), check_vma=False)
+    with jax.set_mesh(mesh):
+        return jax.jit(mapped).lower(*layer.placed(mesh, whole, (weights, rest, x)))
 
 
 def _measured(
     piece: str,
-    lower: Callable[[Config], jax.stages.Lowered],
-    config: Config,
-    names: list[str],
+    lowered: Mapping[str, jax.stages.Lowered],
+    mesh: Mesh,
     calls: int,
     repeats: int,
-) -> tuple[list[dict[str, Any]], list[Program]]:
-    """Rows of a piece, a recipe each, measured in turns; and their programs."""
-    mesh = meshes.build(config.mesh)
-    lowered = [lower(of_recipe(config, name)) for name in names]
+) -> list[dict[str, Any]]:
+    """Rows of a piece, a recipe each, measured in turns; one that fails has the reason."""
+    steps: dict[str, Callable[[], Any]] = {}
+    programs: dict[str, Program] = {}
+    faults: dict[str, str] = {}
     options = xla_options.options(jax.default_backend())
     with ThreadPoolExecutor() as pool:
-        runs = list(pool.map(lambda each: each.compile(options), lowered))
-    programs = [compiled.read(run, mesh, layer.KERNELS) for run in runs]
-    steps = [functools.partial(run, *_drawn(each)) for run, each in zip(runs, lowered, strict=True)]
-    for step in steps:
-        jax.block_until_ready(step())
-    taken = [[seconds_of(step, calls) for step in steps] for _ in range(repeats)]
-    spent = dict(zip(names, np.median(taken, axis=0).tolist(), strict=True))
-    rows = [_row(piece, each, spent, made) for each, made in zip(names, programs, strict=True)]
-    return rows, programs
+        runs = {name: pool.submit(each.compile, options) for name, each in lowered.items()}
+    for name, run in runs.items():
+        try:
+            program = run.result()
+            step = functools.partial(program, *_drawn(lowered[name]))
+            jax.block_until_ready(step())
+            steps[name], programs[name] = step, compiled.read(program, mesh, layer.KERNELS)
+        except Exception as error:
+            faults[name] = kernel_case.reason(error)
+    taken = [[seconds_of(step, calls) for step in steps.values()] for _ in range(repeats)]
+    spent = dict(zip(steps, np.median(taken, axis=0).tolist(), strict=True))
+    failed = [{"piece": piece, "recipe": name, "fault": why} for name, why in faults.items()]
+    return [_row(piece, name, spent, programs[name]) for name in spent] + failed
 
 
 def _row(piece: str, name: str, spent: Mapping[str, float], program: Program) -> dict[str, Any]:
     predicted = cost_model.replay(program, cost_model.costs(program, cost_model.Rates())).total
     mine, others = spent[name], (f"{name} {PORTABLE}", "bfloat16")
     portable, bfloat16 = (mine / spent[other] if other in spent else None for other in others)
+    flops = round(sum(gemm.flops * gemm.times for gemm in program.gemms))
     return {
         "piece": piece,
         "recipe": name,
@@ -230,44 +247,42 @@ def _row(piece: str, name: str, spent: Mapping[str, float], program: Program) ->
         "of_bfloat16": bfloat16,
         "predicted": 1e3 * predicted,
         "of_predicted": mine / predicted,
-        "tflops_per_s": _flops(program) / mine / 1e12,
+        "tflops_per_s": flops / mine / 1e12,
+        "gemm_flops": flops,
         "peak_GiB": program.peak_bytes / 2**30,
     }
 
 
-def _flops(program: Program) -> int:
-    """Operations of all GEMMs and attentions that run."""
-    return round(sum(gemm.flops * gemm.times for gemm in program.gemms))
-
-
 def _line(row: Mapping[str, Any]) -> str:
     """Row as a line of text."""
+    begin = f"{row['piece']:28} {row['recipe']:18}"
+    if "fault" in row:
+        return f"{begin} {row['fault']}"
     ratios = [
         f"{row[key]:.2f} of {name}"
         for key, name in (("of_portable", PORTABLE), ("of_bfloat16", "bfloat16"))
         if row[key] is not None
     ]
     return (
-        f"{row['piece']:28} {row['recipe']:18} {row['milliseconds']:9.2f} ms"
-        f" {row['tflops_per_s']:8.1f} TFLOP/s {row['peak_GiB']:7.2f} GiB"
-        f" {row['of_predicted']:7.2f} of predicted  {', '.join(ratios)}"
+        f"{begin} {row['milliseconds']:9.2f} ms {row['tflops_per_s']:8.1f} TFLOP/s"
+        f" {row['peak_GiB']:7.2f} GiB {row['of_predicted']:7.2f} of predicted"
+        f"  {', '.join(ratios)}".rstrip()
     )
 
 
-def _rates(
-    rows: list[dict[str, Any]], programs: list[Program], shape: tuple[int, ...]
-) -> list[MeasuredRate]:
+def _rates(rows: list[dict[str, Any]], shape: tuple[int, ...]) -> list[MeasuredRate]:
     """Rows of the file: tokens and model width, with the operations of all GEMMs."""
     return [
         MeasuredRate(
-            row["piece"].replace(",", ""),
-            row["recipe"],
-            shape,
-            row["milliseconds"] / 1e3,
-            _flops(program),
-            0,
+            piece=row["piece"].replace(",", ""),
+            recipe=row["recipe"],
+            shape=shape,
+            seconds=row["milliseconds"] / 1e3,
+            flops=row["gemm_flops"],
+            bytes=0,
         )
-        for row, program in zip(rows, programs, strict=True)
+        for row in rows
+        if "fault" not in row
     ]
 
 

@@ -7,8 +7,8 @@ M rows, K input width, N output width, E experts of this GPU. A layer has three 
     weight gradient   x^T d_out  K x M by M x N, for each expert
 
 Operands are quantised before. The forward kernel gets its transposed copy of the weight, which a
-step makes at each use. BF16 is what `precision.recipe=bfloat16` computes: cuBLAS, or the grouped
-kernel of `kernels/grouped_triton.py`.
+step makes at each use. BF16 is XLA's product with a result in BF16, and for experts the grouped
+kernel of `kernels/grouped_triton.py`, as `precision.recipe=bfloat16` has it.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from deepseek_jax.bench.kernel_case import (
     Form,
     KernelCase,
     Operands,
+    numbers,
     traffic,
 )
 from deepseek_jax.config import ModelConfig
@@ -191,9 +192,8 @@ def _outer(
     return fp8_outer.outer(*operands, *blocks, tiling=tiling, sms=sms)
 
 
-def _normal(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:
-    keys = jax.random.split(key, len(shapes))
-    return [jax.random.normal(k, s, _BF16) for k, s in zip(keys, shapes, strict=True)]
+def _numbers(seed: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    return [numbers(seed + i, shape) for i, shape in enumerate(shapes)]
 
 
 def _quantised(layer: LinearSizes, weight: jax.Array) -> Fp8Weight:
@@ -205,8 +205,8 @@ _Made = tuple[Callable[[jax.Array], Mapping[str, Operands]], dict[str, Form]]
 
 
 def _forward(layer: LinearSizes, hopper: HopperProducts, plan: grouped.Plan | None) -> _Made:
-    def draw(key: jax.Array) -> Mapping[str, Operands]:
-        x, weight = _normal(key, (layer.rows, layer.inputs), layer.weight)
+    def draw(seed: jax.Array) -> Mapping[str, Operands]:
+        x, weight = _numbers(seed, (layer.rows, layer.inputs), layer.weight)
         tiles = quantise_tiles(x, power_of_two=True)
         blocks, sizes = _quantised(layer, weight), layer.sizes()
         copy = blocks.values.mT, blocks.scales.mT
@@ -219,18 +219,20 @@ def _forward(layer: LinearSizes, hopper: HopperProducts, plan: grouped.Plan | No
     def bfloat16(x: jax.Array, weight: jax.Array, *sizes: jax.Array) -> jax.Array:
         if plan is not None:
             return plan.product(x, weight, *sizes)
-        return exact_einsum("MK,KN->MN", x, weight).astype(_BF16)
+        return jnp.einsum("MK,KN->MN", x, weight)
 
     def portable(tiles: Tiles, blocks: Fp8Weight, *sizes: jax.Array) -> jax.Array:
-        weight = blocks.dequantised(layer.inputs, _BF16)
-        return bfloat16(dequantise_tiles(tiles, _BF16), weight, *sizes)
+        x, weight = dequantise_tiles(tiles, _BF16), blocks.dequantised(layer.inputs, _BF16)
+        if plan is not None:
+            return plan.product(x, weight, *sizes)
+        return exact_einsum("MK,KN->MN", x, weight).astype(_BF16)
 
     return draw, {KERNEL: _product(hopper), BFLOAT16: bfloat16, PORTABLE: portable}
 
 
 def _input_gradient(layer: LinearSizes, hopper: HopperProducts, plan: grouped.Plan | None) -> _Made:
-    def draw(key: jax.Array) -> Mapping[str, Operands]:
-        d_out, weight = _normal(key, (layer.rows, layer.outputs), layer.weight)
+    def draw(seed: jax.Array) -> Mapping[str, Operands]:
+        d_out, weight = _numbers(seed, (layer.rows, layer.outputs), layer.weight)
         tiles = quantise_tiles(d_out, power_of_two=True)
         blocks, sizes = _quantised(layer, weight), layer.sizes()
         return {
@@ -243,11 +245,13 @@ def _input_gradient(layer: LinearSizes, hopper: HopperProducts, plan: grouped.Pl
         if plan is not None:
             saved: Any = d_out, weight, *sizes
             return plan.rows_gradient(saved, d_out)
-        return exact_einsum("MN,KN->MK", d_out, weight).astype(_BF16)
+        return jnp.einsum("MN,KN->MK", d_out, weight)
 
     def portable(tiles: Tiles, blocks: Fp8Weight, *sizes: jax.Array) -> jax.Array:
-        weight = blocks.dequantised(layer.inputs, _BF16)
-        return bfloat16(dequantise_tiles(tiles, _BF16), weight, *sizes)
+        d_out, weight = dequantise_tiles(tiles, _BF16), blocks.dequantised(layer.inputs, _BF16)
+        if plan is not None:
+            return bfloat16(d_out, weight, *sizes)
+        return exact_einsum("MN,KN->MK", d_out, weight).astype(_BF16)
 
     return draw, {KERNEL: _product(hopper), BFLOAT16: bfloat16, PORTABLE: portable}
 
@@ -260,8 +264,8 @@ def _weight_gradient(
             return quantise_rows(x, sizes[0], True)
         return quantise_tiles(x, power_of_two=True, axis=-2)
 
-    def draw(key: jax.Array) -> Mapping[str, Operands]:
-        both = _normal(key, (layer.rows, layer.inputs), (layer.rows, layer.outputs))
+    def draw(seed: jax.Array) -> Mapping[str, Operands]:
+        both = _numbers(seed, (layer.rows, layer.inputs), (layer.rows, layer.outputs))
         sizes = layer.sizes()
         return {
             KERNEL: (
@@ -272,21 +276,20 @@ def _weight_gradient(
             BFLOAT16: (*both, *sizes),
         }
 
-    def product(dtype: Any) -> Form:
-        def run(x: jax.Array, d_out: jax.Array, *sizes: jax.Array) -> jax.Array:
-            if plan is not None:
-                saved: Any = x, jnp.zeros((0,), x.dtype), *sizes
-                return plan.weight_gradient(saved, d_out, layer.weight, dtype)
-            return row_product("MK,MN->KN", x, d_out).astype(dtype)
+    def of_experts(dtype: Any, x: jax.Array, d_out: jax.Array, *sizes: jax.Array) -> jax.Array:
+        assert plan is not None
+        saved: Any = x, jnp.zeros((0,), x.dtype), *sizes
+        return plan.weight_gradient(saved, d_out, layer.weight, dtype)
 
-        return run
+    def bfloat16(x: jax.Array, d_out: jax.Array, *sizes: jax.Array) -> jax.Array:
+        if plan is not None:
+            return of_experts(_BF16, x, d_out, *sizes)
+        return jnp.einsum("MK,MN->KN", x, d_out)
 
     def portable(x: Tiles, d_out: Tiles, *sizes: jax.Array) -> jax.Array:
-        def plain(tiles: Tiles) -> jax.Array:
-            if sizes:
-                return dequantise_rows(tiles, sizes[0], _BF16)
-            return dequantise_tiles(tiles, _BF16)
+        if plan is not None:
+            plain = (dequantise_rows(tiles, sizes[0], _BF16) for tiles in (x, d_out))
+            return of_experts(jnp.float32, *plain, *sizes)
+        return row_product("MK,MN->KN", *(dequantise_tiles(tiles, _BF16) for tiles in (x, d_out)))
 
-        return product(jnp.float32)(plain(x), plain(d_out), *sizes)
-
-    return draw, {KERNEL: hopper.weight_gradient, BFLOAT16: product(_BF16), PORTABLE: portable}
+    return draw, {KERNEL: hopper.weight_gradient, BFLOAT16: bfloat16, PORTABLE: portable}

@@ -10,7 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.bench.kernel_case import KERNEL, PORTABLE, Form, KernelCase, Operands, traffic
+from deepseek_jax.bench.kernel_case import (
+    KERNEL,
+    PORTABLE,
+    Form,
+    KernelCase,
+    Operands,
+    numbers,
+    traffic,
+)
 from deepseek_jax.bench.product_cases import LinearSizes
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.kernels.kernel_names import QUANTISE
@@ -22,7 +30,6 @@ from deepseek_jax.precision.token_tiles import TokenTiles, quantise_tokens
 
 SOURCES = f"{QUANTISE} of other sources"  # name of their check
 GOAL = 0.8  # share of memory speed
-_BF16 = jnp.bfloat16
 _HOPPER = HopperQuantiser()
 _ROWS, _TOKENS, _BOTH = "quantise rows", "quantise tokens", "quantise both"
 
@@ -56,14 +63,14 @@ def cases(model: ModelConfig, tokens: int, experts: LinearSizes) -> list[KernelC
     hidden = experts.rows, model.d_expert
 
     def plain(shape: tuple[int, int]) -> Callable[[jax.Array], TileSource]:
-        return lambda key: Plain(jax.random.normal(key, shape, _BF16))
+        return lambda seed: Plain(numbers(seed, shape))
 
-    def gated(key: jax.Array) -> TileSource:
-        gate_up = jax.random.normal(key, (hidden[0], 2 * hidden[1]), _BF16)
+    def gated(seed: jax.Array) -> TileSource:
+        gate_up = numbers(seed, (hidden[0], 2 * hidden[1]))
         return FromSwiGLU(gate_up, jnp.full(hidden[:1], 0.5))
 
-    def normalised(key: jax.Array) -> TileSource:
-        x_before = jax.random.normal(key, x, _BF16)
+    def normalised(seed: jax.Array) -> TileSource:
+        x_before = numbers(seed, x)
         return FromNorm.of(x_before, jnp.ones(x[1:]), model.norm_eps)
 
     return [
@@ -84,8 +91,8 @@ def cases(model: ModelConfig, tokens: int, experts: LinearSizes) -> list[KernelC
 def _activations(
     piece: str, name: str, shape: tuple[int, int], source: Callable[[jax.Array], TileSource]
 ) -> KernelCase:
-    def draw(key: jax.Array) -> Mapping[str, Operands]:
-        made = source(key)
+    def draw(seed: jax.Array) -> Mapping[str, Operands]:
+        made = source(seed)
         return {KERNEL: (made,), PORTABLE: (made,)}
 
     forms = _FORMS[piece]
@@ -100,8 +107,8 @@ def _of_experts(
     experts: LinearSizes,
     source: Callable[[jax.Array], TileSource],
 ) -> KernelCase:
-    def draw(key: jax.Array) -> Mapping[str, Operands]:
-        made = source(key), *experts.sizes()
+    def draw(seed: jax.Array) -> Mapping[str, Operands]:
+        made = source(seed), *experts.sizes()
         return {KERNEL: made, PORTABLE: made}
 
     forms: dict[str, Form] = {KERNEL: _HOPPER.tokens_of_experts, PORTABLE: _tokens}
@@ -112,8 +119,8 @@ def _of_experts(
 def _weights(name: str, experts: LinearSizes, *, copy: bool) -> KernelCase:
     linear = Linear.whole("-io", experts.weight)
 
-    def draw(key: jax.Array) -> Mapping[str, Operands]:
-        weights = (jax.random.normal(key, experts.weight),)
+    def draw(seed: jax.Array) -> Mapping[str, Operands]:
+        weights = (numbers(seed, experts.weight, jnp.float32),)
         return {KERNEL: weights, PORTABLE: weights}
 
     def kernel(weights: jax.Array) -> Any:
