@@ -89,7 +89,7 @@ def causal(model: ModelConfig, length: int, check: str = ATTENTION) -> list[Kern
 
 
 def decoding(model: ModelConfig, requests: int, length: int) -> KernelCase:
-    """One new token of each request attends to a cache of `length` positions, which is full."""
+    """Attention of a new token of each request to its full cache of `length` positions."""
     heads, latent, rope = model.heads, model.kv_latent, model.d_rope
     scale = (model.d_nope + rope) ** -0.5
 

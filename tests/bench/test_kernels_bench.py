@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import pathlib
+import runpy
+import subprocess
+import sys
 import types
 
 import interpreted
@@ -25,6 +29,7 @@ from deepseek_jax.bench.product_cases import LinearSizes
 from deepseek_jax.hardware import chips
 from deepseek_jax.precision.fp8_hopper import HopperProducts
 
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = configs.parse(v3_tiny.get_config())
 
 
@@ -273,3 +278,23 @@ def test_torch_gets_the_sizes_that_its_scales_take():
     assert ("outer", "W^O, weight gradient", 16_384, 7168, 4096) in shapes
     assert not any("experts" in name or "joined" in name for _, name, *_ in shapes)
     assert all(contracted % 512 == 0 for *_, contracted in shapes)
+
+
+def test_the_script_for_a_gpu_ends_without_one_and_names_faults(tmp_path):
+    script = ROOT / "tests/gpu/settle.py"
+    command = [sys.executable, str(script), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "no Hopper GPU: cpu\n")
+    assert not (tmp_path / "out").exists()
+    settle = runpy.run_path(str(script))
+    assert sum(limit for _, limit in settle["TIMES"].values()) < 600
+    row = kernel_case.measured(case(), {"check": "wrong"}, None, rounds=1)
+    result = {"left_out": ["y"], "checks": [{"kernel": "k", "result": "refused: z"}], "rows": [row]}
+    assert settle["faults_of"]("kernels", result) == [
+        "kernels: no time was left for y",
+        "check of k: refused: z",
+        "sum, x, kernel: wrong",
+    ]
+    failed = {"piece": "p", "recipe": "fp8", "fault": "f"}
+    result = {"left_out": [], "kernels_refused": {"k": "z"}, "layer": [{"piece": "q"}, failed]}
+    assert settle["faults_of"]("layer", result) == ["kernel k: z", "p, fp8: f"]
