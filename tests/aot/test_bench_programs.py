@@ -3,6 +3,7 @@
 Each form of each case runs its computation in a loop, once in each trip; kernels spill nothing.
 """
 
+import functools
 import re
 
 import jax
@@ -28,11 +29,15 @@ HOPPER = HopperProducts()
 TIMES = 7
 
 
+@functools.cache
+def one_h100():
+    return cluster.mesh(MeshConfig(pipe=1, replica=1, node=1, gpu=1, tensor=1))
+
+
 @pytest.fixture
 def h100():
-    mesh = cluster.mesh(MeshConfig(pipe=1, replica=1, node=1, gpu=1, tensor=1))
-    with jax.set_mesh(mesh):
-        yield mesh
+    with jax.set_mesh(one_h100()):
+        yield one_h100()
 
 
 def placed(mesh, tree):
@@ -117,12 +122,13 @@ def test_every_program_of_a_run_compiles(compile_form, h100, piece):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", layer.RECIPES)
 @pytest.mark.parametrize("piece", ["attention sublayer", *layer.POLICIES])
-def test_a_layer_of_each_recipe(h100, recipe, piece):
+def test_a_layer_of_each_recipe(recipe, piece):
     """V3's widths; FP8 with kernels has as many as a layer of `test_products.py`."""
     config = layer.of_recipe(layer.sized(TINY, wide=True), recipe)
-    name = piece if piece in layer.pieces(h100) else f"MoE layer, recompute {piece}"
-    program = cluster.compile_for(layer.pieces(h100)[name](config))
-    read = compiled.read(program, h100, one_layer.KERNELS)
+    pieces = layer.pieces(one_h100())
+    name = piece if piece in pieces else f"MoE layer, recompute {piece}"
+    program = cluster.compile_for(pieces[name](config))
+    read = compiled.read(program, one_h100(), one_layer.KERNELS)
     counts = products.kernel_counts(read.module)
     kept = {name: counts.get(name, 0) for name in (PRODUCT, OUTER, QUANTISE)}
     calls = sum("__cudnn$fmha" in gemm.op for gemm in read.gemms)
