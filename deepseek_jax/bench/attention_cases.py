@@ -22,6 +22,7 @@ from deepseek_jax.bench.kernel_case import (
     numbers,
     traffic,
 )
+from deepseek_jax.bench.product_cases import LARGE
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.kernels import attention_cudnn, latent_attention
 from deepseek_jax.kernels.kernel_names import ATTENTION, LATENT_ATTENTION
@@ -71,6 +72,7 @@ def causal(model: ModelConfig, length: int, check: str = ATTENTION) -> list[Kern
         ("attention forward", draw, forward, width + value, FORWARD_GOAL),
         ("attention backward", draw_backward, backward, 3 * width + 2 * value, BACKWARD_GOAL),
     ):
+        flops = per_product * widths
         found.append(
             KernelCase(
                 piece=piece,
@@ -80,9 +82,9 @@ def causal(model: ModelConfig, length: int, check: str = ATTENTION) -> list[Kern
                 draw=made,
                 forms=chosen if check == ATTENTION else {KERNEL: chosen[KERNEL]},
                 bytes=traffic(made, chosen[PORTABLE]),
-                flops=per_product * widths,
+                flops=flops,
                 dtype="bfloat16",
-                goal=goal if check == ATTENTION else None,
+                goal=goal if check == ATTENTION and flops >= LARGE else None,
             )
         )
     return found
@@ -105,7 +107,7 @@ def decoding(model: ModelConfig, requests: int, length: int) -> KernelCase:
     forms = {KERNEL: form(latent_attention.attend), PORTABLE: form(latent_attention_in_full)}
     return KernelCase(
         piece="latent attention",
-        name=f"{requests} requests of {length:,}",
+        name=f"{requests} x {length:,} positions",
         shape=(requests, length, heads, latent, rope),
         check=LATENT_ATTENTION,
         draw=draw,

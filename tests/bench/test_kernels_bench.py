@@ -221,7 +221,9 @@ def test_the_order_of_a_run_on_a_gpu(monkeypatch):
         next(i for i, line in enumerate(said) if word in line) for word in ("torch", kernels.PAIRS)
     )
     assert said.index(kernel_case.HEADER) < torch < pairs and pairs == len(said) - 2
-    assert found["goals"] == 1  # of the row that was measured
+    assert (
+        found["kernels_refused"] == len(checks) and found["goals"] == 1
+    )  # of the row that was measured
 
 
 TORCH = '''
