@@ -4,6 +4,7 @@ Rows are those of a micro-batch, or of the experts of one GPU. The portable form
 of `precision/fp8_tiles.py`; there is no form in BF16, which quantises nothing.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepseek_jax.bench.kernel_case import (
     KernelCase,
     Operands,
     numbers,
+    row_major,
     traffic,
 )
 from deepseek_jax.bench.product_cases import LinearSizes
@@ -39,7 +41,8 @@ def _rows(source: TileSource) -> Tiles:
 
 
 def _tokens(source: TileSource, *sizes: jax.Array) -> TokenTiles:
-    return quantise_tokens(source.portable(), sizes[0] if sizes else None, True)
+    tiles = quantise_tokens(source.portable(), sizes[0] if sizes else None, True)
+    return TokenTiles(row_major(tiles.values), tiles.scales)
 
 
 def _both(source: TileSource) -> tuple[Tiles, TokenTiles]:
@@ -128,7 +131,9 @@ def _weights(name: str, experts: LinearSizes, *, copy: bool) -> KernelCase:
 
     def portable(weights: jax.Array) -> Any:
         blocks = quantise_blocks(weights, linear, power_of_two=True)
-        return (blocks, blocks.values.mT) if copy else blocks
+        values = row_major(blocks.values)
+        made = dataclasses.replace(blocks, values=values)
+        return (made, row_major(values.mT)) if copy else made
 
     piece = f"quantise blocks{' and copy' if copy else ''}"
     forms = {KERNEL: kernel, PORTABLE: portable}
