@@ -164,13 +164,19 @@ def pieces(mesh: Mesh) -> dict[str, Callable[[Config], jax.stages.Lowered]]:
       mesh: of one device, real or virtual.
     """
 
-    def whole(policy: str, config: Config) -> jax.stages.Lowered:
+    def under(policy: str, config: Config) -> Config:
         layout = dataclasses.replace(config.layout, recompute=policy)
-        return layer.lower(dataclasses.replace(config, layout=layout), mesh)
+        return dataclasses.replace(config, layout=layout)
+
+    def whole(policy: str, config: Config) -> jax.stages.Lowered:
+        return layer.lower(under(policy, config), mesh)
+
+    def attention(config: Config) -> jax.stages.Lowered:
+        # With scores kept in memory, XLA takes minutes to compile the portable form.
+        return _attention(mesh, under(POLICIES[0], config))
 
     found = {f"MoE layer, recompute {each}": functools.partial(whole, each) for each in POLICIES}
     first, *rest = found
-    attention = functools.partial(_attention, mesh)
     return {first: found[first], "attention sublayer": attention, **{k: found[k] for k in rest}}
 
 
