@@ -1,6 +1,6 @@
 """Benchmarks, one module each; `python -m deepseek_jax.bench NAME` runs one."""
 
 NAMES = (
-    "train", "profile", "moe", "memory", "residuals", "layer", "grouped", "tiles", "dispatch",
-    "pipeline", "load", "decode", "speculate", "kinds", "precision",
+    "train", "profile", "moe", "memory", "residuals", "layer", "kernels", "grouped", "tiles",
+    "dispatch", "pipeline", "load", "decode", "speculate", "kinds", "precision",
 )  # fmt: skip

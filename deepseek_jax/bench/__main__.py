@@ -1,20 +1,26 @@
 """Benchmarks: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
-NAME is train, profile, moe, memory, residuals, layer, grouped, tiles, dispatch, pipeline, load,
-decode, speculate, kinds or precision. The config gives the recipe, and the benchmark the sizes;
-kinds scores the run in the workdir of --checkpoint.
+NAME is train, profile, moe, memory, residuals, layer, kernels, grouped, tiles, dispatch, pipeline,
+load, decode, speculate, kinds or precision. The config gives the recipe, and the benchmark the
+sizes; kinds scores the run in the workdir of --checkpoint. kernels and layer print each row when it
+is measured (with --json to standard error), begin none after --budget seconds, and write or
+continue --out, a file of measured rates (`bench/measured_rates.py`).
 """
 
+import functools
 import importlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from deepseek_jax import command
 from deepseek_jax.bench import NAMES
+from deepseek_jax.config import ConfigError
 from deepseek_jax.table import text
 
 CONFIG = command.define_config_flag()
@@ -24,7 +30,13 @@ EMULATE = flags.DEFINE_integer(
     None,
     "Pretend to have this many CPU devices; pipeline, and dispatch without a GPU: 8.",
 )
+BUDGET = flags.DEFINE_float(
+    "budget", None, "Seconds after which no row begins; kernels: 480, layer: 240.", lower_bound=0.0
+)
+OUT = flags.DEFINE_string("out", None, "File of measured rates to write or continue.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/v3_tiny", "Workdir of a run; kinds.")
+
+PRINTED_AS_MEASURED = ("kernels", "layer")  # rows, of which a killed run leaves those that it has
 
 
 def main(name: str) -> None:
@@ -35,15 +47,29 @@ def main(name: str) -> None:
     measured = importlib.import_module(f"deepseek_jax.bench.{name}").measure
     imported = time.perf_counter() - begin
     _emulate(name)
-    given = {"directory": command.folder(CHECKPOINT)} if name == "kinds" else {}
-    found = measured(config, **given)
+    found = measured(config, **_given(name))
     if name == "train":
         spent = ("build_seconds", "compile_seconds", "first_step_seconds")
         total = None
         if before is not None and all(key in found for key in spent):
             total = before + imported + sum(found[key] for key in spent)
         found = {**found, "command_to_first_step_seconds": total}
+    if name in PRINTED_AS_MEASURED and not JSON.value:
+        found = {key: value for key, value in found.items() if not isinstance(value, list)}
     print(json.dumps(found, indent=2) if JSON.value else text(found))
+
+
+def _given(name: str) -> dict[str, Any]:
+    """Arguments of a benchmark besides the config."""
+    if name in PRINTED_AS_MEASURED:
+        stream = sys.stderr if JSON.value else sys.stdout
+        out = None if OUT.value is None else command.path("out", OUT.value)
+        say = functools.partial(print, file=stream, flush=True)
+        return {"say": say, "budget": BUDGET.value, "out": out}
+    for flag in (BUDGET, OUT):
+        if flag.value is not None:
+            raise ConfigError(f"bench {name} has no --{flag.name}; leave it out")
+    return {"directory": command.folder(CHECKPOINT)} if name == "kinds" else {}
 
 
 def _emulate(name: str) -> None:

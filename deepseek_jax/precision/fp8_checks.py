@@ -8,7 +8,7 @@ problems of quantisers, which take no sums, are in `fp8_quantise_problems.py`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from deepseek_jax.precision.expert_tiles import dequantise_rows, rows_of_tiles
 from deepseek_jax.precision.fp8_form import Fp8Form
 from deepseek_jax.precision.fp8_hopper import HopperProducts
 from deepseek_jax.precision.fp8_hopper_quantise import HopperQuantiser
+from deepseek_jax.precision.fp8_quantise_problems import QuantiserProblem
 from deepseek_jax.precision.fp8_tiles import BLOCK, Tiles, dequantise_tiles
 from deepseek_jax.precision.fp8_weights import Linear, quantise_blocks
 from deepseek_jax.runtime.kernel_check import Check
@@ -69,12 +70,17 @@ def checks(
             lambda: _weight_gradient(problem, Fp8Form()),
             HOPPER,
         ),
-        QUANTISE: Check(
-            lambda: [_bits(each.kernel, each.inputs) for each in quantised],
-            lambda: [_bits(each.portable, each.inputs) for each in quantised],
-            HOPPER,
-        ),
+        QUANTISE: of_quantisers(quantised),
     }
+
+
+def of_quantisers(problems: Sequence[QuantiserProblem]) -> Check:
+    """The check of quantisers by these problems."""
+    return Check(
+        lambda: [_bits(each.kernel, each.inputs) for each in problems],
+        lambda: [_bits(each.portable, each.inputs) for each in problems],
+        HOPPER,
+    )
 
 
 def _products(problem: Problem, hopper: HopperProducts, kernels: frozenset[str]) -> Any:

@@ -38,6 +38,7 @@ def refused(
     checks: Mapping[str, Check],
     device: Any,
     agree: Callable[[str], str] = agreement.first_said,
+    seconds: float | None = None,
 ) -> dict[str, str]:
     """Reasons by name of the kernels that may not run; all processes have to call this.
 
@@ -45,21 +46,28 @@ def refused(
       checks: by name of the kernel, the same names in every process.
       device: of this process; its `compute_capability` is read.
       agree: the first text that a process of the run has said, for all; "" if none has.
+      seconds: time that each check has; None for `SECONDS`.
 
     Raises:
       RunError: a kernel has not come to an end. The GPU cannot be used any more.
     """
-    reasons = {name: agree(_fault(name, checks[name], device)) for name in sorted(checks)}
+    limit = SECONDS if seconds is None else seconds
+    reasons = {name: agree(_fault(name, checks[name], device, limit)) for name in sorted(checks)}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _fault(name: str, check: Check, device: Any) -> str:
+def _fault(name: str, check: Check, device: Any, seconds: float) -> str:
     """Reason why this process may not use a kernel; empty if it may."""
     found = str(getattr(device, "compute_capability", "none"))
     if check.generation is not None and found.partition(".")[0] != str(check.generation):
         return f"it needs compute capability {check.generation}.x, and this device has {found}"
     try:
-        got, want = _in_time(name, lambda: (_arrays(check.kernel()), _arrays(check.portable())))
+        got, want = in_time(
+            lambda: (_arrays(check.kernel()), _arrays(check.portable())),
+            seconds,
+            f"the kernel {name} has not ended its check in {seconds:.0f} s; "
+            "set precision.kernels=portable",
+        )
     except RunError:
         raise
     except Exception as error:
@@ -73,8 +81,12 @@ def _arrays(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def _in_time(name: str, act: Callable[[], Any]) -> Any:
-    """Result of `act`, called in a thread of its own: without the mesh that the caller has set."""
+def in_time(act: Callable[[], Any], seconds: float, otherwise: str) -> Any:
+    """Result of `act`, called in a thread of its own: without the mesh that the caller has set.
+
+    Raises:
+      RunError: `otherwise`, where it has not ended in time.
+    """
     found: list[Any] = []
     failed: list[Exception] = []
 
@@ -84,14 +96,11 @@ def _in_time(name: str, act: Callable[[], Any]) -> Any:
         except Exception as error:
             failed.append(error)
 
-    thread = threading.Thread(target=work, daemon=True, name=f"check of {name}")
+    thread = threading.Thread(target=work, daemon=True, name="kernel in time")
     thread.start()
-    thread.join(SECONDS)
+    thread.join(seconds)
     if failed:
         raise failed[0]
     if not found:
-        raise RunError(
-            f"the kernel {name} has not ended its check in {SECONDS} s; "
-            "set precision.kernels=portable"
-        )
+        raise RunError(otherwise)
     return found[0]

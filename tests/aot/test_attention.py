@@ -87,7 +87,8 @@ def test_one_call_forward_and_one_backward():
     # A float32 for each number of the queries and each row of the scores.
     assert program.workspace_bytes == 4 * S * H * (X + 1)
     arrays = [array for line in lines(program) for array in line.arrays]
-    assert max(array.elements for array in arrays) < H * S * S
+    floats = [array for array in arrays if "f" in array.dtype]  # others are of cuBLAS
+    assert max(array.elements for array in floats) < H * S * S
     saved = {(array.dtype, array.shape) for array in arrays if array.shape[:1] == (LAYERS,)}
     assert {("bf16", (LAYERS, 1, S, H * W)), ("f32", (LAYERS, 1, H, S))} <= saved
     assert not any(shape[-1] == X and S in shape for _, shape in saved)

@@ -5,6 +5,7 @@ import importlib
 import pathlib
 import subprocess
 import sys
+import types
 import typing
 
 import jax
@@ -13,7 +14,17 @@ import pytest
 
 from configs import v3_671b, v3_tiny
 from deepseek_jax import config as configs
-from deepseek_jax.bench import NAMES, grouped, layer, load, memory, moe, tiles
+from deepseek_jax.bench import (
+    NAMES,
+    grouped,
+    layer,
+    load,
+    measured_rates,
+    memory,
+    moe,
+    tiles,
+    v3_sizes,
+)
 from deepseek_jax.hardware import chips
 from deepseek_jax.kernels import grouped_triton
 from deepseek_jax.precision.grouped import reference
@@ -85,25 +96,85 @@ def test_load_rows(tiny):
         assert row["of_largest_file"] == pytest.approx(row["peak_GiB"] / found["largest_file_GiB"])
 
 
-def test_layer_rows(tiny):
-    """On a CPU, whose rates are far below those assumed for an H800."""
-    found = layer.measure(tiny, calls=1, repeats=1)
-    rows = found["layer"]
-    assert [row["piece"] for row in rows] == [
-        "attention", "layer, recompute full", "layer, recompute report",
-    ]  # fmt: skip
-    for row in rows:
+def test_layer_rows(tiny, tmp_path, monkeypatch):
+    """On a CPU, whose rates are far below those assumed for an H800; a policy fails."""
+    of_all = layer.pieces
+
+    def broken(config):
+        return types.SimpleNamespace(compile=lambda options: 1 / 0)
+
+    def few(mesh):
+        sublayer = "attention sublayer"
+        return {sublayer: of_all(mesh)[sublayer], "MoE layer, recompute full": broken}
+
+    monkeypatch.setattr(layer, "pieces", few)
+    said, file = [], tmp_path / "rates.json"
+    found = layer.measure(tiny, calls=1, repeats=1, say=said.append, out=file)
+    rows = [row for row in found["layer"] if "fault" not in row]
+    recipes = "fp8 portable", "bfloat16 portable"
+    names = "attention sublayer", "MoE layer, recompute full"
+    assert [(row["piece"], row["recipe"]) for row in found["layer"]] == [
+        (piece, recipe) for piece in names for recipe in recipes
+    ]
+    assert len(rows) == 2 and "ZeroDivisionError" in found["layer"][-1]["fault"]
+    for row, line in zip(rows, said, strict=False):
         assert row["of_predicted"] == pytest.approx(row["milliseconds"] / row["predicted"])
         assert row["of_predicted"] > 1 and row["tflops_per_s"] > 0 and row["peak_GiB"] > 0
-    assert found["peak_tflops_per_s"] is None
+        assert row["of_portable"] is row["of_bfloat16"] is None and row["recipe"] in line
+    assert found["peak_tflops_per_s"] is None and found["kernels"] == "portable"
+    assert found["fp8_goal_reached"] is None
+    rates = measured_rates.read(file)[1]
+    assert [(rate.piece, rate.recipe) for rate in rates] == [
+        (row["piece"].replace(",", ""), row["recipe"]) for row in rows
+    ]
+    assert rates[0].shape == (tiny.batch.length, tiny.model.d_model) and rates[0].flops > 1e6
+
+
+@pytest.mark.slow
+def test_a_layer_of_both_recipes(tiny):
+    found = layer.measure(tiny, calls=1, repeats=1)
+    assert len(found["layer"]) == 6 and not any("fault" in row for row in found["layer"])
+
+
+def test_a_layer_without_time(tiny):
+    said = []
+    found = layer.measure(tiny, say=said.append, budget=0)
+    assert len(found["left_out"]) == 3 and not found["layer"]
+    assert said == [f"no time was left for: {'; '.join(found['left_out'])}"]
+
+
+def test_recipes_of_a_layer(tiny):
+    """With kernels, and as the build before had them; BF16 is compared with what it compares to."""
+    assert layer.RECIPES == {
+        "fp8": ("fp8", "auto"),
+        "bfloat16": ("bfloat16", "auto"),
+        "fp8 portable": ("fp8", "portable"),
+        "bfloat16 portable": ("bfloat16", "portable"),
+    }
+    precision = layer.of_recipe(layer.sized(tiny, wide=False), "fp8 portable").precision
+    assert (precision.recipe, precision.kernels) == ("fp8", "portable")
+    program = types.SimpleNamespace(gemms=[], peak_bytes=0)
+    spent = {"fp8": 1.0, "bfloat16": 1.5, "fp8 portable": 4.0, "bfloat16 portable": 2.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer.cost_model, "costs", lambda *_: {})
+        patch.setattr(layer.cost_model, "replay", lambda *_: types.SimpleNamespace(total=0.5))
+        rows = {name: layer._row("x", name, spent, program) for name in spent}
+    assert rows["fp8"]["of_portable"] == 0.25 and rows["fp8"]["of_bfloat16"] == pytest.approx(2 / 3)
+    assert rows["bfloat16"]["of_portable"] == 0.75 and rows["fp8 portable"]["of_portable"] is None
 
 
 def test_a_layer_gets_the_rows_of_v3(tiny):
     """8 choices of each of 4096 tokens, and weights of eight experts for them."""
     model = layer.sized(tiny, wide=True).model
     full = configs.parse(v3_671b.get_config()).model
-    assert {name: getattr(full, name) for name in layer.WIDTHS} == layer.WIDTHS
     assert model.top_k == full.top_k == model.experts
+    assert {name: getattr(model, name) for name in v3_sizes.LAYER} == v3_sizes.LAYER
+
+
+def test_a_flag_of_another_benchmark():
+    command = [sys.executable, "-m", "deepseek_jax.bench", "memory", "--out=rates.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "error: bench memory has no --out; leave it out\n")
 
 
 def test_tiles_rows(tiny):

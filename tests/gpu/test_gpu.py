@@ -1,6 +1,8 @@
 """Tests that need a GPU. They run without the settings of the CPU tests:
 
 PYTHONPATH=tests:. python -m pytest --noconftest tests/gpu
+
+The speed of the kernels, and whether they are right: `settle.py`.
 """
 
 import json
