@@ -7,6 +7,8 @@ import enum
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 Tree = TypeVar("Tree")
@@ -37,11 +39,18 @@ def save(name: Saved, tree: Tree) -> Tree:
     Every named residual passes through here, in the form in which it is saved: `kept_input.py`
     names the FP8 tiles of an input, and not the input.
 
+    FP8 numbers are saved as their bytes. `jax.checkpoint` rounds what it saves to the exponent and
+    mantissa bits of its dtype by the rules of IEEE, which has no finite number with all exponent
+    bits set; E4M3 has those of 256 to 448, and each would become NaN.
+
     The heads BSHW of attention are saved as BS(HW). They are computed heads first, and with four
     axes XLA would give the array that a pipeline carries that order, and copy it whole each tick.
     """
 
     def one(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1:
+            bits = one(lax.bitcast_convert_type(x, jnp.uint8))
+            return lax.bitcast_convert_type(bits, x.dtype)
         merged = x.reshape(*x.shape[:2], -1) if x.ndim > 3 else x
         return checkpoint_name(merged, name.value).reshape(x.shape)
 
