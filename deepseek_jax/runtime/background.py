@@ -1,14 +1,16 @@
 """Threads for work beside the main thread, which do not keep the program from ending."""
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
 
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_waiting: set[int] = set()  # threads in `waiting`, by identifier
 
 
 def in_background(act: Callable[[], T], name: str) -> Future[T]:
@@ -31,9 +33,20 @@ def in_background(act: Callable[[], T], name: str) -> Future[T]:
     return future
 
 
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Marks this thread, of which the program does not wait for the end, as inside C++ code."""
+    own = threading.get_ident()
+    _waiting.add(own)
+    try:
+        yield
+    finally:
+        _waiting.discard(own)
+
+
 def is_busy() -> bool:
-    """Whether a thread of `in_background` is at work.
+    """Whether a thread of `in_background` is at work, or one is in `waiting`.
 
     One that returns from C++ code while the interpreter ends aborts the process.
     """
-    return any(thread.is_alive() for thread in _threads)
+    return bool(_waiting) or any(thread.is_alive() for thread in _threads)

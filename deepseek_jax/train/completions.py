@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from deepseek_jax.runtime import background
+
 
 class Completions:
     """Notes when results are ready, in a thread of its own, while the loop is busy.
@@ -38,7 +40,8 @@ class Completions:
         while True:
             result, ready = self._expected.get()
             try:
-                jax.block_until_ready(result)
+                with background.waiting():
+                    jax.block_until_ready(result)
                 ready.set_result(self._clock())
             except Exception as error:
                 ready.set_exception(error)

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from deepseek_jax.runtime import background
 from deepseek_jax.train.completions import Completions
 
 
@@ -32,6 +33,17 @@ def test_the_time_is_that_of_the_result():
     second.event.set()
     now[0] = times[1].result(30) + 10  # later than the result
     assert times[1].result() == 5.0
+
+
+def test_a_wait_is_known_so_that_an_error_ends_the_process_at_once():
+    """A thread that returns from C++ code while the interpreter ends aborts the process."""
+    completions, result = Completions(), Result()
+    done = completions.expect(result)
+    while not background.is_busy():
+        assert not done.done()
+    result.event.set()
+    done.result(30)
+    assert not background._waiting
 
 
 def test_a_computation_that_fails_is_told_and_the_next_one_is_timed():
