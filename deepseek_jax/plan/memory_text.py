@@ -5,7 +5,7 @@ from typing import Any
 from deepseek_jax.plan.device_memory import GIB, DeviceMemory
 
 ERROR = (
-    "Estimated: within 5 % of 21 of 24 programs compiled for virtual H100s, up to 25 % low for V3 "
+    "Estimated: within 5 % of 23 of 27 programs compiled for virtual H100s, up to 25 % low for V3 "
     "in BF16\n(docs/performance.md). cuDNN's workspace and NCCL's buffers come on top."
 )
 
