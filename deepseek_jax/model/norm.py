@@ -16,15 +16,11 @@ class RMSNorm(nnx.Module):
 
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x.astype(jnp.float32) * self.inverse_rms(x) * scale).astype(x.dtype)
-
-    def inverse_rms(self, x: jax.Array) -> jax.Array:
-        """1 / rms of each row of x, ...1 float32.
-
-        NaN where the squares, or their sum, overflow: 1 / sqrt(infinity) is 0, and rows of zeros
-        would hide numbers of 1.8e19 and more.
-        """
         wide = x.astype(jnp.float32)
         square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        return jnp.where(jnp.isfinite(square), jax.lax.rsqrt(square + self.eps), jnp.nan)
+        # NaN where the squares, or their sum, overflow: 1 / sqrt(infinity) is 0, and rows of zeros
+        # would hide numbers of 1.8e19 and more. A sum, since its gradient needs nothing kept.
+        overflow = jnp.where(jnp.isfinite(jax.lax.stop_gradient(square)), 0.0, jnp.nan)
+        inverse_rms = jax.lax.rsqrt(square + self.eps) + overflow
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * inverse_rms * scale).astype(x.dtype)

@@ -50,6 +50,7 @@ def test_keys_of_the_json(full):
         "cache_bytes_per_token",
         "layout",
         "bytes_per_device",
+        "memory",
     ]
     each = full["bytes_per_device"]
     assert each["state"] == sum(

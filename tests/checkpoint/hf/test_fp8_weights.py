@@ -21,6 +21,7 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.parallel import axes
+from deepseek_jax.precision import linear_input
 from deepseek_jax.precision.einsum import exact_einsum
 from deepseek_jax.precision.fp8_tiles import E4M3, dequantise_tiles, quantise_tiles
 from deepseek_jax.precision.fp8_weights import Fp8Weight
@@ -199,11 +200,12 @@ class ExactWeights(Recipe):
         of_x, of_weight, _ = subscripts.replace("->", ",").split(",")
         inner = sum(letter in of_x for letter in of_weight)
         assert of_x.endswith(of_weight[:inner]), subscripts
-        x = x.astype(jnp.bfloat16)
+        x = linear_input.numbers(x).astype(jnp.bfloat16)
         tiles = self.tiles(x.reshape(*x.shape[: x.ndim - inner], -1)).reshape(x.shape)
         return exact_einsum(subscripts, tiles, weight).astype(x.dtype)
 
     def grouped(self, rows, weight, sizes, likely):
+        rows = linear_input.numbers(rows)
         product = grouped_matmul(self.tiles(rows), weight, sizes, likely=likely)
         return product.astype(rows.dtype)
 
