@@ -34,30 +34,7 @@ from typing import Any
 
 from deepseek_jax.bench.kernel_case import BFLOAT16, KERNEL, PORTABLE, KernelCase
 from deepseek_jax.config import ConfigError
-
-Key = tuple[str, str, tuple[int, ...]]  # piece, recipe, shape
-
-
-@dataclasses.dataclass(frozen=True)
-class MeasuredRate:
-    """Time of a computation on one device.
-
-    Attributes:
-      piece, recipe, shape, flops, bytes: as the module says.
-      seconds: median of one run.
-    """
-
-    piece: str
-    recipe: str
-    shape: tuple[int, ...]
-    seconds: float
-    flops: int
-    bytes: int
-
-    @property
-    def key(self) -> Key:
-        """Identity of the computation: measured again, it replaces the time before."""
-        return self.piece, self.recipe, self.shape
+from deepseek_jax.plan.measured import MeasuredRate, RateKey, read
 
 
 class RateFile:
@@ -71,14 +48,14 @@ class RateFile:
 
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.device = path, device
-        self.rates: dict[Key, MeasuredRate] = {}
+        self.rates: dict[RateKey, MeasuredRate] = {}
         if path.exists():
-            found, rates = read(path)
+            found, rates = read(path, "out")
             if found == device:
                 self.rates = {rate.key: rate for rate in rates}
         self._write()
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: RateKey) -> bool:
         return key in self.rates
 
     def add(self, rates: Iterable[MeasuredRate]) -> None:
@@ -94,24 +71,6 @@ class RateFile:
             partial.replace(self.path)
         except OSError as error:
             raise ConfigError(f"--out={self.path} cannot be written: {error.strerror}") from error
-
-
-def read(path: Path) -> tuple[str, list[MeasuredRate]]:
-    """Device and rates of a file.
-
-    Raises:
-      ConfigError: It holds something else.
-    """
-    try:
-        found = json.loads(path.read_text())
-        rows = [
-            MeasuredRate(**{**row, "shape": tuple(map(int, row["shape"]))}) for row in found["rows"]
-        ]
-        return str(found["device"]), rows
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"--out={path} is no file of measured rates; give another name"
-        ) from error
 
 
 def of_row(case: KernelCase, row: Mapping[str, Any]) -> list[MeasuredRate]:

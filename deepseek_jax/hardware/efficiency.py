@@ -44,7 +44,7 @@ class Efficiency:
       attention_forward, attention_backward: Attention core, of the 16-bit peak.
       quantise_forward, quantise_backward: Of memory bandwidth, making FP8 tiles.
       pointwise_forward, pointwise_backward: Of memory bandwidth, all else than matmuls.
-      optimizer: Of memory bandwidth, for AdamW and for matmuls that memory bounds.
+      streaming: Of memory bandwidth, for AdamW and for matmuls that memory bounds.
       all_to_all: Of a network's effective bandwidth, while other messages and matmuls run.
       synchronisation_s: Seconds that each message waits for its peers, never hidden.
       concurrent_weight_gradient: Part of the experts' weight gradients that runs on a second stream
@@ -65,7 +65,7 @@ class Efficiency:
     quantise_backward: float = 0.49
     pointwise_forward: float = 0.32
     pointwise_backward: float = 0.414
-    optimizer: float = 0.92
+    streaming: float = 0.92
     all_to_all: float = 0.707
     synchronisation_s: float = 0.675e-3
     concurrent_weight_gradient: float = 0.45
@@ -89,7 +89,7 @@ SOURCES = {
     "quantise_backward": "[TRACE]",
     "pointwise_forward": "[TRACE]",
     "pointwise_backward": "[TRACE]",
-    "optimizer": "[TORCHAO]",
+    "streaming": "[TORCHAO]",
     "all_to_all": "[TRACE]",
     "synchronisation_s": "[TRACE]",
     "concurrent_weight_gradient": "[TRACE]",

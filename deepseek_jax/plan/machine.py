@@ -87,7 +87,7 @@ class Machine:
         itemsize = 1 if format_ == "fp8" else 4 if format_ == "float32" else 2
         moved = itemsize * matmul.contraction * (matmul.rows + matmul.groups * matmul.columns)
         moved += (4 if matmul.gradient else 2) * matmul.rows * matmul.columns
-        return max(compute, moved / (self.efficiency.optimizer * self.chip.hbm_bytes_per_s))
+        return max(compute, moved / (self.efficiency.streaming * self.chip.hbm_bytes_per_s))
 
     def _matmul_share(self, matmul: Matmul, format_: str) -> float:
         share = self.efficiency

@@ -18,8 +18,52 @@ from deepseek_jax.hardware.chips import chip
 from deepseek_jax.plan.layer_work import Matmul
 from deepseek_jax.plan.machine import Machine
 
-Row = dict[str, Any]
+RateKey = tuple[str, str, tuple[int, ...]]  # piece, recipe, shape
+Share = Callable[["Machine", "MeasuredRate"], float]  # value of an efficiency by one rate
 FORWARD, INPUTS, WEIGHTS = "forward", "input gradient", "weight gradient"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredRate:
+    """Time of a computation on one device.
+
+    Attributes:
+      piece, recipe, shape, flops, bytes: As `bench/measured_rates.py` says.
+      seconds: Median of one run.
+    """
+
+    piece: str
+    recipe: str
+    shape: tuple[int, ...]
+    seconds: float
+    flops: int
+    bytes: int
+
+    @property
+    def key(self) -> RateKey:
+        """Identity of the computation: measured again, it replaces the time before."""
+        return self.piece, self.recipe, self.shape
+
+
+def read(path: Path, flag: str) -> tuple[str, list[MeasuredRate]]:
+    """Device and rates of a file.
+
+    Args:
+      flag: Name of the flag that gave the path, for messages.
+
+    Raises:
+      ConfigError: It cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return str(found["device"]), list(map(_rate, found["rows"]))
+    except OSError as error:
+        raise ConfigError(f"--{flag}={path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"--{flag}={path} is no file of measured rates; give another name, such as that of "
+            f"bench layer --out ({one_line(repr(error), 100)})"
+        ) from error
 
 
 def with_measured(machine: Machine, path: Path) -> tuple[Machine, tuple[str, ...]]:
@@ -29,11 +73,11 @@ def with_measured(machine: Machine, path: Path) -> tuple[Machine, tuple[str, ...
       ConfigError: A file that cannot be read or holds something else, of another chip, or without a
         row that sets an efficiency.
     """
-    device, rows = _read(path)
+    device, rates = read(path, "measured")
     _check_chip(machine, device, path)
     found: list[str] = []
     for name, pieces, share in _RULES:
-        values = [share(machine, row) for row in rows if (row["piece"], row["recipe"]) in pieces]
+        values = [share(machine, rate) for rate in rates if rate.key[:2] in pieces]
         if values:
             found.append(name)
             changed = dataclasses.replace(machine.efficiency, **{name: statistics.median(values)})
@@ -43,30 +87,11 @@ def with_measured(machine: Machine, path: Path) -> tuple[Machine, tuple[str, ...
     return machine, tuple(found)
 
 
-def _read(path: Path) -> tuple[str, list[Row]]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return str(found["device"]), list(map(_row, found["rows"]))
-    except OSError as error:
-        raise ConfigError(f"--measured={path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = one_line(repr(error), 100)
-        raise ConfigError(
-            f"--measured={path} is no file of measured rates ({reason}); see bench layer --out"
-        ) from error
-
-
-def _row(row: Row) -> Row:
-    shape, seconds = tuple(map(int, row["shape"])), float(row["seconds"])
-    if not (0 < seconds < 1e6 and min(shape, default=0) > 0):
-        raise ValueError(f"seconds={seconds}, shape={shape}")
-    return {
-        "piece": str(row["piece"]),
-        "recipe": str(row["recipe"]),
-        "shape": shape,
-        "seconds": seconds,
-        "bytes": int(row["bytes"]),
-    }
+def _rate(row: dict[str, Any]) -> MeasuredRate:
+    rate = MeasuredRate(**{**row, "shape": tuple(map(int, row["shape"]))})
+    if not (0 < rate.seconds < 1e6 and min(rate.shape, default=0) > 0):
+        raise ValueError(f"seconds={rate.seconds}, shape={rate.shape}")
+    return rate
 
 
 def _check_chip(machine: Machine, device: str, path: Path) -> None:
@@ -84,38 +109,37 @@ def _check_chip(machine: Machine, device: str, path: Path) -> None:
         )
 
 
-def _matmul(row: Row) -> Matmul:
-    """The product of a row; shapes are rows, inputs, outputs, after the number of experts."""
-    grouped, (kind, work) = len(row["shape"]) == 4, row["piece"].split(" ", 1)
-    groups, rows, inputs, outputs = row["shape"] if grouped else (1, *row["shape"])
-    assert kind in ("linear", "experts")
+def _matmul(rate: MeasuredRate) -> Matmul:
+    """The product that was measured; shapes are rows, inputs, outputs, after that of experts."""
+    work = rate.piece.split(" ", 1)[1]
+    groups, rows, inputs, outputs = rate.shape if len(rate.shape) == 4 else (1, *rate.shape)
     if work == WEIGHTS:
         return Matmul(inputs * groups, rows / groups, outputs, groups, gradient=True)
     contraction, columns = (inputs, outputs) if work == FORWARD else (outputs, inputs)
     return Matmul(rows, contraction, columns, groups)
 
 
-def _matmul_share(name: str) -> Callable[[Machine, Row], float]:
-    def share(machine: Machine, row: Row) -> float:
+def _matmul_share(name: str) -> Share:
+    def share(machine: Machine, rate: MeasuredRate) -> float:
         alone = dataclasses.replace(machine, communication_sms=0)
-        predicted = alone.matmul_seconds(_matmul(row), row["recipe"])
-        return getattr(machine.efficiency, name) * predicted / row["seconds"]
+        predicted = alone.matmul_seconds(_matmul(rate), rate.recipe)
+        return getattr(machine.efficiency, name) * predicted / rate.seconds
 
     return share
 
 
-def _core_share(backward: bool) -> Callable[[Machine, Row], float]:
-    def share(machine: Machine, row: Row) -> float:
-        sequences, positions, heads, keys, values = row["shape"]
+def _core_share(backward: bool) -> Share:
+    def share(machine: Machine, rate: MeasuredRate) -> float:
+        sequences, positions, heads, keys, values = rate.shape
         widths = 3 * keys + 2 * values if backward else keys + values
         flops = sequences * positions**2 * heads * widths
-        return flops / row["seconds"] / machine.peak("bfloat16")
+        return flops / rate.seconds / machine.peak("bfloat16")
 
     return share
 
 
-def _bytes_share(machine: Machine, row: Row) -> float:
-    return row["bytes"] / row["seconds"] / machine.chip.hbm_bytes_per_s
+def _bytes_share(machine: Machine, rate: MeasuredRate) -> float:
+    return rate.bytes / rate.seconds / machine.chip.hbm_bytes_per_s
 
 
 def _pieces(recipe: str, *names: str) -> frozenset[tuple[str, str]]:
@@ -135,7 +159,7 @@ _MATMULS = (
     ("grouped_bf16", "bfloat16", tuple(_both("experts", FORWARD, INPUTS))),
     ("grouped_weight_gradient_bf16", "bfloat16", ("experts weight gradient",)),
 )
-_RULES: tuple[tuple[str, frozenset[tuple[str, str]], Callable[[Machine, Row], float]], ...] = (
+_RULES: tuple[tuple[str, frozenset[tuple[str, str]], Share], ...] = (
     *((name, _pieces(recipe, *each), _matmul_share(name)) for name, recipe, each in _MATMULS),
     ("attention_forward", _pieces("bfloat16", "attention forward"), _core_share(False)),
     ("attention_backward", _pieces("bfloat16", "attention backward"), _core_share(True)),

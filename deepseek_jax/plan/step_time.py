@@ -167,6 +167,13 @@ def step_time(chunks: ChunkTimes, execution: str = "asynchronous") -> StepTime:
     )
 
 
+def overlaps(config: Config) -> bool:
+    """Whether messages of one micro-batch travel beside the computation of another."""
+    if config.mesh.pipe > 1:
+        return config.layout.pipeline.startswith("dualpipe")
+    return config.layout.micro_batches_in_flight == 2 and micro_batches(config) > 1
+
+
 def micro_batches(config: Config) -> int:
     """Micro-batches of a full step."""
     return config.batch.sequences // config.batch.micro_sequences
@@ -281,7 +288,7 @@ def _one_stage(chunks: ChunkTimes) -> tuple[tuple[RankTime, ...], float]:
     dense = config.model.dense_layers
     whole = chunks.chunk((dense, config.model.layers - dense), ("embedding", "heads"))
     many = micro_batches(config)
-    if config.layout.micro_batches_in_flight == 2 and many > 1:
+    if overlaps(config):
         forward = overlapped([(whole, FORWARD)] * 2)
         backward = overlapped([(whole, INPUTS), (whole, WEIGHTS)] * 2)
         each = [part.total / 2 for part in (forward, backward)]

@@ -91,8 +91,9 @@ def _messages(chunk: Chunk, phase: Work, name: str) -> dict[str, Any]:
 def _links(chunks: ChunkTimes) -> list[dict[str, Any]]:
     """Bytes and seconds of the messages of one MoE layer's forward and backward, by link.
 
-    "hidden" is the share of a pair's payload under its computation; "buffer_bytes" are the bytes of
-    this project's messages, whole buffers with their capacity factor.
+    "hidden" is the share of a pair's payload under its computation, 0 where nothing overlaps;
+    "buffer_bytes" are the bytes of this project's messages, whole buffers with their capacity
+    factor.
     """
     config, machine, tokens = chunks.config, chunks.machine, chunks.shape.tokens
     work = layer_work(chunks.shape, dense=False)
@@ -107,7 +108,8 @@ def _links(chunks: ChunkTimes) -> list[dict[str, Any]]:
     }
     chunk = chunks.layer(dense=False)
     pair = forward_and_backward(chunk, chunk)
-    hidden = 1 - (pair.exposed + pair.synchronisation) / pair.payload if pair.payload else 1.0
+    exposed = (pair.exposed + pair.synchronisation) / pair.payload
+    hidden = 1 - exposed if step_time.overlaps(config) else 0.0
     rows: list[dict[str, Any]] = []
     runs = step_time.micro_batches(config) * config.model.moe_layers / config.mesh.pipe
     for index, (name, (field, rate)) in enumerate(links.items()):

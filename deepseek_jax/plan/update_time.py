@@ -20,7 +20,7 @@ def update_seconds(config: Config, machine: Machine) -> float:
     used = memory(config)
     # AdamW reads and writes master and moments, and reads the gradient.
     moved = 3 * used.masters + 2 * used.moments
-    update = moved / (machine.efficiency.optimizer * machine.chip.hbm_bytes_per_s)
+    update = moved / (machine.efficiency.streaming * machine.chip.hbm_bytes_per_s)
     if config.layout.zero == 3 and config.mesh.pipe == 1:
         return update
     reduced = max(0, used.gradients - used.masters)

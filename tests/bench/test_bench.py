@@ -123,7 +123,7 @@ def test_layer_rows(tiny, tmp_path, monkeypatch):
         assert row["of_portable"] is row["of_bfloat16"] is None and row["recipe"] in line
     assert found["peak_tflops_per_s"] is None and found["kernels"] == "portable"
     assert found["fp8_goal_reached"] is None
-    rates = measured_rates.read(file)[1]
+    rates = measured_rates.read(file, "out")[1]
     assert [(rate.piece, rate.recipe) for rate in rates] == [
         (row["piece"].replace(",", ""), row["recipe"]) for row in rows
     ]

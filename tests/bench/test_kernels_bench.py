@@ -167,7 +167,7 @@ def test_on_a_cpu_portable_forms_are_measured(monkeypatch, tmp_path):
     for row in found["rows"]:
         assert row["portable_microseconds"] > 0 and row["microseconds"] is row["rate"] is None
     assert json.loads(json.dumps(found)) == found
-    device, rates = measured_rates.read(file)
+    device, rates = measured_rates.read(file, "out")
     assert device == jax.devices()[0].device_kind
     assert [rate.key for rate in rates] == [
         ("linear forward", "fp8 portable", (64, 128, 128)),
@@ -178,9 +178,9 @@ def test_on_a_cpu_portable_forms_are_measured(monkeypatch, tmp_path):
     # x and w in FP8, their scales, and the product in BF16.
     assert rates[0].bytes == 64 * 128 + 128 * 128 + 4 * (64 + 1) + 2 * 64 * 128
     measured_rates.RateFile(file, device).add([dataclasses.replace(rates[0], recipe="other")])
-    assert len(measured_rates.read(file)[1]) == 4
+    assert len(measured_rates.read(file, "out")[1]) == 4
     measured_rates.RateFile(file, "another")
-    assert measured_rates.read(file) == ("another", [])
+    assert measured_rates.read(file, "out") == ("another", [])
     file.write_text("[]")
     with pytest.raises(configs.ConfigError, match="no file of measured rates; give another name"):
         measured_rates.RateFile(file, "another")

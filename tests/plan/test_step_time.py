@@ -155,3 +155,16 @@ def test_more_gpus_in_a_node_than_there_are():
     assert (
         "16 GPUs, and a node of h800 has 8" in time_report.report(wide, machine(wide))["notes"][0]
     )
+
+
+def test_nothing_is_hidden_where_nothing_overlaps():
+    def hidden(**sections):
+        config = with_(V3, **sections)
+        return [row["hidden"] for row in time_report.report(config, machine(config))["links"]]
+
+    assert min(hidden()) > 0.8
+    assert hidden(layout=dict(pipeline="1f1b")) == [0.0, 0.0]
+    alone, beside = (
+        dict(mesh=dict(pipe=1), layout=dict(micro_batches_in_flight=count)) for count in (1, 2)
+    )
+    assert hidden(**alone) == [0.0, 0.0] and min(hidden(**beside)) > 0.8
