@@ -38,6 +38,24 @@ def with_scope(name: str, work: Steps[Result]) -> Steps[Result]:
         value = yield value
 
 
+def beside(work: Steps[Result], step: int, others: Any) -> Steps[tuple[Result, Any]]:
+    """Work whose step `step`, from 1, ends when `others` are computed, too; returns them as well.
+
+    A work with fewer steps returns `others` as they are.
+    """
+    value, number = None, 0
+    while True:
+        try:
+            value = work.send(value)
+        except StopIteration as end:
+            return end.value, others
+        number += 1
+        if number == step:
+            value, others = yield value, others
+        else:
+            value = yield value
+
+
 def storing(out: dict[str, Any], name: str, work: Steps[Any]) -> Steps[None]:
     """Work that stores its result as `out[name]`."""
     out[name] = yield from work

@@ -60,7 +60,7 @@ def of_deferred(config: Config) -> list[Leaf]:
         layer = _layer_pass(config, how, block)
         out, _, residuals = _forward(layer, x)
         backward = layer.backward(residuals, out, layer.routing_gradient(x, jnp.float32(0)))
-        run_to_end(backward.steps(shared=layer.weights["shared"] is not None))
+        run_to_end(backward.steps(shared=True))
         return backward.deferred().leaves
 
     return jax.tree.leaves(_on_a_device(config, how, deferred, dense=False))
@@ -79,7 +79,7 @@ def _layer_pass(config: Config, how: execution.Execution, block: Any) -> LayerPa
 
 def _forward(layer: LayerPass, x: jax.Array) -> Any:
     forward = layer.forward(x)
-    run_to_end(forward.steps(shared=layer.weights["shared"] is not None))
+    run_to_end(forward.steps(shared=True))
     return forward.result()
 
 

@@ -41,12 +41,12 @@ def forward_turns(hops: int) -> list[str]:
     Args:
       hops: of a message to the experts: 0, 1 or 2.
     """
-    return ["mmh", *_beside_hops(hops), "mmmh", *_beside_hops(hops), "h"]
+    return ["mmh", *_beside_hops(hops), "mmh", *_beside_hops(hops), "h"]
 
 
 def backward_turns(hops: int) -> list[str]:
     """Turns of a module's backward, as `forward_turns`."""
-    return [*_beside_hops(hops), "mmh", *_beside_hops(hops), "mmh"]
+    return [*_beside_hops(hops), "mmh", *_beside_hops(hops), "mh"]
 
 
 def _beside_hops(hops: int) -> list[str]:

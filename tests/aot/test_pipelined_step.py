@@ -104,18 +104,14 @@ def test_a_tick_keeps_and_multiplies_in_fp8(one_layer):
     assert program.peak_bytes < 23 * 2**30
 
 
-SYNCHRONOUS = "with FP8 kernels XLA's scheduler leaves messages without a GEMM to travel under: %s"
-
-
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason=SYNCHRONOUS % "1 of 16 is synchronous")
 def test_each_chunk_hides_the_messages_of_the_other(one_layer, tmp_path):
     program, pair, last = compiled_with_our_costs(*one_layer, tmp_path)
     assert last is None
     runs_both_chunks(program, pair, layers=1)
-    for message in pair.messages:
-        assert not message.is_sync and pipelined_step.under(message), message
-    assert pipelined_step.under_the_other(pair) >= 10
+    assert not any(message.is_sync for message in pair.messages)
+    assert pipelined_step.under_the_other(pair) == len(pair.messages) == 16
+    assert pair.hidden_share > 0.88
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +124,12 @@ def whole_model(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason=SYNCHRONOUS % "5 of 64 are synchronous, 75 % is hidden")
 def test_each_chunk_of_the_whole_model_hides_messages(whole_model):
     _, pair, _ = whole_model
     assert not any(message.is_sync for message in pair.messages)
+    assert sum(bool(pipelined_step.under(message)) for message in pair.messages) >= 62
     # Kernels halve the estimated computation that messages have to lie under.
-    assert pair.hidden_share > 0.8
+    assert pair.hidden_share > 0.9
 
 
 @pytest.mark.slow
@@ -141,7 +137,7 @@ def test_the_whole_published_model(whole_model):
     """With the transfer of weights and the optimiser."""
     program, pair, last = whole_model
     runs_both_chunks(program, pair, layers=4)
-    assert pipelined_step.under_the_other(pair) >= 45
+    assert pipelined_step.under_the_other(pair) >= 55
     # MTP module of the end ranks under the main head: dispatch and combine over both hops.
     assert len(last.messages) == 8
     for message in last.messages:

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deepseek_jax.parallel.overlap import interleave, run_to_end, side_by_side
+from deepseek_jax.parallel.overlap import (
+    beside,
+    interleave,
+    run_to_end,
+    side_by_side,
+    storing,
+)
 
 
 def work(name, steps, seen):
@@ -54,3 +60,21 @@ def test_turns_that_do_not_fit_a_work(turns):
 )
 def test_steps_side_by_side(some, others, want):
     assert side_by_side(some, others) == want
+
+
+def test_a_step_ends_with_what_stands_beside_it():
+    def program(x):
+        out = {}
+        hops = storing(out, "hops", beside(work("a", 2, []), 2, x * 3))
+        interleave({"a": hops, "b": work("b", 2, [])}, ["a", "ab", "b"])
+        return out["hops"]
+
+    assert program(jnp.float32(5)) == (3, 15)
+    # The barrier after the second turn holds the step's value, what is beside it, and the other's.
+    (fence,) = [
+        equation
+        for equation in jax.make_jaxpr(program)(1.0).eqns
+        if equation.primitive.name == "optimization_barrier"
+    ]
+    assert len(fence.invars) == 3
+    assert run_to_end(beside(work("a", 0, []), 1, 7)) == (1, 7)

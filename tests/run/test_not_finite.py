@@ -29,12 +29,22 @@ def test_a_run_that_blows_up_names_the_step_and_keeps_a_good_checkpoint(
     assert runs.checkpoints(tmp_path / "run") == [3]  # step 6 is not finite and was not saved
 
 
-@pytest.fixture(scope="module")
-def first_step():
+PIPELINE = dict(mesh_pipe=2, mesh_node=2, model_layers=4, batch_micro_sequences=4)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        {},
+        pytest.param(PIPELINE, marks=pytest.mark.slow),
+        pytest.param({**PIPELINE, "precision_scales": "free"}, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "pipeline", "pipeline, free scales"],
+)
+def first_step(request):
     """(names of all weights, function of changes of weights: loss and gradient norm in FP8)."""
-    config = small.config(
-        model_d_model=160, model_mtp_depth=0, precision_recipe="fp8", optimizer_moments="bfloat16"
-    )
+    fp8 = dict(precision_recipe="fp8", optimizer_moments="bfloat16")
+    config = small.config(model_d_model=160, model_mtp_depth=0, **fp8, **request.param)
     config = with_schedule(config, tokens=5000, learning_rate=3e-3, warmup_steps=3)
     trainer = Trainer(config)
     places = jax.tree.map(lambda x: x.sharding, trainer.state)

@@ -44,7 +44,7 @@ from deepseek_jax.parallel.experts.exchange import (
     SteppedDispatch,
     cotangent,
 )
-from deepseek_jax.parallel.overlap import Steps, with_scope
+from deepseek_jax.parallel.overlap import Steps, beside, with_scope
 from deepseek_jax.parallel.pipeline import split_backward
 from deepseek_jax.precision import weight_gradients
 from deepseek_jax.precision.linear_input import TiledArray, numbers
@@ -227,7 +227,8 @@ class ForwardPass(_Pass):
         """All steps up to the last hop of the first round.
 
         Args:
-          shared: whether the shared experts are a step of this work, not a work of their own.
+          shared: whether this work computes the shared experts, beside the first matmul of the
+            routed ones. Otherwise they are a work of their own.
         """
         layer, experts = self.layer, self.weights["experts"]
         gate_up, down = experts
@@ -238,9 +239,11 @@ class ForwardPass(_Pass):
         exchange = gated.exchange(experts, layer.experts, every_choice)
         sending = self.dispatch.sending(exchange)
         self.arrived = arrived = yield from with_scope("dispatch", sending)
+        up = self._into(gate_up, self._rows())
         if shared:
-            yield from self.shared_steps()
-        up = yield self._into(gate_up, self._rows())
+            up, self._shared = yield up, self._beside_experts()
+        else:
+            up = yield up
         inputs = down, up, arrived.weights
         if self.how.remat.recompute_all:
             out = yield numbers(self._out_of(*inputs))
@@ -252,11 +255,7 @@ class ForwardPass(_Pass):
 
     def shared_steps(self) -> Steps[None]:
         """The shared experts, a step that needs attention alone."""
-        layer, weights = self.layer, self.weights["shared"]
-        if layer.recomputes_shared:
-            self._shared = yield layer.beside_experts(weights, self.x)
-        else:
-            self._shared = yield self._step("shared", layer.beside_experts, weights, self.x)
+        self._shared = yield self._beside_experts()
 
     def result(self) -> tuple[jax.Array, Routing, Residuals]:
         """The layer's output BSD, its routing, and what its backward pass needs.
@@ -276,6 +275,15 @@ class ForwardPass(_Pass):
         sent = self._gated.weights, self._gated.chosen
         kept = x, sent, arrived, self._exchange.left, rounds, self._vjps
         return without_weights(self.weights, kept)
+
+    def _beside_experts(self) -> jax.Array | None:
+        """Output of the step beside the experts, BSD; None without one."""
+        layer, weights = self.layer, self.weights["shared"]
+        if weights is None:
+            return None
+        if layer.recomputes_shared:
+            return layer.beside_experts(weights, self.x)
+        return self._step("shared", layer.beside_experts, weights, self.x)
 
     def _step(self, name: str, fn: Any, *inputs: Any) -> Any:
         """fn(*inputs), whose VJP is kept for backward."""
@@ -310,7 +318,9 @@ class BackwardPass(_Pass):
         """All steps.
 
         Args:
-          shared: whether the shared experts are a step of this work, not a work of their own.
+          shared: whether this work computes the gradients of the shared experts, while those of
+            the output travel, and gradients of the routed experts' weights, while those of their
+            input travel. Otherwise the former are a work of their own, and the latter are free.
         """
         layer, arrived = self.layer, self.arrived
         if layer.recompute_all:
@@ -321,30 +331,40 @@ class BackwardPass(_Pass):
             )
         d_routed = self._d_out.reshape(-1, self._d_out.shape[-1])
         gradient = self.dispatch.combine_gradient(d_routed, arrived.route, arrived.slow_hop_words)
-        travelled, rows = yield from with_scope("combine", gradient)
+        gradient = with_scope("combine", gradient)
+        if shared and self.weights["shared"] is not None:
+            late, now = self._split(self._vjps["shared"], self._d_out)
+            (travelled, rows), (self._d_shared, d_x) = yield from self._beside(gradient, late, now)
+            self.d_x = self.d_x + d_x
+        else:
+            travelled, rows = yield from gradient
         if rows:
             self.arrived = dataclasses.replace(arrived, rows=rows)
         d_out = self.dispatch.payload.received(travelled, self.x.dtype)
-        # No step waits for gradients of weights: they are work for wherever there is none.
         d_down, d_hidden = self._split(self._down_vjp, d_out)
         d_up, d_weights = yield d_hidden
         d_gate_up, d_rows = self._split(self._gate_up_vjp, d_up)
         d_rows = yield numbers(d_rows)
         gradient_sent = self.dispatch.send_gradient(d_rows, d_weights, arrived.route)
-        d_sent = yield from with_scope("dispatch", gradient_sent)
+        gradient_sent = with_scope("dispatch", gradient_sent)
         self._d_experts = d_gate_up, d_down
+        if shared:
+            late = self._d_experts
+            d_sent, (self._d_experts, _) = yield from self._beside(gradient_sent, late, None)
+        else:
+            d_sent = yield from gradient_sent
         d_exchange = self._with_overflow_rounds(d_routed, d_sent)
         self._d_all_rounds = d_exchange.experts
         nothing: Any = np.zeros(self._sent[1].shape, jax.dtypes.float0)
         d_gated = Gated(d_exchange.tokens, d_exchange.weights, nothing, self._d_routing)
         self._d_gate, d_x = self._split(self._vjps["gate"], d_gated)
-        if shared:
-            yield from self.shared_steps()
-        self._d_attend, self.d_x = yield from self._split_step(self._vjps["attend"], self.d_x + d_x)
+        late, now = self._split(self._vjps["attend"], self.d_x + d_x)
+        self._d_attend, self.d_x = yield from self._step(late, now)
 
     def shared_steps(self) -> Steps[None]:
         """The shared experts, a step that needs the output's gradient alone."""
-        self._d_shared, d_x = yield from self._split_step(self._vjps["shared"], self._d_out)
+        late, now = self._split(self._vjps["shared"], self._d_out)
+        self._d_shared, d_x = yield from self._step(late, now)
         self.d_x = self.d_x + d_x
 
     def gradients(self) -> dict[str, Any]:
@@ -370,12 +390,19 @@ class BackwardPass(_Pass):
         """Gradients of weights, deferred if the pass defers them; and those of inputs."""
         return split_backward.split(lambda: vjp(d)) if self.layer.defer else vjp(d)
 
-    def _split_step(self, vjp: Any, d: Any) -> Steps[tuple[Any, Any]]:
-        """The same as a step, to which deferred work does not belong."""
-        late, now = self._split(vjp, d)
+    def _step(self, late: Any, now: Any) -> Steps[tuple[Any, Any]]:
+        """A step of gradients of weights, to which deferred ones do not belong, and others."""
         if self.layer.defer:
             return late, (yield now)
         return (yield late, now)
+
+    def _beside(self, hops: Steps[Any], late: Any, now: Any) -> Steps[tuple[Any, Any]]:
+        """`hops`, the last of which ends when `late`, unless it is deferred, and `now` do."""
+        last = hops_of(self.how)
+        if self.layer.defer:
+            arrived, now = yield from beside(hops, last, now)
+            return arrived, (late, now)
+        return (yield from beside(hops, last, (late, now)))
 
     def _recompute_attention(self) -> None:
         """Attention from the layer's input, and the VJPs of the steps that read its output."""

@@ -19,20 +19,21 @@ from deepseek_jax.model.overlapped.layer_pass import (
     layer_weights,
 )
 from deepseek_jax.model.overlapped.residuals import Residuals, deferred_gradients
-from deepseek_jax.parallel.overlap import Steps, with_scope
+from deepseek_jax.parallel.overlap import Steps, side_by_side, with_scope
 from deepseek_jax.precision import weight_gradients
 
 
 def turns(slots: int, hops: int) -> list[str]:
     """The turns of a forward chunk ("f") and a backward chunk ("b") of as many slots.
 
-    Messages of one stand beside matmuls of the other, as in figure 4 of the report:
+    Messages of one stand beside matmuls of the other, as in figure 4 of the report, each beside
+    a part of them. With two hops:
 
-        f   attention      dispatch   experts          combine
-        b   combine grad.  experts    dispatch grad.   attention
+        f   attention           hop     hop        gate_up, shared   down           hop, hop
+        b   hop, hop, shared    down    gate_up    hop               hop, weights   attention
     """
     f, b = "f" * hops, "b" * hops
-    return ["ff" + b, f + "bb", "fff" + b, f + "bb"] * slots
+    return ["ff" + b, *side_by_side(f, "bb"), *side_by_side("ff", b), f + "b"] * slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Stage:
         for slot in self.slots:
             layer = self._layer(slot, on)
             forward = layer.forward(x)
-            steps = forward.steps(shared=layer.weights["shared"] is not None)
+            steps = forward.steps(shared=True)
             yield from with_scope("layer", steps)
             x, routing, residuals = forward.result()
             kept.append(residuals)
@@ -104,7 +105,7 @@ class Stage:
             layer = self._layer(slot, on)
             balance = jnp.where(layer.kind.routed, self.balance, 0.0)
             backward = layer.backward(residuals, d_x, layer.routing_gradient(d_x, balance))
-            steps = backward.steps(shared=layer.weights["shared"] is not None)
+            steps = backward.steps(shared=True)
             yield from with_scope("layer", steps)
             d_x = backward.d_x
             gradients.append(_of_modules(slot, backward.gradients()))
