@@ -40,10 +40,11 @@ def test_no_step_is_fitted(steps):
     """The numbers of the rows themselves: a change of the model shows here."""
     found = {step.name: round(100 * step.seconds.error, 1) for step in steps}
     assert found == {
-        "DeepSeek, 2,048 H800, FP8": -4.8,
-        "Megatron-Bridge, 1,024 H100, BF16": 2.3,
-        "NeMo, 1,024 H100, FP8": -10.1,
-        "Megatron-Bridge, Moonlight 16B, 16 H100, BF16": 12.0,
+        "DeepSeek, 2,048 H800, FP8": -7.6,
+        "Megatron-Bridge, 1,024 H100, BF16": -4.0,
+        "NeMo, 1,024 H100, FP8": -15.1,
+        "NeMo 25.04, 1,024 H100, BF16, 16 ranks": -24.9,
+        "Megatron-Bridge, Moonlight 16B, 16 H100, BF16": 8.1,
     }
 
 

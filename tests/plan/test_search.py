@@ -5,7 +5,7 @@ import importlib
 import random
 
 import pytest
-from all_configs import load
+from small_v3 import SMALL
 
 from deepseek_jax import config as configs
 from deepseek_jax.config import ConfigError
@@ -15,25 +15,6 @@ from deepseek_jax.plan.peak import peak_bytes
 from deepseek_jax.plan.time_bound import TimeBound
 
 H800 = machine_lookup.find("h800")
-
-
-def with_(config, **sections):
-    for name, keys in sections.items():
-        part = dataclasses.replace(getattr(config, name), **keys)
-        config = dataclasses.replace(config, **{name: part})
-    return config
-
-
-# V3's shape at a hundredth: two nodes, and no search tries a policy that needs a trace.
-SMALL = with_(
-    load("v3_671b"),
-    model=dict(
-        layers=8, dense_layers=1, d_model=1024, d_dense=2048, heads=8, vocab=4096, experts=32,
-        d_expert=512, q_latent=256, kv_latent=128,
-    ),
-    mesh=dict(pipe=4, replica=1, node=1, gpu=4),
-    batch=dict(sequences=512, ramp_sequences=512, micro_sequences=16),
-)  # fmt: skip
 
 
 def sample(config, devices, count=12):
