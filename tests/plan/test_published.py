@@ -48,6 +48,21 @@ def test_no_step_is_fitted(steps):
     }
 
 
+def test_rows_outside_ten_percent_and_what_would_move_them(steps):
+    """docs/cluster.md: messages that hide nothing or all, and copies to nodes or to GPUs."""
+    outside = [step.name for step in steps if abs(step.seconds.error) > 0.10]
+    assert outside == ["NeMo, 1,024 H100, FP8", "NeMo 25.04, 1,024 H100, BF16, 16 ranks"]
+    fp8 = published_steps.megatron_fp8_times(load("v3_671b"))
+    exposed, hidden = (published_steps.interleaved(fp8, overlap=each) for each in (False, True))
+    assert hidden < 25.88 < exposed and exposed == pytest.approx(31.7, abs=0.05)
+    assert (exposed - 25.88) / (exposed - hidden) == pytest.approx(0.6, abs=0.01)
+    flat, hops = (
+        published_steps.nemo_one_chunk(load("v3_671b"), way).seconds.predicted
+        for way in ("flat", "two_hop")
+    )
+    assert (flat, hops) == pytest.approx((39.1, 30.2), abs=0.05)
+
+
 def test_parts_of_the_published_step(steps):
     """Overlapped pairs, backwards and forwards within 10 %; the parts add up to the step."""
     first = steps[0]

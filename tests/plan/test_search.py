@@ -5,6 +5,7 @@ import importlib
 import random
 
 import pytest
+from all_configs import load
 from small_v3 import SMALL
 
 from deepseek_jax import config as configs
@@ -102,3 +103,13 @@ def test_devices_that_split_nothing():
 
 def test_a_chip_without_fp8_is_given_bfloat16():
     assert candidates.recipes(SMALL, machine_lookup.find("a100").chip) == ("bfloat16",)
+
+
+def test_no_layout_fits_sequences_of_128k():
+    """docs/limits.md: the inputs of all layers of one sequence exceed the memory of a device."""
+    config = load("v3_671b_128k")
+    model = config.model
+    inputs = 2 * model.layers * config.batch.length * model.d_model
+    assert inputs > H800.chip.hbm_bytes
+    with pytest.raises(ConfigError, match="no layout of 2048 devices fits: the smallest needs 44"):
+        search.search(config, 2048, H800)
