@@ -11,6 +11,8 @@ import dataclasses
 import heapq
 import itertools
 import math
+import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from deepseek_jax.config import Config, ConfigError
@@ -126,7 +128,7 @@ def _find(config: Config, devices: int, machine: Machine, count: int, execution:
         else:
             _note(found.too_large, family, each, size)
     if not found.ranked:
-        least = min(planned_bytes(each, execution) for each, _ in found.too_large.values())
+        least = _least_bytes(candidates(config, devices, machine), floor, execution)
         raise ConfigError(
             f"no layout of {devices} devices fits: the smallest needs {least / 2**30:.1f} GiB "
             f"of a device, and a program may use {room / 2**30:.1f} GiB of {machine.chip.name}; "
@@ -146,6 +148,16 @@ def planned_bytes(config: Config, execution: str) -> int:
     if not is_traced(config):
         return peak_bytes(config, execution)
     return closed_form_bytes(config)
+
+
+def _least_bytes(layouts: Iterable[Config], floor: MemoryFloor, execution: str) -> int:
+    """Bytes of the layout that needs the least; in the order of lower bounds, until none is less."""
+    least = sys.maxsize
+    for bound, _, each in sorted((floor.bytes(each), n, each) for n, each in enumerate(layouts)):
+        if bound >= least:
+            break
+        least = min(least, planned_bytes(each, execution))
+    return least
 
 
 def _outside(config: Config, machine: Machine) -> float:
