@@ -6,6 +6,7 @@ sequences consumed, so that a run resumes exactly on any number of processes.
 """
 
 import functools
+import importlib
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -157,6 +158,16 @@ class TrainData:
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READ_AHEAD)
         data = grain.MapDataset.source(rows).to_iter_dataset(options)
         return iter(data.batch(self._rows, drop_remainder=True))
+
+
+def import_reader() -> None:
+    """Imports grain, which no thread may do beside another one that imports.
+
+    `etils.epy.lazy_imports`, which grain's modules use, replaces Python's import for the whole
+    process for a moment. An import inside JAX that fell into it failed once on a loaded machine
+    (grain 0.2.18, etils 1.15): "No module named 'jax._src.hijax.HiType'".
+    """
+    importlib.import_module("grain")
 
 
 def _rule_of(state: Mapping[str, Any]) -> int:

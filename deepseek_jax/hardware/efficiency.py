@@ -44,9 +44,10 @@ class Efficiency:
       attention_forward, attention_backward: Attention core, of the 16-bit peak.
       quantise_forward, quantise_backward: Of memory bandwidth, making FP8 tiles.
       pointwise_forward, pointwise_backward: Of memory bandwidth, all else than matmuls.
-      streaming: Of memory bandwidth, for AdamW and for matmuls that memory bounds.
+      streaming: Of memory bandwidth, for AdamW, passes over logits, and matmuls that memory bounds.
       all_to_all: Of a network's effective bandwidth, while other messages and matmuls run.
-      synchronisation_s: Seconds that each message waits for its peers, never hidden.
+      synchronisation_s: Seconds that each message of 4,096 tokens waits for its peers, never
+        hidden; less for fewer tokens, whose work differs by less.
       concurrent_weight_gradient: Part of the experts' weight gradients that runs on a second stream
         in an overlapped pair.
     """

@@ -1,7 +1,8 @@
 """Planner: cost of a layout without running it.
 
 python -m deepseek_jax.plan --config=FILE [--devices=N] [--json]
-    Parameters, operations and memory of a config, estimated; --picture=FILE draws the memory.
+    Parameters, operations and memory of a config, estimated; --picture=FILE draws the memory in
+    each recipe and with each recomputation, and prints it as a table.
 python -m deepseek_jax.plan --config=FILE --hardware=h800 [--price=2] [--imbalance=1.2]
     The same, and the time of a step by rank, layer and link, with throughput, days and money, and
     the error of these estimates on published systems. --hardware is a chip's name or a TOML file;
@@ -19,6 +20,7 @@ python -m deepseek_jax.plan step --config=FILE [--costs=costs.pbtxt] [--json]
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from deepseek_jax.plan import (
     time_report,
     time_text,
 )
+from deepseek_jax.plan.device_memory import DeviceMemory
 from deepseek_jax.table import text as aligned
 from deepseek_jax.train import step as train_step
 
@@ -143,8 +146,10 @@ def plan_config() -> None:
     elif alone := [name for name in _WITH_HARDWARE if flags.FLAGS[name].present]:
         raise ConfigError(f"--{alone[0]} goes with --hardware=h800 or another machine")
     if PICTURE.value:
-        planned["picture"] = str(_draw_memory(config, Path(PICTURE.value)))
-        shown += f"drawn in {planned['picture']}\n"
+        found = device_memory.by_recipe(config)
+        planned["memory_by_recipe"] = device_memory.rows(found)
+        planned["picture"] = str(_draw_memory(found, Path(PICTURE.value)))
+        shown += f"\n{memory_text.by_recipe(found)}\ndrawn in {planned['picture']}\n"
     if JSON.value:
         print(json.dumps(planned, indent=2))
         return
@@ -152,10 +157,9 @@ def plan_config() -> None:
     print(shown, end="")
 
 
-def _draw_memory(config: Config, path: Path) -> Path:
+def _draw_memory(found: Mapping[tuple[str, str], DeviceMemory], path: Path) -> Path:
     """Draws the memory of a config in each recipe and with each recomputation."""
     chip = machine_lookup.find(HARDWARE.value or "h100").chip
-    found = device_memory.by_recipe(config)
     labels = {f"{recipe}, {policy}": memory for (recipe, policy), memory in found.items()}
     title = "Memory of a device by recipe and recomputation (estimated)"
     return memory_plot.draw(labels, chip.hbm_bytes, chip.name, title, path)

@@ -229,7 +229,8 @@ def _figures(ablation: SwitchedOff, config: Config, machine: Machine) -> dict[st
     machine = machine_lookup.with_messages(machine, changed)
     stored = _line_of_stages(changed)
     step = step_time.step_time(_chunks(ablation, changed, machine), EXECUTION)
-    step = dataclasses.replace(step, update=update_seconds(stored, machine))
+    update = update_seconds(stored, machine, ablation.attention)
+    step = dataclasses.replace(step, update=update)
     cost = run_cost(config, machine, step)
     peak = peak_bytes(stored, EXECUTION)
     if ablation.attention != "mla":

@@ -6,6 +6,7 @@ Their times are in `layer_work.py`.
 """
 
 import math
+from typing import NamedTuple
 
 from deepseek_jax.config import DATA_AXES, Config, ModelConfig
 from deepseek_jax.parallel.pipeline import stage_assignment
@@ -31,14 +32,19 @@ def extra_bytes(config: Config, attention: str, live_layers: int) -> int:
     """
     if attention == "mla":
         return 0
-    more = attention_weights(config.model, attention) - attention_weights(config.model, "mla")
     kept = _kept_widths(config, attention) - _kept_widths(config, "mla")
     mesh = config.mesh
     sequences = config.batch.micro_sequences // math.prod(getattr(mesh, a) for a in DATA_AXES)
     tokens = sequences * config.batch.length
     itemsize = FLOAT32 if config.precision.recipe == "float32" else BF16
     activations = itemsize * tokens * live_layers * kept / mesh.tensor
-    return round(bytes_per_weight(config) * more / mesh.tensor + activations)
+    return round(bytes_per_weight(config).total * extra_weights(config, attention) + activations)
+
+
+def extra_weights(config: Config, attention: str) -> float:
+    """Weights of a layer on a tensor-parallel rank with another attention, beyond those of MLA."""
+    more = attention_weights(config.model, attention) - attention_weights(config.model, "mla")
+    return more / config.mesh.tensor
 
 
 def attention_weights(model: ModelConfig, attention: str) -> int:
@@ -60,11 +66,25 @@ def layers_held(config: Config) -> int:
     return math.prod(stage_assignment.assign_layers(config).layers.shape[1:])
 
 
-def bytes_per_weight(config: Config) -> float:
+class WeightBytes(NamedTuple):
+    """Bytes on a device for one weight of a layer, by the fields of `memory.Memory`."""
+
+    masters: float
+    moments: float
+    prepared: float
+    gradients: float
+    reduced: float
+    gathered: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def bytes_per_weight(config: Config) -> WeightBytes:
     """Bytes on a device for each weight of a linear layer that every layer has, MTP's included.
 
-    Masters, moments, prepared weights and gradients, as `memory.memory` counts them, of a weight
-    that is replicated over all but ZeRO's shards.
+    As `memory.memory` counts them, of a weight that is replicated over all but ZeRO's shards.
     """
     mesh, zero, layers = config.mesh, config.layout.zero, config.model.layers
     stored = layers + config.model.mtp_depth
@@ -77,9 +97,14 @@ def bytes_per_weight(config: Config) -> float:
     held = stored / shards if sharded else layers_held(config) + config.model.mtp_depth
     moment = FLOAT32 if config.optimizer.moments == "float32" else BF16
     reduced = stored if shards > 1 and not sharded else layers * (mesh.pipe > 1)
-    gathered = (prepared or FLOAT32) * sharded
-    kept = stored * (FLOAT32 + 2 * moment) + reduced * FLOAT32
-    return kept / shards + held * (prepared + FLOAT32) + gathered
+    return WeightBytes(
+        masters=stored * FLOAT32 / shards,
+        moments=stored * 2 * moment / shards,
+        prepared=held * prepared,
+        gradients=held * FLOAT32,
+        reduced=reduced * FLOAT32 / shards,
+        gathered=(prepared or FLOAT32) * sharded,
+    )
 
 
 def _heads_width(model: ModelConfig, attention: str) -> int:

@@ -3,7 +3,8 @@
 A chunk is the layers of one stage for one micro-batch, with the embedding or the heads where the
 stage has them. Alone, a chunk waits for its messages. In a pair its messages travel under the
 other chunk's work, except for what exceeds it, and for the synchronisation of each message, which
-no work can hide: the peers of a message are late by as much as their own work differs.
+no work can hide: the peers of a message are late by as much as their own work differs, which is
+taken to grow with their tokens.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from deepseek_jax.plan.messages import Message, width_messages
 
 FORWARD, INPUTS, WEIGHTS = Work.FORWARD, Work.INPUT_GRAD, Work.WEIGHT_GRAD
 PHASES = (FORWARD, INPUTS, WEIGHTS)
+TRACE_TOKENS = 4096  # of a device in the trace that `synchronisation_s` is fitted to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +179,8 @@ class ChunkTimes:
             count * sum(self._placed(message).slow_bytes > 0 for message in work.messages[phase])
             for work, count in zip(works, counts, strict=True)
         )
-        return crossing * self.machine.efficiency.synchronisation_s
+        late = self.shape.tokens / TRACE_TOKENS  # the work that peers are late in
+        return crossing * late * self.machine.efficiency.synchronisation_s
 
     def _concurrent(self, works: list[LayerWork], counts: tuple[int, int]) -> float:
         if self.config.precision.recipe != "fp8":
@@ -214,7 +217,7 @@ def _head(tokens: int, d: int, vocab: float) -> dict[Work, PartWork]:
     logits = 4.0 * tokens * vocab
     forward = Matmul(tokens, d, vocab, linear=False)
     return {
-        FORWARD: PartWork((forward,), 0.0, 0.0, 3 * logits),
-        INPUTS: PartWork((Matmul(tokens, vocab, d, linear=False),), 0.0, 0.0, 2 * logits),
+        FORWARD: PartWork((forward,), streamed_bytes=3 * logits),
+        INPUTS: PartWork((Matmul(tokens, vocab, d, linear=False),), streamed_bytes=2 * logits),
         WEIGHTS: PartWork((Matmul(d, tokens, vocab, linear=False, gradient=True),)),
     }

@@ -49,13 +49,15 @@ class PartWork:
       matmuls: Products.
       core_flops: Of the attention core; causal, so half of all scores.
       quantised_bytes: Read and written to make FP8 tiles; 0 in other recipes.
-      pointwise_bytes: Read and written by all else.
+      pointwise_bytes: Read and written by all else in layers, mostly by short kernels.
+      streamed_bytes: Read and written by long passes over one large array, as the logits are.
     """
 
     matmuls: tuple[Matmul, ...] = ()
     core_flops: float = 0.0
     quantised_bytes: float = 0.0
     pointwise_bytes: float = 0.0
+    streamed_bytes: float = 0.0
 
     def __add__(self, other: "PartWork") -> "PartWork":
         return PartWork(
@@ -63,6 +65,7 @@ class PartWork:
             self.core_flops + other.core_flops,
             self.quantised_bytes + other.quantised_bytes,
             self.pointwise_bytes + other.pointwise_bytes,
+            self.streamed_bytes + other.streamed_bytes,
         )
 
 

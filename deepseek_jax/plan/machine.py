@@ -71,7 +71,7 @@ class Machine:
             sum(self.matmul_seconds(matmul, recipe) for matmul in piece.matmuls),
             piece.core_flops / (core * peak),
             piece.quantised_bytes / (quantise * memory),
-            piece.pointwise_bytes / (pointwise * memory),
+            (piece.pointwise_bytes / pointwise + piece.streamed_bytes / share.streaming) / memory,
         )
 
     def matmul_seconds(self, matmul: Matmul, recipe: str) -> float:

@@ -1,8 +1,9 @@
 """Text of the memory of a device at its worst moment."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from deepseek_jax.plan.device_memory import GIB, DeviceMemory
+from deepseek_jax.plan.device_memory import GIB, ITEMS, DeviceMemory
 
 ERROR = (
     "Estimated: within 5 % of 23 of 27 programs compiled for virtual H100s, up to 25 % low for V3 "
@@ -38,3 +39,26 @@ def text(memory: DeviceMemory) -> str:
         ERROR,
     ]
     return "\n".join(lines)
+
+
+def by_recipe(memories: Mapping[tuple[str, str], DeviceMemory]) -> str:
+    """Table of the memory in each recipe and with each recomputation, in GiB; * the largest item.
+
+    Items that none of them has are left out.
+    """
+    names = [name for name in ITEMS if any(each.items[name] for each in memories.values())]
+    split = [name.rpartition(" ") for name in names]  # heads in two lines
+    lines = [
+        _line("", [f"{first} " for first, _, _ in split]),
+        _line("GiB of a device", [f"{last} " for *_, last in split] + ["peak"]),
+    ]
+    for (recipe, policy), each in memories.items():
+        cells = [
+            f"{each.items[name] / GIB:.2f}{'*' if name == each.largest else ' '}" for name in names
+        ]
+        lines.append(_line(f"  {recipe:10}  {policy}", [*cells, f"{each.peak / GIB:.2f}"]))
+    return "\n".join(lines)
+
+
+def _line(label: str, cells: list[str]) -> str:
+    return f"{label:23}{''.join(f'{cell:>13}' for cell in cells)}".rstrip()

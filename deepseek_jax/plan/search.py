@@ -11,6 +11,8 @@ import dataclasses
 import heapq
 import itertools
 import math
+import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from deepseek_jax.config import Config, ConfigError
@@ -41,7 +43,7 @@ class Found:
     Attributes:
       ranked: Best layout of each family that fits, with step and bytes; the fastest first.
       too_large: Layouts of a family that do not fit and are faster than the last of `ranked`, with
-        bytes; the one of a family that needs the least.
+        bytes or a lower bound of them; the one of a family that needs the least.
       tried: Number of candidates.
     """
 
@@ -81,7 +83,7 @@ def search(
     for row, (_, step, _) in zip(rows, found.ranked, strict=True):
         row["behind"] = _behind(step, best)
     large = []
-    for each, size in _nearest(found, TOO_LARGE):
+    for each, size in _nearest(found, TOO_LARGE, execution):
         step = _step(each, machine, execution)
         large.append({**_row(each, config, step, size), "over_bytes": size - room})
     return {
@@ -126,7 +128,7 @@ def _find(config: Config, devices: int, machine: Machine, count: int, execution:
         else:
             _note(found.too_large, family, each, size)
     if not found.ranked:
-        least = min(size for _, size in found.too_large.values())
+        least = _least_bytes(candidates(config, devices, machine), floor, execution)
         raise ConfigError(
             f"no layout of {devices} devices fits: the smallest needs {least / 2**30:.1f} GiB "
             f"of a device, and a program may use {room / 2**30:.1f} GiB of {machine.chip.name}; "
@@ -148,6 +150,16 @@ def planned_bytes(config: Config, execution: str) -> int:
     return closed_form_bytes(config)
 
 
+def _least_bytes(layouts: Iterable[Config], floor: MemoryFloor, execution: str) -> int:
+    """Bytes of the layout that needs the least; in the order of lower bounds, until none is less."""
+    least = sys.maxsize
+    for bound, _, each in sorted((floor.bytes(each), n, each) for n, each in enumerate(layouts)):
+        if bound >= least:
+            break
+        least = min(least, planned_bytes(each, execution))
+    return least
+
+
 def _outside(config: Config, machine: Machine) -> float:
     """Seconds of a step that its bound leaves out: optimizer, and messages of weights."""
     gathered = weight_messages_seconds(config, machine) * step_time.micro_batches(config)
@@ -160,11 +172,16 @@ def _note(noted: dict[Family, tuple[Config, int]], family: Family, each: Config,
         noted[family] = each, size
 
 
-def _nearest(found: Found, count: int) -> list[tuple[Config, int]]:
-    """Layouts that do not fit and need the least, of families that have no layout that fits."""
+def _nearest(found: Found, count: int, execution: str) -> list[tuple[Config, int]]:
+    """Layouts that do not fit and need the least, of families that have no layout that fits.
+
+    Sizes that were noted may be lower bounds, so those of the first are planned.
+    """
     ranked = {family_of(each) for each, *_ in found.ranked}
     rest = [pair for family, pair in found.too_large.items() if family not in ranked]
-    return sorted(rest, key=lambda pair: pair[1])[:count]
+    near = sorted(rest, key=lambda pair: pair[1])[:count]
+    planned = [(each, max(size, planned_bytes(each, execution))) for each, size in near]
+    return sorted(planned, key=lambda pair: pair[1])
 
 
 def _step(config: Config, machine: Machine, execution: str) -> StepTime:

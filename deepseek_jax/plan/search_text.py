@@ -1,6 +1,7 @@
 """Text of a search: proposals with the flags that start them, and why the next ones lose."""
 
 import io
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,12 +24,18 @@ def text(found: dict[str, Any]) -> str:
     parts = [title + f"{_EXECUTIONS[found['execution']]} (estimated)"]
     parts += [_table("proposed", found["proposed"])]
     for number, row in enumerate(found["proposed"], 1):
-        parts.append(f" {number}  {' '.join(row['overrides']) or 'the config as it is'}")
+        flags = command_line(row["overrides"]) or "the config as it is"
+        parts.append(f" {number}  {flags}")
     for key, name in (("slower", "fits, slower"), ("too_large", "does not fit")):
         if found[key]:
             parts.append(_table(name, found[key]))
             parts += [f" {n}  {_loss(row)}" for n, row in enumerate(found[key], 1)]
     return "\n".join([*parts, *_notes(found)])
+
+
+def command_line(flags: Sequence[str]) -> str:
+    """Flags as a shell takes them: `--config.layout.stage_layers=()` needs quotes."""
+    return " ".join(map(shlex.quote, flags))
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> str:

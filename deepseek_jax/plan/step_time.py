@@ -161,7 +161,7 @@ def step_time(chunks: ChunkTimes, execution: str = "asynchronous") -> StepTime:
         execution,
         ranks,
         seconds,
-        update_seconds(config, chunks.machine),
+        update_seconds(config, chunks.machine, chunks.shape.attention),
         config.batch.sequences * config.batch.length,
         math.prod(dataclasses.astuple(config.mesh)),
     )

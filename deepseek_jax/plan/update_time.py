@@ -10,22 +10,30 @@ import math
 from deepseek_jax.config import DATA_AXES, Config
 from deepseek_jax.model.count import weights
 from deepseek_jax.parallel import mesh
+from deepseek_jax.plan.attention_kinds import bytes_per_weight, extra_weights
 from deepseek_jax.plan.machine import Machine
 from deepseek_jax.plan.memory import memory
 from deepseek_jax.precision.recipes import recipe
 
 
-def update_seconds(config: Config, machine: Machine) -> float:
-    """Seconds after the last backward: reduction, AdamW, and the gathering of new weights."""
-    used = memory(config)
+def update_seconds(config: Config, machine: Machine, attention: str = "mla") -> float:
+    """Seconds after the last backward: reduction, AdamW, and the gathering of new weights.
+
+    Args:
+      attention: "mla", or "mha" or "gqa", whose layers have other weights.
+    """
+    used, each = memory(config), bytes_per_weight(config)
+    more = extra_weights(config, attention)
     # AdamW reads and writes master and moments, and reads the gradient.
-    moved = 3 * used.masters + 2 * used.moments
+    masters = used.masters + more * each.masters
+    moved = 3 * masters + 2 * (used.moments + more * each.moments)
     update = moved / (machine.efficiency.streaming * machine.chip.hbm_bytes_per_s)
     if config.layout.zero == 3 and config.mesh.pipe == 1:
         return update
-    reduced = max(0, used.gradients - used.masters)
-    owned = used.masters / used.gradients if used.gradients else 1.0
-    gathered = used.compute_weights * max(0.0, 1 - owned)
+    gradients = used.gradients + more * each.gradients
+    owned = masters / gradients if gradients else 1.0
+    weights_for_compute = used.compute_weights + more * each.prepared
+    reduced, gathered = max(0.0, gradients - masters), weights_for_compute * max(0.0, 1 - owned)
     return update + (reduced + gathered) / _link(config, machine)
 
 

@@ -19,6 +19,7 @@ from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import conversion, manifest
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config
+from deepseek_jax.data import loader
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.errors import RunError
 from deepseek_jax.hardware import xla_options
@@ -99,6 +100,7 @@ def _train(
     with Store(own.directory / workdir.CHECKPOINTS, keep=kept, check=own.check) as store:
         meta = store.newest_meta()
         raise_together(lambda: workdir.check_library(config, meta))
+        loader.import_reader()
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             opening = pool.submit(_open_data, config, layout, mesh, report, meta)
             programs = RunPrograms(config, layout, mesh)

@@ -19,6 +19,7 @@ from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.experts import dispatch
 from deepseek_jax.parallel.experts.traffic import message_bytes
+from deepseek_jax.plan.messages import buffers
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
 
@@ -118,3 +119,36 @@ def test_a_layer_is_lowered_in_its_recipe(recipe):
     narrow = sum(array.dtype == jnp.float8_e4m3fn for array in arrays)  # each beside its scales
     assert (narrow > 0) == (recipe == "fp8") and len(gradients) == len(arrays) - narrow
     assert not any(gradient.dtype == jnp.float8_e4m3fn for gradient in gradients)
+
+
+# (dispatch, what the payload travels in, nodes, GPUs of each)
+SLOW = pytest.mark.slow
+LAYOUTS = [
+    ("two_hop", "fp8", 2, 4),
+    pytest.param("two_hop", "compute", 4, 2, marks=SLOW),
+    pytest.param("flat", "fp8", 2, 2, marks=SLOW),
+    pytest.param("two_hop", "fp8", 1, 4, marks=SLOW),
+    pytest.param("flat", "compute", 4, 1, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("way", "payload", "nodes", "gpus"), LAYOUTS)
+def test_planned_bytes_are_those_of_small_programs(way, payload, nodes, gpus):
+    """Each hop's bytes as `plan` has them, on layouts of one and of two hops."""
+    c = small.config(
+        precision_recipe="bfloat16", precision_dispatch=payload, precision_kernels="portable",
+        mesh_node=nodes, mesh_gpu=gpus, layout_dispatch=way, layout_recompute="report",
+    )  # fmt: skip
+    mesh = cluster.mesh(c.mesh)
+    program = compiled.read(cluster.compile_for(layer.lower(c, mesh)), mesh)
+    sent = [each for each in program.collectives if each.kind == "all-to-all"]
+    tokens = c.batch.micro_sequences * c.batch.length // (nodes * gpus)
+    by_hop = list(zip(*buffers(c, tokens).values(), strict=True))
+    axes_of = [("node",), ("gpu",)] if way == "two_hop" else [("node", "gpu")]
+    axes_of = [tuple(a for a in each if getattr(c.mesh, a) > 1) for each in axes_of]
+    axes_of = [each for each in axes_of if each]
+    want = {over: sorted(set(hop)) for over, hop in zip(axes_of, by_hop, strict=True)}
+    found = collections.defaultdict(set)
+    for each in sent:
+        found[each.axes].add(each.bytes)
+    assert {over: sorted(sizes) for over, sizes in found.items()} == want

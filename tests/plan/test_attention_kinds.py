@@ -8,7 +8,9 @@ from all_configs import load
 
 from deepseek_jax.model.count import weights
 from deepseek_jax.plan import attention_kinds as kinds
+from deepseek_jax.plan import machine_lookup
 from deepseek_jax.plan.memory import memory
+from deepseek_jax.plan.update_time import update_seconds
 
 V3 = load("v3_671b")
 
@@ -57,8 +59,20 @@ def test_bytes_of_a_weight_are_those_of_the_memory(pipe, zero, recipe):
     added = kinds.attention_weights(wider.model, "mla") - kinds.attention_weights(
         config.model, "mla"
     )
-    more = memory(wider).total - memory(config).total
-    assert kinds.bytes_per_weight(config) * added == pytest.approx(more, rel=1e-3)
+    more, less, each = memory(wider), memory(config), kinds.bytes_per_weight(config)
+    assert each.total * added == pytest.approx(more.total - less.total, rel=1e-3)
+    for name in ("masters", "moments", "gradients"):
+        grown = getattr(more, name) - getattr(less, name)
+        assert getattr(each, name) * added == pytest.approx(grown, rel=1e-3)
+    grown = more.compute_weights - less.compute_weights
+    assert each.prepared * added == pytest.approx(grown, rel=2e-3)
+    if zero < 3:
+        machine = machine_lookup.find("h100")
+        seconds = update_seconds(wider, machine) - update_seconds(config, machine)
+        assert seconds > 0
+        heads = update_seconds(config, machine, "mha") - update_seconds(config, machine)
+        share = kinds.extra_weights(config, "mha") / added
+        assert heads == pytest.approx(share * seconds, rel=2e-2)
 
 
 def test_activations_of_heads_without_latents():

@@ -6,6 +6,7 @@ import random
 
 import pytest
 from all_configs import load
+from small_v3 import SMALL
 
 from deepseek_jax import config as configs
 from deepseek_jax.config import ConfigError
@@ -15,25 +16,6 @@ from deepseek_jax.plan.peak import peak_bytes
 from deepseek_jax.plan.time_bound import TimeBound
 
 H800 = machine_lookup.find("h800")
-
-
-def with_(config, **sections):
-    for name, keys in sections.items():
-        part = dataclasses.replace(getattr(config, name), **keys)
-        config = dataclasses.replace(config, **{name: part})
-    return config
-
-
-# V3's shape at a hundredth: two nodes, and no search tries a policy that needs a trace.
-SMALL = with_(
-    load("v3_671b"),
-    model=dict(
-        layers=8, dense_layers=1, d_model=1024, d_dense=2048, heads=8, vocab=4096, experts=32,
-        d_expert=512, q_latent=256, kv_latent=128,
-    ),
-    mesh=dict(pipe=4, replica=1, node=1, gpu=4),
-    batch=dict(sequences=512, ramp_sequences=512, micro_sequences=16),
-)  # fmt: skip
 
 
 def sample(config, devices, count=12):
@@ -121,3 +103,19 @@ def test_devices_that_split_nothing():
 
 def test_a_chip_without_fp8_is_given_bfloat16():
     assert candidates.recipes(SMALL, machine_lookup.find("a100").chip) == ("bfloat16",)
+
+
+def test_sequences_of_128k_fit_no_pipeline():
+    """docs/limits.md: the inputs of all layers of one sequence exceed the memory of a device."""
+    config = load("v3_671b_128k")
+    model = config.model
+    inputs = 2 * model.layers * config.batch.length * model.d_model
+    assert inputs > 114e9 > H800.chip.hbm_bytes
+    assert peak_bytes(config) / 2**30 == pytest.approx(483, abs=1)
+    assert config.mesh.gpu * config.mesh.tensor == H800.network.gpus_per_node
+
+
+@pytest.mark.slow
+def test_no_layout_fits_sequences_of_128k():
+    with pytest.raises(ConfigError, match="no layout of 2048 devices fits: the smallest needs 44"):
+        search.search(load("v3_671b_128k"), 2048, H800)

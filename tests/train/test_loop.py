@@ -1,6 +1,7 @@
 """Parts of a run that need no compiled step: its start, and what ends it."""
 
 import dataclasses
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -112,3 +113,20 @@ def test_a_changed_library_is_told_to_old_runs_too(text):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
     with pytest.raises(ConfigError, match=words):
         starting.restore_data(data, {"data": {}}, config)
+
+
+def test_the_reader_is_imported_before_a_thread_opens_the_data(text, tmp_path, monkeypatch):
+    order = []
+
+    def opened(*_):
+        order.append(("opened", threading.current_thread() is threading.main_thread()))
+        raise RunError("enough")
+
+    def imported():
+        order.append(("imported", threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(loop.loader, "import_reader", imported)
+    monkeypatch.setattr(loop, "_open_data", opened)
+    with pytest.raises(RunError, match="enough"):
+        loop.train(runs.tiny(text, mesh={"gpu": 8}), tmp_path / "run", screen=False)
+    assert order == [("imported", True), ("opened", False)]
