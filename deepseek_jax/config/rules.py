@@ -35,6 +35,16 @@ def check_model(config: Config) -> None:
         f"model.d_rope={model.d_rope + 1}",
     )
     need(
+        not model.index_heads or model.q_latent > 0,
+        f"model.index_heads={model.index_heads} with model.q_latent=0: the indexer makes its "
+        "queries from the query latent; set model.index_heads=0",
+    )
+    need(
+        not model.index_heads or model.index_width >= model.d_rope,
+        f"model.index_width={model.index_width} is less than model.d_rope={model.d_rope}, the "
+        f"elements of it that are rotated; set model.index_width={model.d_rope}",
+    )
+    need(
         model.yarn_beta_fast >= model.yarn_beta_slow,
         f"model.yarn_beta_fast={model.yarn_beta_fast} must be at least "
         f"model.yarn_beta_slow={model.yarn_beta_slow}; the report has 32 and 1",

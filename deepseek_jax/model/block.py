@@ -29,11 +29,14 @@ class Block(nnx.Module):
         self.dense = dense
 
     @jax.named_scope("layer")
-    def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
-        """x BSD -> BSD, and the routing; None for a dense layer."""
+    def __call__(
+        self, x: jax.Array, how: Execution
+    ) -> tuple[jax.Array, Routing | None, jax.Array | None]:
+        """x BSD -> BSD; the routing, None for a dense layer; and the indexer's loss, () or None."""
         if how.in_flight > 1 and not self.dense:
-            return two_batch.layer(self, x, how)
-        return self._add_feed_forward(attend(self.attention_norm, self.attention, x, how), how)
+            return *two_batch.layer(self, x, how), None
+        x, index_loss = attend(self.attention_norm, self.attention, x, how)
+        return *self._add_feed_forward(x, how), index_loss
 
     @jax.named_scope("layer")
     def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:

@@ -172,7 +172,7 @@ class LayerPass:
     def attend(self, weights: Any, x: jax.Array) -> jax.Array:
         """x + MLA(norm x), BSD."""
         norm, attention = weights
-        return attend(norm, attention, x, self.how)
+        return attend(norm, attention, x, self.how)[0]
 
     def gate(self, weights: Any, x: jax.Array, chosen: jax.Array | None = None) -> Gated:
         """Experts of each token, or the weights of those that are `chosen` already."""

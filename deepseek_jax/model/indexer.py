@@ -1,0 +1,112 @@
+"""Lightning indexer of V3.2: the positions that a query attends to (DeepSeek Sparse Attention).
+
+Section 2.1 of the DeepSeek-V3.2-Exp report. The index score of a query at t for a position s is
+
+    I_{t,s} = sum_j w_{t,j} ReLU(q_{t,j} . k_s)                                      (equation 1)
+
+and a query attends to the `index_top_k` positions s <= t with the largest scores (equation 2). The
+queries q come from MLA's query latent; the key k, which all heads share, and the weights w come
+from the normalised input of the layer. The factors J^-1/2 and I^-1/2 of the released code are in w.
+
+The released code rotates queries and keys by a Hadamard matrix, which changes no product, and then
+rounds them to FP8 in tiles of 1x128. Here they stay in the dtype of activations; the cache keeps
+keys in FP8 if its format is "fp8".
+
+B batch, S query, T position, D model width, Q query latent, J head of the indexer, I its width,
+R rotary width, K positions that are chosen.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model import params, rotary
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.model.norm import LayerNorm
+from deepseek_jax.precision.einsum import exact_einsum
+
+KEY_NORM_EPS = 1e-6  # epsilon of the key's LayerNorm in the released code
+
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of `rotary.cos_sin`, SR or BSR
+Index = tuple[jax.Array, jax.Array, jax.Array]  # queries BSJI, weights BSJ float32, keys BTI
+
+
+class LightningIndexer(nnx.Module):
+    """Queries, weights and keys of the index scores; the same on every tensor-parallel rank."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        model, heads = ("model", config.d_model), (None, config.index_heads)
+        width, std = ("head_width", config.index_width), config.init_std
+        self.query_up = params.weight(
+            rngs, ("q_latent", config.q_latent), heads, width, std=std, roles="ioo"
+        )  # QJI
+        self.key_down = params.weight(rngs, model, width, std=std, roles="io")  # DI
+        self.key_norm = LayerNorm(config.index_width, eps=KEY_NORM_EPS, axis="head_width")
+        self.head_weights = params.weight(rngs, model, heads, std=std, sensitive=True)  # DJ
+        self.config = config
+
+    def key(self, x: jax.Array, how: Execution, rotation: Rotation) -> jax.Array:
+        """Keys k BSI of x BSD, rotated: what decoding caches."""
+        key = self.key_norm(how.recipe.einsum("BSD,DI->BSI", x, self.key_down[...]))
+        return rotated_by_hadamard(rotary.rotate_halves(key, *rotation))
+
+    @jax.named_scope("indexer")
+    def query(
+        self, x: jax.Array, latent: jax.Array, how: Execution, rotation: Rotation
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries q BSJI of the query latents BSQ, and weights w BSJ float32 of x BSD."""
+        query = how.recipe.einsum("BSQ,QJI->BSJI", latent, self.query_up[...])
+        query = rotary.rotate_halves(query, *(part[..., None, :] for part in rotation))
+        weights = exact_einsum("BSD,DJ->BSJ", x.astype(jnp.float32), self.head_weights[...])
+        scale = (self.config.index_heads * self.config.index_width) ** -0.5
+        return rotated_by_hadamard(query), scale * weights
+
+
+def hadamard(width: int) -> np.ndarray:
+    """Hadamard matrix II of 1 and -1; times its transpose a multiple of the identity.
+
+    A width that is no power of two is rotated in equal runs, the longest that are one: a matrix of
+    blocks, with 0 between them.
+    """
+    matrix, run = np.ones((1, 1)), width & -width
+    while len(matrix) < run:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    return np.kron(np.eye(width // run), matrix)
+
+
+def rotated_by_hadamard(x: jax.Array) -> jax.Array:
+    """x ...I times the matrix: outliers are spread over all elements, and no product changes."""
+    width = x.shape[-1]
+    matrix = jnp.asarray(hadamard(width), x.dtype)
+    scale = (width & -width) ** -0.5  # apart: bfloat16 holds 1 and -1 exactly
+    return (scale * exact_einsum("...X,XY->...Y", x, matrix)).astype(x.dtype)
+
+
+@jax.named_scope("indexer")
+def index_scores(query: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
+    """I of equation 1, BST float32, for queries BSJI, their weights BSJ and keys BTI."""
+    products = exact_einsum("BSJI,BTI->BSJT", query, key)
+    return jnp.sum(weights[..., None] * jax.nn.relu(products), axis=2)
+
+
+def among_the_largest(scores: jax.Array, count: int) -> jax.Array:
+    """Whether each of the scores ...T is among the `count` largest, ...T bool.
+
+    Exactly `count` are; of equal ones, those that come first, as `lax.top_k` has it.
+    """
+    least = jax.lax.top_k(scores, count)[0][..., -1:]
+    above, equal = scores > least, scores == least
+    left = count - above.sum(-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
+
+
+def chosen_positions(scores: jax.Array, positions: jax.Array, count: int) -> jax.Array:
+    """Positions BSK int32 of the `count` largest scores BST of positions up to those of the queries.
+
+    Args:
+      positions: BS, of the queries; one with fewer positions up to itself gets later ones, too.
+    """
+    past = positions[:, :, None] >= jnp.arange(scores.shape[-1])[None, None]
+    return jax.lax.top_k(jnp.where(past, scores, -jnp.inf), count)[1]
