@@ -80,6 +80,17 @@ def check_model(config: Config) -> None:
     )
 
 
+def check_indexer(config: Config) -> None:
+    """Checks that a warm-up of the indexers has something to train."""
+    model, schedule = config.model, config.schedule
+    need(
+        schedule.index_phase != "warm_up" or (model.index_heads > 0 and schedule.index_weight > 0),
+        f"schedule.index_phase=warm_up trains the indexers alone, and model.index_heads="
+        f"{model.index_heads} with schedule.index_weight={schedule.index_weight} leaves nothing to "
+        "train; set schedule.index_phase=sparse",
+    )
+
+
 def check_optimizer(config: Config) -> None:
     """Checks that moments in bfloat16 can follow the gradients."""
     need(

@@ -248,7 +248,7 @@ class ScheduleConfig:
       late_mtp_weight: Weight of the mean MTP loss from `mtp_switch` on; from 0 to 1000.
       mtp_switch: Tokens at which the MTP weight changes; at least 0.
       index_phase: Training of V3.2's indexer: "warm_up", it alone; or "sparse", with all weights.
-      index_weight: Weight of the indexer's loss (V3.2), which no other weight sees; 0 (off) to 1000.
+      index_weight: Weight of the indexer's loss, which moves the indexer alone; 0 (off) to 1000.
     """
 
     tokens: int

@@ -70,7 +70,8 @@ def hadamard(width: int) -> np.ndarray:
     A width that is no power of two is rotated in equal runs, the longest that are one: a matrix of
     blocks, with 0 between them.
     """
-    matrix, run = np.ones((1, 1)), width & -width
+    matrix: np.ndarray = np.ones((1, 1))
+    run = width & -width
     while len(matrix) < run:
         matrix = np.kron([[1, 1], [1, -1]], matrix)
     return np.kron(np.eye(width // run), matrix)
@@ -103,10 +104,10 @@ def among_the_largest(scores: jax.Array, count: int) -> jax.Array:
 
 
 def chosen_positions(scores: jax.Array, positions: jax.Array, count: int) -> jax.Array:
-    """Positions BSK int32 of the `count` largest scores BST of positions up to those of the queries.
+    """Positions BSK int32 of the `count` largest scores BST that are not after the query.
 
     Args:
-      positions: BS, of the queries; one with fewer positions up to itself gets later ones, too.
+      positions: BS, of the queries; a query with fewer positions up to itself gets later ones, too.
     """
     past = positions[:, :, None] >= jnp.arange(scores.shape[-1])[None, None]
     return jax.lax.top_k(jnp.where(past, scores, -jnp.inf), count)[1]

@@ -187,8 +187,8 @@ class LatentAttention(nnx.Module):
             given = absorbed, query_rope, latent, key_rope, positions
             mean = latent_attention(*given, scale, how.recipe.kernels)
         else:
-            index_query = self.indexer.query(x, query_latent, how, (cos, sin))
-            scores = index_scores(*index_query, past.read_index(layer, x.dtype))
+            index_query, weights = self.indexer.query(x, query_latent, how, (cos, sin))
+            scores = index_scores(index_query, weights, past.read_index(layer, x.dtype))
             chosen = chosen_positions(scores, positions, config.index_top_k)
             latent, key_rope = past.gather(layer, chosen, x.dtype)
             past_of_query = chosen <= positions[..., None]
@@ -238,7 +238,10 @@ class LatentAttention(nnx.Module):
         """
         assert query_latent is not None, "by the rules of `config`"
         x, query_latent = jax.lax.stop_gradient((x, query_latent))
-        index = *self.indexer.query(x, query_latent, how, rotation), self.indexer.key(x, how, rotation)
+        index = (
+            *self.indexer.query(x, query_latent, how, rotation),
+            self.indexer.key(x, how, rotation),
+        )
         warm_up, top_k = how.index_loss == "warm_up", self.config.index_top_k
         selection = Selection(None if warm_up else top_k, how.index_loss != "none")
         whole = warm_up or x.shape[1] <= top_k

@@ -87,7 +87,7 @@ def attention_weights(
     *,
     dense: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax BHTJ and values BHJV; over the positions that V3.2's indexer selects, if not dense."""
+    """Softmax BHTJ and values BHJV; in V3.2 over selected positions, unless `dense`."""
     q_nope, q_rope = queries(h, weights, settings)
     latent, k_rope = cached(h, weights, settings)
     w_uk, w_uv = up_projections(weights, settings)

@@ -89,7 +89,7 @@ def training_flops_per_token(settings: Settings, length: int, *, causal: bool = 
 
 
 def cache_bytes_per_token(settings: Settings, bytes_each: int = 2) -> int:
-    """MLA: one latent and one rotary key per layer, (c + r) L numbers; in V3.2 an index key, too."""
+    """MLA: one latent and one rotary key per layer, (c + r) L numbers; V3.2 adds an index key."""
     each = settings["kv_lora_rank"] + settings["qk_rope_head_dim"]
     each += settings["index_head_dim"] if settings.get("index_topk") else 0
     return each * settings["num_hidden_layers"] * bytes_each

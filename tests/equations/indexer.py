@@ -1,6 +1,6 @@
-"""Lightning indexer of V3.2 (DeepSeek-V3.2-Exp report, equations 1 to 4), without Hadamard rotation.
+"""Lightning indexer of V3.2: equations 1 to 4 of the DeepSeek-V3.2-Exp report.
 
-An orthogonal rotation of queries and keys changes no product.
+Without Hadamard rotation: an orthogonal rotation of queries and keys changes no product.
 """
 
 from collections.abc import Mapping

@@ -63,13 +63,18 @@ def test_room_for_no_more_than_top_k_is_attention_to_all():
     v32, v3 = serving.model(0, index_top_k=16), serving.model(0)
     v3 = jax.tree.unflatten(
         jax.tree.structure(v3),
-        [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(v32) if "index" not in str(path)],
+        [
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(v32)
+            if "index" not in str(path)
+        ],
     )
     tokens = jnp.arange(16)[None]
 
     def run(model):
         top, kept = decoding.prefill(model, tokens[:, :9], serving.HOW, mtp=False)
-        past = latent_cache.make(model.config, 1, 16, "float32", mtp=False).admit(jnp.arange(1), kept)
+        past = latent_cache.make(model.config, 1, 16, "float32", mtp=False)
+        past = past.admit(jnp.arange(1), kept)
         positions = jnp.arange(9, 16)[None]
         return top, decoding.decode(model, tokens[:, 9:], serving.HOW, past, positions)[0]
 
