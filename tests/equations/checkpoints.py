@@ -87,7 +87,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "v32": {  # fewer positions are selected than there are tokens
         "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32",
-        "index_n_heads": 12, "index_head_dim": 16, "index_topk": 20,
+        "index_n_heads": 16, "index_head_dim": 16, "index_topk": 20,
         "num_nextn_predict_layers": 1,
     },
     "moonlight": {
