@@ -198,6 +198,16 @@ class LatentAttention(nnx.Module):
         mixed = einsum("BSHC,HCW->HBSW", mean, up_value)
         return axes.fan_in(einsum("HBSW,HWD->BSD", mixed, self.out[...]), "heads"), past
 
+    def selected(self, x: jax.Array, how: Execution) -> jax.Array:
+        """Positions BSK int32 that each token of x BSD attends to, -1 where there are fewer."""
+        positions = jnp.arange(x.shape[1])
+        cos, sin = rotary.cos_sin(self.config, positions)
+        latent = self._query_latent(x, how)
+        (query, weights, key), _ = self._index(x, latent, how, (cos[None], sin[None]))
+        count = min(self.config.index_top_k, x.shape[1])
+        chosen = chosen_positions(index_scores(query, weights, key), positions[None], count)
+        return jnp.where(chosen <= positions[None, :, None], chosen, -1)
+
     def _check(self, x: jax.Array) -> None:
         chex.assert_shape(x, (None, None, self.config.d_model), custom_message="x: BSD")
         chex.assert_type(x, float)
