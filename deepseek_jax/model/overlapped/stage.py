@@ -90,7 +90,7 @@ class Stage:
             routed = (routing.load, routing.balance, routing.traffic)
             sent = layer.kind.routed
             routed = jax.tree.map(lambda value, sent=sent: jnp.where(sent, value, 0), routed)
-            sums.append((*routed, _where(_has_layer(slot, on), routing.index_loss)))
+            sums.append((*routed, _of_layer(slot, on, routing.index_loss)))
         return x, kept, jax.tree.map(lambda *parts: jnp.stack(parts), *sums)
 
     def backward(
@@ -106,7 +106,7 @@ class Stage:
         for slot, residuals in reversed(list(zip(self.slots, kept, strict=True))):
             layer = self._layer(slot, on)
             balance = jnp.where(layer.kind.routed, self.balance, 0.0)
-            index = _where(_has_layer(slot, on), self.index)
+            index = _of_layer(slot, on, self.index)
             d_routing = layer.routing_gradient(d_x, balance, index)
             backward = layer.backward(residuals, d_x, d_routing)
             steps = backward.steps(shared=layer.weights["shared"] is not None)
@@ -156,14 +156,11 @@ class StageChunks:
         return self.chunks[chunk].weight_backward(later)
 
 
-def _has_layer(slot: LayerSlot, on: jax.Array) -> jax.Array:
-    """Whether this rank has a layer of any kind in a slot, and the work counts."""
-    return (slot.kind.routed | slot.kind.dense) & on
-
-
-def _where(holds: jax.Array, value: jax.Array | None) -> jax.Array | None:
-    """The value, or 0 where `holds` is false; None stays."""
-    return None if value is None else jnp.where(holds, value, 0.0)
+def _of_layer(slot: LayerSlot, on: jax.Array, value: jax.Array | None) -> jax.Array | None:
+    """The value where this rank has a layer in the slot and the work counts, else 0; None stays."""
+    if value is None:
+        return None
+    return jnp.where((slot.kind.routed | slot.kind.dense) & on, value, 0.0)
 
 
 def _of_modules(slot: LayerSlot, gradients: dict[str, Any]) -> Any:
