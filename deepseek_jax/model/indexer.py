@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params, rotary
@@ -28,6 +29,7 @@ from deepseek_jax.model.norm import LayerNorm
 from deepseek_jax.precision.einsum import exact_einsum
 
 KEY_NORM_EPS = 1e-6  # epsilon of the key's LayerNorm in the released code
+FEW_QUERIES = 8  # of a decoding step with drafts
 
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines of `rotary.cos_sin`, SR or BSR
 Index = tuple[jax.Array, jax.Array, jax.Array]  # queries BSJI, weights BSJ float32, keys BTI
@@ -87,20 +89,56 @@ def rotated_by_hadamard(x: jax.Array) -> jax.Array:
 
 @jax.named_scope("indexer")
 def index_scores(query: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
-    """I of equation 1, BST float32, for queries BSJI, their weights BSJ and keys BTI."""
-    products = exact_einsum("BSJI,BTI->BSJT", query, key)
-    return jnp.sum(weights[..., None] * jax.nn.relu(products), axis=2)
+    """I of equation 1, BST float32, for queries BSJI, their weights BSJ and keys BTI.
+
+    The products of many queries are made head by head, and again in backward, so that those of one
+    head are in memory. For few queries one matmul reads the keys once, as its left operand: on a
+    CPU five times as fast as with the keys on the right (measured).
+    """
+    if query.shape[1] <= FEW_QUERIES:
+        products = exact_einsum("BTI,BSJI->BTSJ", key, query)
+        return jnp.sum(weights[:, None] * jax.nn.relu(products), axis=3).swapaxes(1, 2)
+
+    @jax.checkpoint
+    def add(total: jax.Array, of_head: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        query, weights = of_head
+        products = exact_einsum("BSI,BTI->BST", query, key)
+        return total + weights[..., None] * jax.nn.relu(products), None
+
+    start = jnp.zeros((*query.shape[:2], key.shape[1]), jnp.float32)
+    return lax.scan(add, start, (jnp.moveaxis(query, 2, 0), jnp.moveaxis(weights, 2, 0)))[0]
 
 
 def among_the_largest(scores: jax.Array, count: int) -> jax.Array:
-    """Whether each of the scores ...T is among the `count` largest, ...T bool.
+    """Whether each of the scores ...T float32 is among the `count` largest, ...T bool.
 
-    Exactly `count` are; of equal ones, those that come first, as `lax.top_k` has it.
+    Exactly `count` are; of equal ones those that come first, as with `lax.top_k`. The least of them
+    is found bit by bit, by counting: on a CPU six times as fast as `lax.top_k`, which sorts many
+    rows (measured).
     """
-    least = jax.lax.top_k(scores, count)[0][..., -1:]
-    above, equal = scores > least, scores == least
-    left = count - above.sum(-1, keepdims=True)
-    return above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
+    bits = lax.bitcast_convert_type(_one_zero(scores), jnp.int32)
+    order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)  # integers in the same order
+    order = lax.bitcast_convert_type(order ^ jnp.int32(-(2**31)), jnp.uint32)
+
+    def raised(least: jax.Array, bit: jax.Array) -> tuple[jax.Array, None]:
+        higher = least | (jnp.uint32(1) << bit)
+        enough = (order >= higher).sum(-1, keepdims=True) >= count
+        return jnp.where(enough, higher, least), None
+
+    least = jnp.zeros((*scores.shape[:-1], 1), jnp.uint32)
+    least, _ = lax.scan(raised, least, jnp.arange(31, -1, -1, dtype=jnp.uint32))
+    above, equal = order > least, order == least
+    left = count - above.sum(-1, keepdims=True)  # at least 1
+    number = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+
+    def further(end: jax.Array, bit: jax.Array) -> tuple[jax.Array, None]:
+        later = end + (jnp.int32(1) << bit)
+        few = (equal & (number < later)).sum(-1, keepdims=True) < left
+        return jnp.where(few, later, end), None  # fewer than `left` are before `end`
+
+    bits_of_length = jnp.arange(scores.shape[-1].bit_length() - 1, -1, -1, dtype=jnp.int32)
+    end, _ = lax.scan(further, jnp.zeros(least.shape, jnp.int32), bits_of_length)
+    return above | (equal & (number <= end))
 
 
 def chosen_positions(scores: jax.Array, positions: jax.Array, count: int) -> jax.Array:
@@ -110,4 +148,9 @@ def chosen_positions(scores: jax.Array, positions: jax.Array, count: int) -> jax
       positions: BS, of the queries; a query with fewer positions up to itself gets later ones, too.
     """
     past = positions[:, :, None] >= jnp.arange(scores.shape[-1])[None, None]
-    return jax.lax.top_k(jnp.where(past, scores, -jnp.inf), count)[1]
+    return lax.top_k(jnp.where(past, _one_zero(scores), -jnp.inf), count)[1]
+
+
+def _one_zero(scores: jax.Array) -> jax.Array:
+    """The scores with 0 in place of -0, which `lax.top_k` puts below it."""
+    return jnp.where(scores == 0, 0.0, scores)
