@@ -29,7 +29,9 @@ from deepseek_jax.serve import latent_cache
 LENGTHS = (2048, 8192, 32_768, 131_072)
 BFLOAT16 = 2  # bytes
 CALLS = 4  # in a row, between two looks at the clock
-INDEXER = dict(index_heads=64, index_width=128, index_top_k=2048)  # V3.2-Exp's config.json
+INDEXER: dict[str, Any] = dict(
+    index_heads=64, index_width=128, index_top_k=2048
+)  # V3.2-Exp's config.json
 SMALL: dict[str, Any] = dict(
     d_model=256, heads=16, q_latent=192, kv_latent=512, d_nope=128, d_rope=64, d_value=128,
     index_heads=8, index_width=128, index_top_k=2048, layers=1, dense_layers=0, mtp_depth=0,
@@ -48,7 +50,8 @@ def measure(
       changes: of the sizes of the model that is timed.
     """
     small = dataclasses.replace(config.model, **(SMALL | changes))
-    v3_2 = dataclasses.replace(config.model, **MODEL, **INDEXER, layers=61, dense_layers=3)
+    published = MODEL | INDEXER | {"layers": 61, "dense_layers": 3, "mtp_depth": 0}
+    v3_2 = dataclasses.replace(config.model, **published)
     return {
         "attention": [_row(small, length, rounds) for length in lengths],
         "v3_2": [counted(v3_2, length) for length in lengths],

@@ -1,4 +1,4 @@
-"""V3.2 beside `transformers`: logits, selected positions and greedy tokens beyond index_topk tokens.
+"""V3.2 beside `transformers`: logits, selected positions, greedy tokens, beyond index_topk tokens.
 
     pip install -e ".[transformers]" && PYTHONPATH=tests:. python tests/transformers/indexer.py
 
