@@ -52,6 +52,9 @@ def _model() -> ConfigDict:
             d_nope=128,  # section 4.2: per-head width
             d_rope=64,  # section 4.2: decoupled per-head width
             d_value=128,  # released config.json: v_head_dim
+            index_heads=0,  # no indexer; V3.2 has 64
+            index_width=128,  # V3.2's, without effect here
+            index_top_k=2048,  # V3.2's, without effect here
             rope_theta=10_000.0,  # released config.json
             yarn_factor=1.0,  # off in pre-training at 4K; 40 in the context extension (section 4.3)
             yarn_original=4096,  # section 4.3
@@ -140,6 +143,8 @@ def _schedule() -> ConfigDict:
             mtp_weight=0.3,  # lambda for the first 10T tokens
             late_mtp_weight=0.1,  # lambda for the rest
             mtp_switch=10 * TRILLION,
+            index_phase="sparse",  # without effect: no indexer
+            index_weight=1.0,  # without effect: no indexer
         )
     )
 

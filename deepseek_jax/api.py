@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint import load as checkpoints
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig
 from deepseek_jax.hardware import machine_memory
-from deepseek_jax.model import execution, params
+from deepseek_jax.model import decoding, execution, params
 from deepseek_jax.model.execution import Execution
 from deepseek_jax.model.loss import head_loss
 from deepseek_jax.model.router import Routing
@@ -76,6 +76,21 @@ class Model:
         """Mean cross entropy, in nats, of the B(T - 1) next tokens, () float32; no other term."""
         tokens = self._checked(tokens, least=2, numbers=self.config.d_model)
         return _loss(self.weights, tokens, self.how)
+
+    def selected(self, tokens: Any) -> tuple[jax.Array, ...]:
+        """Positions that the indexers of V3.2 select for tokens BT, best first, by layer.
+
+        Each is BTK int32, K the smaller of T and `config.index_top_k`; a token that sees fewer
+        positions has -1 in place of the rest. Without an indexer there is nothing: ().
+
+        Raises:
+          ValueError: other tokens, or so many that their index scores exceed the device's memory.
+        """
+        if not self.config.index_heads:
+            return ()
+        length = np.shape(tokens)[-1] if np.ndim(tokens) else 0
+        tokens = self._checked(tokens, least=1, numbers=self.config.index_heads * length)
+        return _selected(self.weights, tokens, self.how)
 
     def save(self, directory: str | Path) -> None:
         """Writes a Hugging Face directory with these weights, in the format of their dtype.
@@ -171,6 +186,11 @@ def _forward(model: Transformer, tokens: jax.Array, how: Execution) -> Output:
             routing[first + layer] = jax.tree.map(lambda x, i=layer: x[i], stacked)
     mtp_logits = tuple(logits[1 + k] for k in range(config.mtp_depth))
     return Output(logits[0], mtp_logits, routing, hidden.heads[0])
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _selected(model: Transformer, tokens: jax.Array, how: Execution) -> tuple[jax.Array, ...]:
+    return decoding.selected(model, tokens, how)
 
 
 @functools.partial(jax.jit, static_argnames="how")

@@ -15,7 +15,12 @@ def load(name):
 
 def settings(model):
     """A model under the published names, for tests/equations/cost.py."""
-    return {
+    indexer = {
+        "index_n_heads": model.index_heads,
+        "index_head_dim": model.index_width,
+        "index_topk": model.index_top_k,
+    }
+    return (indexer if model.index_heads else {}) | {
         "hidden_size": model.d_model,
         "num_attention_heads": model.heads,
         "q_lora_rank": model.q_latent,

@@ -24,6 +24,10 @@ PLAIN = {
     "attention.kv_norm.scale": "self_attn.kv_a_layernorm",
     "attention.kv_up": "self_attn.kv_b_proj",
     "attention.out": "self_attn.o_proj",
+    "attention.indexer.query_up": "self_attn.indexer.wq_b",
+    "attention.indexer.key_down": "self_attn.indexer.wk",
+    "attention.indexer.key_norm.scale": "self_attn.indexer.k_norm",
+    "attention.indexer.head_weights": "self_attn.indexer.weights_proj",
     "feed_norm.scale": "post_attention_layernorm",
     "feed.down": "mlp.down_proj",
     "feed.router.centroids": "mlp.gate",
@@ -49,6 +53,9 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
         d_nope=settings["qk_nope_head_dim"],
         d_rope=settings["qk_rope_head_dim"],
         d_value=settings["v_head_dim"],
+        index_heads=settings.get("index_n_heads", 0),
+        index_width=settings.get("index_head_dim", 128),
+        index_top_k=settings.get("index_topk", 2048),
         rope_theta=float(settings["rope_theta"]),
         yarn_factor=float(yarn.get("factor", 1)),
         yarn_original=yarn.get("original_max_position_embeddings", 4096),
@@ -102,6 +109,8 @@ def _of_layer(
 ) -> np.ndarray:
     if own in PLAIN:
         return weights[f"{layer}.{PLAIN[own]}.weight"].T.reshape(shape)
+    if own == "attention.indexer.key_norm.bias":
+        return weights[f"{layer}.self_attn.indexer.k_norm.bias"]
     if own == "feed.router.bias":
         none = np.zeros(shape, np.float32)
         return weights.get(f"{layer}.mlp.gate.e_score_correction_bias", none)

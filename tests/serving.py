@@ -27,9 +27,14 @@ TINY = Path(__file__).parent / "fixtures/hf_tiny"
 
 
 @functools.cache
-def model(depth: int = 0, vocab: int = 64) -> Transformer:
-    """One dense and one MoE layer; a wide init keeps the likely tokens apart."""
-    config = small.config(model_mtp_depth=depth, model_vocab=vocab).model
+def model(depth: int = 0, vocab: int = 64, index_top_k: int = 0) -> Transformer:
+    """One dense and one MoE layer; a wide init keeps the likely tokens apart.
+
+    Args:
+      index_top_k: positions that V3.2's indexer chooses; 0 for a model without one.
+    """
+    indexer = small.indexer(index_top_k) if index_top_k else {}
+    config = small.config(model_mtp_depth=depth, model_vocab=vocab, **indexer).model
     abstract, rng = abstract_model(config), np.random.default_rng(1)
 
     def drawn(weight: params.Weight) -> np.ndarray:

@@ -50,6 +50,12 @@ def config(**changes: Any) -> Config:
     return configs.parse(c)
 
 
+def indexer(top_k: int, **schedule: Any) -> dict[str, Any]:
+    """Changes of `config` for a model with V3.2's indexer; equal index scores are unlikely."""
+    sizes = {"model_index_heads": 12, "model_index_width": 8, "model_index_top_k": top_k}
+    return sizes | {f"schedule_{name}": value for name, value in schedule.items()}
+
+
 def mesh_of(sizes: Mapping[str, int]) -> Mesh:
     """A mesh over the first devices; axes that are not named have one."""
     shape = tuple(sizes.get(name, 1) for name in MESH_AXES)

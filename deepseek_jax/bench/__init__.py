@@ -2,5 +2,6 @@
 
 NAMES = (
     "train", "profile", "moe", "memory", "residuals", "layer", "kernels", "grouped", "tiles",
-    "dispatch", "pipeline", "load", "decode", "speculate", "kinds", "precision",
+    "dispatch", "pipeline", "load", "decode", "speculate", "indexer", "kinds",
+    "precision",
 )  # fmt: skip

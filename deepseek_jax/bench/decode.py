@@ -187,7 +187,8 @@ class _Expanded:
     ) -> tuple[jax.Array, "_Expanded"]:
         config, how = attention.config, Execution()
         cos, sin = rotary.cos_sin(config, positions, still=config.d_nope)
-        query = rotary.rotate(attention._query(x, how), cos[:, :, None], sin[:, :, None])
+        query = attention._query(x, attention._query_latent(x, how), how)
+        query = rotary.rotate(query, cos[:, :, None], sin[:, :, None])
         latent, rope = attention.latent(x, how)
         both = exact_einsum("BSC,CHX->BSHX", attention.kv_norm(latent), attention.kv_up[...])
         nope, value = jnp.split(both, [config.d_nope], axis=-1)

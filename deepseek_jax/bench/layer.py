@@ -199,7 +199,7 @@ def _attention(mesh: Mesh, config: Config) -> jax.stages.Lowered:
     def gradients(weights, rest, x):
         def total(weights, x):
             norm, attention = nnx.merge(graph, weights, rest)
-            return (attend(norm, attention, x, how).astype("float32") ** 2).sum()
+            return (attend(norm, attention, x, how)[0].astype("float32") ** 2).sum()
 
         squares, pull = weight_gradients.vjp(total, weights, x)
         return pull(jnp.ones_like(squares))

@@ -15,6 +15,7 @@ from deepseek_jax.config.renamed import renamed, with_new_names
 from deepseek_jax.config.rules import (
     check_batch,
     check_dispatch,
+    check_indexer,
     check_layout,
     check_model,
     check_optimizer,
@@ -89,6 +90,7 @@ def check(config: Config) -> None:
     """
     check_values(config)
     check_model(config)
+    check_indexer(config)
     check_optimizer(config)
     check_schedule(config)
     check_layout(config)

@@ -12,6 +12,11 @@ ADDED = {
     "precision.scales": "power_of_two",
     "precision.kernels": "portable",
     "layout.communication_sms": 20,
+    "model.index_heads": 0,
+    "model.index_width": 128,
+    "model.index_top_k": 2048,
+    "schedule.index_phase": "sparse",
+    "schedule.index_weight": 0.0,
 }
 
 

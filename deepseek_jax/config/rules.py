@@ -35,6 +35,16 @@ def check_model(config: Config) -> None:
         f"model.d_rope={model.d_rope + 1}",
     )
     need(
+        not model.index_heads or model.q_latent > 0,
+        f"model.index_heads={model.index_heads} with model.q_latent=0: the indexer makes its "
+        "queries from the query latent; set model.index_heads=0",
+    )
+    need(
+        not model.index_heads or model.index_width >= model.d_rope,
+        f"model.index_width={model.index_width} is less than model.d_rope={model.d_rope}, the "
+        f"elements of it that are rotated; set model.index_width={model.d_rope}",
+    )
+    need(
         model.yarn_beta_fast >= model.yarn_beta_slow,
         f"model.yarn_beta_fast={model.yarn_beta_fast} must be at least "
         f"model.yarn_beta_slow={model.yarn_beta_slow}; the report has 32 and 1",
@@ -67,6 +77,17 @@ def check_model(config: Config) -> None:
         f"model.group_score='top2' adds the best two experts of a group, and model.experts="
         f"{model.experts} in model.groups={model.groups} leaves one in each; change model.groups, "
         "or set model.group_score=max",
+    )
+
+
+def check_indexer(config: Config) -> None:
+    """Checks that a warm-up of the indexers has something to train."""
+    model, schedule = config.model, config.schedule
+    need(
+        schedule.index_phase != "warm_up" or (model.index_heads > 0 and schedule.index_weight > 0),
+        f"schedule.index_phase=warm_up trains the indexers alone, and model.index_heads="
+        f"{model.index_heads} with schedule.index_weight={schedule.index_weight} leaves nothing to "
+        "train; set schedule.index_phase=sparse",
     )
 
 

@@ -30,6 +30,9 @@ class ModelConfig:
       d_nope: Query and key width per head without rotary embedding.
       d_rope: Query and key width per head with rotary embedding; even.
       d_value: Value width per head.
+      index_heads: Heads of the lightning indexer (V3.2), which needs `q_latent`; 0 for none.
+      index_width: Width of an index query or key per head; at least `d_rope`.
+      index_top_k: Positions that a query attends to where the indexer chooses them.
       rope_theta: Base of the rotary frequencies; above 1.
       yarn_factor: Context extension by YaRN, a multiple of `yarn_original`; at least 1, 1 is off.
       yarn_original: Context length of pre-training, in tokens.
@@ -63,6 +66,9 @@ class ModelConfig:
     d_nope: int
     d_rope: int
     d_value: int
+    index_heads: int
+    index_width: int
+    index_top_k: int
     rope_theta: float
     yarn_factor: float
     yarn_original: int
@@ -241,6 +247,8 @@ class ScheduleConfig:
       mtp_weight: Weight of the mean MTP loss (lambda, equation 25) before `mtp_switch`; to 1000.
       late_mtp_weight: Weight of the mean MTP loss from `mtp_switch` on; from 0 to 1000.
       mtp_switch: Tokens at which the MTP weight changes; at least 0.
+      index_phase: Training of V3.2's indexer: "warm_up", it alone; or "sparse", with all weights.
+      index_weight: Weight of the indexer's loss, which moves the indexer alone; 0 (off) to 1000.
     """
 
     tokens: int
@@ -257,6 +265,8 @@ class ScheduleConfig:
     mtp_weight: float
     late_mtp_weight: float
     mtp_switch: int
+    index_phase: str
+    index_weight: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys((f"mesh.{axis}" for axis in MESH_AXES), _DEVICES),
     **dict.fromkeys(
         (
-            "model.dense_layers", "model.q_latent", "model.shared_experts",
+            "model.dense_layers", "model.q_latent", "model.shared_experts", "model.index_heads",
             "optimizer.weight_decay", "schedule.warmup_steps", "schedule.decay_start",
             "schedule.decay_end", "schedule.final_start", "schedule.bias_stop",
             "schedule.mtp_switch", "batch.ramp_tokens", "evaluation.tokens",
@@ -40,6 +40,7 @@ _RANGES: dict[str, _Range] = {
         (
             "model.yarn_mscale", "model.yarn_mscale_all_dim", "schedule.bias_speed",
             "schedule.balance_alpha", "schedule.mtp_weight", "schedule.late_mtp_weight",
+            "schedule.index_weight",
         ),
         ("at least 0 and at most 1000", lambda x: 0 <= x <= 1000),
     ),
@@ -77,6 +78,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "precision.kernels": ("auto", "portable"),
     "optimizer.decayed": ("matrices", "all"),
     "optimizer.moments": ("float32", "bfloat16"),
+    "schedule.index_phase": ("warm_up", "sparse"),
 }
 
 _EMPTY_MEANS = ("data.path", "data.cache", "layout.cost_profile")  # keys where "" has a meaning

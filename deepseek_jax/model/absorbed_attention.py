@@ -1,6 +1,7 @@
 """Absorbed attention: new tokens attend to cached latents, of which keys and values are made.
 
-B requests, S new tokens, T positions of the cache, H heads, C width of latents, R of rotary keys.
+B requests, S new tokens, T positions of the cache, H heads, C width of latents, R of rotary keys,
+K positions that the indexer of V3.2 chooses.
 """
 
 import functools
@@ -63,3 +64,29 @@ def latent_attention_in_full(
     weights = jax.nn.softmax(scores, axis=-1).astype(latent.dtype)
     mean = exact_einsum("BHST,BTC->BHSC", weights, latent).astype(query_latent.dtype)
     return mean.swapaxes(1, 2)  # an einsum to BSHC is five times slower on a CPU (measured)
+
+
+def gathered_attention(
+    query_latent: jax.Array,
+    query_rope: jax.Array,
+    latent: jax.Array,
+    key_rope: jax.Array,
+    seen: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Attention-weighted mean of the latents that each query has chosen; softmax in float32.
+
+    Args:
+      query_latent, query_rope: BSHC and BSHR.
+      latent, key_rope: BSKC and BSKR, of the K positions of each query.
+      seen: BSK, whether a position is one that the query may see.
+
+    Returns:
+      BSHC in the dtype of the queries.
+    """
+    scores = exact_einsum("BSHC,BSKC->BSHK", query_latent, latent)
+    scores = scores + exact_einsum("BSHR,BSKR->BSHK", query_rope, key_rope)
+    scores = jnp.where(seen[:, :, None], scores * scale, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(latent.dtype)
+    return exact_einsum("BSHK,BSKC->BSHC", weights, latent).astype(query_latent.dtype)

@@ -1,5 +1,6 @@
 """Decoder layer: norm, attention, norm, feed-forward, each with its residual."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -29,11 +30,15 @@ class Block(nnx.Module):
         self.dense = dense
 
     @jax.named_scope("layer")
-    def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
-        """x BSD -> BSD, and the routing; None for a dense layer."""
+    def __call__(
+        self, x: jax.Array, how: Execution
+    ) -> tuple[jax.Array, Routing | None, jax.Array | None]:
+        """x BSD -> BSD; the routing, None for a dense layer; and the indexer's loss, () or None."""
         if how.in_flight > 1 and not self.dense:
-            return two_batch.layer(self, x, how)
-        return self._add_feed_forward(attend(self.attention_norm, self.attention, x, how), how)
+            x, routing = two_batch.layer(self, x, how)
+            return x, dataclasses.replace(routing, index_loss=None), routing.index_loss
+        x, index_loss = attend(self.attention_norm, self.attention, x, how)
+        return *self._add_feed_forward(x, how), index_loss
 
     @jax.named_scope("layer")
     def prefill(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Kept]:

@@ -143,6 +143,26 @@ def prefill(
     return hidden, PerStack(dense, moe, ahead)
 
 
+def selected(model: Weights, tokens: jax.Array, how: Execution) -> tuple[jax.Array, ...]:
+    """Positions that the indexer of each layer selects for tokens BS: BSK int32, of which -1 none.
+
+    Those of the main model's layers, in order. All index scores of a layer are held at once.
+    """
+    config, found = model.config, []
+    x = params.whole(model.embedding)(tokens, how)
+
+    def step(x: jax.Array, layer: Any, _: Any) -> tuple[jax.Array, jax.Array]:
+        own = params.whole(layer)
+        return own.prefill(x, how)[0], own.attention.selected(own.attention_norm(x), how)
+
+    stacks = ("dense_layers", config.dense_layers), ("moe_layers", config.moe_layers)
+    for name, count in stacks:
+        if count:
+            x, positions = run_layers(getattr(model, name), count, step, x, how.unroll)
+            found += list(positions)
+    return tuple(found)
+
+
 def decode(
     model: Weights, tokens: jax.Array, how: Execution, past: PerStack, positions: jax.Array
 ) -> tuple[jax.Array, PerStack]:

@@ -26,6 +26,8 @@ class Execution:
       unroll: layers of a stack that are compiled one after another instead of as a loop's body.
       in_flight: micro-batches that go through a layer together, the matmuls of one under the
         messages of another; they stand one after another along the batch axis.
+      index_loss: the loss of V3.2's indexer that a layer computes: "none"; "sparse", over selected
+        positions; or "warm_up", over all, with attention to all. A model without ignores it.
     """
 
     recipe: Recipe = FLOAT32
@@ -34,6 +36,7 @@ class Execution:
     attention_block: int = 512
     unroll: int = 1
     in_flight: int = 1
+    index_loss: str = "none"
 
 
 def of(config: Config, own: Recipe | None = None) -> Execution:

@@ -39,11 +39,14 @@ class MTPModule(nnx.Module):
     @jax.named_scope("mtp")
     def __call__(
         self, hidden: jax.Array, embedding: jax.Array, how: Execution
-    ) -> tuple[jax.Array, jax.Array, Routing]:
-        """hidden and embedding BSD -> (state for the next depth, input of the head), both BSD."""
-        state, routing = self.block(self._joined(hidden, embedding, how), how)
+    ) -> tuple[jax.Array, jax.Array, Routing, jax.Array | None]:
+        """hidden and embedding BSD -> (state for the next depth, input of the head), both BSD.
+
+        And the routing and the indexer's loss of the block.
+        """
+        state, routing, index_loss = self.block(self._joined(hidden, embedding, how), how)
         assert routing is not None
-        return state, self.out_norm(state), routing
+        return state, self.out_norm(state), routing, index_loss
 
     @jax.named_scope("mtp")
     def prefill(

@@ -1,4 +1,4 @@
-"""RMSNorm, computed in float32."""
+"""RMSNorm, and LayerNorm for the indexer's keys, computed in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -24,3 +24,22 @@ class RMSNorm(nnx.Module):
         inverse_rms = jax.lax.rsqrt(square + self.eps) + overflow
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * inverse_rms * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalisation (x - mean) / sqrt(variance + eps) * scale + bias over the last axis."""
+
+    def __init__(self, width: int, *, eps: float, axis: str | None):
+        self.scale = params.ones((axis, width))
+        self.bias = params.zeros((axis, width))
+        self.eps = eps
+
+    @jax.named_scope("norm")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        scale, bias = (
+            part[...].reshape((1,) * (x.ndim - 1) + (-1,)) for part in (self.scale, self.bias)
+        )
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)

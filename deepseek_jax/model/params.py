@@ -50,6 +50,12 @@ def ones(*dims: Dim) -> nnx.Param:
     return nnx.Param(jnp.ones(sizes, jnp.float32), axes=axes, sizes=sizes, sensitive=True)
 
 
+def zeros(*dims: Dim) -> nnx.Param:
+    """Bias of a norm: zeros, sensitive."""
+    axes, sizes = zip(*dims, strict=True)
+    return nnx.Param(jnp.zeros(sizes, jnp.float32), axes=axes, sizes=sizes, sensitive=True)
+
+
 def router_bias(experts: int) -> RouterBias:
     """Bias of a router: E zeros."""
     value = jnp.zeros((experts,), jnp.float32)

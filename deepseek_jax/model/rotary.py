@@ -1,6 +1,7 @@
-"""Rotary position embedding (RoPE) of interleaved pairs, and its YaRN extension (section 4.3).
+"""Rotary position embedding (RoPE), and its YaRN extension (section 4.3).
 
-Elements (2j, 2j+1) of a head form pair j, rotated by position * f_j as one complex number.
+Elements (2j, 2j+1) of a head form pair j, rotated by position * f_j as one complex number. In the
+lightning indexer of V3.2, pair j is elements (j, j + R/2) instead.
 """
 
 import math
@@ -79,6 +80,23 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first = jnp.arange(-x.shape[-1], 0) % 2 == 0  # the pairs are whole from the end
     swapped = jnp.where(first, jnp.roll(wide, -1, -1), jnp.roll(wide, 1, -1))  # (a, b) -> (b, a)
     return (wide * cos + swapped * sin).astype(x.dtype)
+
+
+def rotate_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates elements j and j + R/2 of x ...X, j < R/2, as one complex number; X - R rest still.
+
+    The form of the lightning indexer, whose first R elements are rotary. `rotate` takes elements
+    2j and 2j + 1 instead.
+
+    Args:
+      cos, sin: ...R, as `cos_sin` makes them for `rotate`.
+    """
+    cos, sin = cos[..., 1::2], sin[..., 1::2]  # one of each pair, and the sine without its sign
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    a, b, still = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    parts = a * cos - b * sin, b * cos + a * sin, still
+    return jnp.concatenate(parts, axis=-1).astype(x.dtype)
 
 
 _Angles = tuple[jax.Array, jax.Array]  # cos and sin of `rotate`

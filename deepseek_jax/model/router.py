@@ -43,6 +43,8 @@ class Routing:
       balance: () float32, sequence-wise balance loss (equations 17 to 20) without its factor alpha,
         summed over this device's sequences; 1 per sequence is perfect balance.
       traffic: tokens for each node and each GPU.
+      index_loss: () float32, loss of the indexer of the same layer, where the layer runs in steps
+        (`model/overlapped/`); else None.
     """
 
     experts: jax.Array
@@ -50,6 +52,7 @@ class Routing:
     load: jax.Array
     balance: jax.Array
     traffic: Traffic
+    index_loss: jax.Array | None = None
 
 
 def joined(routings: list[Routing]) -> Routing:
@@ -59,7 +62,7 @@ def joined(routings: list[Routing]) -> Routing:
     experts, weights = (
         jnp.concatenate([getattr(r, name) for r in routings]) for name in ("experts", "weights")
     )
-    sums = [(r.load, r.balance, r.traffic) for r in routings]
+    sums = [(r.load, r.balance, r.traffic, r.index_loss) for r in routings]
     return Routing(experts, weights, *jax.tree.map(lambda *parts: sum(parts), *sums))
 
 

@@ -30,11 +30,13 @@ class Trunk:
       hidden: BSD, after the final norm.
       routing: routing of the MoE layers, stacked in front; None without MoE layers.
       embedded: B(S + ahead)D, the embeddings, which MTP modules read again.
+      index_loss: () loss of the layers' indexers, summed over layers and queries; None without.
     """
 
     hidden: jax.Array
     routing: Routing | None
     embedded: jax.Array
+    index_loss: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -46,11 +48,13 @@ class Hidden:
       heads: (1 + depth)BSD, inputs of the head: of the main model, then of each MTP depth.
       routing: routing of the MoE layers, stacked in front; None without MoE layers.
       mtp_routing: routing of the MTP blocks, stacked in front; None without MTP.
+      index_loss: () as in `Trunk`, with that of the MTP blocks.
     """
 
     heads: jax.Array
     routing: Routing | None
     mtp_routing: Routing | None
+    index_loss: jax.Array | None = None
 
 
 class Embedding(nnx.Module):
@@ -118,11 +122,12 @@ class Transformer(nnx.Module):
         config = self.config
         embedded = params.whole(self.embedding)(tokens, how)
         x, routing = embedded[:, : tokens.shape[1] - ahead], None
+        of_dense = of_moe = None
         if config.dense_layers:
-            x, _ = _walk(self.dense_layers, x, how)
+            x, _, of_dense = _walk(self.dense_layers, x, how)
         if config.moe_layers:
-            x, routing = _walk(self.moe_layers, x, how)
-        return Trunk(params.whole(self.norm)(x), routing, embedded)
+            x, routing, of_moe = _walk(self.moe_layers, x, how)
+        return Trunk(params.whole(self.norm)(x), routing, embedded, _total(of_dense, of_moe))
 
     def hidden(self, tokens: jax.Array, how: Execution, *, ahead: int = 0) -> Hidden:
         """Main model and MTP chain.
@@ -137,23 +142,25 @@ class Transformer(nnx.Module):
         """MTP chain on top of the main model."""
         depth = self.config.mtp_depth
         if not depth:
-            return Hidden(trunk.hidden[None], trunk.routing, None)
+            return Hidden(trunk.hidden[None], trunk.routing, None, trunk.index_loss)
         missing, length = max(depth - ahead, 0), trunk.hidden.shape[1]
         embedded = jnp.pad(trunk.embedded, ((0, 0), (0, missing), (0, 0)))
 
         def predict(
             state: jax.Array, module_and_shift: tuple[MTPModule, jax.Array]
-        ) -> tuple[jax.Array, tuple[jax.Array, Routing]]:
+        ) -> tuple[jax.Array, tuple[jax.Array, Routing, jax.Array | None]]:
             module, shift = module_and_shift
             token = lax.dynamic_slice_in_dim(embedded, shift, length, axis=1)
-            state, out, routing = params.whole(module)(state, token, how)
-            return state, (out, routing)
+            state, *out = params.whole(module)(state, token, how)
+            return state, tuple(out)
 
         shifts = jnp.arange(1, depth + 1)
-        _, (outs, mtp_routing) = lax.scan(
+        _, (outs, mtp_routing, index_losses) = lax.scan(
             how.remat.layer(predict), trunk.hidden, (self.mtp, shifts)
         )
-        return Hidden(jnp.concatenate([trunk.hidden[None], outs]), trunk.routing, mtp_routing)
+        heads = jnp.concatenate([trunk.hidden[None], outs])
+        index_loss = _total(trunk.index_loss, index_losses)
+        return Hidden(heads, trunk.routing, mtp_routing, index_loss)
 
     def __call__(self, tokens: jax.Array, how: Execution) -> tuple[jax.Array, Hidden]:
         """tokens BS -> logits (1 + depth)BSV float32 of all depths, and the head's inputs."""
@@ -181,10 +188,20 @@ def _abstract(config: ModelConfig, mesh: Any) -> Transformer:
     return jax.eval_shape(lambda key: build_model(config, key), key)
 
 
-def _walk(layers: Any, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing | None]:
-    """Runs x BSD through a stack of blocks; the routings are stacked."""
+def _walk(
+    layers: Any, x: jax.Array, how: Execution
+) -> tuple[jax.Array, Routing | None, jax.Array | None]:
+    """Runs x BSD through a stack of blocks; the routings and the indexers' losses are stacked."""
 
-    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Routing | None]:
-        return params.whole(layer)(x, how)
+    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+        x, routing, index_loss = params.whole(layer)(x, how)
+        return x, (routing, index_loss)
 
-    return lax.scan(how.remat.layer(step), x, layers, unroll=how.unroll)
+    x, (routing, index_losses) = lax.scan(how.remat.layer(step), x, layers, unroll=how.unroll)
+    return x, routing, index_losses
+
+
+def _total(*losses: jax.Array | None) -> jax.Array | None:
+    """Sum of the indexers' losses of some layers; None without any."""
+    parts = [loss.sum() for loss in losses if loss is not None]
+    return sum(parts[1:], parts[0]) if parts else None

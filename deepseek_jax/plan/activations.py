@@ -142,7 +142,8 @@ def device_shapes(config: Config) -> DeviceShapes:
         fp8_payload=config.precision.dispatch == "fp8",
         attention_block=config.layout.attention_block,
         attention_kernel=attention_cudnn.chosen(kernels.names) is not None
-        and attention_cudnn.takes(*head),
+        and attention_cudnn.takes(*head)
+        and not model.index_heads,
     )
 
 

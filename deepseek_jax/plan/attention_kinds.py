@@ -56,7 +56,11 @@ def attention_weights(model: ModelConfig, attention: str) -> int:
     latent = model.q_latent
     queries = latent * (d + query) if latent else d * query
     keys = model.kv_latent * model.heads * (model.d_nope + model.d_value)
-    return queries + d * (model.kv_latent + model.d_rope) + keys + out
+    mla = queries + d * (model.kv_latent + model.d_rope) + keys + out
+    if not model.index_heads:
+        return mla
+    index = latent * model.index_heads * model.index_width
+    return mla + index + d * (model.index_width + model.index_heads)
 
 
 def layers_held(config: Config) -> int:

@@ -16,7 +16,7 @@ class Cache:
     """Cache bytes per token over all layers of the main model.
 
     Attributes:
-      mla: Bytes of MLA.
+      mla: Bytes of MLA, with the keys of V3.2's indexer.
       mha: Bytes of MHA, with keys and values of width `d_value`.
       gqa: Bytes of GQA with `gqa_heads` pairs of the same width.
       gqa_heads: Key-value heads of GQA.
@@ -30,10 +30,11 @@ class Cache:
 
 def cache_bytes_per_token(config: ModelConfig, bytes_each: int = 2) -> Cache:
     """Computes the cache bytes per token; DeepSeek-V3 in bfloat16: MLA 70,272, MHA 3,997,696."""
+    index = config.index_width if config.index_heads else 0
     pair = 2 * config.d_value * config.layers * bytes_each
     groups = min(GROUPS, config.heads)
     return Cache(
-        mla=(config.kv_latent + config.d_rope) * config.layers * bytes_each,
+        mla=(config.kv_latent + config.d_rope + index) * config.layers * bytes_each,
         mha=config.heads * pair,
         gqa=groups * pair,
         gqa_heads=groups,

@@ -172,6 +172,9 @@ def _linears(model: ModelConfig, attention: str, tensor: int) -> list[tuple[str,
     query = heads * (model.d_nope + model.d_rope)
     down = model.kv_latent + model.d_rope
     up = [("kv_b", model.kv_latent, heads * (model.d_nope + model.d_value))]
+    if model.index_heads:  # on every tensor rank
+        up.append(("index_q", model.q_latent, model.index_heads * model.index_width))
+        down += model.index_width + model.index_heads
     if model.q_latent:
         up.append(("q_b", model.q_latent, query))
         first = [("qkv_a", d, model.q_latent + down)]
@@ -221,6 +224,9 @@ def _attention(shape: DeviceShare) -> Part:
     scores = t * shape.config.batch.length * heads  # causal: half of T S H multiply-adds
     forward_core = scores * (width + model.d_value)
     backward_core = scores * (3 * width + 2 * model.d_value)  # scores again, and four products
+    if shape.attention == "mla":  # this project computes all scores, and masks what is not selected
+        index = t * shape.config.batch.length * model.index_heads * model.index_width
+        forward_core, backward_core = forward_core + index, backward_core + 3 * index
     latents = (model.q_latent + model.kv_latent) if shape.attention == "mla" else 0
     # The norm reads and writes, the residual sum reads two and writes one; so do the latents'
     # norms; the rotary embedding and the keys' concatenation read and write each head.
@@ -230,7 +236,7 @@ def _attention(shape: DeviceShare) -> Part:
     backward = PartWork(products[INPUTS], backward_core, tiles[INPUTS], 2 * (norms + heads_bytes))
     policy = shape.config.layout.recompute
     if policy in ("report", "attention"):
-        again = [(k, n) for name, k, n in named if name in ("kv_b", "q_b")]
+        again = [(k, n) for name, k, n in named if name in ("kv_b", "q_b", "index_q")]
         backward += PartWork(_three(again, t)[FORWARD], 0.0, 0.0, norms / 2)
     if policy == "attention":
         backward += PartWork((), forward_core)

@@ -82,7 +82,8 @@ def _at_experts(config: Config, shapes: DeviceShapes, counts: LiveArrays) -> flo
     total = shapes.activation * (shapes.slots * rows + shapes.tokens * tokens)
     if not shapes.attention_kernel:  # scores of a block of queries, and their gradient
         block = min(shapes.attention_block, shapes.length)
-        total += 2 * FLOAT32 * shapes.sequences * shapes.heads * block * shapes.length
+        scored = shapes.heads + 2 * bool(model.index_heads)  # the indexer's head by head, and all
+        total += 2 * FLOAT32 * shapes.sequences * scored * block * shapes.length
     if keeps_all(config):  # nothing is computed again: half, fitted to v3_small
         total /= 2
     return total if shapes.complete else total + FLOAT32 * expert_weights(shapes)

@@ -62,6 +62,7 @@ class LastStage:
       how: execution of the MTP modules.
       chunk: rows of one part; the logits of two parts are held at once.
       mtp_weight, alpha, sequences: as in `objective`.
+      index: weight of the indexers' loss, summed over queries; None without.
     """
 
     how: Execution
@@ -69,6 +70,7 @@ class LastStage:
     mtp_weight: jax.Array
     alpha: float
     sequences: jax.Array
+    index: jax.Array | None = None
 
     def gradients(
         self, ends: Transformer, y: jax.Array, tokens: jax.Array
@@ -123,7 +125,10 @@ class LastStage:
         layers = [(module.sums[0], module.sums[2]) for module in modules]
         layers = layers or [no_layers(ends.config.experts)]
         load, traffic = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
-        return Sums(counted(entropies, weights), balance, load, traffic)
+        index = None
+        if self.index is not None:
+            index = sum((module.sums[3].sum() for module in modules), jnp.zeros(()))
+        return Sums(counted(entropies, weights), balance, load, traffic, index)
 
 
 class _LossHead:
@@ -203,7 +208,7 @@ class _OverlappedMTP:
     """Forward and backward of MTP module k, overlapped with the head before it.
 
     Attributes:
-      sums: load, balance and traffic of the module's block, as `Stage.forward` returns them.
+      sums: load, balance, traffic and index loss of the block, as `Stage.forward` returns them.
       gradients: of the module, set by `backward`.
     """
 
@@ -214,7 +219,8 @@ class _OverlappedMTP:
         self._how, self._module, self._k = last_stage.how, module, k
         balance = last_stage.alpha / last_stage.sequences
         experts = module.block.feed.config.experts
-        self._stage = Stage([single_layer(module.block)], last_stage.how, experts, balance)
+        layer, how = single_layer(module.block), last_stage.how
+        self._stage = Stage([layer], how, experts, balance, index=last_stage.index)
 
     def forward(
         self, state: jax.Array, embedded: jax.Array, head: _LossHead

@@ -21,12 +21,14 @@ class Sums:
       balance: () sequence-wise balance loss without alpha, over layers and sequences.
       load: LE, tokens received by each expert of each MoE layer, MTP blocks last.
       traffic: of the same layers; its rounds are summed over micro-batches and devices.
+      index: () loss of the indexers, over layers and queries, MTP blocks too; None without.
     """
 
     entropy: jax.Array
     balance: jax.Array
     load: jax.Array
     traffic: router.Traffic
+    index: jax.Array | None = None
 
 
 def head_weights(depth: int, length: int, mtp_weight: jax.Array | float) -> jax.Array:
@@ -61,6 +63,7 @@ def objective(
     mtp_weight: jax.Array | float,
     alpha: float,
     sequences: jax.Array | float,
+    index: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
     """Loss of one micro-batch on one device.
 
@@ -72,10 +75,11 @@ def objective(
       mtp_weight: lambda of equation 25.
       alpha: weight of the sequence-wise balance loss (equation 17).
       sequences: in the whole step, over all devices and micro-batches.
+      index: weight of the indexers' loss, which is a sum over queries; None without.
 
     Returns:
       () float32, which summed over devices and micro-batches is main loss + mtp_weight * mean of
-      the MTP losses + alpha * balance loss; and the sums to record.
+      the MTP losses + alpha * balance loss + index * the indexers' loss; and the sums to record.
     """
     hidden = model.hidden(tokens, how, ahead=1)
     depth = model.config.mtp_depth
@@ -89,8 +93,12 @@ def objective(
     routings = [r for r in (hidden.routing, hidden.mtp_routing) if r is not None]
     balance = sum((r.balance.sum() for r in routings), jnp.zeros(()))
     layers = [(r.load, r.traffic) for r in routings] or [no_layers(model.config.experts)]
-    sums = Sums(entropy, balance, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers))
-    return loss + alpha * balance / sequences, lax.stop_gradient(sums)
+    load, traffic = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+    sums = Sums(entropy, balance, load, traffic, hidden.index_loss)
+    loss = loss + alpha * balance / sequences
+    if index is not None:
+        loss = loss + index * hidden.index_loss
+    return loss, lax.stop_gradient(sums)
 
 
 def counted(entropies: jax.Array, weights: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.train.index_training import is_of_indexer
 
 
 def build(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -15,21 +16,44 @@ def build(config: OptimizerConfig) -> optax.GradientTransformation:
     It takes global arrays in any layout, so the clipping norm counts each parameter once.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        clip(config.clip),
         scale_by_adam(config.b1, config.b2, config.eps, jnp.dtype(config.moments)),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config.decayed)),
     )
 
 
+def clip(most: float) -> optax.GradientTransformation:
+    """Clipping by the global norm; by norms of their own for V3.2's indexers and all the rest.
+
+    The loss of the indexers is none of the model's, and neither shortens the other's step.
+    """
+    whole = optax.clip_by_global_norm(most)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
+        own = [is_of_indexer(path) for path, _ in leaves]
+        if not any(own):
+            return whole.update(grads, state, params)
+        clipped: list[Any] = [leaf for _, leaf in leaves]
+        for group in (True, False):
+            part = [i for i, is_own in enumerate(own) if is_own == group]
+            some, _ = whole.update([clipped[i] for i in part], state)
+            for i, value in zip(part, some, strict=True):
+                clipped[i] = value
+        return jax.tree.unflatten(tree, clipped), state
+
+    return optax.GradientTransformation(whole.init, update)
+
+
 def decay_mask(decayed: str) -> Any:
-    """Mask of the parameters that decay: None, for all, or all but norm scales ("matrices")."""
+    """Mask of the parameters that decay: None, for all, or all but those of norms ("matrices")."""
     if decayed == "all":
         return None
 
     def mask(params: Any) -> Any:
         def is_matrix(path: Any, _: Any) -> bool:
             names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-            return "scale" not in names
+            return not {"scale", "bias"}.intersection(names)
 
         return jax.tree_util.tree_map_with_path(is_matrix, params)
 

@@ -31,6 +31,7 @@ from deepseek_jax.parallel.pipeline.stage_assignment import (
     stage_map,
 )
 from deepseek_jax.precision import weight_gradients
+from deepseek_jax.train.index_training import in_training, index_weight
 from deepseek_jax.train.last_stage import LastStage
 from deepseek_jax.train.token_schedule import fewest_micro_batches, most_micro_batches
 
@@ -66,7 +67,7 @@ def make_gradients(
     """
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
-    how = dataclasses.replace(execution.of(config), in_flight=1)
+    how = dataclasses.replace(in_training(config), in_flight=1)
     where = assign_layers(config)
     run_all = _executor(config)
     summed = (*(name for name in DATA_AXES if layout.sizes[name] > 1), AXIS)
@@ -82,6 +83,7 @@ def make_gradients(
             model: Any = nnx.merge(graph, params.prepare(masters, how.recipe), bias)
             sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
             balance = config.schedule.balance_alpha / sequences
+            index = index_weight(config, sequences)
             rows = stage_params.fetch_stage_params(model, where, config.model, layout)
             chunks = [
                 Stage(
@@ -90,6 +92,7 @@ def make_gradients(
                     config.model.experts,
                     balance,
                     config.layout.defer_weight_gradients,
+                    index,
                 )
                 for chunk in range(where.chunks)
             ]
@@ -102,6 +105,7 @@ def make_gradients(
                 mtp_weight,
                 config.schedule.balance_alpha,
                 sequences,
+                index,
             )
             run = _ModelStages(chunks, ends, tokens, how, last_stage)
             shape = tokens.shape[1], tokens.shape[2] - 1, config.model.d_model
@@ -226,7 +230,7 @@ def _alternated(ticks: TickTables, name: str, count: int, held: BidirectionalSta
 
 def _all_sums(sums: list[Any], ends: Any, where: LayerAssignment, config: ModelConfig) -> Any:
     """`Sums` of this rank's chunks and ends, rows scattered to the global layer index."""
-    load, balance, traffic = jax.tree.map(lambda *each: jnp.concatenate(each), *sums)
+    load, balance, traffic, index = jax.tree.map(lambda *each: jnp.concatenate(each), *sums)
     rows = where.rows(config.dense_layers, config.moe_layers)
     mine = jnp.asarray(rows)[lax.axis_index(AXIS)]
 
@@ -239,7 +243,8 @@ def _all_sums(sums: list[Any], ends: Any, where: LayerAssignment, config: ModelC
         both = (ends.load, ends.traffic)
         layers = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), layers, both)
     total = ends.balance + balance.sum()
-    return dataclasses.replace(ends, balance=total, load=layers[0], traffic=layers[1])
+    index = None if index is None else ends.index + index.sum()
+    return dataclasses.replace(ends, balance=total, load=layers[0], traffic=layers[1], index=index)
 
 
 def _add(total: jax.Array, more: jax.Array) -> jax.Array:

@@ -26,6 +26,12 @@ from deepseek_jax.precision.weight_gradients import carriers, with_carriers
 from deepseek_jax.train import optimizer as optimizers
 from deepseek_jax.train import pipeline_step, token_schedule
 from deepseek_jax.train import state as states
+from deepseek_jax.train.index_training import (
+    in_training,
+    index_weight,
+    of_indexers,
+    stopped_but_indexers,
+)
 from deepseek_jax.train.objective import Sums, objective
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.token_schedule import Hyper
@@ -58,7 +64,8 @@ def make_gradients(
     graph, abstract, abstract_bias = split(abstract_model(config.model))
     stored = params.place(abstract, layout.storage)
     biases = jax.tree.map(lambda _: P(), abstract_bias)
-    how = execution.of(config, recipe)
+    how = in_training(config, recipe)
+    warm_up = how.index_loss == "warm_up"
     per_layer = config.layout.zero == 3
     data_axes = tuple(name for name in DATA_AXES if layout.sizes[name] > 1)
 
@@ -78,6 +85,7 @@ def make_gradients(
             def loss(
                 arrays: nnx.State, micro: jax.Array, how: execution.Execution
             ) -> tuple[jax.Array, Sums]:
+                arrays = stopped_but_indexers(arrays) if warm_up else arrays
                 model = nnx.merge(graph, with_carriers(compute, arrays), bias)
                 return objective(
                     model,
@@ -87,6 +95,7 @@ def make_gradients(
                     mtp_weight=mtp_weight,
                     alpha=config.schedule.balance_alpha,
                     sequences=sequences,
+                    index=index_weight(config, sequences),
                 )
 
             # jit so that it is traced once for all its call sites.
@@ -150,15 +159,20 @@ def make_step(
     gradients = make_gradients(config, layout, mesh, recipe)
     length, depth = config.batch.length, config.model.mtp_depth
     ranks = math.prod(layout.sizes[name] for name in DATA_AXES)
+    warm_up = in_training(config, recipe).index_loss == "warm_up"
 
     def step(
         state: TrainState, tokens: jax.Array, count: jax.Array, hyper: Hyper
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = gradients(state.params, state.bias, tokens, count, hyper.mtp_weight)
+        grads = of_indexers(grads) if warm_up else grads
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates = of_indexers(updates) if warm_up else updates  # nothing else decays, either
             stepped = jax.tree.map(lambda p, u: p - hyper.learning_rate * u, state.params, updates)
-            bias = _move_biases(state.bias, sums.load, hyper.bias_speed, config.model.moe_layers)
+            bias = state.bias
+            if not warm_up:
+                bias = _move_biases(bias, sums.load, hyper.bias_speed, config.model.moe_layers)
 
         sequences = (count * config.batch.micro_sequences).astype(jnp.float32)
         losses = sums.entropy / (sequences * (length - jnp.arange(depth + 1)))
@@ -176,6 +190,9 @@ def make_step(
             "gpu_copies_per_token": sums.traffic.gpus.sum(-1) / (sequences * length),
             "dispatch_rounds": sums.traffic.rounds / (count * ranks),
         }
+        if sums.index is not None:
+            layers = config.model.layers + depth
+            metrics["index_loss"] = sums.index / (sequences * length * layers)
         return dataclasses.replace(
             state, step=state.step + 1, params=stepped, bias=bias, opt_state=opt_state
         ), metrics

@@ -32,6 +32,7 @@ def test_it_is_valid_and_its_parameters_follow_the_formula(name):
         ("v2_lite_16b", 15.706, 2.451),
         ("moonlight_16b", 15.960, 2.579),
         ("v3_671b", 671.026, 36.626),
+        ("v3_2_671b", 671.878, 37.477),
     ],
 )
 def test_published_sizes_in_billions(name, total, activated):
@@ -62,6 +63,20 @@ def test_context_extension_is_1000_steps_at_one_learning_rate(name, length, sequ
         )
         hyper = token_schedule.hyper(config.schedule, step=step, tokens=tokens)
         assert (hyper.learning_rate, hyper.mtp_weight, hyper.bias_speed) == (7.3e-6, 0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "sequences", "rate"),
+    [("v3_2_671b_warm_up", 1000, 16, 1e-3), ("v3_2_671b", 15_000, 480, 7.3e-6)],
+)
+def test_v3_2_is_v3_at_128k_with_an_indexer(name, steps, sequences, rate):
+    config, long = load(name), load("v3_671b_128k")
+    assert dataclasses.replace(config.model, index_heads=0) == long.model
+    assert (config.model.index_heads, config.model.index_width) == (64, 128)
+    assert config.schedule.tokens == steps * sequences * 131_072
+    assert config.batch.sequences == sequences
+    hyper = token_schedule.hyper(config.schedule, step=steps - 1, tokens=config.schedule.tokens - 1)
+    assert (hyper.learning_rate, hyper.bias_speed) == (rate, 0.0)
 
 
 def test_the_mlperf_recipe_is_the_published_model_with_its_own_schedule():

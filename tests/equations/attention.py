@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from . import indexer
 from .norm import LATENT_EPS, rms_norm
 from .rotary import rotate, softmax_scale
 
@@ -57,10 +58,36 @@ def causal(scores: np.ndarray) -> np.ndarray:
     return np.where(later, -np.inf, scores)
 
 
+def selected(
+    scores: np.ndarray,
+    h: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
+) -> np.ndarray:
+    """scores BHTJ, causal and, in V3.2, of the positions that the indexer selects."""
+    scores = causal(scores)
+    if not settings.get("index_topk"):
+        return scores
+    chosen = indexer.selected(indexer.scores(h, weights, settings), settings["index_topk"])
+    return np.where(chosen[:, None], scores, -np.inf)  # equation 2 of V3.2
+
+
 def attention(
     h: np.ndarray, weights: Mapping[str, np.ndarray], settings: Mapping[str, Any]
 ) -> np.ndarray:
     """The form that is trained: h BTD -> u BTD, before the residual."""
+    weights_of_keys, v = attention_weights(h, weights, settings)
+    return _output(weights_of_keys @ v, weights)  # 10, 11
+
+
+def attention_weights(
+    h: np.ndarray,
+    weights: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
+    *,
+    dense: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax BHTJ and values BHJV; in V3.2 over selected positions, unless `dense`."""
     q_nope, q_rope = queries(h, weights, settings)
     latent, k_rope = cached(h, weights, settings)
     w_uk, w_uv = up_projections(weights, settings)
@@ -68,8 +95,9 @@ def attention(
     v = np.einsum("BJC,HVC->BHJV", latent, w_uv)  # 5
     scores = np.einsum("BHTN,BHJN->BHTJ", q_nope, k_nope)  # 4, 9, 10
     scores = scores + np.einsum("BHTR,BJR->BHTJ", q_rope, k_rope)
-    o = softmax(causal(softmax_scale(settings) * scores)) @ v  # 10
-    return _output(o, weights)  # 11
+    scores = softmax_scale(settings) * scores
+    seen = causal(scores) if dense else selected(scores, h, weights, settings)
+    return softmax(seen), v  # 10
 
 
 def absorbed(
@@ -85,7 +113,8 @@ def absorbed(
     q_latent = np.einsum("BHTN,HNC->BHTC", q_nope, w_uk)
     scores = np.einsum("BHTC,BJC->BHTJ", q_latent, latent)
     scores = scores + np.einsum("BHTR,BJR->BHTJ", q_rope, k_rope)
-    mean = np.einsum("BHTJ,BJC->BHTC", softmax(causal(softmax_scale(settings) * scores)), latent)
+    scores = selected(softmax_scale(settings) * scores, h, weights, settings)
+    mean = np.einsum("BHTJ,BJC->BHTC", softmax(scores), latent)
     return _output(np.einsum("BHTC,HVC->BHTV", mean, w_uv), weights)
 
 

@@ -85,6 +85,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
         **_V2, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
         "routed_scaling_factor": 1.0, "rope_scaling": _yarn(0.707, 0.707),
     },
+    "v32": {  # fewer positions are selected than there are tokens
+        "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32",
+        "index_n_heads": 16, "index_head_dim": 16, "index_topk": 20,
+        "num_nextn_predict_layers": 1,
+    },
     "moonlight": {
         "q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
         "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5, "rope_theta": 50000.0,
@@ -229,6 +234,17 @@ def _attention(settings: Mapping[str, Any], own: str) -> Iterator[tuple[str, tup
     yield f"{own}.kv_a_layernorm.weight", (c,)
     yield f"{own}.kv_b_proj.weight", (heads * (n + v), c)
     yield f"{own}.o_proj.weight", (d, heads * v)
+    if settings.get("index_topk"):
+        yield from _indexer(settings, f"{own}.indexer")
+
+
+def _indexer(settings: Mapping[str, Any], own: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    d, heads, width = (settings[k] for k in ("hidden_size", "index_n_heads", "index_head_dim"))
+    yield f"{own}.wq_b.weight", (heads * width, settings["q_lora_rank"])
+    yield f"{own}.wk.weight", (width, d)
+    yield f"{own}.k_norm.weight", (width,)
+    yield f"{own}.k_norm.bias", (width,)
+    yield f"{own}.weights_proj.weight", (heads, d)
 
 
 def _moe(settings: Mapping[str, Any], own: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -256,6 +272,8 @@ def _draw(
     noise = random.standard_normal(shape)
     if name.endswith("e_score_correction_bias"):
         value = bias_centre + 0.1 * noise
+    elif name.endswith(".bias"):
+        value = 0.2 * noise
     elif len(shape) == 1:
         value = 1 + 0.2 * noise
     elif "embed_tokens" in name:

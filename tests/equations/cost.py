@@ -30,7 +30,17 @@ def attention_parameters(settings: Settings) -> int:
     q, c = settings.get("q_lora_rank") or 0, settings["kv_lora_rank"]
     n, r, v = (settings[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
     query = d * q + q + q * heads * (n + r) if q else d * heads * (n + r)
-    return query + d * (c + r) + c + c * heads * (n + v) + heads * v * d
+    mla = query + d * (c + r) + c + c * heads * (n + v) + heads * v * d
+    return mla + indexer_parameters(settings)
+
+
+def indexer_parameters(settings: Settings) -> int:
+    """V3.2, one layer: q j i + d i + 2 i + d j; 0 without an indexer."""
+    if not settings.get("index_topk"):
+        return 0
+    d, q = settings["hidden_size"], settings["q_lora_rank"]
+    j, i = settings["index_n_heads"], settings["index_head_dim"]
+    return q * j * i + d * i + 2 * i + d * j
 
 
 def moe_layer_parameters(settings: Settings, routed: int) -> int:
@@ -60,18 +70,28 @@ def parameters(settings: Settings) -> Counts:
 
 
 def training_flops_per_token(settings: Settings, length: int, *, causal: bool = True) -> float:
-    """6 N_act + 6 L H (n + r + v) S c, N_act without the input table, c = 1/2 if causal.
+    """6 N_act + 6 L (H (n + r + v) A + j i S c), N_act without the input table.
 
-    Forward is one third. MTP, recompute and the choice of experts are not in it.
+    A is the mean number of positions that a token attends to: S c, with c = 1/2 if causal; in V3.2
+    no token attends to more than index_topk. Forward is one third. MTP, recompute and the choice of
+    experts are not in it.
     """
     width = sum(settings[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
-    pairs = settings["num_hidden_layers"] * settings["num_attention_heads"] * width * length
-    return 6 * parameters(settings).activated_without_table + 6 * pairs * (0.5 if causal else 1.0)
+    layers, scored = settings["num_hidden_layers"], length * (0.5 if causal else 1.0)
+    attended, index = scored, 0
+    if settings.get("index_topk"):
+        k = settings["index_topk"]
+        if k < length:
+            attended = sum(min(t, k) if causal else k for t in range(length)) / length
+        index = settings["index_n_heads"] * settings["index_head_dim"] * scored
+    pairs = layers * (settings["num_attention_heads"] * width * attended + index)
+    return 6 * parameters(settings).activated_without_table + 6 * pairs
 
 
 def cache_bytes_per_token(settings: Settings, bytes_each: int = 2) -> int:
-    """MLA: one latent and one rotary key per layer, (c + r) L numbers."""
+    """MLA: one latent and one rotary key per layer, (c + r) L numbers; V3.2 adds an index key."""
     each = settings["kv_lora_rank"] + settings["qk_rope_head_dim"]
+    each += settings["index_head_dim"] if settings.get("index_topk") else 0
     return each * settings["num_hidden_layers"] * bytes_each
 
 

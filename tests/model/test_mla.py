@@ -25,7 +25,7 @@ def inputs(length, width=48, batch=2, seed=0):
     return jnp.asarray(x, jnp.float32)
 
 
-@pytest.mark.parametrize("rule", ["v3", "no_q_latent", "yarn", "yarn_v2", "yarn_ratio"])
+@pytest.mark.parametrize("rule", ["v3", "no_q_latent", "yarn", "yarn_v2", "yarn_ratio", "v32"])
 def test_follows_the_equations(rule):
     settings, weights, model = variant(rule)
     x = inputs(160 if "yarn" in rule else 40)  # YaRN: past the original 64
@@ -42,6 +42,7 @@ def test_follows_the_equations(rule):
         ("v3", "float32", 2e-5),
         ("no_q_latent", "float32", 2e-5),
         ("yarn_ratio", "float32", 2e-5),
+        ("v32", "float32", 2e-5),
         ("v3", "fp8", 2**-4),  # of a number, E4M3's error at worst
     ],
 )

@@ -13,6 +13,7 @@ FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",  # V3, R1, Moonlight
     "deepseek_v2": "DeepseekV2ForCausalLM",  # V2, V2-Lite
     "kimi_k2": "DeepseekV3ForCausalLM",  # Kimi K2: V3 under another name
+    "deepseek_v32": "DeepseekV32ForCausalLM",  # V3.2-Exp, V3.2: V3 with a lightning indexer
 }
 # Published counts that must be there -> ours.
 _COUNTS = {
@@ -27,6 +28,11 @@ _OPTIONAL = {
     "first_k_dense_replace": "dense_layers", "q_lora_rank": "q_latent",
     "n_shared_experts": "shared_experts", "num_nextn_predict_layers": "mtp_depth",
 }  # fmt: skip
+# Published counts of V3.2's indexer -> ours.
+_INDEXER = {
+    "index_n_heads": "index_heads", "index_head_dim": "index_width", "index_topk": "index_top_k",
+}  # fmt: skip
+_NO_INDEXER = {"index_heads": 0, "index_width": 128, "index_top_k": 2048}
 # Keys with the only value that this model computes; absent means that value.
 _FIXED = {
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu",
@@ -57,6 +63,8 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
 
     sizes = {ours: found.count(key) for key, ours in _COUNTS.items()}
     sizes |= {ours: found.count(key, least=0, absent=0) for key, ours in _OPTIONAL.items()}
+    indexed = family == "deepseek_v32"
+    sizes |= {k: found.count(key) for key, k in _INDEXER.items()} if indexed else _NO_INDEXER
     heads = sizes["heads"]
     found.need("num_key_value_heads", heads, default=heads)
     method = found.one_of("topk_method", _GROUP_SCORE, default=topk_method(settings))
@@ -92,6 +100,13 @@ def published(config: ModelConfig) -> dict[str, Any]:
     v3 = config.score == "sigmoid"
     grouped = config.groups > 1
     family = "deepseek_v3" if v3 else "deepseek_v2"
+    if config.index_heads:
+        if not v3:
+            raise ConfigError(
+                f"model.index_heads={config.index_heads} with model.score={config.score!r} has no "
+                "published form; expected model.score='sigmoid'"
+            )
+        family = "deepseek_v32"
     score = "top2" if v3 else "max"
     if grouped and config.group_score != score:
         raise ConfigError(
@@ -103,7 +118,8 @@ def published(config: ModelConfig) -> dict[str, Any]:
             f"model.routed_scale={config.routed_scale} beside model.normalise_weights and "
             "model.score='softmax' has no published form; expected model.routed_scale=1"
         )
-    sizes = {theirs: getattr(config, ours) for theirs, ours in (_COUNTS | _OPTIONAL).items()}
+    named = _COUNTS | _OPTIONAL | (_INDEXER if config.index_heads else {})
+    sizes = {theirs: getattr(config, ours) for theirs, ours in named.items()}
     return {
         "architectures": [FAMILIES[family]],
         "model_type": family,
@@ -176,6 +192,10 @@ def _check_relations(config: ModelConfig, found: "_Settings") -> None:
         found.refuse("num_nextn_predict_layers", "from 0 to 4")
     if config.d_rope % 2:
         found.refuse("qk_rope_head_dim", "an even number")
+    if config.index_heads and not config.q_latent:
+        found.refuse("q_lora_rank", "1 or more, from which the indexer makes its queries")
+    if config.index_heads and config.index_width < config.d_rope:
+        found.refuse("index_head_dim", f"at least qk_rope_head_dim={config.d_rope}")
     if config.experts % config.groups:
         found.refuse("n_group", f"a divisor of n_routed_experts={config.experts}")
     if config.top_groups > config.groups:

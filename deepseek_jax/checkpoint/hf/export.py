@@ -3,8 +3,9 @@
 Formats: `float32`; `bfloat16`, matrices rounded to BF16; `fp8`, the matrices that the released
 checkpoint keeps in FP8 (those of attention and feed-forward networks) in blocks of 128x128 with
 float32 scales, the rest as in bfloat16. MTP projections are BF16 in the released checkpoint; one
-that comes in FP8 stays FP8. Router biases are float32 in all formats. Norms and routers, which the
-model keeps in float32, are BF16 if that changes none of their values, else float32.
+that comes in FP8 stays FP8. Router biases are float32 in all formats. Norms, routers and the head
+weights of indexers, which the model keeps in float32, are BF16 if that changes none of their
+values, else float32.
 
 Reading the directory again gives the same bits: in float32 always; in bfloat16 for weights that
 BF16 holds; in fp8 for weights that came from FP8 blocks, even by way of our own float32 masters
@@ -160,7 +161,7 @@ def _with_copies(config: ModelConfig, biased: bool) -> Iterator[tuple[str, Piece
 def _dtype(piece: Piece, source: WeightSource, form: str) -> np.dtype:
     if form == "float32" or piece.path.endswith("router.bias"):
         return FLOAT32
-    if len(piece.shape) == 1 or piece.path.endswith("router.centroids"):
+    if len(piece.shape) == 1 or piece.path.endswith(("router.centroids", "indexer.head_weights")):
         value = source.read(piece).astype(np.float32)
         return BF16 if (value.astype(BF16).astype(np.float32) == value).all() else FLOAT32
     in_blocks = ".attention." in piece.path or ".feed." in piece.path

@@ -83,6 +83,7 @@ def inference_config(model: ModelConfig, recipe: str, scales: str) -> Config:
             tokens=1, learning_rate=1e-4, warmup_steps=0, decay_start=0, decay_end=0,
             decayed_learning_rate=1e-4, final_start=0, final_learning_rate=1e-4, bias_speed=0.0,
             bias_stop=0, balance_alpha=0.0, mtp_weight=0.0, late_mtp_weight=0.0, mtp_switch=0,
+            index_phase="sparse", index_weight=0.0,
         ),
         data=DataConfig(
             path="", tokenizer="byte", text_key="text", cache="", fim_rate=0.0, held_out=0.5

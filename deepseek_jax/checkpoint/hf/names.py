@@ -122,6 +122,21 @@ def _attention_and_norms(config: ModelConfig, block: str) -> Iterator[Piece]:
         rows += [("q_proj", (query, d), "query")]
     for name, shape, path in rows:
         yield Piece(f"self_attn.{name}.weight", shape, f"{block}attention.{path}", ())
+    if config.index_heads:
+        yield from _indexer(config, block)
+
+
+def _indexer(config: ModelConfig, block: str) -> Iterator[Piece]:
+    width, heads = config.index_width, config.index_heads
+    rows: list[tuple[str, tuple[int, ...], str]] = [
+        ("wq_b.weight", (heads * width, config.q_latent), "query_up"),
+        ("wk.weight", (width, config.d_model), "key_down"),
+        ("k_norm.weight", (width,), "key_norm.scale"),
+        ("k_norm.bias", (width,), "key_norm.bias"),
+        ("weights_proj.weight", (heads, config.d_model), "head_weights"),
+    ]
+    for name, shape, path in rows:
+        yield Piece(f"self_attn.indexer.{name}", shape, f"{block}attention.indexer.{path}", ())
 
 
 def _swiglu(name: str, widths: tuple[int, int], path: str, *expert: int) -> Iterator[Piece]:

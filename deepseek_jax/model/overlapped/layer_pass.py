@@ -140,8 +140,10 @@ class LayerPass:
         """
         return BackwardPass(self, residuals, d_out, d_routing)
 
-    def routing_gradient(self, like: jax.Array, d_balance: jax.Array) -> Routing:
-        """Cotangent of the `Routing`: zero except for `balance`.
+    def routing_gradient(
+        self, like: jax.Array, d_balance: jax.Array, d_index_loss: jax.Array | None = None
+    ) -> Routing:
+        """Cotangent of the `Routing`: zero except for `balance` and `index_loss`.
 
         Args:
           like: BSD, shape and dtype of the layer's input.
@@ -153,7 +155,8 @@ class LayerPass:
             return np.zeros(leaf.shape, jax.dtypes.float0)
 
         routing = jax.eval_shape(self.gate, self.weights["gate"], like).routing
-        return dataclasses.replace(jax.tree.map(nothing, routing), balance=d_balance)
+        routing = jax.tree.map(nothing, routing)
+        return dataclasses.replace(routing, balance=d_balance, index_loss=d_index_loss)
 
     @property
     def recomputes_shared(self) -> bool:
@@ -169,8 +172,8 @@ class LayerPass:
 
     # What a step computes.
 
-    def attend(self, weights: Any, x: jax.Array) -> jax.Array:
-        """x + MLA(norm x), BSD."""
+    def attend(self, weights: Any, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """x + MLA(norm x), BSD; and the indexer's loss, () or None."""
         norm, attention = weights
         return attend(norm, attention, x, self.how)
 
@@ -222,6 +225,7 @@ class ForwardPass(_Pass):
         self._entering = x
         self._vjps: dict[str, Any] = {}  # by step
         self._shared: jax.Array | None = None
+        self._index_loss: jax.Array | None = None
 
     def steps(self, *, shared: bool = False) -> Steps[None]:
         """All steps up to the last hop of the first round.
@@ -233,7 +237,9 @@ class ForwardPass(_Pass):
         layer, experts = self.layer, self.weights["experts"]
         gate_up, down = experts
         self._entering = x = yield self._entering
-        self.x = x = yield self._step("attend", layer.attend, self.weights["attend"], x)
+        attended = self._step("attend", layer.attend, self.weights["attend"], x)
+        x, self._index_loss = yield attended
+        self.x = x
         self._gated = gated = self._step("gate", layer.gate, self.weights["gate"], x)
         every_choice = jnp.broadcast_to(layer.kind.routed, gated.chosen.shape)
         exchange = gated.exchange(experts, layer.experts, every_choice)
@@ -265,6 +271,7 @@ class ForwardPass(_Pass):
         routed, routing = finish(self.how, self._gated.routing, self._exchange, self._first)
         out = routed.reshape(self.x.shape)
         out = self.x + (out if self._shared is None else out + self._shared)
+        routing = dataclasses.replace(routing, index_loss=self._index_loss)
         return out, routing, self._residuals(routing.traffic.rounds)
 
     def _residuals(self, rounds: jax.Array) -> Residuals:
@@ -310,7 +317,8 @@ class BackwardPass(_Pass):
             layer.weights, residuals
         )
         self._entering = self.x = x
-        self._d_out, self._d_routing = d_out, d_routing
+        self._d_out, self._d_index_loss = d_out, d_routing.index_loss
+        self._d_routing = dataclasses.replace(d_routing, index_loss=None)
         self.d_x = d_out
         self._d_shared: Any = None
 
@@ -358,7 +366,7 @@ class BackwardPass(_Pass):
         nothing: Any = np.zeros(self._sent[1].shape, jax.dtypes.float0)
         d_gated = Gated(d_exchange.tokens, d_exchange.weights, nothing, self._d_routing)
         self._d_gate, d_x = self._split(self._vjps["gate"], d_gated)
-        late, now = self._split(self._vjps["attend"], self.d_x + d_x)
+        late, now = self._split(self._vjps["attend"], (self.d_x + d_x, self._d_index_loss))
         self._d_attend, self.d_x = yield from self._step(late, now)
 
     def shared_steps(self) -> Steps[None]:
@@ -408,7 +416,7 @@ class BackwardPass(_Pass):
         """Attention from the layer's input, and the VJPs of the steps that read its output."""
         layer, weights = self.layer, self.weights
         attention = remat.REPORT.step(layer.attend)
-        self.x, vjp = weight_gradients.vjp(attention, weights["attend"], self._entering)
+        (self.x, _), vjp = weight_gradients.vjp(attention, weights["attend"], self._entering)
         chosen = functools.partial(layer.gate, chosen=self._sent[1])
         self._vjps = {"attend": vjp, "gate": _recomputing_vjp(chosen, weights["gate"], self.x)}
 

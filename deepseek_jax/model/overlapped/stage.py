@@ -67,6 +67,7 @@ class Stage:
       experts: E.
       balance: (), weight of a layer's balance loss in the objective.
       defer: whether backward leaves gradients of weights to `weight_backward`.
+      index: (), weight of the loss of a layer's indexer; None where none is computed.
     """
 
     slots: list[LayerSlot]
@@ -74,9 +75,10 @@ class Stage:
     experts: int
     balance: jax.Array
     defer: bool = False
+    index: jax.Array | None = None
 
     def forward(self, x: jax.Array, on: jax.Array) -> Steps[tuple[jax.Array, list[Residuals], Any]]:
-        """x BSD -> BSD, residuals of each slot, and (load, balance, traffic) stacked over slots."""
+        """x BSD -> BSD, residuals, and (load, balance, traffic, index loss), stacked over slots."""
         kept: list[Residuals] = []
         sums: list[Any] = []
         for slot in self.slots:
@@ -88,7 +90,8 @@ class Stage:
             kept.append(residuals)
             routed = (routing.load, routing.balance, routing.traffic)
             sent = layer.kind.routed
-            sums.append(jax.tree.map(lambda value, sent=sent: jnp.where(sent, value, 0), routed))
+            routed = jax.tree.map(lambda value, sent=sent: jnp.where(sent, value, 0), routed)
+            sums.append((*routed, _of_layer(slot, on, routing.index_loss)))
         return x, kept, jax.tree.map(lambda *parts: jnp.stack(parts), *sums)
 
     def backward(
@@ -104,7 +107,9 @@ class Stage:
         for slot, residuals in reversed(list(zip(self.slots, kept, strict=True))):
             layer = self._layer(slot, on)
             balance = jnp.where(layer.kind.routed, self.balance, 0.0)
-            backward = layer.backward(residuals, d_x, layer.routing_gradient(d_x, balance))
+            index = _of_layer(slot, on, self.index)
+            d_routing = layer.routing_gradient(d_x, balance, index)
+            backward = layer.backward(residuals, d_x, d_routing)
             steps = backward.steps(shared=True)
             yield from with_scope("layer", steps)
             d_x = backward.d_x
@@ -150,6 +155,13 @@ class StageChunks:
 
     def weight_backward(self, chunk: int, later: Any) -> Any:
         return self.chunks[chunk].weight_backward(later)
+
+
+def _of_layer(slot: LayerSlot, on: jax.Array, value: jax.Array | None) -> jax.Array | None:
+    """The value where this rank has a layer in the slot and the work counts, else 0; None stays."""
+    if value is None:
+        return None
+    return jnp.where((slot.kind.routed | slot.kind.dense) & on, value, 0.0)
 
 
 def _of_modules(slot: LayerSlot, gradients: dict[str, Any]) -> Any:

@@ -1,0 +1,132 @@
+"""Training of V3.2's indexers: equations 3 and 4, what moves in each phase, and layouts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from equations import attention, indexer
+from equations.norm import part
+from published import layer, variant
+from trainer import Trainer
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.model.execution import Execution
+from deepseek_jax.train.index_training import is_of_indexer
+
+PHASES = ("warm_up", "sparse")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_loss_and_output_follow_the_equations(phase):
+    """Beyond index_topk positions, in blocks of queries; the last one is shorter."""
+    settings, weights, model = variant("v32")
+    x = np.random.default_rng(0).normal(size=(2, 40, 48))
+    module, how = (
+        layer(model.moe_layers, 1).attention,
+        Execution(attention_block=16, index_loss=phase),
+    )
+    run = jax.jit(lambda module, x: module.trained(x, how))
+    out, _, loss = run(module, jnp.asarray(x, jnp.float32))
+
+    own, dense = part(weights, "model.layers.2.self_attn"), phase == "warm_up"
+    softmax, values = attention.attention_weights(x, own, settings, dense=dense)
+    scores = indexer.scores(x, own, settings)
+    seen = indexer.selected(scores, 40 if dense else settings["index_topk"])
+    want = attention._output(softmax @ values, own)
+    np.testing.assert_allclose(out, want, atol=2e-5 * np.abs(want).max())
+    np.testing.assert_allclose(loss, indexer.loss(softmax, scores, seen), rtol=2e-5)
+
+
+def config(phase="sparse", **changes):
+    return small.config(
+        model_mtp_depth=1,
+        batch_length=32,
+        layout_attention_block=16,
+        **small.indexer(6, index_phase=phase, warmup_steps=1),
+        **changes,
+    )
+
+
+@functools.cache
+def alone(phase):
+    """Metrics of three steps on one device, and the weights after them."""
+    trainer = Trainer(config(phase))
+    before = trainer.params()
+    return before, trainer.run(3), trainer.params()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_moves_its_weights_alone(phase):
+    before, metrics, after = alone(phase)
+    assert 0 < metrics[-1]["index_loss"] < metrics[0]["index_loss"]
+    for (path, old), new in zip(
+        jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True
+    ):
+        moved = not np.array_equal(old, new)
+        assert moved == (phase == "sparse" or is_of_indexer(path)), jax.tree_util.keystr(path)
+
+
+def test_the_losses_are_apart():
+    """Without the indexers' loss, all other weights take the same step, and the indexers none."""
+    trainer = Trainer(config(schedule_index_weight=0.0, optimizer_weight_decay=1e-30))
+    start, metrics = trainer.params(), trainer.run(1)
+    with_loss = Trainer(config(optimizer_weight_decay=1e-30))
+    with_loss.run(1)
+    assert "index_loss" not in metrics[0]
+    for (path, old), without, both in zip(
+        jax.tree.leaves_with_path(start),
+        jax.tree.leaves(trainer.params()),
+        jax.tree.leaves(with_loss.params()),
+        strict=True,
+    ):
+        if is_of_indexer(path):
+            np.testing.assert_array_equal(without, old)
+        else:
+            np.testing.assert_allclose(both, without, rtol=1e-5, atol=1e-7)
+
+
+LAYOUTS = {
+    "every axis": dict(mesh_node=2, mesh_gpu=2, mesh_tensor=2, layout_zero=3),
+    "a pipeline": dict(mesh_pipe=2, mesh_gpu=2, layout_zero=1, layout_recompute="full"),
+}
+SLOW = {
+    "two in flight": dict(
+        mesh_gpu=2, layout_dispatch="flat", layout_micro_batches_in_flight=2, batch_sequences=16
+    ),
+    "a pipeline, deferred": dict(mesh_pipe=2, layout_defer_weight_gradients=True),
+}
+CASES = [pytest.param(layout, id=name) for name, layout in LAYOUTS.items()]
+CASES += [pytest.param(one, id=name, marks=pytest.mark.slow) for name, one in SLOW.items()]
+
+
+@pytest.mark.parametrize("layout", CASES)
+def test_a_layout_changes_nothing(layout):
+    _, want, want_params = alone("sparse")
+    trainer = Trainer(config(**layout))
+    got = trainer.run(3)
+    for name in ("loss", "mtp_loss", "index_loss", "grad_norm"):
+        np.testing.assert_allclose([m[name] for m in got], [m[name] for m in want], rtol=1e-5)
+    small.assert_close(trainer.params(), want_params, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_layout_changes_no_warm_up():
+    _, want, want_params = alone("warm_up")
+    trainer = Trainer(config("warm_up", **LAYOUTS["a pipeline"]))
+    got = trainer.run(3)
+    np.testing.assert_allclose(
+        [m["index_loss"] for m in got], [m["index_loss"] for m in want], rtol=1e-5
+    )
+    small.assert_close(trainer.params(), want_params, rtol=1e-4)
+
+
+def test_a_warm_up_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"schedule\.index_phase=warm_up trains the indexers"):
+        small.config(schedule_index_phase="warm_up")
+    with pytest.raises(ConfigError, match=r"model\.q_latent=0"):
+        small.config(**small.indexer(6), model_q_latent=0)
+    with pytest.raises(ConfigError, match=r"model\.index_width=2 is less than model\.d_rope=4"):
+        small.config(model_index_heads=4, model_index_width=2)
