@@ -17,7 +17,7 @@ import numpy as np
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import carried, load, new_folder
-from deepseek_jax.checkpoint.hf import config_json, export, names, reader
+from deepseek_jax.checkpoint.hf import config_json, export, names, reader, safetensors
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig, PrecisionConfig
@@ -63,11 +63,15 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
     config = _run_config(found, target, base, own_tokenizer="tokenizer.json" in beside)
     configs.check(config)
     like = load.leaves_of(found.config)
+    scales = {name: each for name, each in found.tensors.items() if name.endswith(names.SCALE)}
     masters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in like.values())
+    masters += sum(each.nbytes for each in scales.values())
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, masters + 2 * carried.size(beside))
         _fill_beside(folder, source, config, beside)
         found.compare_copies()
+        if scales:
+            _write_raw(folder / carried.KEPT / carried.SCALES, scales)
         read, store = reader.parts_of(found), Store(folder / "checkpoints", keep=1)
         try:
             store.save_parts(0, like, lambda name, part: read(like[name], part), WEIGHTS_ONLY)
@@ -78,6 +82,12 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
         finally:
             store.close()
     return config
+
+
+def _write_raw(file: Path, tensors: Mapping[str, safetensors.Tensor]) -> None:
+    """Writes tensors as they are, in one file."""
+    expected = {name: (each.dtype, each.shape) for name, each in tensors.items()}
+    safetensors.write(file, expected, ((name, each.array) for name, each in tensors.items()))
 
 
 def _fill_beside(
@@ -112,6 +122,7 @@ def to_published(
     form: str,
     shard_bytes: int,
     weights: Transformer | None = None,
+    scales: str = "kept",
 ) -> None:
     """Makes a Hugging Face directory with the weights of a workdir, or of another such directory.
 
@@ -120,6 +131,7 @@ def to_published(
       form: one of `export.FORMATS`.
       shard_bytes: the largest size of a file.
       weights: the model on one device, whose weights are written instead of those of `source`.
+      scales: one of `export.SCALES`; "kept" for other forms than FP8.
 
     Raises:
       ConfigError: values that loading refuses, a model without a published form, or a target that
@@ -140,7 +152,7 @@ def to_published(
     described = carried.without_absent_code({**described, **marks}, beside)
     if form == "fp8" and source.run is not None:
         described = _with_scales_of(source.run.precision, described)
-    described = config_json.in_format(described, form)
+    described = config_json.in_format(described, form, scales)
     needed = export.most_bytes(source.model, form) + carried.size(beside)
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, needed)
@@ -156,7 +168,7 @@ def to_published(
             values = _of_folder(source.published)
         else:
             values = _of_run(source.directory, source.model, described)
-        export.write(folder, described, values, form, shard_bytes)
+        export.write(folder, described, values, form, shard_bytes, scales)
 
 
 def _with_scales_of(precision: PrecisionConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +278,14 @@ def _of_run(workdir: Path, config: ModelConfig, described: dict[str, Any]) -> ex
             )
         return piece.published(value)
 
-    return export.WeightSource(config, biased, read)
+    kept = workdir / carried.KEPT / carried.SCALES
+    scales = safetensors.open_file(kept) if kept.is_file() else {}
+
+    def former(name: str) -> np.ndarray | None:
+        table = scales.get(name + names.SCALE)
+        return None if table is None else table.array.astype(np.float32)
+
+    return export.WeightSource(config, biased, read, former=former)
 
 
 def _marks(source: Checkpoint, described: Mapping[str, Any]) -> dict[str, Any]:

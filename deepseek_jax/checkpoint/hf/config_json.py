@@ -147,8 +147,12 @@ def _plain(number: float) -> float:
     return int(number) if number.is_integer() else number
 
 
-def in_format(settings: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """Settings of the same model with its tensors stored in `form`, one of `export.FORMATS`."""
+def in_format(settings: Mapping[str, Any], form: str, scales: str = "kept") -> dict[str, Any]:
+    """Settings of the same model with its tensors stored in another form.
+
+    Args:
+      form, scales: one of `export.FORMATS` and of `export.SCALES`.
+    """
     out = {key: value for key, value in settings.items() if key != "quantization_config"}
     out.pop("dtype", None)  # the newer name of torch_dtype
     out["torch_dtype"] = "float32" if form == "float32" else "bfloat16"
@@ -160,6 +164,8 @@ def in_format(settings: Mapping[str, Any], form: str) -> dict[str, Any]:
             "quant_method": "fp8",
             "weight_block_size": [BLOCK, BLOCK],
         }
+        if scales != "kept":
+            out["quantization_config"]["scale_fmt"] = "ue8m0"
     return out
 
 
