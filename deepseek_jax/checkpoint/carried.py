@@ -18,6 +18,7 @@ from deepseek_jax.data import source as data_source
 
 KEPT = "published"  # a workdir's folder of files that it does not use itself
 SCALES = "scales.safetensors"  # there: scales of FP8 blocks, by which an export finds their bits
+OTHERS = "others.safetensors"  # there: tensors of parts beside the text model, as they are
 USED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "chat_template.jinja",

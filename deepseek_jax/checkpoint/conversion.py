@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ import numpy as np
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import carried, load, new_folder
-from deepseek_jax.checkpoint.hf import config_json, export, names, reader, safetensors
+from deepseek_jax.checkpoint.hf import (
+    config_json,
+    export,
+    language_part,
+    names,
+    reader,
+    safetensors,
+)
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig, PrecisionConfig
@@ -64,14 +72,16 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
     configs.check(config)
     like = load.leaves_of(found.config)
     scales = {name: each for name, each in found.tensors.items() if name.endswith(names.SCALE)}
+    raw = {carried.SCALES: scales, carried.OTHERS: found.others}
     masters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in like.values())
-    masters += sum(each.nbytes for each in scales.values())
+    masters += sum(each.nbytes for tensors in raw.values() for each in tensors.values())
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, masters + 2 * carried.size(beside))
         _fill_beside(folder, source, config, beside)
         found.compare_copies()
-        if scales:
-            _write_raw(folder / carried.KEPT / carried.SCALES, scales)
+        for name, tensors in raw.items():
+            if tensors:
+                safetensors.write_raw(folder / carried.KEPT / name, tensors)
         read, store = reader.parts_of(found), Store(folder / "checkpoints", keep=1)
         try:
             store.save_parts(0, like, lambda name, part: read(like[name], part), WEIGHTS_ONLY)
@@ -82,12 +92,6 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
         finally:
             store.close()
     return config
-
-
-def _write_raw(file: Path, tensors: Mapping[str, safetensors.Tensor]) -> None:
-    """Writes tensors as they are, in one file."""
-    expected = {name: (each.dtype, each.shape) for name, each in tensors.items()}
-    safetensors.write(file, expected, ((name, each.array) for name, each in tensors.items()))
 
 
 def _fill_beside(
@@ -103,7 +107,7 @@ def _fill_beside(
     carried.copy(used, (folder, kept), _read_before(source, used))
     carried.copy(rest, (kept,), {})
     (kept / "config.json").write_text(json.dumps(dict(source.settings), indent=2) + "\n")
-    _write_marks(folder, {key: source.settings.get(key) for key in _MARKS})
+    _write_marks(folder, {key: source.text_settings.get(key) for key in _MARKS})
 
 
 def _run_config(found: reader.Published, target: Path, base: Config, own_tokenizer: bool) -> Config:
@@ -149,11 +153,15 @@ def to_published(
     told = "tokenizer_config.json" in beside
     own_tokenizer = source.tokenizer if made_here and not told else None
     marks = _marks(source, described)
-    described = carried.without_absent_code({**described, **marks}, beside)
+    described = language_part.replaced(described, marks)
+    described = carried.without_absent_code(described, beside)
     if form == "fp8" and source.run is not None:
         described = _with_scales_of(source.run.precision, described)
+    others = _others(source, described)
     described = config_json.in_format(described, form, scales)
+    described = language_part.leaving_others(described, others)
     needed = export.most_bytes(source.model, form) + carried.size(beside)
+    needed += sum(tensor.nbytes for tensor in others.values())
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, needed)
         carried.copy(beside, (folder,), _read_before(source, beside))
@@ -168,6 +176,7 @@ def to_published(
             values = _of_folder(source.published)
         else:
             values = _of_run(source.directory, source.model, described)
+        values = dataclasses.replace(values, others=others)
         export.write(folder, described, values, form, shard_bytes, scales)
 
 
@@ -177,9 +186,27 @@ def _with_scales_of(precision: PrecisionConfig, settings: Mapping[str, Any]) -> 
     Where its weights came in FP8, the format of those scales stays.
     """
     powers = precision.recipe == "fp8" and precision.scales == "power_of_two"
-    if not powers or settings.get("quantization_config"):
+    if not powers or language_part.of(settings).get("quantization_config"):
         return dict(settings)
     return {**settings, "quantization_config": {"scale_fmt": "ue8m0"}}
+
+
+def _others(source: Checkpoint, described: Mapping[str, Any]) -> Mapping[str, safetensors.Tensor]:
+    """Tensors of parts beside the text model, which belong into a directory so described."""
+    if source.published is not None:
+        return source.published.others
+    file = source.directory / carried.KEPT / carried.OTHERS
+    if not file.is_file():
+        return {}
+    others = safetensors.open_file(file)
+    if language_part.is_wrapped(described):
+        return others
+    warnings.warn(
+        f"the model of {source.directory} is no longer the one that it was converted from; "
+        f"{len(others)} tensors beside it, {min(others)} the first, are left out",
+        stacklevel=2,
+    )
+    return {}
 
 
 def described_run(workdir: Path, model: ModelConfig) -> dict[str, Any]:
@@ -200,9 +227,9 @@ def described_run(workdir: Path, model: ModelConfig) -> dict[str, Any]:
 def _described(settings: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """The same settings, with the number of MTP layers that the model has."""
     key = "num_nextn_predict_layers"
-    if (settings.get(key) or 0) == model.mtp_depth:
+    if (language_part.of(settings).get(key) or 0) == model.mtp_depth:
         return dict(settings)
-    return {**settings, key: model.mtp_depth}
+    return language_part.replaced(settings, {key: model.mtp_depth})
 
 
 def obstacle(workdir: Path, config: Config) -> str | None:
@@ -290,13 +317,13 @@ def _of_run(workdir: Path, config: ModelConfig, described: dict[str, Any]) -> ex
 
 def _marks(source: Checkpoint, described: Mapping[str, Any]) -> dict[str, Any]:
     """Ids of the marks around a text: from the settings beside the weights, or the tokenizer."""
-    for known in (described, source.generation):
+    for known in (language_part.of(described), source.generation):
         if any(known.get(key) is not None for key in _MARKS):
             return {key: known.get(key) for key in _MARKS}
     if source.tokenizer is not None:
         found = source.tokenizer.marks
         return {"bos_token_id": found.bos, "eos_token_id": found.eos}
-    return {key: described.get(key) for key in _MARKS}
+    return dict.fromkeys(_MARKS)
 
 
 def _write_marks(folder: Path, marks: dict[str, Any]) -> None:

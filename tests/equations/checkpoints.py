@@ -89,6 +89,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
         "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5, "rope_theta": 50000.0,
     },
+    "kimi_k2": {
+        "model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
+        "rope_theta": 50000.0, "rope_scaling": _yarn(1.0, 1.0) | {"beta_fast": 1},
+    },
 }  # fmt: skip
 VARIANTS = tuple(_CHANGES)
 

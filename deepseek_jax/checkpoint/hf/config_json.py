@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.checkpoint.hf import language_part
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.config.hints import shown
 from deepseek_jax.precision.fp8_tiles import BLOCK
@@ -47,7 +48,10 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
     Raises:
       ConfigError: a key that is missing, or has a value that this model does not compute.
     """
-    found = _Settings(settings, source)
+    language_part.check(settings, source)
+    path = f"{language_part.KEY}." if language_part.is_wrapped(settings) else ""
+    settings = language_part.of(settings)
+    found = _Settings(settings, source, path)
     family = found.one_of("model_type", FAMILIES)
     v3 = family != "deepseek_v2"
     if settings.get("architectures"):  # null where a config was saved without a model
@@ -153,6 +157,8 @@ def in_format(settings: Mapping[str, Any], form: str, scales: str = "kept") -> d
     Args:
       form, scales: one of `export.FORMATS` and of `export.SCALES`.
     """
+    if language_part.is_wrapped(settings):
+        return _in_format_around(settings, form, scales)
     out = {key: value for key, value in settings.items() if key != "quantization_config"}
     out.pop("dtype", None)  # the newer name of torch_dtype
     out["torch_dtype"] = "float32" if form == "float32" else "bfloat16"
@@ -169,8 +175,25 @@ def in_format(settings: Mapping[str, Any], form: str, scales: str = "kept") -> d
     return out
 
 
+def _in_format_around(settings: Mapping[str, Any], form: str, scales: str) -> dict[str, Any]:
+    """`in_format` of the text model inside; the quantisation is stated where it was, or outside."""
+    key, inside = "quantization_config", language_part.KEY
+    text = in_format(language_part.of(settings), form, scales)
+    quantised = text.pop(key, None)
+    out = {name: value for name, value in settings.items() if name != key}
+    out[inside] = {
+        **{name: value for name, value in settings[inside].items() if name not in (key, "dtype")},
+        "torch_dtype": text["torch_dtype"],
+    }
+    if quantised is not None:
+        place = out[inside] if settings[inside].get(key) else out
+        place[key] = quantised
+    return out
+
+
 def topk_method(settings: Mapping[str, Any]) -> str:
     """The value of `topk_method`, or the one that its absence means."""
+    settings = language_part.of(settings)
     v3 = settings.get("model_type") != "deepseek_v2"
     return settings.get("topk_method") or ("noaux_tc" if v3 else "greedy")
 

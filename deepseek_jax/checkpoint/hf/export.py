@@ -23,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.checkpoint.hf import fp8_blocks, safetensors
+from deepseek_jax.checkpoint.hf import fp8_blocks, language_part, safetensors
 from deepseek_jax.checkpoint.hf.config_json import UNQUANTISED
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces, to_published
 from deepseek_jax.config import ModelConfig
@@ -50,6 +50,7 @@ class WeightSource:
       read: gives a published tensor, [out, in], in any float dtype but FP8.
       stored: gives the FP8 values and scales of a tensor that the source keeps in FP8, else None.
       former: gives the scales that a tensor had when it came in FP8, else None.
+      others: tensors of parts beside the text model, which are written as they are.
     """
 
     config: ModelConfig
@@ -57,6 +58,7 @@ class WeightSource:
     read: Read
     stored: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda name: None
     former: Callable[[str], np.ndarray | None] = lambda name: None
+    others: Mapping[str, safetensors.Tensor] = dataclasses.field(default_factory=dict)
 
 
 def of_model(model: Transformer, biased: bool) -> WeightSource:
@@ -95,20 +97,28 @@ def write(
         warning says.
     """
     (folder / "config.json").write_text(json.dumps(dict(settings), indent=2) + "\n")
-    quantised = settings.get("quantization_config") or {}
+    quantised = language_part.of(settings).get("quantization_config") or {}
     scale_dtype = safetensors.E8M0 if scales == "e8m0" else FLOAT32
     groups = _groups(source, form, _unquantised(quantised), scale_dtype)
     shards = _shards(groups, shard_bytes)
+    others = _shards_of_others(source.others, shard_bytes)
     blocks = _Blocks(source, quantised.get("scale_fmt") == "ue8m0", scales != "kept")
-    files = [safetensors.SINGLE] if len(shards) == 1 else _names(len(shards))
+    count, before = len(shards) + len(others), language_part.prefix(settings)
+    files = [safetensors.SINGLE] if count == 1 else _names(count)
     where: dict[str, str] = {}
     total = 0
-    for file, shard in zip(files, shards, strict=True):
-        expected = {name: kind for group in shard for name, kind in group.tensors.items()}
-        safetensors.write(folder / file, expected, _values(shard, source, blocks))
+    for file, shard in zip(files, shards, strict=False):
+        kinds = (pair for group in shard for pair in group.tensors.items())
+        expected = {before + name: kind for name, kind in kinds}
+        values = ((before + name, value) for name, value in _values(shard, source, blocks))
+        safetensors.write(folder / file, expected, values)
         where |= dict.fromkeys(expected, file)
         total += sum(map(_bytes, shard))
-    if len(shards) > 1:
+    for file, other in zip(files[len(shards) :], others, strict=True):
+        safetensors.write_raw(folder / file, other)
+        where |= dict.fromkeys(other, file)
+        total += sum(tensor.nbytes for tensor in other.values())
+    if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n")
     if blocks.again:
@@ -204,6 +214,21 @@ def _shards(groups: Iterable[_Group], most: int) -> list[list[_Group]]:
             held = 0
         shards[-1].append(group)
         held += size
+    return shards
+
+
+def _shards_of_others(
+    others: Mapping[str, safetensors.Tensor], most: int
+) -> list[dict[str, safetensors.Tensor]]:
+    """Splits the other parts' tensors, in their order, into files of at most `most` bytes."""
+    shards: list[dict[str, safetensors.Tensor]] = []
+    held = most
+    for name, tensor in others.items():
+        if held + tensor.nbytes > most:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += tensor.nbytes
     return shards
 
 

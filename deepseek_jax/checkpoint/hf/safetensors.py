@@ -285,3 +285,11 @@ def write(
             stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
             left.remove(name)
     assert not left, left
+
+
+def write_raw(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors of other files as they are."""
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write(file, expected, ((name, tensor.array) for name, tensor in tensors.items()))
+    for tensor in tensors.values():
+        tensor.release()
