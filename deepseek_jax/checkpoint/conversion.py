@@ -19,6 +19,7 @@ import numpy as np
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import carried, load, new_folder
 from deepseek_jax.checkpoint.hf import (
+    chat_template,
     config_json,
     export,
     language_part,
@@ -29,6 +30,7 @@ from deepseek_jax.checkpoint.hf import (
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig, PrecisionConfig
+from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.errors import reason
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
@@ -149,9 +151,6 @@ def to_published(
         else _described(source.settings, source.model)
     )
     beside = carried.files(source.directory, is_run)
-    made_here = is_run and beside.get("tokenizer.json") == source.directory / "tokenizer.json"
-    told = "tokenizer_config.json" in beside
-    own_tokenizer = source.tokenizer if made_here and not told else None
     marks = _marks(source, described)
     described = language_part.replaced(described, marks)
     described = carried.without_absent_code(described, beside)
@@ -165,8 +164,8 @@ def to_published(
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, needed)
         carried.copy(beside, (folder,), _read_before(source, beside))
-        if own_tokenizer is not None:
-            (folder / "tokenizer_config.json").write_text(own_tokenizer.settings_for_readers())
+        for name, text in _for_readers(source, beside).items():
+            (folder / name).write_text(text, encoding="utf-8")
         _write_marks(folder, marks)
         if weights is not None:
             biased = config_json.topk_method(described) == "noaux_tc"
@@ -265,6 +264,41 @@ def _read_before(source: Checkpoint, beside: Mapping[str, Path]) -> dict[str, by
         if name in carried.USED and path.parent == source.directory
     }
     return {name: text for name, text in texts.items() if text is not None}
+
+
+def _for_readers(source: Checkpoint, beside: Mapping[str, Path]) -> dict[str, str]:
+    """Files with which servers read the texts of a checkpoint with a tokenizer, by their names.
+
+    A tokenizer that a run made itself begins texts with BOS for other readers too, and states its
+    marks. Where there is no chat template, a minimal one is made.
+    """
+    name = "tokenizer.json"
+    found: dict[str, str] = {}
+    if name not in beside:
+        return found
+
+    def is_own(name: str) -> bool:
+        return beside[name] == source.directory / name
+
+    def read(name: str) -> Mapping[str, Any]:
+        text = source.text_of(name) if is_own(name) else safetensors.read_bytes(beside[name])
+        return safetensors.json_object(text or b"{}", str(beside[name]))
+
+    made_here = source.run is not None and is_own(name)
+    try:
+        tokenizer = source.tokenizer if is_own(name) else tokenizers.read(beside[name])
+    except ConfigError:
+        if made_here:
+            raise
+        return found  # a published tokenizer is carried along, whether or not it is read here
+    assert tokenizer is not None
+    if made_here:
+        found[name] = tokenizer.for_readers()
+        if "tokenizer_config.json" not in beside:
+            found["tokenizer_config.json"] = tokenizer.settings_for_readers()
+    if not chat_template.exists(beside, read):
+        found[chat_template.FILE] = chat_template.text(*tokenizer.mark_names)
+    return found
 
 
 def _of_folder(found: reader.Published) -> export.WeightSource:

@@ -101,9 +101,14 @@ VARIANTS = tuple(_CHANGES)
 _BIAS_CENTRE = {"no_q_latent": -0.8}
 
 
-def make(variant: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(settings, weights) of one of `VARIANTS`; the same seed gives the same arrays."""
-    settings = {**_V3, **_CHANGES[variant]}
+def make(
+    variant: str, seed: int = 0, **changes: Any
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(settings, weights) of one of `VARIANTS`; the same seed gives the same arrays.
+
+    `changes` are settings with other values than those of the variant.
+    """
+    settings = {**_V3, **_CHANGES[variant], **changes}
     random = np.random.default_rng(seed)
     weights = {
         name: _draw(random, name, shape, _BIAS_CENTRE.get(variant, 0.0))
