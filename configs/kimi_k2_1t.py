@@ -2,8 +2,8 @@
 
 Sources: [CONFIG], the released config.json of Kimi-K2-Instruct, also as MaxText keeps it
 (`kimi-k2-1t.yml`, commit 7c7f628), and [REPORT], the Kimi K2 report (arXiv 2507.20534; sections
-2.1, 2.4 and 2.5). Kimi K2 was trained with MuonClip; this config has AdamW, at the report's
-learning rates. The layout has the report's sizes and its pipeline without the interleaving. `plan`
+2.1, 2.4 and 2.5), and [MUON], arXiv 2502.16982. Kimi K2 was trained with MuonClip; this config has
+Muon without the clip of queries and keys. The layout has the report's sizes and its pipeline without the interleaving. `plan`
 computes 131 GiB of a device for it: the report stores activations in FP8 and moves the rest to host
 memory, which is not here. Weights of Kimi K2 Thinking and of K2.5 and later are published in INT4,
 which is not read.
@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     config.layout.pipeline = "1f1b"  # [REPORT]: interleaved there, for less memory than DualPipe
     config.precision.recipe = "bfloat16"  # [REPORT]: FP8 stores activations, no product is FP8
     config.precision.dispatch = "compute"  # as the recipe
+    config.optimizer.name = "muon"  # [REPORT], without its QK-Clip; momentum and RMS of [MUON]
     config.optimizer.weight_decay = 0.1  # [REPORT]
     config.optimizer.ema_decay = 0.0  # none in [REPORT]
     config.data.fim_rate = 0.0  # none in [REPORT]

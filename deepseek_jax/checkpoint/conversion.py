@@ -156,6 +156,12 @@ def to_published(
     described = carried.without_absent_code(described, beside)
     if form == "fp8" and source.run is not None:
         described = _with_scales_of(source.run.precision, described)
+    if odd := config_json.understood_here_alone(described):
+        warnings.warn(
+            f"the model has {' and '.join(odd)}, which other readers of {described['model_type']} "
+            "pass over: they would compute another model",
+            stacklevel=2,
+        )
     others = _others(source, described)
     described = config_json.in_format(described, form, scales)
     described = language_part.leaving_others(described, others)

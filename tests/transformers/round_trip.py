@@ -34,7 +34,7 @@ def main() -> None:
     logging.disable_progress_bar()
     base = configs.parse(v3_tiny.get_config())
     wrong = 0
-    for variant in checkpoints.VARIANTS:
+    for variant in checkpoints.OF_TRANSFORMERS:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             found, weights = checkpoints.make(variant)

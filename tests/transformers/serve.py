@@ -52,7 +52,7 @@ TEXTS = ("", "a b\n    c", "1234 ¿añ? 你好\t \n\n", " x")
 def main() -> None:
     base, wrong = configs.parse(v3_tiny.get_config()), 0
     with tempfile.TemporaryDirectory() as folder, Server() as server:
-        for variant in sys.argv[1:] or checkpoints.VARIANTS:
+        for variant in sys.argv[1:] or checkpoints.OF_TRANSFORMERS:
             root = Path(folder) / variant
             settings, weights = checkpoints.make(variant, vocab_size=264)
             checkpoints.write(root / "published", settings, weights)

@@ -75,11 +75,14 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
         groups=1 if greedy else found.count("n_group", absent=1),
         top_groups=1 if greedy else found.count("topk_group", absent=1),
         score=found.one_of(
-            "scoring_func", ("sigmoid", "softmax"), default="sigmoid" if v3 else "softmax"
+            "scoring_func",
+            ("sigmoid", "softmax", "sqrtsoftplus"),
+            default="sigmoid" if v3 else "softmax",
         ),
         group_score=_GROUP_SCORE[method],
         normalise_weights=normalise,
         routed_scale=scale,
+        swiglu_limit=found.number("swiglu_limit", absent=0.0, zero=True),
         norm_eps=found.number("rms_norm_eps"),
         init_std=found.number("initializer_range", absent=0.02),
     )
@@ -93,7 +96,7 @@ def published(config: ModelConfig) -> dict[str, Any]:
     Raises:
       ConfigError: a router that neither published family has.
     """
-    v3 = config.score == "sigmoid"
+    v3 = config.score != "softmax"
     grouped = config.groups > 1
     family = "deepseek_v3" if v3 else "deepseek_v2"
     score = "top2" if v3 else "max"
@@ -125,6 +128,7 @@ def published(config: ModelConfig) -> dict[str, Any]:
         "scoring_func": config.score,
         "norm_topk_prob": config.normalise_weights,
         "routed_scaling_factor": config.routed_scale,
+        **({"swiglu_limit": config.swiglu_limit} if config.swiglu_limit else {}),
         "rms_norm_eps": config.norm_eps,
         "rope_theta": _plain(config.rope_theta),
         "rope_scaling": _yarn(config),
@@ -149,6 +153,14 @@ def _yarn(config: ModelConfig) -> dict[str, Any] | None:
 def _plain(number: float) -> float:
     """The number as published settings spell it: whole numbers without a fraction."""
     return int(number) if number.is_integer() else number
+
+
+def understood_here_alone(settings: Mapping[str, Any]) -> list[str]:
+    """Keys with a value that other readers of the family pass over, and compute another model."""
+    text = language_part.of(settings)
+    odd = {"swiglu_limit": bool(text.get("swiglu_limit"))}
+    odd["scoring_func"] = text.get("scoring_func") == "sqrtsoftplus"
+    return [key for key, found in odd.items() if found]
 
 
 def in_format(settings: Mapping[str, Any], form: str, scales: str = "kept") -> dict[str, Any]:
