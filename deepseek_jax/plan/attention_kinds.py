@@ -78,7 +78,8 @@ def bytes_per_weight(config: Config) -> float:
     moment = FLOAT32 if config.optimizer.moments == "float32" else BF16
     reduced = stored if shards > 1 and not sharded else layers * (mesh.pipe > 1)
     gathered = (prepared or FLOAT32) * sharded
-    kept = stored * (FLOAT32 + 2 * moment) + reduced * FLOAT32
+    moments = 1 if config.optimizer.name == "muon" else 2
+    kept = stored * (FLOAT32 + moments * moment) + reduced * FLOAT32
     return kept / shards + held * (prepared + FLOAT32) + gathered
 
 
