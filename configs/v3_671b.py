@@ -72,6 +72,7 @@ def _model() -> ConfigDict:
             group_score="top2",  # section 2.1.2: sum of a group's best K_r/M, 8/4 = 2
             normalise_weights=True,  # equation 13
             routed_scale=2.5,  # released config.json: routed_scaling_factor
+            swiglu_limit=0.0,  # V3 clamps nothing; 10 in V4
             mtp_depth=1,  # section 4.2
             norm_eps=1e-6,  # released config.json
             init_std=0.006,  # section 4.2
@@ -113,6 +114,9 @@ def _optimizer() -> ConfigDict:
     """AdamW (section 4.2) and the average of the weights."""
     return ConfigDict(
         dict(
+            name="adamw",  # section 4.2
+            muon_momentum=0.95,  # arXiv 2502.16982; without effect on AdamW
+            muon_rms=0.2,  # arXiv 2502.16982; without effect on AdamW
             b1=0.9,  # section 4.2
             b2=0.95,  # section 4.2
             eps=1e-8,  # not published; Adam's default

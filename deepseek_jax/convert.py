@@ -18,6 +18,12 @@ CONFIG = command.define_config_flag()
 FORMAT = flags.DEFINE_enum(
     "format", None, ("bfloat16", "float32", "fp8"), "Format of the Hugging Face directory to make."
 )
+SCALES = flags.DEFINE_enum(
+    "scales",
+    "kept",
+    ("kept", "power_of_two", "e8m0"),
+    "Scales of FP8 blocks: as they are; powers of two, as in V3.1; or these in F8_E8M0.",
+)
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Size of its largest file, in 10^9 bytes.")
 
 
@@ -27,6 +33,8 @@ def main() -> None:
         raise ConfigError("convert needs --source=DIR and --target=DIR")
     if not 0 < SHARD_GB.value < 2**63:
         raise ConfigError(f"--shard_gb={SHARD_GB.value}; expected a number above 0")
+    if SCALES.value != "kept" and FORMAT.value != "fp8":
+        raise ConfigError(f"--scales={SCALES.value} is of FP8 blocks; add --format=fp8")
     from deepseek_jax.checkpoint import new_folder
 
     source, target = command.folder(SOURCE), command.path("target", TARGET.value)
@@ -53,7 +61,8 @@ def _convert(source: Path, target: Path) -> None:
     if CONFIG.value is not None:
         raise ConfigError("--config is the recipe of a workdir to make; leave it out here")
     shard_bytes = int(SHARD_GB.value * 1e9)
-    conversion.to_published(checkpoint, target, FORMAT.value or "bfloat16", shard_bytes)
+    form = FORMAT.value or "bfloat16"
+    conversion.to_published(checkpoint, target, form, shard_bytes, scales=SCALES.value)
     print(f"{target} is a Hugging Face directory")
 
 

@@ -73,6 +73,7 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
         group_score=GROUP_SCORE[settings["topk_method"]],
         normalise_weights=settings["norm_topk_prob"],
         routed_scale=settings["routed_scaling_factor"],
+        swiglu_limit=settings.get("swiglu_limit", 0.0),
         mtp_depth=settings["num_nextn_predict_layers"],
         norm_eps=settings["rms_norm_eps"],
         init_std=settings["initializer_range"],

@@ -212,9 +212,12 @@ def test_mixture_without_limits_is_a_sum_over_all_experts():
     own = part(float64(weights), "model.layers.1.mlp")
     u = np.random.default_rng(0).standard_normal((1, 5, settings["hidden_size"]))
     out, routing = moe.mixture(u, own, {**settings, "num_experts_per_tok": 16})
-    want = moe.swiglu(u, part(own, "shared_experts"))
+    limit = settings.get("swiglu_limit", 0.0)
+    want = moe.swiglu(u, part(own, "shared_experts"), limit)
     for e in range(16):
-        want = want + routing.scores[..., e : e + 1] * moe.swiglu(u, part(own, f"experts.{e}"))
+        want = want + routing.scores[..., e : e + 1] * moe.swiglu(
+            u, part(own, f"experts.{e}"), limit
+        )
     np.testing.assert_allclose(out, want, rtol=1e-12)
 
 

@@ -293,7 +293,7 @@ def _operands(config: Config, tokens: int) -> list[tuple[tuple[int, ...], Any]]:
 def _step(config: Config, layout: Layout, gate_up, down, tokens, weights, experts, d_out):
     """Part of one device -> gradients, and (rounds (1,), copies (1, 2), served choices MK)."""
     how, total = execution.of(config), config.model.experts
-    rounds = expert_rounds(how)
+    rounds = expert_rounds(how, config.model.swiglu_limit)
 
     def weighted_sum(network, tokens, weights):
         everything = jnp.ones(experts.shape, jnp.bool_)

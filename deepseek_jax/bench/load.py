@@ -157,7 +157,7 @@ def generate(model: ModelConfig, folder: Path) -> None:
         return np.resize(noise[start : start + size], piece.shape)
 
     described = config_json.in_format(config_json.published(model), "bfloat16")
-    source = export.WeightSource(model, biased=model.score == "sigmoid", read=read)
+    source = export.WeightSource(model, biased=model.score != "softmax", read=read)
     export.write(folder, described, source, "bfloat16", _FILE_BYTES)
 
 

@@ -17,6 +17,8 @@ from deepseek_jax.config import ConfigError, DataConfig
 from deepseek_jax.data import source as data_source
 
 KEPT = "published"  # a workdir's folder of files that it does not use itself
+SCALES = "scales.safetensors"  # there: scales of FP8 blocks, by which an export finds their bits
+OTHERS = "others.safetensors"  # there: tensors of parts beside the text model, as they are
 USED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "chat_template.jinja",

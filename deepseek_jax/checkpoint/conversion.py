@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,19 @@ import numpy as np
 
 from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import carried, load, new_folder
-from deepseek_jax.checkpoint.hf import config_json, export, names, reader
+from deepseek_jax.checkpoint.hf import (
+    chat_template,
+    config_json,
+    export,
+    language_part,
+    names,
+    reader,
+    safetensors,
+)
 from deepseek_jax.checkpoint.load import Checkpoint
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig, PrecisionConfig
+from deepseek_jax.data import tokenizer as tokenizers
 from deepseek_jax.errors import reason
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
@@ -63,11 +73,17 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
     config = _run_config(found, target, base, own_tokenizer="tokenizer.json" in beside)
     configs.check(config)
     like = load.leaves_of(found.config)
+    scales = {name: each for name, each in found.tensors.items() if name.endswith(names.SCALE)}
+    raw = {carried.SCALES: scales, carried.OTHERS: found.others}
     masters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in like.values())
+    masters += sum(each.nbytes for tensors in raw.values() for each in tensors.values())
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, masters + 2 * carried.size(beside))
         _fill_beside(folder, source, config, beside)
         found.compare_copies()
+        for name, tensors in raw.items():
+            if tensors:
+                safetensors.write_raw(folder / carried.KEPT / name, tensors)
         read, store = reader.parts_of(found), Store(folder / "checkpoints", keep=1)
         try:
             store.save_parts(0, like, lambda name, part: read(like[name], part), WEIGHTS_ONLY)
@@ -93,7 +109,7 @@ def _fill_beside(
     carried.copy(used, (folder, kept), _read_before(source, used))
     carried.copy(rest, (kept,), {})
     (kept / "config.json").write_text(json.dumps(dict(source.settings), indent=2) + "\n")
-    _write_marks(folder, {key: source.settings.get(key) for key in _MARKS})
+    _write_marks(folder, {key: source.text_settings.get(key) for key in _MARKS})
 
 
 def _run_config(found: reader.Published, target: Path, base: Config, own_tokenizer: bool) -> Config:
@@ -112,6 +128,7 @@ def to_published(
     form: str,
     shard_bytes: int,
     weights: Transformer | None = None,
+    scales: str = "kept",
 ) -> None:
     """Makes a Hugging Face directory with the weights of a workdir, or of another such directory.
 
@@ -120,6 +137,7 @@ def to_published(
       form: one of `export.FORMATS`.
       shard_bytes: the largest size of a file.
       weights: the model on one device, whose weights are written instead of those of `source`.
+      scales: one of `export.SCALES`; "kept" for other forms than FP8.
 
     Raises:
       ConfigError: values that loading refuses, a model without a published form, or a target that
@@ -133,20 +151,27 @@ def to_published(
         else _described(source.settings, source.model)
     )
     beside = carried.files(source.directory, is_run)
-    made_here = is_run and beside.get("tokenizer.json") == source.directory / "tokenizer.json"
-    told = "tokenizer_config.json" in beside
-    own_tokenizer = source.tokenizer if made_here and not told else None
     marks = _marks(source, described)
-    described = carried.without_absent_code({**described, **marks}, beside)
+    described = language_part.replaced(described, marks)
+    described = carried.without_absent_code(described, beside)
     if form == "fp8" and source.run is not None:
         described = _with_scales_of(source.run.precision, described)
-    described = config_json.in_format(described, form)
+    if odd := config_json.understood_here_alone(described):
+        warnings.warn(
+            f"the model has {' and '.join(odd)}, which other readers of {described['model_type']} "
+            "pass over: they would compute another model",
+            stacklevel=2,
+        )
+    others = _others(source, described)
+    described = config_json.in_format(described, form, scales)
+    described = language_part.leaving_others(described, others)
     needed = export.most_bytes(source.model, form) + carried.size(beside)
+    needed += sum(tensor.nbytes for tensor in others.values())
     with new_folder.appearing(target) as folder:
         new_folder.check_space(folder, target, needed)
         carried.copy(beside, (folder,), _read_before(source, beside))
-        if own_tokenizer is not None:
-            (folder / "tokenizer_config.json").write_text(own_tokenizer.settings_for_readers())
+        for name, text in _for_readers(source, beside).items():
+            (folder / name).write_text(text, encoding="utf-8")
         _write_marks(folder, marks)
         if weights is not None:
             biased = config_json.topk_method(described) == "noaux_tc"
@@ -156,7 +181,8 @@ def to_published(
             values = _of_folder(source.published)
         else:
             values = _of_run(source.directory, source.model, described)
-        export.write(folder, described, values, form, shard_bytes)
+        values = dataclasses.replace(values, others=others)
+        export.write(folder, described, values, form, shard_bytes, scales)
 
 
 def _with_scales_of(precision: PrecisionConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,9 +191,27 @@ def _with_scales_of(precision: PrecisionConfig, settings: Mapping[str, Any]) -> 
     Where its weights came in FP8, the format of those scales stays.
     """
     powers = precision.recipe == "fp8" and precision.scales == "power_of_two"
-    if not powers or settings.get("quantization_config"):
+    if not powers or language_part.of(settings).get("quantization_config"):
         return dict(settings)
     return {**settings, "quantization_config": {"scale_fmt": "ue8m0"}}
+
+
+def _others(source: Checkpoint, described: Mapping[str, Any]) -> Mapping[str, safetensors.Tensor]:
+    """Tensors of parts beside the text model, which belong into a directory so described."""
+    if source.published is not None:
+        return source.published.others
+    file = source.directory / carried.KEPT / carried.OTHERS
+    if not file.is_file():
+        return {}
+    others = safetensors.open_file(file)
+    if language_part.is_wrapped(described):
+        return others
+    warnings.warn(
+        f"the model of {source.directory} is no longer the one that it was converted from; "
+        f"{len(others)} tensors beside it, {min(others)} the first, are left out",
+        stacklevel=2,
+    )
+    return {}
 
 
 def described_run(workdir: Path, model: ModelConfig) -> dict[str, Any]:
@@ -188,9 +232,9 @@ def described_run(workdir: Path, model: ModelConfig) -> dict[str, Any]:
 def _described(settings: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """The same settings, with the number of MTP layers that the model has."""
     key = "num_nextn_predict_layers"
-    if (settings.get(key) or 0) == model.mtp_depth:
+    if (language_part.of(settings).get(key) or 0) == model.mtp_depth:
         return dict(settings)
-    return {**settings, key: model.mtp_depth}
+    return language_part.replaced(settings, {key: model.mtp_depth})
 
 
 def obstacle(workdir: Path, config: Config) -> str | None:
@@ -226,6 +270,41 @@ def _read_before(source: Checkpoint, beside: Mapping[str, Path]) -> dict[str, by
         if name in carried.USED and path.parent == source.directory
     }
     return {name: text for name, text in texts.items() if text is not None}
+
+
+def _for_readers(source: Checkpoint, beside: Mapping[str, Path]) -> dict[str, str]:
+    """Files with which servers read the texts of a checkpoint with a tokenizer, by their names.
+
+    A tokenizer that a run made itself begins texts with BOS for other readers too, and states its
+    marks. Where there is no chat template, a minimal one is made.
+    """
+    name = "tokenizer.json"
+    found: dict[str, str] = {}
+    if name not in beside:
+        return found
+
+    def is_own(name: str) -> bool:
+        return beside[name] == source.directory / name
+
+    def read(name: str) -> Mapping[str, Any]:
+        text = source.text_of(name) if is_own(name) else safetensors.read_bytes(beside[name])
+        return safetensors.json_object(text or b"{}", str(beside[name]))
+
+    made_here = source.run is not None and is_own(name)
+    try:
+        tokenizer = source.tokenizer if is_own(name) else tokenizers.read(beside[name])
+    except ConfigError:
+        if made_here:
+            raise
+        return found  # a published tokenizer is carried along, whether or not it is read here
+    assert tokenizer is not None
+    if made_here:
+        found[name] = tokenizer.for_readers()
+        if "tokenizer_config.json" not in beside:
+            found["tokenizer_config.json"] = tokenizer.settings_for_readers()
+    if not chat_template.exists(beside, read):
+        found[chat_template.FILE] = chat_template.text(*tokenizer.mark_names)
+    return found
 
 
 def _of_folder(found: reader.Published) -> export.WeightSource:
@@ -266,18 +345,25 @@ def _of_run(workdir: Path, config: ModelConfig, described: dict[str, Any]) -> ex
             )
         return piece.published(value)
 
-    return export.WeightSource(config, biased, read)
+    kept = workdir / carried.KEPT / carried.SCALES
+    scales = safetensors.open_file(kept) if kept.is_file() else {}
+
+    def former(name: str) -> np.ndarray | None:
+        table = scales.get(name + names.SCALE)
+        return None if table is None else table.array.astype(np.float32)
+
+    return export.WeightSource(config, biased, read, former=former)
 
 
 def _marks(source: Checkpoint, described: Mapping[str, Any]) -> dict[str, Any]:
     """Ids of the marks around a text: from the settings beside the weights, or the tokenizer."""
-    for known in (described, source.generation):
+    for known in (language_part.of(described), source.generation):
         if any(known.get(key) is not None for key in _MARKS):
             return {key: known.get(key) for key in _MARKS}
     if source.tokenizer is not None:
         found = source.tokenizer.marks
         return {"bos_token_id": found.bos, "eos_token_id": found.eos}
-    return {key: described.get(key) for key in _MARKS}
+    return dict.fromkeys(_MARKS)
 
 
 def _write_marks(folder: Path, marks: dict[str, Any]) -> None:

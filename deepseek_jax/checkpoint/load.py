@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint.hf import inference, reader
+from deepseek_jax.checkpoint.hf import inference, language_part, reader
 from deepseek_jax.checkpoint.hf.safetensors import json_object, read_bytes, read_json
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError, ModelConfig
@@ -71,6 +71,11 @@ class Checkpoint:
         assert self.published is not None
         return self.published.config
 
+    @functools.cached_property
+    def text_settings(self) -> Mapping[str, Any]:
+        """Settings of the text model: `settings`, or the part of them that is about it."""
+        return language_part.of(self.settings)
+
     def config(self, recipe: str | None = None) -> Config:
         """Config of a forward pass: the run's own, or what a published config.json states.
 
@@ -79,8 +84,8 @@ class Checkpoint:
         """
         if self.run is None:
             stated = self.directory / "config.json"
-            chosen = recipe or inference.stated_recipe(self.settings, stated)
-            scales = inference.stated_scales(self.settings)
+            chosen = recipe or inference.stated_recipe(self.text_settings, stated)
+            scales = inference.stated_scales(self.text_settings)
             return inference.inference_config(self.model, chosen, scales)
         return self.run if recipe is None else with_recipe(self.run, recipe)
 
@@ -97,7 +102,7 @@ class Checkpoint:
         text = self.text_of("tokenizer.json")
         if text is None:
             return None
-        beside = [self._object_of(marks.FILES[0]), self.generation, self.settings]
+        beside = [self._object_of(marks.FILES[0]), self.generation, self.text_settings]
         return tokenizers.read(self.directory / "tokenizer.json", text, beside)
 
     def _check_ids(self, settings: Mapping[str, Any], name: str) -> None:
@@ -112,7 +117,7 @@ class Checkpoint:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end a text, from the generation settings, config.json or the tokenizer."""
-        for settings in (self.generation, self.settings):
+        for settings in (self.generation, self.text_settings):
             stop = settings.get("eos_token_id")
             if stop is not None:
                 return tuple(stop) if isinstance(stop, list) else (stop,)
@@ -163,7 +168,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         if isinstance(settings.get("model"), dict):
             return Checkpoint(directory, settings, configs.parse_saved(settings), None)
         found = Checkpoint(directory, settings, None, reader.open_folder(directory, settings))
-        found._check_ids(settings, "config.json")
+        found._check_ids(found.text_settings, "config.json")
         return found
 
     return raise_together(opened)

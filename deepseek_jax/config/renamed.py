@@ -9,6 +9,10 @@ from deepseek_jax.config.schema import ConfigError
 RENAMED = {"layout.buffer": "layout.capacity_factor"}
 # key -> what a run computed with before there was the key
 ADDED = {
+    "model.swiglu_limit": 0.0,
+    "optimizer.name": "adamw",
+    "optimizer.muon_momentum": 0.95,
+    "optimizer.muon_rms": 0.2,
     "precision.scales": "power_of_two",
     "precision.kernels": "portable",
     "layout.communication_sms": 20,

@@ -46,10 +46,11 @@ class ModelConfig:
       groups: Equal groups of experts for node-limited routing; divides `experts`.
       top_groups: Groups that the experts of one token may lie in; at most `groups`.
       d_expert: Hidden width of one expert, routed or shared.
-      score: Affinity function: "sigmoid" (equation 15) or "softmax" (V2).
+      score: Affinity function: "sigmoid" (equation 15), "softmax" (V2) or "sqrtsoftplus" (V4).
       group_score: Affinity of a group: "top2", the sum of its best two experts, or "max", its best.
       normalise_weights: True divides the chosen affinities by their sum (equation 13).
       routed_scale: Factor of the routed experts' weighted sum; at most 1000.
+      swiglu_limit: Largest gate, and largest magnitude of up, in SwiGLU (V4); 0 is off; to 1e6.
       mtp_depth: MTP modules, each predicting one token further (section 2.2); from 0 to 4.
       norm_eps: Epsilon of RMSNorm; from 1e-20 to 1.
       init_std: Standard deviation of the initial weights; from 1e-12 to 100.
@@ -86,6 +87,7 @@ class ModelConfig:
     group_score: str
     normalise_weights: bool
     routed_scale: float
+    swiglu_limit: float
     mtp_depth: int
     norm_eps: float
     init_std: float
@@ -206,6 +208,9 @@ class OptimizerConfig:
     """AdamW and the average of the weights (section 4.2).
 
     Attributes:
+      name: Optimizer: "adamw", or "muon", which has Muon for the matrices of linear layers.
+      muon_momentum: Decay of Muon's momentum; from 0, below 1.
+      muon_rms: Root mean square of Muon's update, times the learning rate; from 1e-3 to 10.
       b1: Decay of the first moment; from 0, below 1.
       b2: Decay of the second moment; from 0, below 1, at most 0.99 with bfloat16 moments.
       eps: Epsilon added to the root of the second moment; from 1e-20 to 1.
@@ -216,6 +221,9 @@ class OptimizerConfig:
       ema_decay: Decay per step of the exponential moving average of weights; from 0 (off), below 1.
     """
 
+    name: str
+    muon_momentum: float
+    muon_rms: float
     b1: float
     b2: float
     eps: float

@@ -23,6 +23,11 @@ _DEVICES: _Range = (
     lambda x: x == -1 or 1 <= x <= 2**16,
 )
 
+
+def _is_limit(x: float) -> bool:
+    return x == 0 or 1e-3 <= x <= 1e6
+
+
 # Every integer must be at least 1 and every other number above 0, except these. A float outside its
 # range here trains nothing, or makes numbers that are not finite in float32.
 _RANGES: dict[str, _Range] = {
@@ -50,8 +55,11 @@ _RANGES: dict[str, _Range] = {
     "model.yarn_factor": ("at least 1, where 1 is off", lambda x: x >= 1),
     "model.mtp_depth": ("from 0 to 4", lambda x: 0 <= x <= 4),
     "model.routed_scale": ("above 0 and at most 1000", lambda x: 0 < x <= 1000),
+    "model.swiglu_limit": ("0, which is off, or from 0.001 to 1e6", _is_limit),
     "model.norm_eps": ("above 0, from 1e-20 to 1", lambda x: 1e-20 <= x <= 1),
     "model.init_std": ("above 0, from 1e-12 to 100", lambda x: 1e-12 <= x <= 100),
+    "optimizer.muon_momentum": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "optimizer.muon_rms": ("from 0.001 to 10", lambda x: 1e-3 <= x <= 10),
     "optimizer.b1": ("at least 0 and below 1", lambda x: 0 <= x < 1),
     "optimizer.b2": ("at least 0 and below 1", lambda x: 0 <= x < 1),
     "optimizer.eps": ("above 0, from 1e-20 to 1", lambda x: 1e-20 <= x <= 1),
@@ -64,7 +72,7 @@ _RANGES: dict[str, _Range] = {
 }  # fmt: skip
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "model.score": ("sigmoid", "softmax"),
+    "model.score": ("sigmoid", "softmax", "sqrtsoftplus"),
     "model.group_score": ("top2", "max"),
     "layout.zero": (0, 1, 3),
     "layout.dispatch": ("two_hop", "flat", "reference"),
@@ -76,6 +84,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "precision.scales": ("power_of_two", "free"),
     "precision.dispatch": ("compute", "fp8"),
     "precision.kernels": ("auto", "portable"),
+    "optimizer.name": ("adamw", "muon"),
     "optimizer.decayed": ("matrices", "all"),
     "optimizer.moments": ("float32", "bfloat16"),
     "schedule.index_phase": ("warm_up", "sparse"),

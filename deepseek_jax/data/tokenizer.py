@@ -168,12 +168,37 @@ class Tokenizer:
         if known != (self.marks.eos, self.marks.bos) and not settings.exists():
             replace(settings, self.settings_for_readers())
 
+    @property
+    def mark_names(self) -> tuple[str | None, str]:
+        """Names of BOS, if there is one, and of EOS."""
+        bos = None if self.marks.bos is None else self._core.id_to_token(self.marks.bos)
+        return bos, str(self._core.id_to_token(self.marks.eos))
+
     def settings_for_readers(self) -> str:
         """A `tokenizer_config.json` with which other readers give the same ids, BOS and EOS."""
-        bos = None if self.marks.bos is None else self._core.id_to_token(self.marks.bos)
         pad = None if self._core.token_to_id(PAD) is None else PAD
-        values = stated_marks.for_readers(bos, str(self._core.id_to_token(self.marks.eos)), pad)
+        values = stated_marks.for_readers(*self.mark_names, pad)
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+    def for_readers(self) -> str:
+        """A `tokenizer.json` with which other readers begin a text with BOS, as `generate` does.
+
+        They follow its post-processor, which `encode` does not use.
+        """
+        from tokenizers import Tokenizer as Core
+        from tokenizers import processors
+
+        core, (bos, _) = Core.from_str(self._core.to_str()), self.mark_names
+        with _library(f"data.tokenizer: {self.description} cannot encode a text"):
+            bare = core.encode("a", add_special_tokens=False).ids
+            begun = core.encode("a").ids
+        if bos is not None and begun != [self.marks.bos, *bare]:
+            core.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"],
+                pair=[bos, "$A", "$B"],
+                special_tokens=[(bos, self.marks.bos)],
+            )
+        return core.to_str()
 
 
 def identity(name: str, vocab: int, *, sample: bool = True) -> str:

@@ -144,13 +144,15 @@ def _held(weight: Weight, layout: Layout | None) -> int:
 
 def state(config: Config, layout: Layout) -> Part:
     """Masters, moments and the gradients of an update, which clipping needs all at once."""
-    each = 2 * FLOAT32 + 2 * jnp.dtype(config.optimizer.moments).itemsize
+    moment, muon = jnp.dtype(config.optimizer.moments).itemsize, config.optimizer.name == "muon"
+
+    def each(weight: Weight) -> int:
+        if not weight.trained:
+            return FLOAT32
+        return 2 * FLOAT32 + (1 if muon and weight.roles else 2) * moment
 
     def need(model: ModelConfig) -> int:
-        return sum(
-            (each if weight.trained else FLOAT32) * _held(weight, layout)
-            for weight in weights(model)
-        )
+        return sum(each(weight) * _held(weight, layout) for weight in weights(model))
 
     keys = functools.partial(_largest, config.model, need)
     return Part("weights, gradients and moments", need(config.model), keys)

@@ -36,15 +36,16 @@ class FeedForward(nnx.Module):
         self.gate_up = params.weight(rngs, model, (None, 2), width, std=std, roles="i-o")  # D2F
         self.down = params.weight(rngs, width, model, std=std, roles="io")  # FD
         self.packed: Any = None  # these weights for few tokens, model/packed_weights.py
-        self.axis = width[0]
+        self.axis, self.swiglu_limit = width[0], config.swiglu_limit
 
     def __call__(self, x: jax.Array, how: Execution) -> jax.Array:
         einsum = how.recipe.einsum
+        limit = self.swiglu_limit
         with jax.named_scope("dense_ffn" if self.axis == "dense_width" else "shared_experts"):
             gate_up = einsum("BSD,DX->BSX", axes.fan_out(x, self.axis), _joined(self.gate_up[...]))
             out = how.recipe.from_kept(
                 Saved.GATE_UP,
-                lambda gate_up, down: einsum("BSF,FD->BSD", SwiGLU(gate_up), down),
+                lambda gate_up, down: einsum("BSF,FD->BSD", SwiGLU(gate_up, limit=limit), down),
                 gate_up,
                 self.down[...],
             )
@@ -69,6 +70,7 @@ class Experts(nnx.Module):
         )  # ED2F
         self.down = params.weight(rngs, experts, width, model, std=std, roles="-io")  # EFD
         self.packed: Any = None  # these weights for few tokens, model/packed_weights.py
+        self.swiglu_limit = config.swiglu_limit
 
     def weights(self) -> tuple[jax.Array, jax.Array]:
         """gate_up ED2F and down EFD."""
@@ -76,20 +78,21 @@ class Experts(nnx.Module):
 
 
 def through_experts(
-    how: Execution, weights: tuple[jax.Array, jax.Array], arrived: Received
+    how: Execution, limit: float, weights: tuple[jax.Array, jax.Array], arrived: Received
 ) -> jax.Array | TiledArray:
     """Each row of SD through its expert's SwiGLU network, times its routing weight -> SD.
 
     Args:
+      limit: `model.swiglu_limit`.
       weights: gate_up ED2F and down EFD of the local experts.
     """
     up = into_experts(how, weights[0], arrived.rows, arrived)
-    return out_of_experts(how, weights[1], up, arrived.weights, arrived)
+    return out_of_experts(how, limit, weights[1], up, arrived.weights, arrived)
 
 
-def expert_rounds(how: Execution) -> Rounds:
-    """The dispatch with these experts between its two steps."""
-    return Rounds(how.dispatch, functools.partial(through_experts, how))
+def expert_rounds(how: Execution, limit: float) -> Rounds:
+    """The dispatch with these experts between its two steps; `limit` is `model.swiglu_limit`."""
+    return Rounds(how.dispatch, functools.partial(through_experts, how, limit))
 
 
 @jax.named_scope("experts")
@@ -102,7 +105,12 @@ def into_experts(
 
 @jax.named_scope("experts")
 def out_of_experts(
-    how: Execution, down: jax.Array, up: jax.Array, weights: jax.Array, arrived: Received
+    how: Execution,
+    limit: float,
+    down: jax.Array,
+    up: jax.Array,
+    weights: jax.Array,
+    arrived: Received,
 ) -> jax.Array | TiledArray:
     """S(2F) through SwiGLU and its experts' down EFD, times the routing weights S -> SD.
 
@@ -113,7 +121,7 @@ def out_of_experts(
     grouped = recipe.grouped_for_message if how.dispatch.payload.fp8 else recipe.grouped
 
     def layer(up: Any, down: Any, weights: jax.Array, sizes: jax.Array) -> jax.Array | TiledArray:
-        return grouped(SwiGLU(up, weights), down, sizes, arrived.likely)
+        return grouped(SwiGLU(up, weights, limit), down, sizes, arrived.likely)
 
     return how.recipe.from_kept(Saved.GATE_UP, layer, up, down, weights, arrived.sizes)
 
@@ -158,11 +166,12 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(self, x: jax.Array, how: Execution) -> tuple[jax.Array, Routing]:
         """x BSD, normalised -> BSD before the residual is added, and the gate's decision."""
-        gated, rounds = self.gate(x), expert_rounds(how)
+        limit = self.config.swiglu_limit
+        gated, rounds = self.gate(x), expert_rounds(how, limit)
         every_choice = jnp.ones_like(gated.chosen, dtype=jnp.bool_)
         exchange = gated.exchange(self.experts.weights(), self.places, every_choice)
         first, served = rounds.one(exchange)
-        routed, routing = finish(how, gated.routing, exchange.after(served), first)
+        routed, routing = finish(how, limit, gated.routing, exchange.after(served), first)
         out = routed.reshape(x.shape)
         if self.config.shared_experts:
             out = out + self.shared(x, how)
@@ -216,7 +225,8 @@ def through_every_expert(how: Execution, experts: Experts, gated: Gated) -> jax.
         return experts.packed(tokens, scale)
     # On a CPU, XLA is slow with rows that a batch of matrices shares: so each matrix has its own.
     rows = jnp.broadcast_to(tokens, (down.shape[0], *tokens.shape))
-    hidden = swiglu(how.recipe.einsum("EMD,EDX->EMX", rows, _joined(gate_up)))
+    both = how.recipe.einsum("EMD,EDX->EMX", rows, _joined(gate_up))
+    hidden = swiglu(both, limit=experts.swiglu_limit)
     return how.recipe.einsum("EMF,EFD->MD", scaled(hidden, scale[..., None]), down)
 
 
@@ -241,17 +251,18 @@ def gate(router: Router, x: jax.Array, before: jax.Array | None = None) -> Gated
 
 
 def finish(
-    how: Execution, routing: Routing, exchange: Exchange, first: jax.Array
+    how: Execution, limit: float, routing: Routing, exchange: Exchange, first: jax.Array
 ) -> tuple[jax.Array, Routing]:
     """Overflow rounds, if need be.
 
     Args:
+      limit: `model.swiglu_limit`.
       exchange: after its first round.
       first: (BS)D, the sum of this round.
 
     Returns:
       (BS)D, the sum over all choices; and the routing with the number of rounds.
     """
-    routed, rounds = expert_rounds(how).rest(exchange, first)
+    routed, rounds = expert_rounds(how, limit).rest(exchange, first)
     traffic = dataclasses.replace(routing.traffic, rounds=rounds)
     return axes.fan_in(routed, "expert_width"), dataclasses.replace(routing, traffic=traffic)

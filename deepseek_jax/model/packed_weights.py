@@ -23,8 +23,9 @@ from deepseek_jax.precision.swiglu import swiglu
 class PackedExperts(nnx.Module):
     """Packed weights of E experts, each a SwiGLU network."""
 
-    def __init__(self, gate_up: jax.Array, down: jax.Array):
-        """Packs gate_up ED2F and down EFD."""
+    def __init__(self, gate_up: jax.Array, down: jax.Array, limit: float):
+        """Packs gate_up ED2F and down EFD; `limit` is `model.swiglu_limit`."""
+        self.limit = limit
         depth = down.shape[-1]
         both = gate_up.swapaxes(0, 1).reshape(depth, -1)  # ED2F -> D(E2F)
         self.gate_up = params.unsharded(packed_product.pack_columns(both))
@@ -34,7 +35,7 @@ class PackedExperts(nnx.Module):
         """Sum over all experts of their outputs for tokens MD, times scale EM -> MD."""
         both = packed_product.product(tokens, self.gate_up[...])  # (E2F)M
         both = both.reshape(scale.shape[0], -1, tokens.shape[0])  # E(2F)M
-        hidden = scaled(swiglu(both, axis=1), scale[:, None])  # EFM
+        hidden = scaled(swiglu(both, axis=1, limit=self.limit), scale[:, None])  # EFM
         return packed_product.sum_product(hidden.reshape(-1, tokens.shape[0]), self.down[...])
 
 
@@ -71,7 +72,9 @@ def pack_block(block: Any) -> None:
         dense = [feed]
     else:
         experts = feed.experts
-        experts.packed = nnx.data(PackedExperts(experts.gate_up[...], experts.down[...]))
+        packed = PackedExperts(experts.gate_up[...], experts.down[...], experts.swiglu_limit)
+        experts.packed = nnx.data(packed)
         dense = [feed.shared] if feed.config.shared_experts else []
     for one in dense:
-        one.packed = nnx.data(PackedExperts(one.gate_up[...][None], one.down[...][None]))
+        packed = PackedExperts(one.gate_up[...][None], one.down[...][None], one.swiglu_limit)
+        one.packed = nnx.data(packed)

@@ -123,6 +123,23 @@ def _linear(variable: nnx.Variable) -> Linear | None:
     return Linear(roles, sizes, tuple(starts), tuple(used_starts), used_sizes, tuple(over))
 
 
+def by_roles(tree: Any, value_of: Callable[[str | None, Any], Any], *, inside: bool = False) -> Any:
+    """value_of(roles, array) of each parameter; roles are None where it is no linear layer's.
+
+    Args:
+      tree: parameters, or a tree of their structure in which some are masked.
+      inside: whether values take the place of arrays; else that of parameters, as a prefix.
+    """
+
+    def one(variable: Any) -> Any:
+        if not is_variable(variable):
+            return value_of(None, variable)
+        value = value_of(variable.get_metadata().get("roles"), jax.tree.leaves(variable)[0])
+        return jax.tree.unflatten(jax.tree.structure(variable), [value]) if inside else value
+
+    return jax.tree.map(one, tree, is_leaf=is_variable)
+
+
 def stored(tree: Any, recipe: Recipe) -> Any:
     """The weights as loading leaves them for `prepare`: sensitive ones as they are, others cast."""
 

@@ -85,7 +85,7 @@ class Router(nnx.Module):
         config = self.config
         chex.assert_shape(x, (None, None, config.d_model), custom_message="x: BSD")
         logits = FLOAT32.einsum("BSD,DE->BSE", x, self.centroids[...])
-        scores = jax.nn.sigmoid(logits) if config.score == "sigmoid" else jax.nn.softmax(logits)
+        scores = _SCORES[config.score](logits)
         experts, weights = select_experts(scores, self.bias[...], config, chosen)
         gpus = axes.size("experts")
         nodes = gpus // axes.devices(tuple(n for n in axes.names("experts") if n == "gpu"))
@@ -100,6 +100,19 @@ class Router(nnx.Module):
                 rounds=jnp.ones(()),
             ),
         )
+
+
+def sqrt_softplus(logits: jax.Array) -> jax.Array:
+    """sqrt(log(1 + e^x)), V4's affinity; finite in value and gradient for every finite x.
+
+    Below -20 it is e^(x/2) in float32, where e^x would underflow.
+    """
+    below = logits < -20
+    small = jnp.exp(jnp.where(below, logits, -20) / 2)
+    return jnp.where(below, small, jnp.sqrt(jax.nn.softplus(jnp.where(below, -20, logits))))
+
+
+_SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax, "sqrtsoftplus": sqrt_softplus}
 
 
 def select_experts(

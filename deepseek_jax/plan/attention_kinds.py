@@ -101,9 +101,10 @@ def bytes_per_weight(config: Config) -> WeightBytes:
     held = stored / shards if sharded else layers_held(config) + config.model.mtp_depth
     moment = FLOAT32 if config.optimizer.moments == "float32" else BF16
     reduced = stored if shards > 1 and not sharded else layers * (mesh.pipe > 1)
+    moments = 1 if config.optimizer.name == "muon" else 2
     return WeightBytes(
         masters=stored * FLOAT32 / shards,
-        moments=stored * 2 * moment / shards,
+        moments=stored * moments * moment / shards,
         prepared=held * prepared,
         gradients=held * FLOAT32,
         reduced=reduced * FLOAT32 / shards,

@@ -20,7 +20,7 @@ GIB = 2**30
 _ROWS = (
     ("masters", "masters, float32"),
     ("router_bias", "router biases"),
-    ("moments", "Adam's two moments"),
+    ("moments", "the optimizer's moments"),
     ("counters", "counters"),
     ("state", "= state between steps"),
     ("compute_weights", "weights for compute"),

@@ -20,6 +20,7 @@ from deepseek_jax.precision.fp8_weights import Linear
 from deepseek_jax.precision.recipes import recipe
 
 COUNTERS = 2 * 4  # bytes of the step and of Adam's count, int32
+MUON_COUNTERS = 4 + 3 * 4  # of Muon's count, and of its three coefficients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Memory:
       gradients: Sums over micro-batches, float32, in the layout of `compute_weights`.
       reduced_gradients: Gradients that the optimiser receives, float32, in the storage layout,
         where they are not summed in place: reduce-scattered ones, and those of a pipeline's slots.
-      moments: Both moments of Adam, in optimizer.moments, in the storage layout.
+      moments: Both moments of Adam, or one where Muon moves the weight, in optimizer.moments, in
+        the storage layout.
       counters: Step and Adam's count.
       ema_host: Average of the masters, float32, in host memory; 0 with optimizer.ema_decay=0.
     """
@@ -78,7 +80,8 @@ def memory(config: Config) -> Memory:
     rows = _stage_rows(config) if config.mesh.pipe > 1 else {}
     prepared_bytes = functools.partial(_prepared_bytes, config.precision.recipe)
     moment = jnp.dtype(config.optimizer.moments).itemsize
-    stored = bias = compute = gradients = reduced = 0
+    muon = config.optimizer.name == "muon"
+    stored = squares = bias = compute = gradients = reduced = 0
     gathered: dict[str, int] = collections.defaultdict(int)
     for weight in weights(config.model):
         layers = weight.shape[0] if "layer" in weight.axes else 1
@@ -89,6 +92,8 @@ def memory(config: Config) -> Memory:
             whole_shape, sensitive=weight.sensitive, linear=weight.linear(whole_shape)
         )
         stored += mine if weight.trained else 0
+        # Muon keeps no second moment of the matrices that it moves.
+        squares += mine if weight.trained and not (muon and weight.roles) else 0
         bias += 0 if weight.trained else float32 * whole
         if held := rows.get(_kind(weight.path)):
             fetched, summed = held
@@ -115,8 +120,8 @@ def memory(config: Config) -> Memory:
         gathered_layer=max(gathered.values(), default=0),
         gradients=gradients,
         reduced_gradients=reduced,
-        moments=2 * moment * stored,
-        counters=COUNTERS,
+        moments=moment * (stored + squares),
+        counters=COUNTERS + (MUON_COUNTERS if muon else 0),
         ema_host=float32 * stored if config.optimizer.ema_decay else 0,
     )
 

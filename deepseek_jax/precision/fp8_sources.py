@@ -147,6 +147,8 @@ def source_of(x: LinearInput, depth: int, power_of_two: bool) -> Source | None:
     if not power_of_two:
         return None
     if isinstance(x, SwiGLU):
+        if x.limit:  # the kernel computes no clamp: it quantises the numbers of XLA
+            return None
         scale = None if x.scale is None else x.scale.reshape(-1)
         source = FromSwiGLU(numbers(x.gate_up).reshape(-1, 2 * depth), scale)
         return source if source.fits else None

@@ -34,15 +34,17 @@ class TiledArray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SwiGLU:
-    """The numbers `swiglu(gate_up, scale)`.
+    """The numbers `swiglu(gate_up, scale)`, clamped to `limit`.
 
     Attributes:
       gate_up: ...(2F), gate first.
       scale: ... float32; None for 1.
+      limit: as for `swiglu`; 0 for none.
     """
 
     gate_up: jax.Array | TiledArray
     scale: jax.Array | None = None
+    limit: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
 LinearInput = jax.Array | TiledArray | SwiGLU
@@ -51,7 +53,7 @@ LinearInput = jax.Array | TiledArray | SwiGLU
 def numbers(x: LinearInput) -> jax.Array:
     """The array that an input stands for."""
     if isinstance(x, SwiGLU):
-        return swiglu(numbers(x.gate_up), x.scale)
+        return swiglu(numbers(x.gate_up), x.scale, limit=x.limit)
     return x.array if isinstance(x, TiledArray) else x
 
 

@@ -170,7 +170,7 @@ def length_of(checkpoint: Checkpoint) -> int:
     """
     if checkpoint.run is not None:
         return checkpoint.run.batch.length
-    stated = checkpoint.settings.get("max_position_embeddings")
+    stated = checkpoint.text_settings.get("max_position_embeddings")
     if not isinstance(stated, int) or stated < _SHORTEST:
         return _PUBLISHED_LENGTH
     return min(stated, _PUBLISHED_LENGTH)
@@ -295,7 +295,7 @@ def _marks(checkpoint: Checkpoint, data: str) -> Marks:
     """Ids of BOS and EOS: of the tokenizer, or else those that config.json states."""
     if checkpoint.tokenizer is not None:
         return checkpoint.tokenizer.marks
-    bos, eos = (checkpoint.settings.get(f"{name}_token_id") for name in ("bos", "eos"))
+    bos, eos = (checkpoint.text_settings.get(f"{name}_token_id") for name in ("bos", "eos"))
     eos = eos[0] if isinstance(eos, list) and eos else eos
     if not isinstance(eos, int) or not isinstance(bos, int | None):
         raise ConfigError(

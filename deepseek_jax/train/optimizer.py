@@ -1,4 +1,7 @@
-"""AdamW as in section 4.2: global-norm clipping, decoupled decay, moments in float32 or BF16."""
+"""AdamW as in section 4.2: global-norm clipping, decoupled decay, moments in float32 or BF16.
+
+`optimizer.name=muon` has Muon (`train/muon.py`) in place of Adam for the matrices of linear layers.
+"""
 
 from typing import Any
 
@@ -7,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from deepseek_jax.config import OptimizerConfig
+from deepseek_jax.train import muon
 from deepseek_jax.train.index_training import is_of_indexer
 
 
@@ -15,9 +19,13 @@ def build(config: OptimizerConfig) -> optax.GradientTransformation:
 
     It takes global arrays in any layout, so the clipping norm counts each parameter once.
     """
+    moments = jnp.dtype(config.moments)
+    direction = scale_by_adam(config.b1, config.b2, config.eps, moments)
+    if config.name == "muon":
+        direction = muon.beside(direction, config.muon_momentum, config.muon_rms, moments)
     return optax.chain(
         clip(config.clip),
-        scale_by_adam(config.b1, config.b2, config.eps, jnp.dtype(config.moments)),
+        direction,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config.decayed)),
     )
 

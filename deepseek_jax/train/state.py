@@ -10,12 +10,19 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonState
 
 from deepseek_jax.config import Config
 from deepseek_jax.hardware import xla_options
 from deepseek_jax.model import params as weights
 from deepseek_jax.model.transformer import abstract_model, build_model
 from deepseek_jax.parallel.axes import Axes, Layout
+
+# State of an optimizer with moments -> its name in checkpoints, its moments, and its other arrays.
+_MOMENTS: dict[type, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    optax.ScaleByAdamState: ("adam", ("mu", "nu"), ("count",)),
+    MuonState: ("muon", ("mu",), ("count", "ns_coeffs")),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -60,10 +67,11 @@ def shardings(
     masters = weights.place(params, stored())
     moments = optax.tree.map_params(
         optimizer,
-        lambda _, place: place,
+        lambda leaf, place: leaf if isinstance(leaf, optax.MaskedNode) else place,
         jax.eval_shape(optimizer.init, params),
         masters,
         transform_non_params=lambda _: whole,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     ema = weights.place(params, stored(host_memory())) if config.optimizer.ema_decay else None
     return TrainState(
@@ -153,32 +161,36 @@ def copy_to_host(state: TrainState) -> TrainState:
 
 def to_dict(state: TrainState) -> dict[str, Any]:
     """Content of a checkpoint: the state as nested dictionaries of arrays under plain names."""
-    adam = next(part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
-    out = {
-        "step": state.step,
-        "params": _named(state.params),
-        "bias": _named(state.bias),
-        "adam": {"count": adam.count, "mu": _named(adam.mu), "nu": _named(adam.nu)},
-    }
+    out = {"step": state.step, "params": _named(state.params), "bias": _named(state.bias)}
+    for part in jax.tree.leaves(state.opt_state, is_leaf=_has_moments):
+        if _has_moments(part):
+            name, moments, numbers = _MOMENTS[type(part)]
+            kept = {moment: _named(getattr(part, moment)) for moment in moments}
+            out[name] = {number: getattr(part, number) for number in numbers} | kept
     return out if state.ema is None else out | {"ema": _named(state.ema)}
 
 
 def from_dict(like: TrainState, values: dict[str, Any]) -> TrainState:
     """Inverse of `to_dict`, with the structure of `like`."""
 
-    def adam(part: Any) -> Any:
-        if not isinstance(part, optax.ScaleByAdamState):
+    def filled(part: Any) -> Any:
+        if not _has_moments(part):
             return part
-        mu, nu = (_renamed(getattr(part, m), values["adam"][m]) for m in ("mu", "nu"))
-        return optax.ScaleByAdamState(values["adam"]["count"], mu, nu)
+        name, moments, numbers = _MOMENTS[type(part)]
+        kept = {m: _renamed(getattr(part, m), values[name][m]) for m in moments}
+        return part._replace(**{number: values[name][number] for number in numbers}, **kept)
 
     return TrainState(
         step=values["step"],
         params=_renamed(like.params, values["params"]),
         bias=_renamed(like.bias, values["bias"]),
-        opt_state=tuple(adam(part) for part in like.opt_state),
+        opt_state=jax.tree.map(filled, like.opt_state, is_leaf=_has_moments),
         ema=None if like.ema is None else _renamed(like.ema, values["ema"]),
     )
+
+
+def _has_moments(part: Any) -> bool:
+    return type(part) in _MOMENTS
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 # would mean something else. The text is compared with the checkpoint, so its path may change.
 FIXED = (
     "seed", "model", "data.tokenizer", "data.text_key", "data.fim_rate", "data.held_out",
-    "batch.length", "optimizer.moments",
+    "batch.length", "optimizer.moments", "optimizer.name",
 )  # fmt: skip
 
 _LONGEST = 200  # characters of a value in a message

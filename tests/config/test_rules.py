@@ -132,7 +132,7 @@ RULES = [
     ({"schedule.learning_rate": NAN}, r"schedule\.learning_rate is nan"),
     ({"model.vocab": 10**400}, r"model\.vocab"),
     # Names.
-    ({"model.score": "sigmiod"}, r"model\.score .* sigmoid, softmax; did you mean sigmoid\?"),
+    ({"model.score": "sigmiod"}, r"model\.score .* softmax, sqrtsoftplus; did you mean sigmoid\?"),
     ({"model.group_score": "top3"}, r"model\.group_score .* did you mean top2\?"),
     ({"layout.zero": 2}, r"layout\.zero is 2; it must be one of 0, 1, 3"),
     ({"layout.dispatch": "two"}, r"layout\.dispatch .* two_hop, flat, reference"),

@@ -21,5 +21,9 @@ def block(
     x = x + attended
     u = rms_norm(x, weights["post_attention_layernorm.weight"], eps)
     mlp = part(weights, "mlp")
-    out, routing = (swiglu(u, mlp), None) if dense else mixture(u, mlp, settings)
+    out, routing = (
+        (swiglu(u, mlp, settings.get("swiglu_limit", 0.0)), None)
+        if dense
+        else mixture(u, mlp, settings)
+    )
     return x + out, attended, routing

@@ -94,17 +94,29 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
         "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5, "rope_theta": 50000.0,
     },
+    "v4_values": {"scoring_func": "sqrtsoftplus", "swiglu_limit": 0.75},
+    "kimi_k2": {
+        "model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
+        "rope_theta": 50000.0, "rope_scaling": _yarn(1.0, 1.0) | {"beta_fast": 1},
+    },
 }  # fmt: skip
 VARIANTS = tuple(_CHANGES)
+# Those that `transformers` computes too: its V3 knows neither V4's score nor its clamp.
+OF_TRANSFORMERS = tuple(variant for variant in VARIANTS if variant != "v4_values")
 
 # Negative enough that s + b < 0 for most experts: a mask of 0 for the dropped groups then chooses
 # from them, a mask of -inf does not.
 _BIAS_CENTRE = {"no_q_latent": -0.8}
 
 
-def make(variant: str, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(settings, weights) of one of `VARIANTS`; the same seed gives the same arrays."""
-    settings = {**_V3, **_CHANGES[variant]}
+def make(
+    variant: str, seed: int = 0, **changes: Any
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(settings, weights) of one of `VARIANTS`; the same seed gives the same arrays.
+
+    `changes` are settings with other values than those of the variant.
+    """
+    settings = {**_V3, **_CHANGES[variant], **changes}
     random = np.random.default_rng(seed)
     weights = {
         name: _draw(random, name, shape, _BIAS_CENTRE.get(variant, 0.0))

@@ -9,10 +9,12 @@ from .norm import part
 from .router import Routing, route
 
 
-def swiglu(u: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    """W_down (silu(W_gate u) * W_up u)."""
+def swiglu(u: np.ndarray, weights: Mapping[str, np.ndarray], limit: float = 0.0) -> np.ndarray:
+    """W_down (silu(W_gate u) * W_up u); with a limit a, of min(gate, a) and up within [-a, a]."""
     gate = u @ weights["gate_proj.weight"].T
     up = u @ weights["up_proj.weight"].T
+    if limit:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     return (gate / (1 + np.exp(-gate)) * up) @ weights["down_proj.weight"].T
 
 
@@ -23,11 +25,12 @@ def mixture(
 
     Every chosen expert computes every token that chose it: none is dropped.
     """
-    routing = route(u, weights, settings)
-    out = swiglu(u, part(weights, "shared_experts")) if settings["n_shared_experts"] else 0 * u
+    routing, limit = route(u, weights, settings), settings.get("swiglu_limit", 0.0)
+    shared = part(weights, "shared_experts")
+    out = swiglu(u, shared, limit) if settings["n_shared_experts"] else 0 * u
     for expert in range(settings["n_routed_experts"]):
         where = routing.experts == expert
         g = np.sum(where * routing.weights, -1, keepdims=True)  # 0 for those who did not choose it
         sent = where.any(-1)
-        out[sent] += g[sent] * swiglu(u[sent], part(weights, f"experts.{expert}"))
+        out[sent] += g[sent] * swiglu(u[sent], part(weights, f"experts.{expert}"), limit)
     return out, routing

@@ -44,7 +44,9 @@ def route(u: np.ndarray, weights: Mapping[str, np.ndarray], settings: Mapping[st
 
 
 def affinities(logits: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
-    """s = sigmoid(u . e) (15), or the softmax over all experts (V2)."""
+    """s = sigmoid(u . e) (15), the softmax over all experts (V2), or sqrt(ln(1 + e^x)) (V4)."""
+    if settings["scoring_func"] == "sqrtsoftplus":
+        return np.sqrt(np.logaddexp(0, logits))
     return softmax(logits) if settings["scoring_func"] == "softmax" else 1 / (1 + np.exp(-logits))
 
 

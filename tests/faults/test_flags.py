@@ -43,7 +43,7 @@ FLAGS = {
         ("source", "target", "config"),
         (),
         ("shard_gb",),
-        ("format",),
+        ("format", "scales"),
     ),
     "plan.__main__": ((TINY,), ("config",), ("devices",), (), ()),
     "bench.__main__": ((), ("config",), ("emulate_devices",), (), ()),

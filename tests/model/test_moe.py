@@ -26,7 +26,7 @@ def inputs(batch=2, length=20, seed=0):
     return jnp.asarray(x, jnp.float32)
 
 
-@pytest.mark.parametrize("rule", ["v3", "no_q_latent", "v2", "v2_lite", "moonlight"])
+@pytest.mark.parametrize("rule", ["v3", "no_q_latent", "v2", "v2_lite", "moonlight", "v4_values"])
 @pytest.mark.parametrize("way", [dispatch.EXACT, ReferenceDispatch(UNCHANGED_PAYLOAD)])
 def test_follows_the_equation(rule, way):
     settings, weights, model = variant(rule)
@@ -42,7 +42,7 @@ def test_follows_the_equation(rule, way):
 @pytest.mark.parametrize("payload", [UNCHANGED_PAYLOAD, FP8_PAYLOAD], ids=["as it is", "fp8"])
 def test_a_step_of_decoding_computes_the_same(shape, every, payload):
     """Tokens are sorted by expert or, if few make many choices, go through every expert."""
-    _, _, model = variant("v3")
+    _, _, model = variant("v4_values")  # whose clamp both ways need
     how = Execution(dispatch=dataclasses.replace(dispatch.EXACT, payload=payload))
     feed, x = layer(model.moe_layers).feed, inputs(*shape)
     assert feed.runs_all_experts(math.prod(shape)) == every

@@ -62,7 +62,7 @@ def test_dropped_groups_stay_out_when_every_steered_score_is_negative():
     seed=st.integers(0, 2**31),
     groups=st.sampled_from([1, 2, 4, 8]),
     data=st.data(),
-    score=st.sampled_from(["sigmoid", "softmax"]),
+    score=st.sampled_from(["sigmoid", "softmax", "sqrtsoftplus"]),
     rule=st.sampled_from(["top2", "max"]),
 )
 def test_choice_keeps_its_bounds(seed, groups, data, score, rule):
@@ -75,13 +75,23 @@ def test_choice_keeps_its_bounds(seed, groups, data, score, rule):
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     logits = jnp.asarray(rng.normal(0, 3, (2, 5, 16)), jnp.float32)
-    scores = jax.nn.sigmoid(logits) if score == "sigmoid" else jax.nn.softmax(logits)
+    scores = ours._SCORES[score](logits)
     bias = jnp.asarray(rng.normal(0, 2, 16), jnp.float32)
     experts, weights = (np.asarray(x) for x in ours.select_experts(scores, bias, config))
     for chosen in experts.reshape(-1, top_k):
         assert len(set(chosen)) == top_k
         assert len(set(chosen // (16 // groups))) <= top_groups
     np.testing.assert_allclose(weights.sum(-1), config.routed_scale, rtol=1e-5)
+
+
+def test_sqrt_softplus_is_finite_everywhere():
+    """Value and gradient against float64, also where e^x underflows or overflows in float32."""
+    x = np.array([-150, -104, -88, -20.5, -20, -19.5, -1, 0, 3, 88, 1e4])
+    scores, slopes = jax.vmap(jax.value_and_grad(ours.sqrt_softplus))(jnp.asarray(x, jnp.float32))
+    want = router.affinities(x, {"scoring_func": "sqrtsoftplus"})
+    np.testing.assert_allclose(scores, want, rtol=3e-6)
+    sigmoid = np.exp(-np.logaddexp(0, -x))
+    np.testing.assert_allclose(slopes, sigmoid / (2 * want), rtol=3e-6)
 
 
 def test_bias_steers_the_choice_and_never_the_weight():

@@ -113,11 +113,18 @@ def test_other_recipes_read_the_numbers_alone(other):
     assert_same_bits(got, want)
 
 
-def test_swiglu_as_an_input(fp8):
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+def test_swiglu_as_an_input(limit, fp8):
     weight, gate_up, d_out = prepared(fp8, E, K, N), normal(M, 2 * K), normal(M, N, seed=2)
     scale = normal(M, seed=3, dtype=jnp.float32)
-    want = pulled(lambda w, x: fp8.grouped(swiglu(x, scale), w, SIZES, M), weight, gate_up, d_out)
-    got = pulled(lambda w, x: fp8.grouped(SwiGLU(x, scale), w, SIZES, M), weight, gate_up, d_out)
+
+    def of_numbers(w, x):
+        return fp8.grouped(swiglu(x, scale, limit=limit), w, SIZES, M)
+
+    def of_input(w, x):
+        return fp8.grouped(SwiGLU(x, scale, limit), w, SIZES, M)
+
+    got, want = (pulled(fn, weight, gate_up, d_out) for fn in (of_input, of_numbers))
     assert_same_bits(got, want)
 
 

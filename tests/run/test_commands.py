@@ -44,6 +44,7 @@ MISTAKES = [
     ("convert", {"target": "{0}/empty.txt"}, "--target={0}/empty.txt exists"),
     ("convert", {"target": "{0}/empty.txt/x"}, "--target={0}/empty.txt/x cannot be written"),
     ("convert", {"format": "int8"}, "--format=int8"),
+    ("convert", {"scales": "e8m0"}, "--scales=e8m0 is of FP8 blocks; add --format=fp8"),
     ("convert", {"shard_gb": 0}, "--shard_gb=0.0; expected a number above 0"),
     ("convert", {"shard_gb": "inf"}, "--shard_gb=inf"),
     ("convert", {"shard_gb": "nan"}, "--shard_gb=nan"),

@@ -34,7 +34,7 @@ def main() -> None:
     logging.disable_progress_bar()
     base = configs.parse(v3_tiny.get_config())
     wrong = 0
-    for variant in sys.argv[1:] or checkpoints.VARIANTS:
+    for variant in sys.argv[1:] or checkpoints.OF_TRANSFORMERS:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             found, weights = checkpoints.make(variant)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.checkpoint.hf import language_part
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.config.hints import shown
 from deepseek_jax.precision.fp8_tiles import BLOCK
@@ -53,7 +54,10 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
     Raises:
       ConfigError: a key that is missing, or has a value that this model does not compute.
     """
-    found = _Settings(settings, source)
+    language_part.check(settings, source)
+    path = f"{language_part.KEY}." if language_part.is_wrapped(settings) else ""
+    settings = language_part.of(settings)
+    found = _Settings(settings, source, path)
     family = found.one_of("model_type", FAMILIES)
     v3 = family != "deepseek_v2"
     if settings.get("architectures"):  # null where a config was saved without a model
@@ -79,11 +83,14 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
         groups=1 if greedy else found.count("n_group", absent=1),
         top_groups=1 if greedy else found.count("topk_group", absent=1),
         score=found.one_of(
-            "scoring_func", ("sigmoid", "softmax"), default="sigmoid" if v3 else "softmax"
+            "scoring_func",
+            ("sigmoid", "softmax", "sqrtsoftplus"),
+            default="sigmoid" if v3 else "softmax",
         ),
         group_score=_GROUP_SCORE[method],
         normalise_weights=normalise,
         routed_scale=scale,
+        swiglu_limit=found.number("swiglu_limit", absent=0.0, zero=True),
         norm_eps=found.number("rms_norm_eps"),
         init_std=found.number("initializer_range", absent=0.02),
     )
@@ -97,7 +104,7 @@ def published(config: ModelConfig) -> dict[str, Any]:
     Raises:
       ConfigError: a router that neither published family has.
     """
-    v3 = config.score == "sigmoid"
+    v3 = config.score != "softmax"
     grouped = config.groups > 1
     family = "deepseek_v3" if v3 else "deepseek_v2"
     if config.index_heads:
@@ -137,6 +144,7 @@ def published(config: ModelConfig) -> dict[str, Any]:
         "scoring_func": config.score,
         "norm_topk_prob": config.normalise_weights,
         "routed_scaling_factor": config.routed_scale,
+        **({"swiglu_limit": config.swiglu_limit} if config.swiglu_limit else {}),
         "rms_norm_eps": config.norm_eps,
         "rope_theta": _plain(config.rope_theta),
         "rope_scaling": _yarn(config),
@@ -163,8 +171,22 @@ def _plain(number: float) -> float:
     return int(number) if number.is_integer() else number
 
 
-def in_format(settings: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """Settings of the same model with its tensors stored in `form`, one of `export.FORMATS`."""
+def understood_here_alone(settings: Mapping[str, Any]) -> list[str]:
+    """Keys with a value that other readers of the family pass over, and compute another model."""
+    text = language_part.of(settings)
+    odd = {"swiglu_limit": bool(text.get("swiglu_limit"))}
+    odd["scoring_func"] = text.get("scoring_func") == "sqrtsoftplus"
+    return [key for key, found in odd.items() if found]
+
+
+def in_format(settings: Mapping[str, Any], form: str, scales: str = "kept") -> dict[str, Any]:
+    """Settings of the same model with its tensors stored in another form.
+
+    Args:
+      form, scales: one of `export.FORMATS` and of `export.SCALES`.
+    """
+    if language_part.is_wrapped(settings):
+        return _in_format_around(settings, form, scales)
     out = {key: value for key, value in settings.items() if key != "quantization_config"}
     out.pop("dtype", None)  # the newer name of torch_dtype
     out["torch_dtype"] = "float32" if form == "float32" else "bfloat16"
@@ -176,11 +198,30 @@ def in_format(settings: Mapping[str, Any], form: str) -> dict[str, Any]:
             "quant_method": "fp8",
             "weight_block_size": [BLOCK, BLOCK],
         }
+        if scales != "kept":
+            out["quantization_config"]["scale_fmt"] = "ue8m0"
+    return out
+
+
+def _in_format_around(settings: Mapping[str, Any], form: str, scales: str) -> dict[str, Any]:
+    """`in_format` of the text model inside; the quantisation is stated where it was, or outside."""
+    key, inside = "quantization_config", language_part.KEY
+    text = in_format(language_part.of(settings), form, scales)
+    quantised = text.pop(key, None)
+    out = {name: value for name, value in settings.items() if name != key}
+    out[inside] = {
+        **{name: value for name, value in settings[inside].items() if name not in (key, "dtype")},
+        "torch_dtype": text["torch_dtype"],
+    }
+    if quantised is not None:
+        place = out[inside] if settings[inside].get(key) else out
+        place[key] = quantised
     return out
 
 
 def topk_method(settings: Mapping[str, Any]) -> str:
     """The value of `topk_method`, or the one that its absence means."""
+    settings = language_part.of(settings)
     v3 = settings.get("model_type") != "deepseek_v2"
     return settings.get("topk_method") or ("noaux_tc" if v3 else "greedy")
 

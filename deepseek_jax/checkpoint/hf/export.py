@@ -9,12 +9,14 @@ values, else float32.
 
 Reading the directory again gives the same bits: in float32 always; in bfloat16 for weights that
 BF16 holds; in fp8 for weights that came from FP8 blocks, even by way of our own float32 masters
-(`checkpoint/hf/fp8_blocks.py`). Weights that are in FP8 now are written as they are.
+(`checkpoint/hf/fp8_blocks.py`). Weights that are in FP8 now are written as they are, unless scales
+of another kind are asked for (`SCALES`).
 """
 
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from deepseek_jax.checkpoint.hf import fp8_blocks, safetensors
+from deepseek_jax.checkpoint.hf import fp8_blocks, language_part, safetensors
 from deepseek_jax.checkpoint.hf.config_json import UNQUANTISED
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces, to_published
 from deepseek_jax.config import ModelConfig
@@ -31,6 +33,9 @@ from deepseek_jax.model.transformer import Transformer, abstract_model
 from deepseek_jax.precision.fp8_tiles import BLOCK, E4M3, spread
 
 FORMATS = ("bfloat16", "float32", "fp8")
+# Scales of FP8 blocks: as the source has them (any, where it has none); powers of two in float32,
+# as V3.1 stores them; or the same powers in E8M0, a byte each.
+SCALES = ("kept", "power_of_two", "e8m0")
 BF16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 Read = Callable[[Piece], np.ndarray]
@@ -45,12 +50,16 @@ class WeightSource:
       biased: whether router biases are published.
       read: gives a published tensor, [out, in], in any float dtype but FP8.
       stored: gives the FP8 values and scales of a tensor that the source keeps in FP8, else None.
+      former: gives the scales that a tensor had when it came in FP8, else None.
+      others: tensors of parts beside the text model, which are written as they are.
     """
 
     config: ModelConfig
     biased: bool
     read: Read
     stored: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda name: None
+    former: Callable[[str], np.ndarray | None] = lambda name: None
+    others: Mapping[str, safetensors.Tensor] = dataclasses.field(default_factory=dict)
 
 
 def of_model(model: Transformer, biased: bool) -> WeightSource:
@@ -72,7 +81,12 @@ def of_model(model: Transformer, biased: bool) -> WeightSource:
 
 
 def write(
-    folder: Path, settings: Mapping[str, Any], source: WeightSource, form: str, shard_bytes: int
+    folder: Path,
+    settings: Mapping[str, Any],
+    source: WeightSource,
+    form: str,
+    shard_bytes: int,
+    scales: str = "kept",
 ) -> None:
     """Fills an existing folder; one tensor at a time is in memory.
 
@@ -80,22 +94,40 @@ def write(
       settings: content of the config.json to write.
       form: one of `FORMATS`.
       shard_bytes: a file is closed before it would grow past this; one tensor may be larger.
+      scales: one of `SCALES`. A matrix that is in FP8 with other scales is quantised again, which a
+        warning says.
     """
     (folder / "config.json").write_text(json.dumps(dict(settings), indent=2) + "\n")
-    quantised = settings.get("quantization_config") or {}
-    shards = _shards(_groups(source, form, _unquantised(quantised)), shard_bytes)
-    powers_of_two = quantised.get("scale_fmt") == "ue8m0"
-    files = [safetensors.SINGLE] if len(shards) == 1 else _names(len(shards))
+    quantised = language_part.of(settings).get("quantization_config") or {}
+    scale_dtype = safetensors.E8M0 if scales == "e8m0" else FLOAT32
+    groups = _groups(source, form, _unquantised(quantised), scale_dtype)
+    shards = _shards(groups, shard_bytes)
+    others = _shards_of_others(source.others, shard_bytes)
+    blocks = _Blocks(source, quantised.get("scale_fmt") == "ue8m0", scales != "kept")
+    count, before = len(shards) + len(others), language_part.prefix(settings)
+    files = [safetensors.SINGLE] if count == 1 else _names(count)
     where: dict[str, str] = {}
     total = 0
-    for file, shard in zip(files, shards, strict=True):
-        expected = {name: kind for group in shard for name, kind in group.tensors.items()}
-        safetensors.write(folder / file, expected, _values(shard, source, powers_of_two))
+    for file, shard in zip(files, shards, strict=False):
+        kinds = (pair for group in shard for pair in group.tensors.items())
+        expected = {before + name: kind for name, kind in kinds}
+        values = ((before + name, value) for name, value in _values(shard, source, blocks))
+        safetensors.write(folder / file, expected, values)
         where |= dict.fromkeys(expected, file)
         total += sum(map(_bytes, shard))
-    if len(shards) > 1:
+    for file, other in zip(files[len(shards) :], others, strict=True):
+        safetensors.write_raw(folder / file, other)
+        where |= dict.fromkeys(other, file)
+        total += sum(tensor.nbytes for tensor in other.values())
+    if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    if blocks.again:
+        warnings.warn(
+            f"{len(blocks.again)} FP8 tensors had scales that are no powers of two, and were "
+            f"quantised again, {blocks.again[0]} the first",
+            stacklevel=2,
+        )
 
 
 def most_bytes(model: ModelConfig, form: str) -> int:
@@ -132,14 +164,16 @@ def _unquantised(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for key in UNQUANTISED for name in settings.get(key) or ())
 
 
-def _groups(source: WeightSource, form: str, unquantised: tuple[str, ...]) -> Iterator[_Group]:
+def _groups(
+    source: WeightSource, form: str, unquantised: tuple[str, ...], scale_dtype: np.dtype
+) -> Iterator[_Group]:
     for name, piece in _with_copies(source.config, source.biased):
         dtype = _dtype(piece, source, form)
         if dtype == E4M3 and any(f".{module}." in f".{name}" for module in unquantised):
             dtype = BF16
         tensors = {name: (dtype, piece.shape)}
         if dtype == E4M3:
-            tensors[name + SCALE] = (FLOAT32, tuple(-(-size // BLOCK) for size in piece.shape))
+            tensors[name + SCALE] = (scale_dtype, tuple(-(-size // BLOCK) for size in piece.shape))
         yield _Group(name, piece, tensors)
 
 
@@ -184,6 +218,21 @@ def _shards(groups: Iterable[_Group], most: int) -> list[list[_Group]]:
     return shards
 
 
+def _shards_of_others(
+    others: Mapping[str, safetensors.Tensor], most: int
+) -> list[dict[str, safetensors.Tensor]]:
+    """Splits the other parts' tensors, in their order, into files of at most `most` bytes."""
+    shards: list[dict[str, safetensors.Tensor]] = []
+    held = most
+    for name, tensor in others.items():
+        if held + tensor.nbytes > most:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += tensor.nbytes
+    return shards
+
+
 def _bytes(group: _Group) -> int:
     sizes = (int(np.prod(shape)) * dtype.itemsize for dtype, shape in group.tensors.values())
     return sum(sizes)
@@ -193,16 +242,45 @@ def _names(count: int) -> list[str]:
     return [f"model-{number + 1:05}-of-{count:06}.safetensors" for number in range(count)]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """FP8 blocks of a source's matrices.
+
+    Attributes:
+      powers_of_two: whether new scales are powers of two.
+      convert: whether blocks in FP8 with other scales are made anew then.
+      again: names of those that were.
+    """
+
+    source: WeightSource
+    powers_of_two: bool
+    convert: bool
+    again: list[str] = dataclasses.field(default_factory=list)
+
+    def of(self, name: str, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        """E4M3 values and float32 scales of a tensor."""
+        pair = self.source.stored(name)
+        if pair is not None and self.convert and not fp8_blocks.are_powers_of_two(pair[1]).all():
+            self.again.append(name)
+            pair = None
+        if pair is None:
+            wide = self.source.read(piece).astype(np.float32, copy=False)
+            former = self.source.former(name)
+            if former is not None and former.shape != piece.scales.shape:
+                former = None  # of a model of other sizes
+            pair = fp8_blocks.quantise_blocks(wide, powers_of_two=self.powers_of_two, former=former)
+        return pair
+
+
 def _values(
-    shard: Iterable[_Group], source: WeightSource, powers_of_two: bool
+    shard: Iterable[_Group], source: WeightSource, blocks: _Blocks
 ) -> Iterator[tuple[str, np.ndarray]]:
     for group in shard:
         dtype, _ = group.tensors[group.name]
         if dtype == E4M3:
-            pair = source.stored(group.name)
-            if pair is None:
-                wide = source.read(group.piece).astype(np.float32, copy=False)
-                pair = fp8_blocks.quantise_blocks(wide, powers_of_two=powers_of_two)
-            yield from zip((group.name, group.name + SCALE), pair, strict=True)
+            values, scales = blocks.of(group.name, group.piece)
+            table = group.name + SCALE
+            yield group.name, values
+            yield table, scales.astype(group.tensors[table][0], copy=False)
         else:
             yield group.name, source.read(group.piece).astype(dtype, copy=False)

@@ -76,8 +76,8 @@ def inference_config(model: ModelConfig, recipe: str, scales: str) -> Config:
         ),
         # A forward pass reads none of the sections below; their values only pass the checks.
         optimizer=OptimizerConfig(
-            b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, decayed="matrices", clip=1.0,
-            moments="float32", ema_decay=0.0,
+            name="adamw", muon_momentum=0.95, muon_rms=0.2, b1=0.9, b2=0.95, eps=1e-8,
+            weight_decay=0.0, decayed="matrices", clip=1.0, moments="float32", ema_decay=0.0,
         ),
         schedule=ScheduleConfig(
             tokens=1, learning_rate=1e-4, warmup_steps=0, decay_start=0, decay_end=0,

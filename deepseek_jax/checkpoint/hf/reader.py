@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from deepseek_jax.checkpoint.hf import safetensors, stacked
+from deepseek_jax.checkpoint.hf import language_part, safetensors, stacked
 from deepseek_jax.checkpoint.hf.config_json import model_config, topk_method
 from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
 from deepseek_jax.checkpoint.hf.parts import BF16, Slices, fill, placed
@@ -52,12 +52,14 @@ class Published:
       biased: whether routers have biases; those of V2 have none, and ours are then zero.
       pieces: the part of our parameters that each published tensor is.
       tensors: place in a file, dtype and shape of each tensor, by published name.
+      others: tensors of parts beside the text model, which is the only one that is computed.
     """
 
     config: ModelConfig
     biased: bool
     pieces: Sequence[Piece]
     tensors: Mapping[str, Tensor]
+    others: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def read(self, name: str, index: Slices | None = None) -> np.ndarray:
         """Values of a tensor, or of its part `index`.
@@ -160,8 +162,9 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> Published:
       ConfigError: settings that this model does not have, or a tensor that is missing, unexpected,
         of another shape or damaged; the message says what was found and expected.
     """
-    tensors = safetensors.open_folder(folder)
+    everything = safetensors.open_folder(folder)
     config = model_config(settings, source=folder / "config.json")
+    tensors, others = language_part.split(settings, everything)
     if not any(name.startswith(f"model.layers.{config.layers}.") for name in tensors):
         config = dataclasses.replace(config, mtp_depth=0)  # left out when it was saved
     tensors = stacked.single_experts(
@@ -171,7 +174,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> Published:
     biased = topk_method(settings) == "noaux_tc"
     table = tuple(pieces(config, biased=biased))
     _check_tensors(folder, config, tensors, table)
-    return Published(config, biased, table, tensors)
+    return Published(config, biased, table, tensors, others)
 
 
 def _without_uncounted_mtp(

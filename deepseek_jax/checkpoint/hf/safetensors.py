@@ -87,7 +87,7 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     if single.exists() and index.exists():
         raise ConfigError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is stale")
     if single.exists():
-        return dict(_tensors(single))
+        return open_file(single)
     if not index.exists():
         raise ConfigError(
             f"{folder} holds neither {SINGLE} nor {INDEX}; expected a checkpoint in safetensors "
@@ -115,6 +115,11 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
         if name not in found:
             raise ConfigError(f"{folder / file} does not hold {name}, which {INDEX} expects in it")
     return found
+
+
+def open_file(file: Path) -> dict[str, Tensor]:
+    """Tensors of one file by name; ConfigError for a damaged one."""
+    return dict(_tensors(file))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -280,3 +285,11 @@ def write(
             stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
             left.remove(name)
     assert not left, left
+
+
+def write_raw(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors of other files as they are."""
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write(file, expected, ((name, tensor.array) for name, tensor in tensors.items()))
+    for tensor in tensors.values():
+        tensor.release()

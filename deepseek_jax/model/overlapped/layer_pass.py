@@ -159,6 +159,11 @@ class LayerPass:
         return dataclasses.replace(routing, balance=d_balance, index_loss=d_index_loss)
 
     @property
+    def swiglu_limit(self) -> float:
+        """The clamp of the experts' SwiGLU."""
+        return float(self.weights["gate"][1].config.swiglu_limit)
+
+    @property
     def recomputes_shared(self) -> bool:
         """Whether backward recomputes the step beside the experts, given its input.
 
@@ -214,7 +219,7 @@ class _Pass:
         return into_experts(self.how, gate_up, rows, self.arrived)
 
     def _out_of(self, down: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array | TiledArray:
-        return out_of_experts(self.how, down, up, weights, self.arrived)
+        return out_of_experts(self.how, self.layer.swiglu_limit, down, up, weights, self.arrived)
 
 
 class ForwardPass(_Pass):
@@ -268,7 +273,9 @@ class ForwardPass(_Pass):
 
         Not a step, for overflow rounds may need any number of messages.
         """
-        routed, routing = finish(self.how, self._gated.routing, self._exchange, self._first)
+        routed, routing = finish(
+            self.how, self.layer.swiglu_limit, self._gated.routing, self._exchange, self._first
+        )
         out = routed.reshape(self.x.shape)
         out = self.x + (out if self._shared is None else out + self._shared)
         routing = dataclasses.replace(routing, index_loss=self._index_loss)
@@ -445,7 +452,8 @@ class BackwardPass(_Pass):
         exchange = Exchange(tokens, weights, chosen, self._left, layer.experts, experts)
         d_experts = with_zeros_for_deferred(experts, self._d_experts)
         first = cotangent(layer.experts, *d_sent, d_experts)
-        return expert_rounds(self.how).rest_gradient(exchange, self._rounds, d_routed, first)
+        rounds = expert_rounds(self.how, layer.swiglu_limit)
+        return rounds.rest_gradient(exchange, self._rounds, d_routed, first)
 
 
 def _recomputing_vjp(fn: Any, weights: Any, x: jax.Array) -> Any:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from equations import checkpoints, rotary
 
+from deepseek_jax.checkpoint import conversion
 from deepseek_jax.checkpoint.hf import config_json
+from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model.rotary import frequencies
 
@@ -94,3 +96,17 @@ def test_unknown_keys_of_the_quantisation_are_kept_while_the_format_stays():
     found = config_json.in_format(settings, "fp8")["quantization_config"]
     assert found == {**given, "activation_scheme": "dynamic", "fmt": "e4m3"}
     assert "quantization_config" not in config_json.in_format(settings, "bfloat16")
+
+
+def test_values_of_v4_are_kept_and_told_apart(tmp_path):
+    config = config_of(scoring_func="sqrtsoftplus", swiglu_limit=10.0)
+    assert (config.score, config.swiglu_limit) == ("sqrtsoftplus", 10.0)
+    written = config_json.published(config)
+    assert (written["scoring_func"], written["swiglu_limit"]) == ("sqrtsoftplus", 10.0)
+    assert "swiglu_limit" not in config_json.published(config_of())
+    assert not config_json.understood_here_alone(config_json.published(config_of()))
+    checkpoints.write(tmp_path / "in", *checkpoints.make("v4_values"))
+    source = open_checkpoint(tmp_path / "in")
+    with pytest.warns(UserWarning, match="has swiglu_limit and scoring_func, which other readers"):
+        conversion.to_published(source, tmp_path / "out", "float32", 10**9)
+    assert open_checkpoint(tmp_path / "out").model == source.model
