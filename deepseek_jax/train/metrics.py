@@ -84,6 +84,9 @@ class MetricsFile:
         self._lines: list[str] = []
 
     def begin(self, step: int, tokens: int) -> None:
+        kept_rows = [n for n, waiting in enumerate(self.waiting) if waiting <= step]
+        self._lines = [self._lines[n] for n in kept_rows]
+        self.waiting = [self.waiting[n] for n in kept_rows]
         text = "".join(_line(row) for row in read_metrics(self._path) if row["step"] <= step)
         kept = self._path.is_file() and not self._path.is_symlink()
         if not kept or self._path.read_text(errors="replace") != text:
