@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from deepseek_jax.data import files
@@ -42,7 +41,7 @@ class Sink(Protocol):
 
 def plain(value: Any) -> Any:
     """A value that JSON can hold: Python numbers, and None for a number that is not finite."""
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
+    if hasattr(value, "__array__"):  # NumPy's and JAX's, without an import of JAX
         value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
