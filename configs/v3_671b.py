@@ -31,7 +31,10 @@ def get_config() -> ConfigDict:
     config.schedule = _schedule()
     config.batch = _batch()
     config.data = _data()
-    config.checkpoint = ConfigDict(dict(every_steps=500, keep=3))
+    config.checkpoint = ConfigDict(dict(every_steps=500, keep=3, on_failure="stop"))
+    config.anomaly = ConfigDict(
+        dict(rule="stop", window=128, loss_score=20.0, grad_norm_score=100.0, most=8)
+    )
     config.log = ConfigDict(dict(every_steps=10))
     config.evaluation = ConfigDict(dict(tokens=1 << 20))
     return config.lock()

@@ -10,11 +10,12 @@ import importlib.util
 import pkgutil
 from typing import Any
 
-import jax
-from flax import nnx
+if startup.needs_jax():
+    import jax
+    from flax import nnx
 
-nnx.set_graph_mode(False)
-nnx.set_graph_updates(False)
+    nnx.set_graph_mode(False)
+    nnx.set_graph_updates(False)
 
 
 def __getattr__(name: str) -> Any:
@@ -54,4 +55,5 @@ def _has_driver() -> bool:
     return True
 
 
-_use_the_cpu_without_a_driver()
+if startup.needs_jax():
+    _use_the_cpu_without_a_driver()

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from deepseek_jax import config_file, config_keys, endings
+from deepseek_jax import config_file, config_keys
 from deepseek_jax.config import MESH_AXES, Config, ConfigError, parse, parse_saved
 from deepseek_jax.config.hints import one_line
-from deepseek_jax.runtime import environment, signals
+from deepseek_jax.runtime import signals
 
 LONGEST_NAME = 255  # bytes, on every file system in use
 LONGEST_PATH = 3840  # bytes: the 4,096 of Linux, less the names of a run's files
@@ -170,6 +170,8 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
       names: values of the one positional argument, which `main` is given; empty for a `main`
         without arguments.
     """
+    from deepseek_jax import endings
+    from deepseek_jax.runtime import environment
 
     def guarded(arguments: list[str]) -> None:
         chosen = arguments[1:2] if names else []
@@ -197,6 +199,27 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
         code, line = endings.of(error, _workdir())
         at_once = endings.at_once(error)
     endings.leave(code, line, at_once=at_once)
+
+
+def run_without_jax(main: Callable[[], None]) -> None:
+    """Runs a command that computes nothing; JAX is imported for the words of an error alone."""
+
+    def guarded(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            raise ConfigError(f"unexpected argument {arguments[1]!r}; flags look like --once")
+        main()
+
+    sys.excepthook = sys.__excepthook__
+    try:
+        signals.working()
+        app.run(guarded, flags_parser=_parse_flags)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            sys.stdout.flush()
+            return
+        from deepseek_jax import endings
+
+        endings.leave(*endings.of(error, None))
 
 
 def _workdir() -> Path | None:

@@ -24,6 +24,10 @@ class RunError(RuntimeError):
     """
 
 
+class SaveFailed(RunError):
+    """A checkpoint that cannot be written, while all else of the run can go on."""
+
+
 def reason(error: BaseException) -> str:
     """Cause of an error in a few words, on one line.
 

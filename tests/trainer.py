@@ -28,12 +28,14 @@ class Trainer:
             self.state = jax.device_put(fresh(config.model, config.optimizer, config.seed), places)
             self._step = jax.jit(make_step(config, self.layout, self.mesh, adam), donate_argnums=0)
 
-    def step(self, tokens: np.ndarray, count: int, hyper: token_schedule.Hyper) -> dict[str, Any]:
+    def step(
+        self, tokens: np.ndarray, count: int, hyper: token_schedule.Hyper, *limits: Any
+    ) -> dict[str, Any]:
         """tokens: micro-batch, sequence, position + 1; the first `count` micro-batches count."""
         with jax.set_mesh(self.mesh):
             placed = jax.device_put(tokens, NamedSharding(self.mesh, tokens_spec(self.layout)))
             told = jax.tree.map(np.float32, hyper)
-            self.state, metrics = self._step(self.state, placed, np.int32(count), told)
+            self.state, metrics = self._step(self.state, placed, np.int32(count), told, *limits)
             return jax.device_get(metrics)
 
     def run(self, steps: int) -> list[dict[str, Any]]:

@@ -5,10 +5,12 @@ import os
 import shutil
 from pathlib import Path
 
-from deepseek_jax.errors import RunError, reason
+from deepseek_jax.errors import RunError, SaveFailed, reason
 
 
-def failed_save(error: Exception, step: Path, size: int, newest: int | None) -> RunError:
+def failed_save(
+    error: Exception, step: Path, size: int, newest: int | None, *, alone: bool
+) -> RunError:
     """The error of a save, in one line.
 
     Args:
@@ -16,6 +18,7 @@ def failed_save(error: Exception, step: Path, size: int, newest: int | None) -> 
       step: folder that could not be written.
       size: bytes of its state.
       newest: the newest whole checkpoint; None where there is none.
+      alone: whether no other process is at work on the save: else the run cannot go on.
     """
     why = reason(error)
     if why in (os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR)):
@@ -28,4 +31,5 @@ def failed_save(error: Exception, step: Path, size: int, newest: int | None) -> 
     kept = f"the newest checkpoint is step {newest}, from which the same command goes on"
     if newest is None:
         kept = "there is no checkpoint yet, so the same command starts again"
-    return RunError(f"checkpoint {step} cannot be written ({why}). {cure}; {kept}")
+    kind = SaveFailed if alone else RunError
+    return kind(f"checkpoint {step} cannot be written ({why}). {cure}; {kept}")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from deepseek_jax.checkpoint import chunks as files
 from deepseek_jax.checkpoint.chunks import Leaves
+from deepseek_jax.config import ConfigError
 
 PyTree = Any
 
@@ -95,6 +97,30 @@ def verify(
         found.append(seen)
     require_finite(names, found)
     return True
+
+
+def compare(
+    step: Path, record: dict[str, Any], wanted: dict[str, Any], others: Collection[str]
+) -> None:
+    """Raises ConfigError, in one line where orbax has pages, for a step of another model.
+
+    Args:
+      step: its folder.
+      others: leaves that the step may hold although they are not wanted.
+    """
+    found = {name: kind for name, (kind, _) in record["leaves"].items()}
+    expected = {name: describe(leaf) for name, leaf in wanted.items()}
+    differ = [
+        f"{name} (found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')})"
+        for name in {**expected, **found}
+        if found.get(name) != expected.get(name) and (name in expected or name not in others)
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ConfigError(
+            f"{step} holds another model: {', '.join(differ[:3])}{more}; "
+            "choose another workdir, or the config that wrote this one"
+        )
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:

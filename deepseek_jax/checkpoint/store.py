@@ -133,7 +133,7 @@ class Store:
         self._broken.clear()
         try:
             with _in_chunks():
-                path = self._directory / str(step)
+                path = self._path(step)
                 response = ocp.save_async(path, leaves, custom_metadata=record)
         except Exception as error:  # orbax and tensorstore raise many kinds
             raise self._failed(error) from error
@@ -153,7 +153,7 @@ class Store:
           part_of: gives the values of a part of the leaf with this path.
         """
         assert jax.process_count() == 1 and not self.steps()
-        directory = self._directory / str(step)
+        directory = self._path(step)
         self._directory.mkdir(parents=True, exist_ok=True)
         ocp.save(directory, {name: np.zeros((), leaf.dtype) for name, leaf in like.items()})
         # Orbax records neither shapes nor values, so another array may replace that of a leaf. The
@@ -195,7 +195,7 @@ class Store:
             like = abstract(record["meta"], held) if callable(abstract) else abstract
             wanted = manifest.named(like)
             others = {name for name in held - wanted.keys() if name.split(".")[0] == spare}
-            self._compare(step, record, wanted, held if partial else others)
+            manifest.compare(self._path(step), record, wanted, held if partial else others)
             some = partial or bool(others)
             leaves = self._attempt(step, functools.partial(self._load, step, wanted, some))
             if leaves is None:
@@ -224,8 +224,8 @@ class Store:
         """
         names = manifest.named(wanted)
         for step, record in self._readable():
-            self._compare(step, record, names, record["leaves"].keys())
-            path = self._directory / str(step)
+            manifest.compare(self._path(step), record, names, record["leaves"].keys())
+            path = self._path(step)
             leaves = Leaves(path / "state")
             if (kept := kept_for_reading(path)) is not None:
                 weakref.finalize(leaves, os.close, kept)
@@ -247,6 +247,15 @@ class Store:
         paths = self._directory.glob("*")
         found = {int(path.name) for path in paths if path.name.isdigit() and path.is_dir()}
         return sorted(found - self._broken)
+
+    @property
+    def writing(self) -> int | None:
+        """The step that this process is writing in the background."""
+        return None if self.done(0.0) else self._writing
+
+    def done(self, seconds: float) -> bool:
+        """Whether the write in the background ends within so many seconds, or there is none."""
+        return self._pending is None or bool(futures.wait([self._pending], seconds).done)
 
     def failure(self) -> RunError | None:
         """The error that ended the write in the background, once; waits for nothing."""
@@ -282,9 +291,18 @@ class Store:
                 return
             time.sleep(0.01)
 
+    def reject(self, step: int) -> None:
+        """Counts a step as unusable from now on; the next save moves it aside."""
+        self._held.discard(step)
+        self._broken.add(step)
+        self._why = self._why or "led to an anomaly again"
+
     def close(self) -> None:
         """Waits for the write in the background."""
         self.wait()
+
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
 
     def _readable(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Steps with a readable record, newest first; ConfigError if all steps are damaged."""
@@ -314,43 +332,20 @@ class Store:
         self._broken.add(step)
         self._why = self._why or f"{what}: {why}"
         if jax.process_index() == 0:
-            path = self._directory / str(step)
+            path = self._path(step)
             _log.warning("checkpoint %s %s, trying an older one (%s)", path, what, why)
         return None
 
     def _record(self, step: int) -> dict[str, Any]:
         """The record that `save` wrote beside the arrays; for a truncated one orbax gives {}."""
-        record = ocp.metadata(self._directory / str(step)).custom_metadata
+        record = ocp.metadata(self._path(step)).custom_metadata
         whole = isinstance(record, dict) and manifest.sealed(record) == record
         if not whole or record["step"] != step:
             raise ValueError("its metadata is damaged")
         return record
 
-    def _compare(
-        self, step: int, record: dict[str, Any], wanted: dict[str, Any], others: Collection[str]
-    ) -> None:
-        """Raises ConfigError, in one line where orbax has pages, for a step of another model.
-
-        Args:
-          others: leaves that the step may hold although they are not wanted.
-        """
-        found = {name: kind for name, (kind, _) in record["leaves"].items()}
-        expected = {name: manifest.describe(leaf) for name, leaf in wanted.items()}
-        differ = [
-            f"{name} (found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')})"
-            for name in {**expected, **found}
-            if found.get(name) != expected.get(name) and (name in expected or name not in others)
-        ]
-        if differ:
-            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-            path = self._directory / str(step)
-            raise ConfigError(
-                f"{path} holds another model: {', '.join(differ[:3])}{more}; "
-                "choose another workdir, or the config that wrote this one"
-            )
-
     def _load(self, step: int, wanted: dict[str, Any], partial: bool) -> dict[str, jax.Array]:
-        path = self._directory / str(step)
+        path = self._path(step)
         kept = kept_for_reading(path)
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
@@ -378,8 +373,12 @@ class Store:
                 (self._directory / str(old)).rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
 
-    def _failed(self, error: Exception) -> RunError:
-        """The error of a save, in one line; makes room by removing what the save has left."""
+    def _failed(self, error: Exception, *, begun: bool = True) -> RunError:
+        """The error of a save, in one line; makes room by removing what the save has left.
+
+        Args:
+          begun: whether processes may be writing.
+        """
         try:
             self._check()
         except RunError as gone:
@@ -387,7 +386,8 @@ class Store:
             return gone
         step = self._directory / str(self._writing)
         there = step.with_name(str(self.newest)).is_dir()
-        failed = failed_save(error, step, self._bytes, self.newest if there else None)
+        newest, alone = self.newest if there else None, jax.process_count() == 1 or not begun
+        failed = failed_save(error, step, self._bytes, newest, alone=alone)
         if jax.process_count() == 1:  # other processes may still be writing
             self._remove_leftovers()
         return failed
@@ -408,7 +408,7 @@ class Store:
             try:
                 self._tidy()
             except OSError as error:
-                raise self._failed(error) from error
+                raise self._failed(error, begun=False) from error
 
     def _tidy(self) -> None:
         """Renames damaged steps and removes the leftovers of killed processes, before a save."""
@@ -417,7 +417,7 @@ class Store:
         os.scandir(self._directory).close()  # raises where it is no directory
         self._remove_leftovers()
         for step in self._broken:
-            path, aside = self._directory / str(step), self._directory / f"{step}.broken"
+            path, aside = self._path(step), self._directory / f"{step}.broken"
             if path.exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)

@@ -21,7 +21,14 @@ ADDED = {
     "model.index_top_k": 2048,
     "schedule.index_phase": "sparse",
     "schedule.index_weight": 0.0,
+    "checkpoint.on_failure": "stop",
 }
+# section -> its values before there was the section
+ADDED_SECTIONS = {
+    "anomaly": {
+        "rule": "stop", "window": 128, "loss_score": 0.0, "grad_norm_score": 0.0, "most": 8,
+    },
+}  # fmt: skip
 
 
 def renamed(key: str) -> str:
@@ -46,6 +53,8 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
             if new_name in held:
                 raise ConfigError(f"{renamed(old)}, and config.json has both; remove {old}")
             held[new_name] = value
+    for name, section_values in ADDED_SECTIONS.items():
+        out.setdefault(name, dict(section_values))
     for key, value in ADDED.items():
         section, name = key.split(".")
         if isinstance(out.get(section), dict):

@@ -324,10 +324,34 @@ class CheckpointConfig:
     Attributes:
       every_steps: Optimiser steps between checkpoints.
       keep: Newest checkpoints that are kept.
+      on_failure: Whether a run "stop"s that cannot write one, or goes on to the next ("continue").
     """
 
     every_steps: int
     keep: int
+    on_failure: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AnomalyConfig:
+    """Steps whose loss or gradient norm is NaN, infinite, or far above those before it.
+
+    A limit is median + score x scale of the last `window` steps, where scale is the larger of
+    1.4826 x MAD and a share of the median (`train/anomalies.py`).
+
+    Attributes:
+      rule: Whether to "stop" there, "skip" the update, or "rewind" to a checkpoint.
+      window: Steps whose median and MAD make the limits; there are none before so many; from 8.
+      loss_score: Score of the limit of the loss; 0 for none, and NaN and infinity alone count.
+      grad_norm_score: Score of the limit of the gradient norm; 0 for none.
+      most: Anomalies with fewer than `window` good steps between them after which the run stops.
+    """
+
+    rule: str
+    window: int
+    loss_score: float
+    grad_norm_score: float
+    most: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,6 +391,7 @@ class Config:
       batch: Batch of one optimiser step.
       data: Training text and its tokens.
       checkpoint: Checkpoints of the training state.
+      anomaly: Steps that are not finite, or spikes.
       log: Metrics of the run.
       evaluation: Evaluation at the end of the run.
     """
@@ -381,6 +406,7 @@ class Config:
     batch: BatchConfig
     data: DataConfig
     checkpoint: CheckpointConfig
+    anomaly: AnomalyConfig
     log: LogConfig
     evaluation: EvaluationConfig
 

@@ -65,6 +65,11 @@ _RANGES: dict[str, _Range] = {
     "optimizer.eps": ("above 0, from 1e-20 to 1", lambda x: 1e-20 <= x <= 1),
     "optimizer.clip": ("above 0, from 1e-12 on", lambda x: x >= 1e-12),
     "optimizer.ema_decay": ("at least 0 and below 1, where 0 is off", lambda x: 0 <= x < 1),
+    "anomaly.window": ("from 8 to 10,000", lambda x: 8 <= x <= 10_000),
+    **dict.fromkeys(
+        ("anomaly.loss_score", "anomaly.grad_norm_score"),
+        ("0 for none, or from 3 to 1e6", lambda x: x == 0 or 3 <= x <= 1e6),
+    ),
     "schedule.learning_rate": ("above 0, from 1e-12 on", lambda x: x >= 1e-12),
     "batch.length": ("at least 2: a token and the one after it", lambda x: x >= 2),
     "data.fim_rate": ("from 0 to 1", lambda x: 0 <= x <= 1),
@@ -86,6 +91,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "precision.kernels": ("auto", "portable"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.decayed": ("matrices", "all"),
+    "checkpoint.on_failure": ("stop", "continue"),
+    "anomaly.rule": ("stop", "skip", "rewind"),
     "optimizer.moments": ("float32", "bfloat16"),
     "schedule.index_phase": ("warm_up", "sparse"),
 }

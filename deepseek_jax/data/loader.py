@@ -11,6 +11,9 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+# Not later, in a thread: while grain is imported, etils replaces Python's import for all threads,
+# and an import that JAX makes in another one fails (seen with grain 0.2.18 and etils 1.15.0).
+import grain
 import numpy as np
 
 from deepseek_jax.config import ConfigError, DataConfig
@@ -152,8 +155,6 @@ class TrainData:
         }
 
     def _open(self) -> Any:
-        import grain
-
         rows = _Rows(self._stream, self._consumed + self._first_row, self._rows, self._micro)
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READ_AHEAD)
         data = grain.MapDataset.source(rows).to_iter_dataset(options)

@@ -8,9 +8,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.errors import RunError
+from deepseek_jax.errors import RunError, SaveFailed
 
 T = TypeVar("T")
+
+# Letter by which the kind of an error travels, and the kinds, from special to general.
+_KINDS = {"S": SaveFailed, "R": RunError, "C": Exception}
+_RAISED = {**_KINDS, "C": ConfigError}
 
 _LONGEST = 2048  # bytes of a text that other processes receive
 
@@ -20,7 +24,7 @@ def raise_together(attempt: Callable[[], T]) -> T:
 
     Raises:
       ConfigError: `attempt` failed in some process; has the message of the first such process.
-      RunError: the same, where that process's own error is a RunError.
+      RunError, SaveFailed: the same, where that process's own error is of this kind.
     """
     if jax.process_count() == 1:
         return attempt()
@@ -31,10 +35,10 @@ def raise_together(attempt: Callable[[], T]) -> T:
         failure = error
     text = ""
     if failure is not None:
-        kind = "R" if isinstance(failure, RunError) else "C"
+        kind = next(letter for letter, known in _KINDS.items() if isinstance(failure, known))
         text = kind + (str(failure) or type(failure).__name__)
     if said := first_said(text):
-        raise (RunError if said[0] == "R" else ConfigError)(said[1:]) from failure
+        raise _RAISED[said[0]](said[1:]) from failure
     return value
 
 

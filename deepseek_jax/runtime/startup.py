@@ -10,10 +10,16 @@ import sys
 from types import TracebackType
 
 PREFIX = "deepseek_jax."
+WITHOUT_JAX = (f"{PREFIX}watch",)  # commands that compute nothing, and start in half the time
 
 # glibc's heap uses huge pages and keeps freed memory for the next step: blocks up to 32 MiB (the
 # most that it allows), 1 GiB in all.
 _MALLOC = {"hugetlb": 1, "mmap_threshold": 32 << 20, "trim_threshold": 1 << 30}
+
+
+def needs_jax() -> bool:
+    """Whether this process computes, as all do but some commands of this package."""
+    return _module(sys.argv, sys.orig_argv) not in WITHOUT_JAX
 
 
 def of_command() -> None:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from deepseek_jax.config import Config
 from deepseek_jax.data.loader import TrainData
 from deepseek_jax.train import token_schedule
+from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.token_schedule import Hyper
 
 
@@ -28,6 +29,27 @@ class Inputs:
     count: int
     hyper: Hyper
     position: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Taken:
+    """A step that was dispatched; the devices may still be at work on it.
+
+    Attributes:
+      number: of the step, since the start of the run.
+      tokens: consumed with it, since the start of the run.
+      inputs: its arguments besides the state.
+      metrics: what it returns besides the state, on the devices.
+      copy: the state after it in host memory, if a save needs it after the next step has begun.
+      anomaly: kind of its anomaly, where the step has skipped its update.
+    """
+
+    number: int
+    tokens: int
+    inputs: Inputs
+    metrics: dict[str, jax.Array]
+    copy: TrainState | None = None
+    anomaly: str = ""
 
 
 def share(place: NamedSharding, config: Config) -> tuple[int, int]:

@@ -40,16 +40,17 @@ from deepseek_jax.train import (
     token_schedule,
     workdir,
 )
-from deepseek_jax.train.batches import Inputs
+from deepseek_jax.train.anomalies import Anomaly, NotFinite, Spike
+from deepseek_jax.train.anomaly_rule import AnomalyRule
+from deepseek_jax.train.batches import Inputs, Taken
 from deepseek_jax.train.completions import Completions
 from deepseek_jax.train.metrics import Row
 from deepseek_jax.train.programs import RunPrograms
 from deepseek_jax.train.report import Report
+from deepseek_jax.train.saving import Saving
 from deepseek_jax.train.step import tokens_spec
 
-
-class NotFinite(RunError):
-    """A loss, gradient or weight that is NaN or infinite; the message names the last good step."""
+__all__ = ["NotFinite", "Run", "Spike", "Taken", "check_devices", "train"]
 
 
 def train(
@@ -70,7 +71,8 @@ def train(
     Raises:
       ConfigError: before the step is compiled or anything is written; another run has the workdir,
         for example.
-      NotFinite: a loss, gradient norm or weight is NaN or infinite.
+      NotFinite, Spike: a loss, gradient norm or weight is NaN or infinite, or a loss or norm is far
+        above those before, and `anomaly.rule` is "stop" or has been of no avail.
       RunError: the workdir is full or was removed, or another reason outside the config.
     """
     config = check_devices(config)
@@ -126,25 +128,6 @@ def _train(
     return summary
 
 
-@dataclasses.dataclass
-class Taken:
-    """A step that was dispatched; the devices may still be at work on it.
-
-    Attributes:
-      number: of the step, since the start of the run.
-      tokens: consumed with it, since the start of the run.
-      inputs: its arguments besides the state.
-      metrics: what it returns besides the state, on the devices.
-      copy: the state after it in host memory, if a save needs it after the next step has begun.
-    """
-
-    number: int
-    tokens: int
-    inputs: Inputs
-    metrics: dict[str, jax.Array]
-    copy: state.TrainState | None = None
-
-
 class Run:
     """A run from its newest checkpoint to its last step: `to_the_end` takes the turns.
 
@@ -171,14 +154,23 @@ class Run:
         self._config, self._data, self._store, self._report = config, data, store, report
         self._own = own
         self._programs, self._tokens_place = programs, programs.tokens_place
-        self.state, self.steps, self.tokens = starting.start(
-            config, programs.places, programs.adam, store, data, report, fresh
-        )
+        self._saving = Saving(config.checkpoint, store, report)
+        begun = self._take_up(fresh=fresh)
+        self._rule = AnomalyRule(config, store, report, self._wait_among_several, begun.history)
         self._compiled_step: Any = None
         self._move_ema: Any = None
         self._stop = processes.StopSignal()
         self._problem: RunError | None = None  # of this process, which the others may not have
         self._system, self._completions = system_metrics.of(config), Completions()
+
+    def _take_up(self, **how: Any) -> starting.Beginning:
+        programs = self._programs
+        places, adam = programs.places, programs.adam
+        begun = starting.start(
+            self._config, places, adam, self._store, self._data, self._report, **how
+        )
+        self.state, self.steps, self.tokens = begun.state, begun.steps, begun.tokens
+        return begun
 
     def to_the_end(self, profiler: profiling.Profiler) -> dict[str, Any]:
         """Takes the steps that are left; SIGTERM ends the run early, after a checkpoint.
@@ -189,13 +181,14 @@ class Run:
         Returns:
           step, tokens, stopped, and the system's fields over all steps of this process.
         """
-        raise_together(lambda: self._report.begin(self.steps, self.tokens))
+        consumed = self._data.state()["consumed"]
+        raise_together(lambda: self._report.begin(self.steps, self.tokens, consumed))
         self._report.say(_headline(self._config, self._data))
         self._system.start()
         taken: Taken | None = None  # the step in flight
         inputs, stopped = self.data(), False
         while inputs or taken:  # stop, step, data; then check, watch, log, save of the step before
-            if taken and self._stop.reached(taken.number):
+            if taken and self._stop.reached(self._rule.undone + taken.number):
                 inputs, stopped = None, True
             following = None
             if inputs and not (taken and profiler.is_due()):
@@ -203,20 +196,25 @@ class Run:
                 inputs = self.data()
             if taken:
                 last = not (following or inputs)
-                self.check(taken)
+                found = self.check(taken)
                 with self._system.excluded():
                     profiler.after_step()
                 self.watch(taken)
                 if stopped:
                     raise_together(self._raise_problem)
-                self.log(taken, last)
-                self.save(taken, last)
+                if not found:
+                    self.log(taken, last)
+                    found = self.save(taken, last)
+                if found:
+                    self.rewind(found, taken, following)
+                    following, inputs = None, None if stopped else self.data()
             taken = following
         summary = self._system.summary()
         self._store.settle()
         stopped = stopped and self.tokens < self._config.schedule.tokens
         self._stop.steps_are_over(stopped)
-        return {"step": self.steps, "tokens": self.tokens, "stopped": stopped, **summary}
+        ended = {"step": self.steps, "tokens": self.tokens, "stopped": stopped}
+        return {**ended, **self._rule.counts(), **summary}
 
     def data(self) -> Inputs | None:
         """The micro-batches and the schedule's numbers of the next step; None after the last."""
@@ -239,11 +237,12 @@ class Run:
         """
         with self._system.excluded():
             profiler.before_step()
-        arguments = (
+        arguments: tuple[Any, ...] = (
             dataclasses.replace(self.state, ema=None),
             inputs.tokens,
             np.int32(inputs.count),
             jax.tree.map(np.float32, inputs.hyper),
+            *self._rule.limits(self.steps + 1),
         )
         if self._compiled_step is None:
             self._report.say("compiling the training step")
@@ -253,24 +252,42 @@ class Run:
         if before and jax.default_backend() == "cpu":
             # With two steps in flight XLA would hold the temporaries of both in turn.
             jax.block_until_ready(before.metrics)
-        if before and self._save_is_due(before.number):
+        if before and self._saving.is_due(before.number):
             before.copy = state.copy_to_host(self.state)
         with profiler.step(self.steps + 1):
             moved, metrics = self._compiled_step(*arguments)  # which donates the state
-            ema = None if self.state.ema is None else self._move_ema(self.state.ema, moved.params)
+            skipped = [metrics["skipped"]] if self._rule.skips else []
+            ema = self.state.ema
+            ema = None if ema is None else self._move_ema(ema, moved.params, *skipped)
         self.state = dataclasses.replace(moved, ema=ema)
         tokens = inputs.count * token_schedule.tokens_per_micro_batch(self._config.batch)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         self._system.dispatched(tokens, self._completions.expect(metrics))
         return Taken(self.steps, self.tokens, inputs, metrics)
 
-    def check(self, taken: Taken) -> None:
-        """Waits for the step; raises NotFinite where its loss or gradient norm is no number."""
-        loss, norm = (np.asarray(taken.metrics[name]).item() for name in ("loss", "grad_norm"))
+    def check(self, taken: Taken) -> Anomaly | None:
+        """Waits for the step; the anomaly that it is, where the run has to go back.
+
+        Raises:
+          NotFinite, Spike: it is one, and the run stops.
+        """
+        np.asarray(taken.metrics["loss"])  # waits
         self._system.done()
-        if not np.isfinite([loss, norm]).all():
-            said = f"step {taken.number} has loss {loss}, gradient norm {norm}"
-            raise NotFinite(self._not_finite(said))
+        return self._rule.look(taken)
+
+    def rewind(self, found: Anomaly, taken: Taken, following: Taken | None) -> None:
+        """Goes back to the newest checkpoint, and in the data on to what follows the anomaly.
+
+        The checkpoint before that one is taken where the newest has led to an anomaly again: its
+        weights may be at fault. Without a checkpoint the run begins anew.
+        """
+        if following:
+            self._system.done()
+        self._wait_among_several()
+        self._store.settle()
+        self._rule.choose_checkpoint()
+        self.state = None  # type: ignore[assignment]  # its memory is needed
+        self._rule.rewound(found, self._take_up(position=taken.inputs.position))
 
     def watch(self, taken: Taken) -> None:
         """Looks for a save that failed, and for a workdir that is gone where a row is due.
@@ -279,7 +296,7 @@ class Run:
         would: after the same step all of them raise its error. A process alone raises it here.
         """
         try:
-            if failed := self._store.failure():
+            if failed := self._saving.failure():
                 raise failed
             if processes.is_primary() and self._row_is_due(taken.number):
                 workdir.watch(self._own, self._store.newest, self._config, self._data.corpus)
@@ -296,47 +313,37 @@ class Run:
     def _row_is_due(self, step: int) -> bool:
         return step == 1 or step % self._config.log.every_steps == 0
 
-    def _save_is_due(self, step: int) -> bool:
-        return step % self._config.checkpoint.every_steps == 0
-
     def log(self, taken: Taken, last: bool) -> None:
-        """Reports the first step, every `log.every_steps`-th and the last."""
-        if self._row_is_due(taken.number) or last:
+        """Reports the first step, every `log.every_steps`-th, the skipped ones and the last."""
+        if self._row_is_due(taken.number) or last or taken.anomaly:
             self._report.step({**self._row(taken), **self._system.row()})
 
-    def save(self, taken: Taken, last: bool) -> None:
+    def save(self, taken: Taken, last: bool) -> Anomaly | None:
         """Saves every `checkpoint.every_steps`-th step and the last.
 
+        Returns:
+          The anomaly of a step after which a weight, moment or average is no number, where the run
+          has to go back.
+
         Raises:
-          NotFinite: a weight, moment or average is no number. The loss of this step is that of the
-            weights before it, so no metric has shown it yet.
+          NotFinite: the same, and the run stops.
           RunError: it cannot be written, or the one before could not.
         """
-        if not self._save_is_due(taken.number) and not last:
-            return
-        meta = {"tokens": taken.tokens, "data": taken.inputs.position}
+        if not self._saving.is_due(taken.number) and not last:
+            return None
+        meta = {"tokens": taken.tokens, "data": taken.inputs.position, **self._rule.state()}
         meta |= workdir.of_this_python(self._config)
         self._wait_among_several()
         try:
-            self._store.save(taken.number, state.to_dict(taken.copy or self.state), meta)
+            self._saving.save(taken.number, state.to_dict(taken.copy or self.state), meta, last)
         except manifest.NotFiniteLeaves as error:
-            said = f"step {taken.number} made values that are NaN or infinite ({error})"
-            raise NotFinite(self._not_finite(said)) from error
+            return self._rule.not_finite(taken, str(error))
+        return None
 
     def _wait_among_several(self) -> None:
         """Waits for the steps in flight, before processes agree by programs on their devices."""
         if jax.process_count() > 1:
             jax.block_until_ready(self.state.step)
-
-    def _not_finite(self, said: str) -> str:
-        """Message of NotFinite, with the checkpoint that a save may just be writing."""
-        self._wait_among_several()
-        with contextlib.suppress(RunError):
-            self._store.settle()
-        good = "there is no checkpoint yet"
-        if self._store.newest:
-            good = f"the last good checkpoint is step {self._store.newest}"
-        return f"{said}; {good}. Lower schedule.learning_rate, or look at the data of this step"
 
     def _compile(self) -> None:
         """Takes all that a turn of the loop runs, so that no later step compiles in its time."""
@@ -349,6 +356,7 @@ class Run:
     def _row(self, taken: Taken) -> Row:
         values = {name: np.asarray(value).tolist() for name, value in taken.metrics.items()}
         violations = values.pop("max_violation")
+        values.pop("skipped", None)
         return {
             "step": taken.number,
             "tokens": taken.tokens,
@@ -357,6 +365,8 @@ class Run:
             "layer_max_violation": violations,
             **dataclasses.asdict(taken.inputs.hyper),
             "sequences": taken.inputs.count * self._config.batch.micro_sequences,
+            **self._rule.counts(),
+            **({"anomaly": taken.anomaly} if taken.anomaly else {}),
         }
 
 

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from deepseek_jax.data import files
@@ -42,7 +41,7 @@ class Sink(Protocol):
 
 def plain(value: Any) -> Any:
     """A value that JSON can hold: Python numbers, and None for a number that is not finite."""
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
+    if hasattr(value, "__array__"):  # NumPy's and JAX's, without an import of JAX
         value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
@@ -84,6 +83,9 @@ class MetricsFile:
         self._lines: list[str] = []
 
     def begin(self, step: int, tokens: int) -> None:
+        kept_rows = [n for n, waiting in enumerate(self.waiting) if waiting <= step]
+        self._lines = [self._lines[n] for n in kept_rows]
+        self.waiting = [self.waiting[n] for n in kept_rows]
         text = "".join(_line(row) for row in read_metrics(self._path) if row["step"] <= step)
         kept = self._path.is_file() and not self._path.is_symlink()
         if not kept or self._path.read_text(errors="replace") != text:

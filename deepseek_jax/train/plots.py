@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.data import files
+from deepseek_jax.train.anomalies import ANOMALIES, read_anomalies
 from deepseek_jax.train.metrics import METRICS, SUMMARY, Row, read_metrics
 
 INK, MAIN, SECOND, MUTED = "#1f2933", "#1f5fa8", "#d9772b", "#7b8794"
+ALARM = "#b3261e"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.edgecolor": MUTED,
@@ -45,7 +47,9 @@ def draw(workdir: Path) -> list[Path]:
     drawn = []
     with matplotlib.rc_context(STYLE):
         if rows:
-            drawn.append(save(_losses(rows, _held_out(workdir)), Path(workdir) / "loss.png"))
+            anomalies = read_anomalies(Path(workdir) / ANOMALIES)
+            figure = _losses(rows, _held_out(workdir), anomalies)
+            drawn.append(save(figure, Path(workdir) / "loss.png"))
         if routed := [row for row in rows if _has_all(row, "expert_load")]:
             figure = _expert_load(routed, _layer_names(workdir, len(routed[-1]["expert_load"])))
             drawn.append(save(figure, Path(workdir) / "expert_load.png"))
@@ -57,8 +61,8 @@ def draw(workdir: Path) -> list[Path]:
     return drawn
 
 
-def _losses(rows: list[Row], held_out: dict[str, Any]) -> Any:
-    """Figure of loss and MTP loss over tokens, and of the learning rate below."""
+def _losses(rows: list[Row], held_out: dict[str, Any], anomalies: list[Row]) -> Any:
+    """Figure of loss, MTP loss and anomalies over tokens, and of the learning rate below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.6))
@@ -72,6 +76,9 @@ def _losses(rows: list[Row], held_out: dict[str, Any]) -> Any:
     if (score := held_out.get("held_out_loss")) is not None:
         label = f"held-out ({score:.3f})"
         loss.axhline(score, color=INK, linestyle="--", linewidth=1, label=label)
+    for row in anomalies:
+        word = f"anomalies ({len(anomalies)})" if row is anomalies[0] else None
+        loss.axvline(row["tokens"], color=ALARM, linestyle=":", linewidth=1.2, label=word)
     loss.set_ylabel("loss, nats per token")
     loss.set_title(_title(held_out), loc="left")
     loss.grid(axis="y", alpha=0.25)

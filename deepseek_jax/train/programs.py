@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config
 from deepseek_jax.hardware import xla_options
@@ -122,7 +122,11 @@ class RunPrograms:
     def _make_average(self) -> Any:
         with self._context():
             like, update = self._like(), make_ema(self._config, self.places)
-            return update.lower(like.ema, like.params).compile()
+            may_skip = self._config.anomaly.rule == "skip"
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            skipped = jax.ShapeDtypeStruct((), bool, sharding=whole)
+            arguments = (like.ema, like.params, *([skipped] if may_skip else []))
+            return update.lower(*arguments).compile()
 
     def _make_score(self) -> evaluation.ScoreFn:
         with self._context():

@@ -17,6 +17,7 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.data import files
 from deepseek_jax.errors import RunError, reason
 from deepseek_jax.runtime.background import in_background
+from deepseek_jax.train.anomalies import ANOMALIES, Anomaly, AnomalyFile
 from deepseek_jax.train.events import Events
 from deepseek_jax.train.metrics import METRICS, SUMMARY, MetricsFile, Row, Sink, plain
 from deepseek_jax.train.screens import screen_for
@@ -47,14 +48,16 @@ class Report:
             self._sinks += [self._rows, Events(self._workdir / EVENTS)]
         if self._screen:  # last: where nobody reads it any more, the row is in the file
             self._sinks.append(self._screen)
+        self._anomalies = AnomalyFile(self._workdir / ANOMALIES) if primary else None
         self._failing: set[str] = set()  # names of sinks that could not write their last row
 
-    def begin(self, step: int, tokens: int) -> None:
+    def begin(self, step: int, tokens: int, sequences: int = 0) -> None:
         """Opens the files in `workdir`, which exists, and the progress on the screen.
 
         Args:
           step, tokens: steps and tokens of the restored state, 0 for a new run. Rows of later
             steps, which an interrupted run wrote after its last checkpoint, are dropped.
+          sequences: of the data, consumed before the restored state; later anomalies are dropped.
 
         Raises:
           ConfigError: `metrics.jsonl` cannot be read or written.
@@ -68,6 +71,32 @@ class Report:
                         f"--workdir={self._workdir}: {METRICS} cannot be written ({reason(error)})"
                     ) from error
                 self._warn(sink, error)
+        if anomalies := self._anomalies:
+            self._attempt(ANOMALIES, lambda: anomalies.begin(sequences))
+
+    def rewind(self, step: int, tokens: int) -> None:
+        """Drops the rows of later steps than `step`, to which the run has gone back."""
+        self._each(lambda sink: None if sink is self._screen else sink.begin(step, tokens))
+
+    def anomaly(self, found: Anomaly, action: str) -> None:
+        """Prints an anomaly and writes it to `anomalies.jsonl`.
+
+        Args:
+          action: what the run does: "stopped", "skipped" or "rewound to step N".
+        """
+        if anomalies := self._anomalies:
+            self._attempt(ANOMALIES, lambda: anomalies.append(found.row(action)))
+        if action != "stopped":  # else the run's error says it
+            self.say(f"{found.told()}: {action}")
+
+    def draw(self) -> None:
+        """Draws the pictures of a run that ends early."""
+        if self._sinks:
+            self._attempt("the pictures", self._draw)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning, to standard error."""
+        _log.warning("%s", text)
 
     def say(self, text: str) -> None:
         """Prints a line; on a terminal it stays above the progress."""
@@ -128,6 +157,8 @@ class Report:
     def close(self) -> None:
         """Restores the terminal and closes the files; may be called twice."""
         sinks, self._sinks = self._sinks, []
+        if self._anomalies:
+            self._attempt(ANOMALIES, self._anomalies.close)
         for sink in reversed(sinks):
             try:
                 sink.close()

@@ -1,5 +1,6 @@
 """State with which a run starts: that of its newest checkpoint, or a fresh one."""
 
+import dataclasses
 import functools
 from collections.abc import Collection, Mapping
 from concurrent import futures
@@ -47,6 +48,22 @@ def meanwhile(
         return state.initialise(config, programs.places, programs.adam)
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """Beginning of a run, or of the rest of it.
+
+    Attributes:
+      state: the training state.
+      steps, tokens: taken and consumed before it.
+      history: of the steps before it, for `anomalies.History`; None where there were none.
+    """
+
+    state: state.TrainState
+    steps: int = 0
+    tokens: int = 0
+    history: dict[str, Any] | None = None
+
+
 def start(
     config: Config,
     places: state.TrainState,
@@ -55,10 +72,14 @@ def start(
     data: TrainData,
     report: Report,
     fresh: state.TrainState | None = None,
-) -> tuple[state.TrainState, int, int]:
-    """State, steps and consumed tokens of the newest checkpoint, or those of a fresh start.
+    position: dict[str, Any] | None = None,
+) -> Beginning:
+    """Beginning of a run at its newest checkpoint, or a fresh one.
 
     A checkpoint of weights alone is a fresh start from these weights.
+
+    Args:
+      position: of the data from which to go on; None for that of the checkpoint.
     """
     averaged = False  # whether the checkpoint holds an average
 
@@ -75,20 +96,24 @@ def start(
         return wanted if averaged else {name: wanted[name] for name in wanted if name != "ema"}
 
     restored = store.restore(held, spare="ema")
+    if position is not None:
+        data.restore(position)
     if restored is None:
-        return fresh or state.initialise(config, places, adam), 0, 0
+        return Beginning(fresh or state.initialise(config, places, adam))
     step, values, meta = restored
     if meta.get("weights_only"):
         report.say("starting from the weights of another checkpoint")
-        return state.begin(config, abstract(), adam, values), 0, 0
-    restore_data(data, meta, config)
-    report.say(f"resumed from step {step}, {meta['tokens']:,} tokens in")
+        return Beginning(state.begin(config, abstract(), adam, values))
+    if position is None:
+        restore_data(data, meta, config)
+        report.say(f"resumed from step {step}, {meta['tokens']:,} tokens in")
     if places.ema is None and averaged:
         report.say("optimizer.ema_decay=0: the checkpoint's average of the weights is left out")
     if places.ema is not None and not averaged:
         report.say(f"the checkpoint has no average of the weights; it begins at step {step}")
         values = state.begin_average(abstract(), values)
-    return state.from_dict(abstract(), values), step, int(meta["tokens"])
+    now = state.from_dict(abstract(), values)
+    return Beginning(now, step, int(meta["tokens"]), meta.get("anomalies"))
 
 
 def restore_data(data: TrainData, meta: dict[str, Any], config: Config) -> None:

@@ -26,6 +26,7 @@ from deepseek_jax.precision.weight_gradients import carriers, with_carriers
 from deepseek_jax.train import optimizer as optimizers
 from deepseek_jax.train import pipeline_step, token_schedule
 from deepseek_jax.train import state as states
+from deepseek_jax.train.anomalies import Limits
 from deepseek_jax.train.index_training import (
     in_training,
     index_weight,
@@ -40,8 +41,11 @@ jax.tree_util.register_dataclass(
     Hyper, data_fields=["learning_rate", "mtp_weight", "bias_speed"], meta_fields=[]
 )
 
-# (state, tokens A B S+1, micro-batches that count, Hyper) -> (state, metrics)
-Step = Callable[[TrainState, jax.Array, jax.Array, Hyper], tuple[TrainState, dict[str, jax.Array]]]
+jax.tree_util.register_dataclass(Limits, data_fields=["loss", "grad_norm"], meta_fields=[])
+
+# (state, tokens A B S+1, micro-batches that count, Hyper, Limits if the step may skip its update)
+# -> (state, metrics)
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def tokens_spec(layout: Layout) -> P:
@@ -162,7 +166,11 @@ def make_step(
     warm_up = in_training(config, recipe).index_loss == "warm_up"
 
     def step(
-        state: TrainState, tokens: jax.Array, count: jax.Array, hyper: Hyper
+        state: TrainState,
+        tokens: jax.Array,
+        count: jax.Array,
+        hyper: Hyper,
+        limits: Limits | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = gradients(state.params, state.bias, tokens, count, hyper.mtp_weight)
         grads = of_indexers(grads) if warm_up else grads
@@ -193,11 +201,25 @@ def make_step(
         if sums.index is not None:
             layers = config.model.layers + depth
             metrics["index_loss"] = sums.index / (sequences * length * layers)
-        return dataclasses.replace(
-            state, step=state.step + 1, params=stepped, bias=bias, opt_state=opt_state
-        ), metrics
+        after = dataclasses.replace(state, params=stepped, bias=bias, opt_state=opt_state)
+        if limits is not None:
+            after, metrics["skipped"] = _unless_anomaly(after, state, metrics, limits)
+        return dataclasses.replace(after, step=state.step + 1), metrics
 
     return step
+
+
+def _unless_anomaly(
+    after: TrainState, before: TrainState, metrics: dict[str, jax.Array], limits: Limits
+) -> tuple[TrainState, jax.Array]:
+    """The state after a good step, or that before an anomaly; and whether it is an anomaly.
+
+    Loss and norm are sums over all devices, so all devices decide the same. No NaN is below a
+    limit, and no limit is infinite.
+    """
+    good = (metrics["loss"] <= limits.loss) & (metrics["grad_norm"] <= limits.grad_norm)
+    kept = jax.tree.map(lambda new, old: lax.select(good, new, old), after, before)
+    return kept, jnp.logical_not(good)
 
 
 def _move_biases(biases: nnx.State, load: jax.Array, speed: Any, moe_layers: int) -> nnx.State:
@@ -213,8 +235,10 @@ def _move_biases(biases: nnx.State, load: jax.Array, speed: Any, moe_layers: int
 
 def abstract_arguments(
     config: Config, layout: Layout, mesh: Mesh, number_place: NamedSharding | None = None
-) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Hyper]:
+) -> tuple[Any, ...]:
     """Shapes, dtypes and placement of a step's arguments besides the state.
+
+    Limits are among them where `anomaly.rule` is "skip", else the program knows of none.
 
     Args:
       number_place: placement of the numbers; None where the caller gives NumPy's.
@@ -230,20 +254,23 @@ def abstract_arguments(
         return jax.ShapeDtypeStruct((), dtype, sharding=number_place)
 
     hyper = Hyper(*(number(jnp.float32) for _ in dataclasses.fields(Hyper)))
-    return tokens, number(jnp.int32), hyper
+    limits = Limits(number(jnp.float32), number(jnp.float32))
+    return tokens, number(jnp.int32), hyper, *([limits] if config.anomaly.rule == "skip" else [])
 
 
 def make_ema(config: Config, places: TrainState) -> Any:
-    """Makes the jitted update(average, parameters) -> the new average, in host memory.
+    """Makes the jitted update(average, parameters, skipped) -> the new average, in host memory.
 
-    The old average is not donated, because a checkpoint that is being written may still read it.
+    `skipped`, of a step that may skip its update, keeps the average as it is; others have none. The
+    old average is not donated, because a checkpoint that is being written may still read it.
     """
     decay = config.optimizer.ema_decay
 
-    def update(ema: nnx.State, new: nnx.State) -> nnx.State:
+    def update(ema: nnx.State, new: nnx.State, skipped: jax.Array | None = None) -> nnx.State:
         def one(average: jax.Array, value: jax.Array, place: NamedSharding) -> jax.Array:
             here = jax.device_put(average, place.with_memory_kind("device"))
-            return decay * here + (1 - decay) * value
+            moved = decay * here + (1 - decay) * value
+            return moved if skipped is None else lax.select(skipped, here, moved)
 
         return jax.tree.map(one, ema, new, places.ema)
 

@@ -41,7 +41,8 @@ def test_what_one_process_sees_stops_all_of_them(monkeypatch, seen, count):
             raise error
 
     run = object.__new__(loop.Run)
-    run._store = SimpleNamespace(newest=4, failure=lambda: error if "save" in seen else None)
+    run._store = SimpleNamespace(newest=4)
+    run._saving = SimpleNamespace(failure=lambda: error if "save" in seen else None)
     run._config = SimpleNamespace(log=SimpleNamespace(every_steps=5))
     run._data = SimpleNamespace(corpus=None)
     run._own, run._problem = None, None
@@ -74,7 +75,7 @@ def begun(config, tmp_path, said):
     data = SimpleNamespace(restore=lambda _: None)
     with Store(tmp_path / "checkpoints", keep=1) as store, jax.set_mesh(mesh):
         told = SimpleNamespace(say=said.append)
-        now, _, _ = starting.start(config, places, adam, store, data, told)
+        now = starting.start(config, places, adam, store, data, told).state
         step = store.newest + 1
         now = dataclasses.replace(now, step=np.int32(step) + now.step * 0)
         store.save(step, state.to_dict(now), {"tokens": 7, "data": {}})

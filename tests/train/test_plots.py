@@ -43,7 +43,7 @@ def test_a_run_that_is_all_nan_is_drawn(tmp_path):
 
 def test_the_loss_picture_shows_the_losses():
     rows = [row(step) for step in range(1, 6)]
-    loss, rate = plots._losses(rows, SUMMARY).axes
+    loss, rate = plots._losses(rows, SUMMARY, []).axes
     curves = {line.get_label().split()[0]: line.get_ydata() for line in loss.lines}
     np.testing.assert_array_equal(curves["next"], [row["loss"] for row in rows])
     np.testing.assert_array_equal(curves["MTP"], [row["mtp_loss"] for row in rows])

@@ -8,6 +8,8 @@ import pytest
 import runs
 
 from deepseek_jax.train import loop, profiling, state, system_metrics
+from deepseek_jax.train.anomaly_rule import AnomalyRule
+from deepseek_jax.train.saving import Saving
 
 TOKENS = 256  # of a step
 
@@ -46,6 +48,7 @@ class Emulated:
         every=1000,
         nan=0,
         backend="gpu",
+        anomaly=None,
     ):
         monkeypatch.setattr(loop.jax, "default_backend", lambda: backend)
         self.events, self.seen, self.now, self.free = [], set(), 0.0, 0.0
@@ -55,6 +58,7 @@ class Emulated:
             schedule={"tokens": steps * TOKENS},
             batch={"ramp_sequences": 8, "sequences": 8, "length": 32},
             checkpoint={"every_steps": every},
+            anomaly={"loss_score": 0.0, "grad_norm_score": 0.0, **(anomaly or {})},
         )
         run = self.run = object.__new__(loop.Run)
         run.steps, run.tokens = 0, 0
@@ -81,15 +85,23 @@ class Emulated:
         )
         run._report = SimpleNamespace(
             begin=lambda *_: None,
+            rewind=lambda *_: None,
+            draw=lambda: None,
             say=lambda _: None,
+            anomaly=lambda found, action: self.events.append(f"{found.kind} {action}"),
             step=lambda row: self.spend(report, f"row {row['step']}"),
         )
         run._store = SimpleNamespace(
             newest=0,
+            steps=lambda: [],
+            writing=None,
+            done=lambda _: True,
             failure=lambda: None,
             settle=lambda: None,
             save=lambda step, values, meta: self.spend(save, f"save {step} {values} {meta}"),
         )
+        run._saving = Saving(self.config.checkpoint, run._store, run._report)
+        run._rule = AnomalyRule(self.config, run._store, run._report, lambda: None)
         monkeypatch.setattr(loop.batches, "take", take)
         monkeypatch.setattr(loop.workdir, "watch", lambda *_: None)
         monkeypatch.setattr(loop.state, "copy_to_host", lambda now: f"copy of {now.step}")
@@ -154,7 +166,9 @@ def test_on_a_cpu_one_step_is_in_flight_and_rows_are_written_beside_it(monkeypat
 def test_nothing_is_taken_where_no_tokens_are_left(monkeypatch):
     run = Emulated(monkeypatch, steps=4)
     run.run.steps, run.run.tokens = 4, 4 * TOKENS
-    assert run.to_the_end() == {"step": 4, "tokens": 4 * TOKENS, "stopped": False}
+    assert run.to_the_end() == {
+        "step": 4, "tokens": 4 * TOKENS, "stopped": False, "skipped_steps": 0, "rewinds": 0,
+    }  # fmt: skip
     assert run.events == []
 
 
@@ -178,7 +192,10 @@ def test_the_idle_share_is_what_the_host_takes_longer_than_the_device(monkeypatc
 
 def test_a_step_that_is_not_finite_leaves_no_row_and_no_checkpoint(monkeypatch):
     run = Emulated(monkeypatch, steps=6, every=1, nan=3)
-    words = r"^step 3 has loss nan, gradient norm 1\.0; there is no checkpoint yet\. Lower"
+    words = (
+        r"^step 3 has loss nan, gradient norm 1, on sequences -5 to 2 of the training data; there "
+        r"is no checkpoint\. Lower"
+    )
     with pytest.raises(loop.NotFinite, match=words):
         run.to_the_end()
     assert "step 4" in run.events and "step 5" not in run.events

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from deepseek_jax.config import (
+    AnomalyConfig,
     BatchConfig,
     CheckpointConfig,
     Config,
@@ -88,7 +89,10 @@ def inference_config(model: ModelConfig, recipe: str, scales: str) -> Config:
         data=DataConfig(
             path="", tokenizer="byte", text_key="text", cache="", fim_rate=0.0, held_out=0.5
         ),
-        checkpoint=CheckpointConfig(every_steps=1, keep=1),
+        checkpoint=CheckpointConfig(every_steps=1, keep=1, on_failure="stop"),
+        anomaly=AnomalyConfig(
+            rule="stop", window=8, loss_score=0.0, grad_norm_score=0.0, most=1
+        ),
         log=LogConfig(every_steps=1),
         evaluation=EvaluationConfig(tokens=0),
     )  # fmt: skip

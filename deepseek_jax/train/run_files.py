@@ -1,0 +1,193 @@
+"""State of a run, read from the files of its workdir alone, on any machine that sees the folder.
+
+Nothing here imports JAX, waits for the run, locks or changes a file. Only the end of
+`metrics.jsonl` is read, since a row of V3 takes 150 KB. Any file may be absent, or be replaced
+meanwhile. `progress/process_N.json` is described in `runtime/progress.py`.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from deepseek_jax.train.anomalies import ANOMALIES, read_anomalies
+from deepseek_jax.train.metrics import METRICS, SUMMARY, Row
+
+TAIL_BYTES = 1 << 22
+LOSSES = 80  # last rows whose losses are told
+IDLE_SHARE = 0.1  # of the mean load, below which an expert counts as idle
+SILENT_SECONDS = 120.0  # at least, without a sign of a run that holds its lock
+
+_FROM_ROW = (
+    "step", "tokens", "loss", "mtp_loss", "grad_norm", "learning_rate", "tokens_per_second",
+    "step_seconds", "idle_share", "mfu", "device_bytes_peak", "skipped_steps", "rewinds",
+)  # fmt: skip
+_FROM_SUMMARY = ("held_out_bits_per_byte", "gzip_bits_per_byte", "ema_bits_per_byte")
+
+
+def status(workdir: Path, now: float | None = None) -> Row:
+    """State of the run in `workdir` as one JSON object; `docs/metrics.md` describes its fields.
+
+    Args:
+      now: Unix seconds; None for those of this machine's clock.
+    """
+    now = time.time() if now is None else now
+    config, summary = _object(workdir / "config.json"), _object(workdir / SUMMARY)
+    rows = tail(workdir / METRICS)
+    row = rows[-1] if rows else {}
+    found: Row = {"workdir": str(workdir), "time": now}
+    found |= {key: row.get(key) for key in _FROM_ROW}
+    found["losses"] = [[each["step"], each.get("loss")] for each in rows[-LOSSES:]]
+    found["row_age_seconds"] = _age(workdir / METRICS, now)
+    found |= _remaining(config, row)
+    found |= _experts(rows)
+    found["processes"] = processes = _processes(workdir / "progress", now)
+    found["checkpoint"] = _checkpoint(workdir / "checkpoints", config, now)
+    found["restarts"] = _restarts(workdir, row)
+    anomalies = read_anomalies(workdir / ANOMALIES)
+    found["anomalies"] = len(anomalies)
+    found["last_anomaly"] = anomalies[-1] if anomalies else None
+    found["faults"] = sorted(path.name for path in workdir.glob("fault-*.log"))
+    found |= {key: summary.get(key) for key in _FROM_SUMMARY}
+    holder = _object(workdir / ".lock")
+    found["holder"] = {key: holder.get(key) for key in ("host", "pid", "since")} if holder else None
+    quiet = [found["row_age_seconds"], processes["newest_beat_seconds"]]
+    signs = [age for age in quiet if age is not None]
+    rest = 20 * (row.get("step_seconds") or 0) * config.get("log", {}).get("every_steps", 1)
+    patience = max(SILENT_SECONDS, rest)
+    found["state"] = _state(holder, summary, row, min(signs, default=None), patience)
+    return found
+
+
+def _state(holder: Row, summary: Row, row: Row, quiet: float | None, patience: float) -> str:
+    """Word for the run: training, starting, silent, killed, finished, stopped or empty."""
+    if holder:
+        if holder.get("host") == socket.gethostname() and not _lives(holder.get("pid")):
+            return "killed"
+        if quiet is not None and quiet > patience:
+            return "silent"
+        return "training" if row else "starting"
+    if summary and (summary.get("step") or 0) >= (row.get("step") or 0):
+        return "finished"
+    return "stopped" if row else "empty"
+
+
+def _lives(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, TypeError, OverflowError):
+        pass
+    return True
+
+
+def tail(path: Path, size: int = TAIL_BYTES) -> list[Row]:
+    """The last rows of a `metrics.jsonl`: those that lie whole in its last `size` bytes."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, os.fstat(file.fileno()).st_size - size)
+            file.seek(start)
+            lines = file.read(size).split(b"\n")
+    except OSError:
+        return []
+    rows: list[Row] = []
+    for line in lines[1:] if start else lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object of a small file; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(errors="replace"))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _age(path: Path, now: float) -> float | None:
+    with contextlib.suppress(OSError):
+        return max(0.0, now - path.stat().st_mtime)
+    return None
+
+
+def _remaining(config: dict[str, Any], row: Row) -> Row:
+    total = config.get("schedule", {}).get("tokens")
+    tokens, rate = row.get("tokens") or 0, row.get("tokens_per_second")
+    left = None if not total or not rate else max(total - tokens, 0) / rate
+    share = min(tokens / total, 1.0) if total else None
+    return {"total_tokens": total, "share": share, "seconds_left": left}
+
+
+def _experts(rows: list[Row]) -> Row:
+    """Load of the experts in the last row that has it."""
+    row = next((each for each in reversed(rows) if each.get("expert_load")), {})
+    layers = [
+        [0.0 if share is None else share for share in layer] for layer in row.get("expert_load", [])
+    ]
+    means = [sum(layer) / len(layer) for layer in layers]
+    relative = [
+        [share / mean if mean else 0.0 for share in layer]
+        for layer, mean in zip(layers, means, strict=True)
+    ]
+    worst = max(range(len(relative)), key=lambda n: max(relative[n]), default=None)
+    rounds = [each for each in row.get("dispatch_rounds", []) if each is not None]
+    return {
+        "max_violation": row.get("max_violation"),
+        "worst_layer": worst,
+        "worst_layer_load": [] if worst is None else [round(x, 3) for x in relative[worst]],
+        "idle_experts": sum(x < IDLE_SHARE for layer in relative for x in layer),
+        "experts": sum(map(len, relative)),
+        "dispatch_rounds": max(rounds, default=None),
+    }
+
+
+def _processes(folder: Path, now: float) -> Row:
+    """Processes that have told of their progress, and the one that is furthest behind."""
+    found = [each for path in folder.glob("process_*.json") if "process" in (each := _object(path))]
+    newest = max((each.get("attempt") or 0 for each in found), default=0)
+    found = [each for each in found if (each.get("attempt") or 0) == newest]
+    medians = [each["median_step_seconds"] for each in found if each.get("median_step_seconds")]
+    beats = [max(0.0, now - each["beat"]) for each in found if each.get("beat")]
+    out: Row = {
+        "expected": max((each.get("processes") or 0 for each in found), default=None),
+        "seen": len(found),
+        "median_step_seconds": statistics.median(medians) if medians else None,
+        "newest_beat_seconds": min(beats, default=None),
+        "slowest": None,
+    }
+    if found:
+        last = min(found, key=lambda each: (each.get("step") or 0, each.get("time") or 0.0))
+        keys = ("process", "host", "section", "step", "median_step_seconds")
+        out["slowest"] = {key: last.get(key) for key in keys}
+        out["slowest"]["seconds"] = max(0.0, now - (last.get("time") or now))
+    return out
+
+
+def _checkpoint(folder: Path, config: dict[str, Any], now: float) -> Row:
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    step = max(steps, default=None)
+    settings = config.get("checkpoint", {})
+    return {
+        "step": step,
+        "age_seconds": None if step is None else _age(folder / str(step), now),
+        "every_steps": settings.get("every_steps"),
+        "set_aside": sorted(path.name for path in folder.glob("*.broken")),
+    }
+
+
+def _restarts(workdir: Path, row: Row) -> int | None:
+    """Starts after the first one; a start and a rewind each begin a file of TensorBoard events."""
+    told = _object(workdir / "progress" / "restarts.json").get("attempt")
+    if isinstance(told, int):
+        return told
+    begun = len(list((workdir / "tensorboard").glob("events.out.tfevents.*")))
+    return max(0, begun - 1 - (row.get("rewinds") or 0)) if begun else None
