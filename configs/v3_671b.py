@@ -31,7 +31,11 @@ def get_config() -> ConfigDict:
     config.schedule = _schedule()
     config.batch = _batch()
     config.data = _data()
-    config.checkpoint = ConfigDict(dict(every_steps=500, keep=3))
+    config.checkpoint = ConfigDict(dict(every_steps=500, keep=3, restarts=5))
+    config.deadlines = ConfigDict(
+        dict(join=300, start=3600, compile=3600, first_step=1800, step=0, save=1800,
+             evaluation=3600, end=600)  # step 0: learnt
+    )  # fmt: skip
     config.log = ConfigDict(dict(every_steps=10))
     config.evaluation = ConfigDict(dict(tokens=1 << 20))
     return config.lock()

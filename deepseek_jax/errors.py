@@ -16,12 +16,21 @@ _SYSTEM = tuple(
 )  # fmt: skip
 
 
+# Exit code of a process that ends because another one hangs or is gone: started again, the run goes
+# on. Launch scripts know it.
+AGAIN = 76
+
+
 class RunError(RuntimeError):
     """A run that had to stop: a full disk, a lost process, a loss that is not finite.
 
     The message is one line that says what happened, what is kept and how to go on. A command ends
     with it and exit code 1.
     """
+
+
+class LostPeer(RunError):
+    """A run that had to stop because another process of it is gone; ends with code `AGAIN`."""
 
 
 def reason(error: BaseException) -> str:

@@ -33,7 +33,7 @@ from deepseek_jax.checkpoint.failed_save import failed_save
 from deepseek_jax.checkpoint.quiet import silence
 from deepseek_jax.checkpoint.reading import is_being_read, kept_for_reading
 from deepseek_jax.config import ConfigError
-from deepseek_jax.errors import RunError
+from deepseek_jax.errors import LostPeer, RunError
 from deepseek_jax.runtime.agreement import all_true, from_primary, raise_together
 from deepseek_jax.runtime.background import in_background
 
@@ -78,6 +78,8 @@ class Store:
         """
         if error is None:
             self.close()
+            return
+        if isinstance(error, LostPeer):  # with which a write would wait for ever
             return
         pending = [self._pending] if self._pending and jax.process_count() > 1 else []
         if futures.wait(pending, timeout=_PATIENCE_SECONDS).not_done:

@@ -12,7 +12,18 @@ ADDED = {
     "precision.scales": "power_of_two",
     "precision.kernels": "portable",
     "layout.communication_sms": 20,
+    "checkpoint.restarts": 5,
+    "deadlines.join": 300,
+    "deadlines.start": 3600,
+    "deadlines.compile": 3600,
+    "deadlines.first_step": 1800,
+    "deadlines.step": 0,
+    "deadlines.save": 1800,
+    "deadlines.evaluation": 3600,
+    "deadlines.end": 600,
 }
+# Sections of which every key is an added one.
+NEW_SECTIONS = ("deadlines",)
 
 
 def renamed(key: str) -> str:
@@ -37,6 +48,8 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
             if new_name in held:
                 raise ConfigError(f"{renamed(old)}, and config.json has both; remove {old}")
             held[new_name] = value
+    for section in NEW_SECTIONS:
+        out.setdefault(section, {})
     for key, value in ADDED.items():
         section, name = key.split(".")
         if isinstance(out.get(section), dict):

@@ -306,10 +306,37 @@ class CheckpointConfig:
     Attributes:
       every_steps: Optimiser steps between checkpoints.
       keep: Newest checkpoints that are kept.
+      restarts: Starts in a row that may fail without a new checkpoint; 0 for any number.
     """
 
     every_steps: int
     keep: int
+    restarts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadlineConfig:
+    """Seconds that a section of a run may take, until the process that is behind is named.
+
+    Attributes:
+      join: From the start of a process until all processes of the run have come.
+      start: Opening data and restoring a checkpoint.
+      compile: Compiling the training step.
+      first_step: The first step after a start.
+      step: A step, from one to the next; 0 learns it from the run's own median.
+      save: The part of a save for which the steps wait.
+      evaluation: Scoring held-out text at the end.
+      end: Waiting for the other processes at the end.
+    """
+
+    join: int
+    start: int
+    compile: int
+    first_step: int
+    step: int
+    save: int
+    evaluation: int
+    end: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +376,7 @@ class Config:
       batch: Batch of one optimiser step.
       data: Training text and its tokens.
       checkpoint: Checkpoints of the training state.
+      deadlines: Seconds that a section of a run may take.
       log: Metrics of the run.
       evaluation: Evaluation at the end of the run.
     """
@@ -363,6 +391,7 @@ class Config:
     batch: BatchConfig
     data: DataConfig
     checkpoint: CheckpointConfig
+    deadlines: DeadlineConfig
     log: LogConfig
     evaluation: EvaluationConfig
 

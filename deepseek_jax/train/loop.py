@@ -26,7 +26,7 @@ from deepseek_jax.model import execution, least_memory
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.parallel.pipeline import stage_assignment
-from deepseek_jax.runtime import processes
+from deepseek_jax.runtime import processes, progress
 from deepseek_jax.runtime.agreement import raise_together
 from deepseek_jax.train import (
     batches,
@@ -35,6 +35,7 @@ from deepseek_jax.train import (
     profiling,
     starting,
     state,
+    survival,
     system_metrics,
     token_schedule,
     workdir,
@@ -86,7 +87,8 @@ def train(
         with contextlib.closing(report):
             if obstacle := conversion.obstacle(directory, config):
                 report.say(obstacle)
-            return _train(config, own, report, profiler)
+            with survival.surviving(config, directory, directory / workdir.CHECKPOINTS):
+                return _train(config, own, report, profiler)
 
 
 def _train(
@@ -96,7 +98,11 @@ def _train(
     mesh, layout = meshes.build(config.mesh), meshes.layout(config)
     kernels = execution.kernels_of(config.precision)
     kept = config.checkpoint.keep
-    with Store(own.directory / workdir.CHECKPOINTS, keep=kept, check=own.check) as store:
+    checkpoints = own.directory / workdir.CHECKPOINTS
+    with (
+        Store(checkpoints, keep=kept, check=own.check) as store,
+        survival.naming_the_lost(),
+    ):
         meta = store.newest_meta()
         raise_together(lambda: workdir.check_library(config, meta))
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -112,6 +118,7 @@ def _train(
             with contextlib.closing(profiler):
                 summary = run.to_the_end(profiler)
             if not summary["stopped"] and text is not None:
+                progress.current.enter("evaluation")
                 report.say("scoring held-out text")
                 report.load_plots()
                 summary |= last_score.scores(programs.score.result, run.state, text)
@@ -211,7 +218,8 @@ class Run:
                 self.save(taken, last)
             taken = following
         summary = self._system.summary()
-        self._store.settle()
+        with progress.current.inside("save"):
+            self._store.settle()
         stopped = stopped and self.tokens < self._config.schedule.tokens
         self._stop.steps_are_over(stopped)
         return {"step": self.steps, "tokens": self.tokens, "stopped": stopped, **summary}
@@ -245,7 +253,7 @@ class Run:
         )
         if self._compiled_step is None:
             self._report.say("compiling the training step")
-            with self._system.compiling():
+            with self._system.compiling(), progress.current.inside("compile"):
                 self._compile()
             self._stop.install()  # before this step there is nothing to save
         if before and jax.default_backend() == "cpu":
@@ -259,6 +267,7 @@ class Run:
         self.state = dataclasses.replace(moved, ema=ema)
         tokens = inputs.count * token_schedule.tokens_per_micro_batch(self._config.batch)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        progress.current.dispatched(self.steps)
         self._system.dispatched(tokens, self._completions.expect(metrics))
         return Taken(self.steps, self.tokens, inputs, metrics)
 
@@ -266,6 +275,7 @@ class Run:
         """Waits for the step; raises NotFinite where its loss or gradient norm is no number."""
         loss, norm = (np.asarray(taken.metrics[name]).item() for name in ("loss", "grad_norm"))
         self._system.done()
+        progress.current.done()
         if not np.isfinite([loss, norm]).all():
             said = f"step {taken.number} has loss {loss}, gradient norm {norm}"
             raise NotFinite(self._not_finite(said))
@@ -316,7 +326,8 @@ class Run:
         meta |= workdir.of_this_python(self._config)
         self._wait_among_several()
         try:
-            self._store.save(taken.number, state.to_dict(taken.copy or self.state), meta)
+            with progress.current.inside("save"):
+                self._store.save(taken.number, state.to_dict(taken.copy or self.state), meta)
         except manifest.NotFiniteLeaves as error:
             said = f"step {taken.number} made values that are NaN or infinite ({error})"
             raise NotFinite(self._not_finite(said)) from error

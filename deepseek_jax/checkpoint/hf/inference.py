@@ -16,6 +16,7 @@ from deepseek_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DeadlineConfig,
     EvaluationConfig,
     LayoutConfig,
     LogConfig,
@@ -87,7 +88,10 @@ def inference_config(model: ModelConfig, recipe: str, scales: str) -> Config:
         data=DataConfig(
             path="", tokenizer="byte", text_key="text", cache="", fim_rate=0.0, held_out=0.5
         ),
-        checkpoint=CheckpointConfig(every_steps=1, keep=1),
+        checkpoint=CheckpointConfig(every_steps=1, keep=1, restarts=0),
+        deadlines=DeadlineConfig(
+            join=1, start=1, compile=1, first_step=1, step=0, save=1, evaluation=1, end=1
+        ),
         log=LogConfig(every_steps=1),
         evaluation=EvaluationConfig(tokens=0),
     )  # fmt: skip
