@@ -62,7 +62,7 @@ def _failed(own: Progress, found: dict[int, Seen]) -> list[str]:
             continue
         told = seen.progress
         where = f"process {number} (pid {told.pid} on {told.host}"
-        at = f"its last section is {told.section}, step {told.step}"
+        at = f"it last showed section {told.section}, step {told.step}"
         if told.code is not None:
             if told.code != AGAIN:
                 why = f": {told.reason}" if told.reason else ""
