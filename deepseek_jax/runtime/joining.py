@@ -21,6 +21,7 @@ _FIRST_WORD = 10.0  # seconds of silence before a process says that it waits
 _NEXT_WORD = 30.0
 _CONNECT_SECONDS = 60  # to the coordinator, after all processes have met
 _HEARTBEAT_SECONDS = 40  # of silence, until the coordinator gives up a process; JAX has 100
+_FROM_COORDINATOR = "Polled an error"  # in the log of XLA, where the coordinator lives
 _MOMENT = 5  # seconds in which an error of all processes reaches all of them
 _LONGEST_END = 24 * 3600  # seconds; the watchdog has a shorter deadline
 _JOIN_CURE = (
@@ -199,16 +200,23 @@ def _line(text: str) -> str:
 
 
 def _whom(text: str) -> str:
-    """The process that a text of XLA names."""
-    own = distributed.global_state.process_id
+    """The process that XLA names, in the text of an error or in its log.
+
+    That is needed before a run has its workdir, in which processes show their progress.
+    """
+    own, processes = distributed.global_state.process_id, progress.current.now.processes
+    log = native_output.tail()
     numbers = re.findall(r"task:(\d+)", text)
-    for listed in re.findall(r"heartbeats\):\s*([\d,\s]+)", text):
+    for listed in re.findall(r"heartbeats\):\s*([\d,\s]+)", text + log):
         numbers += re.findall(r"\d+", listed)
     others = sorted(set(map(int, numbers)) - {own})
+    if not others and processes == 2:
+        others = [1 - own]
+    if not others and not text and own and _FROM_COORDINATOR not in log:
+        others = [0]
     who = f"process {', '.join(map(str, others))}" if others else "another process"
-    if not others and own and "coordination service" in text:
-        who = "process 0"
-    return f"{who} of this run is gone ({' '.join(text.split())[:120]})"
+    said = f" ({' '.join(text.split())[:120]})" if text else ""
+    return f"{who} of this run is gone or does not answer{said}"
 
 
 def _end_alone(*status: Any) -> None:

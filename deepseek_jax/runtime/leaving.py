@@ -37,9 +37,5 @@ def end(code: int, line: str, *, wait: float = 0.0) -> None:
     warn(line)
     progress.within(5, lambda: progress.current.ended(code, line.removeprefix("error: ")))
     time.sleep(wait)
+    native_output.remove()
     os._exit(code)
-
-
-def claim() -> bool:
-    """Whether the caller is the first to end this process, which it then has to do soon."""
-    return _first.acquire(blocking=False)

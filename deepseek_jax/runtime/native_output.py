@@ -5,6 +5,7 @@ and, where a process is lost, a page with a stack. Both descriptors are pointed 
 `keep` moves into the workdir, and Python's streams at copies of the old ones.
 """
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 from absl import logging
 
 FOLDER = "logs"
+
+_LONGEST_TAIL = 1 << 14  # bytes
 
 _log: Path | None = None  # the file of now
 _stderr = 2
@@ -48,6 +51,7 @@ def divert() -> None:
             _stderr = ours
             logging.get_absl_handler().python_handler.stream = sys.stderr
     os.close(number)
+    atexit.register(remove)
 
 
 def keep(workdir: Path, process: int) -> None:
@@ -70,6 +74,16 @@ def keep(workdir: Path, process: int) -> None:
         os.close(file)
         remove()
         _log = path
+
+
+def tail() -> str:
+    """The end of what C++ has written."""
+    if _log is None:
+        return ""
+    with contextlib.suppress(OSError), _log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LONGEST_TAIL))
+        return file.read().decode(errors="replace")
+    return ""
 
 
 def remove() -> None:

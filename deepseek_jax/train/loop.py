@@ -73,10 +73,15 @@ def train(
       NotFinite: a loss, gradient norm or weight is NaN or infinite.
       RunError: the workdir is full or was removed, or another reason outside the config.
     """
-    config = check_devices(config)
-    if profile_steps is not None:
-        profiling.check(config, profile_steps)
-    with lock.held(directory) as own:
+    where = directory, directory / workdir.CHECKPOINTS
+    with (
+        survival.watched(config, directory),
+        lock.held(directory) as own,
+        survival.surviving(config, *where),
+    ):
+        config = check_devices(config)
+        if profile_steps is not None:
+            profiling.check(config, profile_steps)
         raise_together(lambda: workdir.check(directory, config))
         primary = processes.is_primary()
         report = Report(
@@ -87,8 +92,7 @@ def train(
         with contextlib.closing(report):
             if obstacle := conversion.obstacle(directory, config):
                 report.say(obstacle)
-            with survival.surviving(config, directory, directory / workdir.CHECKPOINTS):
-                return _train(config, own, report, profiler)
+            return _train(config, own, report, profiler)
 
 
 def _train(

@@ -1,6 +1,7 @@
 """Frame of a run that survives: its progress is shown, hangs are ended, restarts are counted."""
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,13 @@ from deepseek_jax.runtime import (
 )
 from deepseek_jax.runtime.agreement import from_primary, raise_together
 
-STOPPED = "stopped by a signal"
+
+@contextlib.contextmanager
+def watched(config: Config, workdir: Path) -> Iterator[None]:
+    """Watches a run from its start on, before it has the workdir; see `watchdog`."""
+    progress.begin(jax.process_index(), jax.process_count()).enter("start")
+    with watchdog.watching(config.deadlines, workdir), naming_the_lost():
+        yield
 
 
 @contextlib.contextmanager
@@ -32,8 +39,7 @@ def surviving(config: Config, workdir: Path, checkpoints: Path) -> Iterator[None
     Raises:
       ConfigError: too many starts in a row have failed; in all processes.
     """
-    mine = progress.begin(jax.process_index(), jax.process_count())
-    mine.enter("start")
+    mine = progress.current
 
     def counted() -> restarts.Start | None:
         if not processes.is_primary():
@@ -45,12 +51,11 @@ def surviving(config: Config, workdir: Path, checkpoints: Path) -> Iterator[None
     native_output.keep(workdir, mine.now.process)
     code, why = 0, ""
     try:
-        with watchdog.watching(config.deadlines, workdir):
-            yield
-            mine.enter("end")
-            joining.wait_for_all()
+        yield
+        mine.enter("end")
+        joining.wait_for_all()
     except (signals.Stopped, KeyboardInterrupt):
-        code, why = signals.code(), STOPPED
+        code, why = signals.code(), signals.told(signals.heard() or signal.SIGINT)
         raise
     except LostPeer as error:
         code, why = AGAIN, str(error)
@@ -65,10 +70,19 @@ def surviving(config: Config, workdir: Path, checkpoints: Path) -> Iterator[None
         mine.ended(code, why)
         mine.close()
         if start:
-            harmless = code == 2 or why == STOPPED
-            restarts.ended(workdir, start, 0 if harmless else code, why)
+            restarts.ended(workdir, start, _counted(code, why), why)
         if code == 2 and not (workdir / "config.json").exists():
             restarts.forget(workdir)
+
+
+def _counted(code: int, why: str) -> int:
+    """The code that counts against restarts: 0 for bad input, and for a user's own signal.
+
+    SIGTERM counts: launch scripts send it to the others where one process has failed.
+    """
+    by_hand = why in {signals.told(signal.SIGINT), signals.told(signal.SIGHUP)}
+    by_script = why == signals.told(signal.SIGTERM)
+    return 0 if code == 2 or by_hand else code or (143 if by_script else 0)
 
 
 def _newest(checkpoints: Path) -> int:

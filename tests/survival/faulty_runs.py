@@ -8,6 +8,7 @@ one was not. `--quick` takes the part that CI runs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -136,7 +137,7 @@ def inject(fault: Fault, text: Path, folder: Path) -> Outcome:
         ended = time.time()
         faulty = started.get(fault.process)
         if faulty and fault.signal == "SIGTERM":
-            with __import__("contextlib").suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 faulty.wait(60)
         codes = [started[n].poll() if n in started else None for n in range(fault.processes)]
     finally:
@@ -157,6 +158,7 @@ def complaints(fault: Fault, outcome: Outcome, folder: Path) -> list[str]:
     broken = []
     if fault.signal and not (folder / "note").exists():
         return ["the fault did not happen"]
+    stacks = outcome.workdir / "stacks"
     saves = fault.signal == "SIGTERM" and fault.section in SAVING
     for number, (code, text) in enumerate(zip(outcome.codes, outcome.texts, strict=True)):
         lines = [line for line in text.splitlines() if " waits for " not in line]
@@ -172,6 +174,8 @@ def complaints(fault: Fault, outcome: Outcome, folder: Path) -> list[str]:
             named = lines and re.search(rf"process {fault.process}\b", lines[-1].split(": ", 1)[-1])
             if not named or not lines[-1].startswith("error: "):
                 broken.append(f"process {number} did not name process {fault.process}")
+            if "(deadlines." in text and not list(stacks.glob(f"process_{number}_*")):
+                broken.append(f"process {number} wrote no stacks")
     if outcome.seconds > allowed(fault):
         broken.append(f"it took {outcome.seconds:.0f} s, and {allowed(fault):.0f} are promised")
     if saves and not runs.checkpoints(outcome.workdir):
