@@ -30,6 +30,7 @@ LEARNT_MEDIANS, LEAST_SECONDS = 10.0, 180.0
 
 _LOOK_SECONDS = 0.5
 _TOGETHER_SECONDS = 3.0  # in which the others reach their deadlines, too, before this one is gone
+_LONGEST_END_SECONDS = 45.0  # for naming, stacks and the line
 _SLACK_SECONDS = 30.0  # after the deadline, until C code ends a process whose Python is locked
 
 
@@ -78,6 +79,8 @@ def _watch(deadlines: DeadlineConfig, workdir: Path, end: threading.Event) -> No
 
 def _end(now: progress.Progress, allowed: float, workdir: Path) -> None:
     """Says who is behind, writes the stacks, and ends this process if it is a command."""
+    if leaving.may_leave():
+        faulthandler.dump_traceback_later(_LONGEST_END_SECONDS, exit=True, file=2)
     own = f"section {now.section}, step {now.step}, took more than {allowed:.0f} s"
     stacks = progress.within(10, lambda: _dump(workdir, now)) or "nowhere"
     named = suspects.behind() if now.processes > 1 else ""
