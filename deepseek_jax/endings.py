@@ -24,7 +24,7 @@ import jax
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.errors import AGAIN, LostPeer, RunError
-from deepseek_jax.runtime import background, joining, signals
+from deepseek_jax.runtime import background, joining, leaving, signals
 
 TRACEBACK = "DEEPSEEK_JAX_TRACEBACK"
 LONGEST_LINE = 800
@@ -135,6 +135,7 @@ def leave(code: int, line: str = "", *, at_once: bool = False) -> None:
     Args:
       at_once: whether to leave out what libraries do at the exit.
     """
+    leaving.claim()
     signals.ended(code)
     try:
         sys.stdout.flush()

@@ -76,11 +76,8 @@ class Store:
 
         With an error, a write that waits for another process is given up soon: it may have failed.
         """
-        if error is None:
-            self.close()
-            return
-        if isinstance(error, LostPeer):  # with which a write would wait for ever
-            return
+        if error is None or isinstance(error, LostPeer):  # with which a write waits for ever
+            return None if error else self.close()
         pending = [self._pending] if self._pending and jax.process_count() > 1 else []
         if futures.wait(pending, timeout=_PATIENCE_SECONDS).not_done:
             jax.distributed.shutdown()  # which ends orbax's wait: Python would wait for its thread

@@ -10,6 +10,7 @@ import time
 
 from deepseek_jax.runtime import native_output, progress, signals
 
+_LONGEST_WAIT = 120.0  # seconds
 _first = threading.Lock()
 
 
@@ -24,15 +25,19 @@ def warn(line: str) -> None:
         os.write(native_output.stderr(), f"{line}\n".encode())
 
 
+def claim() -> None:
+    """Returns to the first thread that ends this process; others wait until it has done so."""
+    if not _first.acquire(blocking=False):
+        time.sleep(_LONGEST_WAIT)
+
+
 def end(code: int, line: str, *, wait: float = 0.0) -> None:
     """Ends this process, without Python's way out.
 
     Args:
       wait: seconds between the line and the end.
     """
-    if not _first.acquire(blocking=False):
-        time.sleep(600)  # the other thread ends the process
-        return
+    claim()
     signals.ended(code)
     warn(line)
     progress.within(5, lambda: progress.current.ended(code, line.removeprefix("error: ")))

@@ -43,7 +43,7 @@ _KEPT_STEPS = 100  # whose durations have their median taken
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class ProcessProgress:
     """Progress of one process, as its file holds it; the module describes the fields."""
 
     process: int
@@ -68,7 +68,7 @@ class Seen:
       silent: seconds since its last write, by the clock of the file system.
     """
 
-    progress: Progress
+    progress: ProcessProgress
     silent: float
 
 
@@ -83,7 +83,7 @@ class Publisher:
     def __init__(self, process: int = 0, processes: int = 1):
         """Begins in `join`, without a file."""
         now = time.time()
-        self._now = Progress(
+        self._now = ProcessProgress(
             process, processes, socket.gethostname(), os.getpid(), 0, "join", 0, now, None, now,
             None, "",
         )  # fmt: skip
@@ -96,7 +96,7 @@ class Publisher:
         self._end = threading.Event()
 
     @property
-    def now(self) -> Progress:
+    def now(self) -> ProcessProgress:
         """Progress of this moment."""
         return self._now
 
@@ -216,18 +216,18 @@ def replace(path: Path, values: dict[str, Any]) -> None:
         raise
 
 
-def read(folder: Path, own: Progress) -> dict[int, Seen]:
+def read(folder: Path, own: ProcessProgress) -> dict[int, Seen]:
     """Progress of the processes of this attempt that have written, by number.
 
     Ages are differences of the times at which files were written, by the file system's clock:
     clocks of hosts differ.
     """
-    found: dict[int, tuple[Progress, float]] = {}
+    found: dict[int, tuple[ProcessProgress, float]] = {}
     for number in range(own.processes):
         with contextlib.suppress(OSError, ValueError, TypeError):
             with (folder / f"process_{number}.json").open() as file:
                 written = os.fstat(file.fileno()).st_mtime
-                told = Progress(**json.load(file))
+                told = ProcessProgress(**json.load(file))
             if told.attempt == own.attempt:
                 found[number] = told, written
     newest = max((written for _, written in found.values()), default=0.0)

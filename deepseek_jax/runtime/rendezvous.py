@@ -207,7 +207,7 @@ def _visit(
 
 
 def _answer(there: socket.socket, until: float, say: Callable[[str], None]) -> str | None:
-    """What process 0 sends; "" where it is gone, None where it says nothing in time."""
+    """Answer of process 0; "" where it is gone, None where it says nothing in time."""
     text = b""
     there.settimeout(0.5)
     while not text.endswith(b"\n"):

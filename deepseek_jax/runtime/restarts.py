@@ -103,7 +103,7 @@ def _why(workdir: Path, before: Start) -> str:
         return before.reason
     for path in sorted((workdir / progress.FOLDER).glob("process_*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            told = progress.Progress(**json.loads(path.read_text()))
+            told = progress.ProcessProgress(**json.loads(path.read_text()))
             if told.attempt == before.attempt and told.reason:
                 return told.reason
     return "process 0 was killed, or its host was lost, and no other process said why"

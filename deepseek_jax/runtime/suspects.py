@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from deepseek_jax.errors import AGAIN
 from deepseek_jax.runtime import progress
-from deepseek_jax.runtime.progress import SECTIONS, Progress, Seen
+from deepseek_jax.runtime.progress import SECTIONS, ProcessProgress, Seen
 
 _MOST_NAMED = 3
 _PATIENCE = 25.0  # seconds in which a process that was lost falls silent
@@ -35,7 +35,7 @@ def behind() -> str:
     return _named(_failed) or _named(_slowest) or _named(_told_by_others)
 
 
-def _named(judge: Callable[[Progress, dict[int, Seen]], list[str]]) -> str:
+def _named(judge: Callable[[ProcessProgress, dict[int, Seen]], list[str]]) -> str:
     mine = progress.current
     folder = mine.folder
     if folder is None:
@@ -49,7 +49,7 @@ def _listed(named: list[str]) -> str:
     return "; ".join(named[:_MOST_NAMED]) + more
 
 
-def _failed(own: Progress, found: dict[int, Seen]) -> list[str]:
+def _failed(own: ProcessProgress, found: dict[int, Seen]) -> list[str]:
     """Processes that never wrote, have ended, are gone from this host, or are silent."""
     named = []
     alive = progress.interval(own.processes) * 3 + 2
@@ -74,7 +74,7 @@ def _failed(own: Progress, found: dict[int, Seen]) -> list[str]:
     return named
 
 
-def _slowest(own: Progress, found: dict[int, Seen]) -> list[str]:
+def _slowest(own: ProcessProgress, found: dict[int, Seen]) -> list[str]:
     """Processes that live and are behind this one."""
     late = [
         seen.progress
@@ -91,8 +91,8 @@ def _slowest(own: Progress, found: dict[int, Seen]) -> list[str]:
     ]
 
 
-def _told_by_others(own: Progress, found: dict[int, Seen]) -> list[str]:
-    """What processes that ended before this one have named."""
+def _told_by_others(own: ProcessProgress, found: dict[int, Seen]) -> list[str]:
+    """Lines of processes that ended before this one because they waited, too."""
     told = [seen.progress for number, seen in found.items() if number != own.process]
     return [
         f"process {other.process} ended, too: {other.reason}"
@@ -101,7 +101,7 @@ def _told_by_others(own: Progress, found: dict[int, Seen]) -> list[str]:
     ][:1]
 
 
-def _position(told: Progress) -> tuple[int, int, int]:
+def _position(told: ProcessProgress) -> tuple[int, int, int]:
     """Order in which processes pass: phases of a run, steps, and sections of one step."""
     rank = SECTIONS.index(told.section)
     first, last = SECTIONS.index("save"), SECTIONS.index("step")

@@ -34,7 +34,7 @@ _LONGEST_END_SECONDS = 45.0  # for naming, stacks and the line
 _SLACK_SECONDS = 30.0  # after the deadline, until C code ends a process whose Python is locked
 
 
-def limit(deadlines: DeadlineConfig, now: progress.Progress) -> float:
+def limit(deadlines: DeadlineConfig, now: progress.ProcessProgress) -> float:
     """Seconds that this process may stay in its section and step."""
     if now.section == "step" and not deadlines.step:
         if now.median_step_seconds is None:
@@ -77,7 +77,7 @@ def _watch(deadlines: DeadlineConfig, workdir: Path, end: threading.Event) -> No
             faulthandler.dump_traceback_later(allowed - spent + _SLACK_SECONDS, exit=True, file=2)
 
 
-def _end(now: progress.Progress, allowed: float, workdir: Path) -> None:
+def _end(now: progress.ProcessProgress, allowed: float, workdir: Path) -> None:
     """Says who is behind, writes the stacks, and ends this process if it is a command."""
     if leaving.may_leave():
         faulthandler.dump_traceback_later(_LONGEST_END_SECONDS, exit=True, file=2)
@@ -96,7 +96,7 @@ def _end(now: progress.Progress, allowed: float, workdir: Path) -> None:
     leaving.end(AGAIN, f"error: {line}", wait=_TOGETHER_SECONDS if now.processes > 1 else 0.0)
 
 
-def _dump(workdir: Path, now: progress.Progress) -> str:
+def _dump(workdir: Path, now: progress.ProcessProgress) -> str:
     """Writes the stacks of all threads; the path of the file."""
     with _stack_file(workdir, f"process_{now.process}_attempt_{now.attempt}.txt") as file:
         file.write(f"section {now.section}, step {now.step}, {time.ctime()}\n")

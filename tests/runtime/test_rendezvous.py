@@ -86,7 +86,9 @@ def test_a_process_that_is_killed_while_others_join_is_named(address):
 
 def test_what_is_left_of_an_earlier_attempt_is_refused_and_harms_nothing(address):
     first = come(address, 0, 2, "42.1")
-    with pytest.raises(rendezvous.Failed, match=r"process 1 is of attempt 42\.0, and attempt 42\.1"):
+    with pytest.raises(
+        rendezvous.Failed, match=r"process 1 is of attempt 42\.0, and attempt 42\.1"
+    ):
         come(address, 1, 2, "42.0").result(timeout=30)
     assert not first.done()
     assert come(address, 1, 2, "42.1").result(timeout=30) is None

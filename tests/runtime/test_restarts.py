@@ -15,7 +15,9 @@ def test_starts_without_progress_are_stopped(tmp_path):
         start = restarts.begin(tmp_path, 40, most=2)
         assert (start.attempt, start.without_progress) == (number, number)
         restarts.ended(tmp_path, start, AGAIN, "process 3 is gone")
-    with pytest.raises(ConfigError, match="3 starts in a row .* after step 40, .* process 3 is gone"):
+    with pytest.raises(
+        ConfigError, match="3 starts in a row .* after step 40, .* process 3 is gone"
+    ):
         restarts.begin(tmp_path, 40, most=2)
     assert restarts.begin(tmp_path, 40, most=0).attempt == 3
 
