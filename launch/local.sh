@@ -86,6 +86,7 @@ end
 while again; do
   attempt=$((attempt + 1))
   echo "local.sh: a process ended with code $code; all start again ($attempt)" >&2
+  cat "$logs"/*.log 2>/dev/null | grep -m 1 '^error: ' >&2 # process 0 has said its own here
   start "$@"
   end
 done
