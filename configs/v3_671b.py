@@ -31,10 +31,14 @@ def get_config() -> ConfigDict:
     config.schedule = _schedule()
     config.batch = _batch()
     config.data = _data()
-    config.checkpoint = ConfigDict(dict(every_steps=500, keep=3, on_failure="stop"))
+    config.checkpoint = ConfigDict(dict(every_steps=500, keep=3, on_failure="stop", restarts=5))
     config.anomaly = ConfigDict(
         dict(rule="stop", window=128, loss_score=20.0, grad_norm_score=100.0, most=8)
     )
+    config.deadlines = ConfigDict(
+        dict(join=300, start=3600, compile=3600, first_step=1800, step=0, save=1800,
+             evaluation=3600, end=600)  # step 0: learnt
+    )  # fmt: skip
     config.log = ConfigDict(dict(every_steps=10))
     config.evaluation = ConfigDict(dict(tokens=1 << 20))
     return config.lock()

@@ -133,7 +133,12 @@ def define_process_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes.")
     flags.DEFINE_integer("processes", None, "How many processes there are.")
     flags.DEFINE_integer("process", None, "The number of this process, from 0.")
-    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the other processes.")
+    flags.DEFINE_integer(
+        "join_timeout", None, "Seconds to wait for the other processes; default: deadlines.join."
+    )
+    flags.DEFINE_string(
+        "attempt", "", "Name of this start, the same in all its processes; others cannot join."
+    )
     flags.DEFINE_string(
         "compilation_cache",
         None,
@@ -142,10 +147,13 @@ def define_process_flags() -> None:
     )
 
 
-def start_processes() -> None:
+def start_processes(join_timeout: int = 300) -> None:
     """Connects the processes and opens the folder of compiled programs.
 
     Call it before anything asks JAX for a device.
+
+    Args:
+      join_timeout: seconds to wait for the other processes, unless the flag says otherwise.
     """
     from deepseek_jax.runtime import compiled_programs, processes
 
@@ -155,7 +163,8 @@ def start_processes() -> None:
         values.processes,
         values.process,
         values.emulate_devices,
-        join_timeout=values.join_timeout,
+        join_timeout=join_timeout if values.join_timeout is None else values.join_timeout,
+        attempt=values.attempt,
     )
     given = values.compilation_cache
     compiled_programs.keep(
@@ -192,12 +201,15 @@ def run(main: Callable[..., None], names: Sequence[str] = ()) -> None:
         signals.working()
         environment.check()
         _check_overrides(sys.argv)
-        app.run(guarded, flags_parser=_parse_flags)
-    except SystemExit as stop:  # of absl, or the exit code of `main`
-        code = stop.code if isinstance(stop.code, int) else 0
+        try:
+            app.run(guarded, flags_parser=_parse_flags)
+        except SystemExit as stop:  # of absl, or the exit code of `main`
+            code = stop.code if isinstance(stop.code, int) else 0
+        endings.part()
     except BaseException as error:
         code, line = endings.of(error, _workdir())
         at_once = endings.at_once(error)
+        endings.part(error)
     endings.leave(code, line, at_once=at_once)
 
 

@@ -4,6 +4,7 @@
 | --- | --- |
 | 0 | done |
 | 1 | the run cannot go on, or a fault of this project |
+| 76 | another process of the run hangs or is gone: started again, the run goes on |
 | 2 | what the user gave cannot work |
 | 129, 130, 143 | SIGHUP, Ctrl-C, SIGTERM (`main`: --stop_code) |
 | 141 | the reader of standard output has gone |
@@ -22,8 +23,8 @@ from pathlib import Path
 import jax
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.errors import RunError
-from deepseek_jax.runtime import background, joining, signals
+from deepseek_jax.errors import AGAIN, LostPeer, RunError
+from deepseek_jax.runtime import background, joining, leaving, signals
 
 TRACEBACK = "DEEPSEEK_JAX_TRACEBACK"
 LONGEST_LINE = 800
@@ -55,8 +56,14 @@ def of(error: BaseException, workdir: Path | None) -> tuple[int, str]:
         return signals.code(number), signals.told(number)
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE, ""
+    if isinstance(error, LostPeer):
+        return AGAIN, f"error: {_line(error)}"
     if isinstance(error, ConfigError | RunError):
         return 2 if isinstance(error, ConfigError) else 1, f"error: {_line(error)}"
+    if isinstance(error, jax.errors.JaxRuntimeError | RuntimeError | ValueError) and (
+        lost := joining.lost(str(error))
+    ):
+        return AGAIN, f"error: {lost}"
     if known := _known(error):
         return 1, f"error: {known}"
     return 1, f"error: {_of_this_project(error, workdir)}"
@@ -65,11 +72,9 @@ def of(error: BaseException, workdir: Path | None) -> tuple[int, str]:
 def _known(error: BaseException) -> str:
     """Line of an error whose cause and cure are known; "" for any other."""
     text = _line(error)
-    if isinstance(error, jax.errors.JaxRuntimeError | RuntimeError | ValueError):
-        if re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
-            return f"not enough device memory ({text[:160]}); {_DEVICE_CURE}"
-        if lost := joining.lost(text):
-            return lost
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError | RuntimeError | ValueError)
+    if of_jax and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", text):
+        return f"not enough device memory ({text[:160]}); {_DEVICE_CURE}"
     if isinstance(error, MemoryError):
         return f"not enough host memory ({text[:160]}); {_HOST_CURE}"
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
@@ -99,6 +104,19 @@ def _line(error: BaseException) -> str:
     return text if len(text) <= LONGEST_LINE else f"{text[:200]} ... {text[250 - LONGEST_LINE :]}"
 
 
+def part(error: BaseException | None = None) -> None:
+    """Leaves the run together with its other processes, if there are any.
+
+    Args:
+      error: that ended this process; None without one. Most errors end all processes at once, but
+        one of this process alone must not keep it waiting.
+    """
+    if error is None:
+        joining.part()
+    elif not isinstance(error, LostPeer | signals.Stopped | KeyboardInterrupt):
+        joining.part_soon()
+
+
 def at_once(error: BaseException) -> bool:
     """Whether to leave out what libraries do at the exit after this error.
 
@@ -108,7 +126,7 @@ def at_once(error: BaseException) -> bool:
     """
     if isinstance(error, signals.Stopped | KeyboardInterrupt) or background.is_busy():
         return True
-    return jax.distributed.is_initialized() and not isinstance(error, ConfigError)
+    return jax.distributed.is_initialized()
 
 
 def leave(code: int, line: str = "", *, at_once: bool = False) -> None:
@@ -117,7 +135,8 @@ def leave(code: int, line: str = "", *, at_once: bool = False) -> None:
     Args:
       at_once: whether to leave out what libraries do at the exit.
     """
-    signals.ended()
+    leaving.claim()
+    signals.ended(code)
     try:
         sys.stdout.flush()
     except BrokenPipeError:

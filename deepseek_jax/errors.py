@@ -16,6 +16,11 @@ _SYSTEM = tuple(
 )  # fmt: skip
 
 
+# Exit code of a process that ends because another one hangs or is gone: started again, the run goes
+# on. Launch scripts know it.
+AGAIN = 76
+
+
 class RunError(RuntimeError):
     """A run that had to stop: a full disk, a lost process, a loss that is not finite.
 
@@ -26,6 +31,10 @@ class RunError(RuntimeError):
 
 class SaveFailed(RunError):
     """A checkpoint that cannot be written, while all else of the run can go on."""
+
+
+class LostPeer(RunError):
+    """A run that had to stop because another process of it is gone; ends with code `AGAIN`."""
 
 
 def reason(error: BaseException) -> str:

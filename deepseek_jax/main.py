@@ -34,7 +34,7 @@ def main() -> None:
     config = command.read_config(CONFIG)
     given = WORKDIR.value
     directory = command.path("workdir", f"runs/{command.config_name()}" if given is None else given)
-    command.start_processes()
+    command.start_processes(config.deadlines.join)
     # These load JAX, which may not see its devices before start-up.
     from deepseek_jax.train import loop, profiling
 

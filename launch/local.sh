@@ -7,7 +7,9 @@ if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
 usage: launch/local.sh N [arguments of deepseek_jax.main ...]
   Starts N processes under jax.distributed. Process 0 prints here; the output of the others goes to
   files, which are shown if the run fails. SIGTERM, SIGINT and SIGHUP are sent to all, and all may
-  save before they end. If one process fails, all stop, and its exit code is returned.
+  save before they end. If one process fails, all stop. Where it was killed, or hung (exit code 76
+  of the others), all start again from the last checkpoint, up to RESTARTS times (20); else the exit
+  code of the process that failed first is returned.
 example: launch/local.sh 2 --config=configs/v3_tiny.py --emulate_devices=4
 USAGE
   exit 2
@@ -15,15 +17,11 @@ fi
 
 count=$1
 shift
+restarts=${RESTARTS:-20}
+lost=76 # exit code of main where another process hangs or is gone
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 1
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 logs=$(mktemp -d "${TMPDIR:-/tmp}/deepseek_jax.XXXXXX") || exit 1
-
-# A free port below the range of ephemeral ports.
-port=$((20000 + RANDOM % 12000))
-while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do
-  port=$((20000 + RANDOM % 12000))
-done
 
 alive=()
 stopping= # set once a signal has asked all processes to stop
@@ -34,36 +32,63 @@ trap 'stopping=1; send TERM' TERM
 trap 'stopping=1; send INT' INT
 trap 'stopping=1; send HUP' HUP
 
-for ((process = 0; process < count; process++)); do
-  command=(python -m deepseek_jax.main "$@"
-    "--coordinator=localhost:$port" "--processes=$count" "--process=$process")
-  if ((process == 0)); then
-    "${command[@]}" &
-  else
-    "${command[@]}" >"$logs/$process.log" 2>&1 &
-  fi
-  alive+=($!)
-done
+start() { # ARGUMENTS: starts all processes
+  # A free port below the range of ephemeral ports, another one for each attempt: a process that is
+  # left of an earlier attempt does not find it.
+  local port=$((20000 + RANDOM % 12000)) process command
+  while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do
+    port=$((20000 + RANDOM % 12000))
+  done
+  for ((process = 0; process < count; process++)); do
+    command=(python -m deepseek_jax.main "$@"
+      "--coordinator=localhost:$port" "--processes=$count" "--process=$process")
+    if ((process == 0)); then
+      "${command[@]}" &
+    else
+      "${command[@]}" >"$logs/$process.log" 2>&1 &
+    fi
+    alive+=($!)
+  done
+}
 
 code=0
-deadline=
-while ((${#alive[@]})); do
-  still=()
-  for pid in "${alive[@]}"; do
-    if kill -0 "$pid" 2>/dev/null; then
-      still+=("$pid")
-    elif ! wait "$pid" && ((code == 0)); then
-      wait "$pid"
-      code=$?
+end() { # waits until all have ended; the exit code of the first that failed is in `code`
+  local deadline='' still pid
+  code=0
+  while ((${#alive[@]})); do
+    still=()
+    for pid in "${alive[@]}"; do
+      if kill -0 "$pid" 2>/dev/null; then
+        still+=("$pid")
+      elif ! wait "$pid" && ((code == 0)); then
+        wait "$pid"
+        code=$?
+      fi
+    done
+    alive=(${still[@]+"${still[@]}"})
+    if ((code && ${#alive[@]})) && [[ -z $stopping ]]; then
+      # The others see it and say whom they miss; one that hangs does not react to SIGTERM.
+      [[ -n $deadline ]] || deadline=$((SECONDS + 5))
+      ((SECONDS < deadline)) || { send TERM && send CONT; }
+      ((SECONDS < deadline + 10)) || send KILL
     fi
+    ((${#alive[@]})) && sleep 0.2
   done
-  alive=(${still[@]+"${still[@]}"})
-  if ((code && ${#alive[@]})) && [[ -z $stopping ]]; then
-    # A process that waits for a dead peer in a collective does not react to SIGTERM.
-    [[ -n $deadline ]] || { deadline=$((SECONDS + 10)) && send TERM; }
-    ((SECONDS < deadline)) || send KILL
-  fi
-  ((${#alive[@]})) && sleep 0.2
+}
+
+again() { # whether the run starts again: one process was killed, or others say that one hangs
+  [[ -z $stopping ]] && ((code == lost || code > 128 && code != 130)) && ((restarts-- > 0))
+}
+
+attempt=0
+start "$@"
+end
+while again; do
+  attempt=$((attempt + 1))
+  echo "local.sh: a process ended with code $code; all start again ($attempt)" >&2
+  cat "$logs"/*.log 2>/dev/null | grep -m 1 '^error: ' >&2 # process 0 has said its own here
+  start "$@"
+  end
 done
 
 if ((code)) && [[ -z $stopping ]]; then

@@ -33,7 +33,7 @@ from deepseek_jax.checkpoint.failed_save import failed_save
 from deepseek_jax.checkpoint.quiet import silence
 from deepseek_jax.checkpoint.reading import is_being_read, kept_for_reading
 from deepseek_jax.config import ConfigError
-from deepseek_jax.errors import RunError
+from deepseek_jax.errors import LostPeer, RunError
 from deepseek_jax.runtime.agreement import all_true, from_primary, raise_together
 from deepseek_jax.runtime.background import in_background
 
@@ -76,9 +76,8 @@ class Store:
 
         With an error, a write that waits for another process is given up soon: it may have failed.
         """
-        if error is None:
-            self.close()
-            return
+        if error is None or isinstance(error, LostPeer):  # with which a write waits for ever
+            return None if error else self.close()
         pending = [self._pending] if self._pending and jax.process_count() > 1 else []
         if futures.wait(pending, timeout=_PATIENCE_SECONDS).not_done:
             jax.distributed.shutdown()  # which ends orbax's wait: Python would wait for its thread

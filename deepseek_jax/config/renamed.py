@@ -22,13 +22,23 @@ ADDED = {
     "schedule.index_phase": "sparse",
     "schedule.index_weight": 0.0,
     "checkpoint.on_failure": "stop",
+    "checkpoint.restarts": 5,
+    "anomaly.rule": "stop",
+    "anomaly.window": 128,
+    "anomaly.loss_score": 0.0,
+    "anomaly.grad_norm_score": 0.0,
+    "anomaly.most": 8,
+    "deadlines.join": 300,
+    "deadlines.start": 3600,
+    "deadlines.compile": 3600,
+    "deadlines.first_step": 1800,
+    "deadlines.step": 0,
+    "deadlines.save": 1800,
+    "deadlines.evaluation": 3600,
+    "deadlines.end": 600,
 }
-# section -> its values before there was the section
-ADDED_SECTIONS = {
-    "anomaly": {
-        "rule": "stop", "window": 128, "loss_score": 0.0, "grad_norm_score": 0.0, "most": 8,
-    },
-}  # fmt: skip
+# Sections of which every key is an added one.
+NEW_SECTIONS = ("anomaly", "deadlines")
 
 
 def renamed(key: str) -> str:
@@ -53,8 +63,8 @@ def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
             if new_name in held:
                 raise ConfigError(f"{renamed(old)}, and config.json has both; remove {old}")
             held[new_name] = value
-    for name, section_values in ADDED_SECTIONS.items():
-        out.setdefault(name, dict(section_values))
+    for section in NEW_SECTIONS:
+        out.setdefault(section, {})
     for key, value in ADDED.items():
         section, name = key.split(".")
         if isinstance(out.get(section), dict):

@@ -325,11 +325,13 @@ class CheckpointConfig:
       every_steps: Optimiser steps between checkpoints.
       keep: Newest checkpoints that are kept.
       on_failure: Whether a run "stop"s that cannot write one, or goes on to the next ("continue").
+      restarts: Starts in a row that may fail without a new checkpoint; 0 for any number.
     """
 
     every_steps: int
     keep: int
     on_failure: str
+    restarts: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,6 +354,31 @@ class AnomalyConfig:
     loss_score: float
     grad_norm_score: float
     most: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadlineConfig:
+    """Seconds that a section of a run may take, until the process that is behind is named.
+
+    Attributes:
+      join: From the start of a process until all processes of the run have come.
+      start: Opening data and restoring a checkpoint.
+      compile: Compiling the training step.
+      first_step: The first step after a start.
+      step: A step, from one to the next; 0 learns it from the run's own median.
+      save: The part of a save for which the steps wait.
+      evaluation: Scoring held-out text at the end.
+      end: Waiting for the other processes at the end.
+    """
+
+    join: int
+    start: int
+    compile: int
+    first_step: int
+    step: int
+    save: int
+    evaluation: int
+    end: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,6 +419,7 @@ class Config:
       data: Training text and its tokens.
       checkpoint: Checkpoints of the training state.
       anomaly: Steps that are not finite, or spikes.
+      deadlines: Seconds that a section of a run may take.
       log: Metrics of the run.
       evaluation: Evaluation at the end of the run.
     """
@@ -407,6 +435,7 @@ class Config:
     data: DataConfig
     checkpoint: CheckpointConfig
     anomaly: AnomalyConfig
+    deadlines: DeadlineConfig
     log: LogConfig
     evaluation: EvaluationConfig
 

@@ -23,6 +23,8 @@ _DEVICES: _Range = (
     lambda x: x == -1 or 1 <= x <= 2**16,
 )
 
+_SECTIONS = ("join", "start", "compile", "first_step", "save", "evaluation", "end")
+
 
 def _is_limit(x: float) -> bool:
     return x == 0 or 1e-3 <= x <= 1e6
@@ -38,6 +40,7 @@ _RANGES: dict[str, _Range] = {
             "optimizer.weight_decay", "schedule.warmup_steps", "schedule.decay_start",
             "schedule.decay_end", "schedule.final_start", "schedule.bias_stop",
             "schedule.mtp_switch", "batch.ramp_tokens", "evaluation.tokens",
+            "checkpoint.restarts",
         ),
         _NOT_NEGATIVE,
     ),
@@ -49,6 +52,11 @@ _RANGES: dict[str, _Range] = {
         ),
         ("at least 0 and at most 1000", lambda x: 0 <= x <= 1000),
     ),
+    **dict.fromkeys(
+        (f"deadlines.{name}" for name in _SECTIONS),
+        ("from 1 to 604800, which is a week of seconds", lambda x: 1 <= x <= 604_800),
+    ),
+    "deadlines.step": ("from 0, which learns it, to 604800", lambda x: 0 <= x <= 604_800),
     "seed": ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     "layout.communication_sms": ("from 0 to 64", lambda x: 0 <= x <= 64),
     "model.rope_theta": ("above 1", lambda x: x > 1),

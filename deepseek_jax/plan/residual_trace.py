@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from deepseek_jax.config import DATA_AXES, MESH_AXES, Config
 from deepseek_jax.model import execution, params
 from deepseek_jax.model.block import Block
-from deepseek_jax.model.overlapped.layer_pass import LayerPass, block_modules, layer_weights
+from deepseek_jax.model.overlapped.layer_modules import block_modules, layer_weights
+from deepseek_jax.model.overlapped.layer_pass import LayerPass
 from deepseek_jax.parallel import axes
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.overlap import run_to_end

@@ -3,23 +3,31 @@
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import re
 import socket
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax._src import distributed
+from jax._src import clusters, distributed
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.runtime import signals
+from deepseek_jax.errors import AGAIN, LostPeer
+from deepseek_jax.runtime import leaving, native_output, progress, rendezvous, signals, suspects
 
 _FIRST_WORD = 10.0  # seconds of silence before a process says that it waits
 _NEXT_WORD = 30.0
+_CONNECT_SECONDS = 60  # to the coordinator, after all processes have met
+_HEARTBEAT_SECONDS = 40  # of silence, until the coordinator gives up a process; JAX has 100
+_FROM_COORDINATOR = "Polled an error"  # in the log of XLA, where the coordinator lives
+_MOMENT = 5  # seconds in which an error of all processes reaches all of them
+_LONGEST_END = 24 * 3600  # seconds; the watchdog has a shorter deadline
+_JOIN_CURE = (
+    "check its host, the port, a firewall, and that as many processes as --processes says run; "
+    "--join_timeout sets the time"
+)
 
 # What a collective says when a process at its other end has gone.
 _LOST = (
@@ -54,79 +62,168 @@ def check_address(coordinator: str, *, here: bool) -> None:
                 raise ConfigError(f"{named}: {error.strerror}; give another port") from error
 
 
-@contextlib.contextmanager
-def waiting(what: str, timeout: int) -> Iterator[None]:
-    """Says now and then what this process waits for, and ends it after `timeout` seconds.
+class Place(NamedTuple):
+    """Place of a process in its run.
 
-    XLA, left to itself, would say nothing and abort the process.
+    Attributes:
+      coordinator: HOST:PORT of process 0.
+      devices: local devices of this process, where the launcher shares them out; None for all.
     """
-    come = threading.Event()
 
-    def watch() -> None:
-        began, pause = time.monotonic(), _FIRST_WORD
-        while not come.wait(min(pause, timeout - (time.monotonic() - began))):
-            waited = time.monotonic() - began
-            if waited >= timeout:
-                print(
-                    f"error: {what}: not all came in {timeout} s (--join_timeout); check the host, "
-                    "the port, a firewall, and that as many processes as --processes says run",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(2)
-            print(f"{what} ({waited:.0f} s of {timeout})", file=sys.stderr, flush=True)
-            pause = _NEXT_WORD
+    coordinator: str
+    processes: int
+    process: int
+    devices: Any = None
 
-    threading.Thread(target=watch, daemon=True, name="joining").start()
+
+def found_by_jax() -> Place:
+    """The place that the launcher's environment gives this process."""
     try:
-        yield
-    finally:
-        come.set()
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, 300
+        )
+        address, processes, process, devices = found
+        return Place(str(address), int(processes or 1), int(process or 0), devices)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise _cannot_join(error) from error
 
 
-def join(**how: Any) -> None:
-    """Connects to the other processes."""
-    _mute_gloo()
+def join(place: Place, attempt: str, timeout: int) -> None:
+    """Meets the other processes and connects to them; ends this process where they do not come.
+
+    Args:
+      attempt: name of this start, which all its processes share; "" for any.
+      timeout: seconds to wait.
+    """
+    progress.begin(place.process, place.processes)
+    native_output.divert()
     _tell_at_terminate()
+    said = _Said(place.process, timeout)
+    try:
+        rendezvous.meet(
+            place.coordinator, place.process, place.processes, attempt, timeout, said.say
+        )
+    except (rendezvous.Failed, OSError) as error:
+        leaving.end(AGAIN, f"error: process {place.process} could not join: {error}; {_JOIN_CURE}")
     jax.config.update("jax_enable_preemption_service", False)  # `StopSignal` starts it
     library, name = distributed._jax, "get_distributed_runtime_client"
     client = getattr(library, name)
     setattr(library, name, functools.partial(client, missed_heartbeat_callback=_end_alone))
     try:
-        jax.distributed.initialize(**how, initialization_timeout=30 * 24 * 3600)
+        jax.distributed.initialize(
+            coordinator_address=place.coordinator,
+            num_processes=place.processes,
+            process_id=place.process,
+            local_device_ids=place.devices,
+            # Else JAX would also read the environment of SLURM, and take one GPU only.
+            cluster_detection_method="deactivate",
+            initialization_timeout=_CONNECT_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"this process could not join its run ({said}); "
-            "give --coordinator=HOST:PORT --processes=N --process=I"
-        ) from error
+        raise _cannot_join(error) from error
     finally:
         setattr(library, name, client)
+    progress.current.enter("start")
+
+
+def _cannot_join(error: Exception) -> ConfigError:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return ConfigError(
+        f"this process could not join its run ({said}); "
+        "give --coordinator=HOST:PORT --processes=N --process=I"
+    )
+
+
+class _Said:
+    """Says now and then for whom this process waits."""
+
+    def __init__(self, process: int, timeout: int):
+        self._process, self._timeout = process, timeout
+        self._began = time.monotonic()
+        self._next = self._began + _FIRST_WORD
+
+    def say(self, whom: str) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            waited = f"{now - self._began:.0f} s of {self._timeout}"
+            leaving.warn(f"process {self._process} waits for {whom} ({waited})")
+            self._next = now + _NEXT_WORD
+
+
+def wait_for_all() -> None:
+    """Waits for all processes of the run; LostPeer where one is gone."""
+    client = distributed.global_state.client
+    if client is None:
+        return
+    try:
+        client.wait_at_barrier(f"deepseek_jax {next(_barriers)}", _LONGEST_END * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        raise LostPeer(_line(str(error))) from error
+
+
+def part() -> None:
+    """Leaves the run at its end, together with the other processes.
+
+    A process that ended before the others would take the coordinator, or a connection of gloo,
+    from those that still use it.
+    """
+    wait_for_all()
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def part_soon() -> None:
+    """Waits a moment for the other processes, which an error may have ended, too."""
+    if client := distributed.global_state.client:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.wait_at_barrier("deepseek_jax failed", _MOMENT * 1000)
+
+
+_barriers = itertools.count()
 
 
 def lost(text: str) -> str:
     """Line for an error that a lost process has caused; "" for other errors."""
     if not jax.distributed.is_initialized() or not any(re.search(sign, text) for sign in _LOST):
         return ""
-    return f"{_whom(text)} of this run is gone ({text[:120]}); {_CURE}"
+    return _line(text)
 
 
-_CURE = "its own output says why. Started again, the same command goes on from the last checkpoint"
+_CURE = "started again, the same command goes on from the last checkpoint"
+
+
+def _line(text: str) -> str:
+    named = suspects.lost() or _whom(text)
+    return f"{named}; {_CURE}"
 
 
 def _whom(text: str) -> str:
-    others = sorted(
-        {int(n) for n in re.findall(r"task:(\d+)", text)} - {distributed.global_state.process_id}
-    )
-    return f"process {', '.join(map(str, others))}" if others else "another process"
+    """The process that XLA names, in the text of an error or in its log.
+
+    That is needed before a run has its workdir, in which processes show their progress.
+    """
+    own, processes = distributed.global_state.process_id, progress.current.now.processes
+    log = native_output.tail()
+    numbers = re.findall(r"task:(\d+)", text)
+    for listed in re.findall(r"heartbeats\):\s*([\d,\s]+)", text + log):
+        numbers += re.findall(r"\d+", listed)
+    others = sorted(set(map(int, numbers)) - {own})
+    if not others and processes == 2:
+        others = [1 - own]
+    if not others and not text and own and _FROM_COORDINATOR not in log:
+        others = [0]
+    who = f"process {', '.join(map(str, others))}" if others else "another process"
+    said = f" ({' '.join(text.split())[:120]})" if text else ""
+    return f"{who} of this run is gone or does not answer{said}"
 
 
 def _end_alone(*status: Any) -> None:
     """Called by XLA in place of an abort, when the coordination service has lost a process."""
-    if not signals.has_ended():
-        text = " ".join(str(part) for part in status)
-        os.write(2, f"error: {_whom(text)} of this run is gone; {_CURE}\n".encode())
-    os._exit(1)
+    if (code := signals.end_code()) is not None:
+        os._exit(code)
+    leaving.end(AGAIN, f"error: {_line(' '.join(str(part) for part in status))}")
 
 
 _at_terminate = ctypes.CFUNCTYPE(None)(_end_alone)
@@ -139,16 +236,3 @@ def _tell_at_terminate() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_at_terminate)
-
-
-def _mute_gloo() -> None:
-    """Hides the line per process that gloo writes to file descriptor 1; Python's output remains."""
-    try:
-        ours = os.dup(sys.stdout.fileno())
-    except (AttributeError, OSError, ValueError):  # no standard output, or one that is no file
-        return
-    sys.stdout.flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    sys.stdout = os.fdopen(ours, "w", buffering=1)

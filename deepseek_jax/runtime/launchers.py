@@ -41,6 +41,15 @@ def refuse_lone_starts() -> None:
         )
 
 
+def attempt(given: str) -> str:
+    """Name of this start of the run, the same in all its processes; "" where none is known.
+
+    It is `given`, or that of SLURM, which counts the starts of a job.
+    """
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return given or (f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else "")
+
+
 def _number(name: str) -> int | None:
     """The variable as a number of processes; None where it is unset or empty."""
     value = os.environ.get(name, "").strip()

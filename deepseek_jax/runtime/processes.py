@@ -27,6 +27,7 @@ def start(
     process: int | None = None,
     emulate_devices: int | None = None,
     join_timeout: int = 300,
+    attempt: str = "",
 ) -> None:
     """Joins this process to its run; call it before anything asks JAX for a device.
 
@@ -36,6 +37,7 @@ def start(
       process: index of this process, in [0, processes).
       emulate_devices: number of virtual CPU devices in this process; None for the real devices.
       join_timeout: seconds to wait for the other processes.
+      attempt: name of this start of the run, the same in all its processes; "" for the launcher's.
 
     Raises:
       ConfigError: the flags contradict one another, JAX has started already, or other processes
@@ -52,19 +54,8 @@ def start(
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if explicit:
-        # Without "deactivate" JAX would also read the environment of SLURM, and take one GPU only.
-        whom = f"process {process} waits for the {processes} processes of its run at {coordinator}"
-        with joining.waiting(whom, join_timeout):
-            joining.join(
-                coordinator_address=coordinator,
-                num_processes=processes,
-                process_id=process,
-                cluster_detection_method="deactivate",
-            )
-    elif launched > 1:
-        with joining.waiting(f"waiting for the {launched} processes of the run", join_timeout):
-            joining.join()
+    if explicit or launched > 1:
+        joining.join(explicit or joining.found_by_jax(), launchers.attempt(attempt), join_timeout)
     _find_devices()
 
 
@@ -131,12 +122,14 @@ def _let_jax_hear() -> None:
         state.initialize_preemption_sync_manager()
 
 
-def _explicit(coordinator: str | None, processes: int | None, process: int | None) -> bool:
-    """Whether the flags describe a run of many processes; some of them without the rest raise."""
+def _explicit(
+    coordinator: str | None, processes: int | None, process: int | None
+) -> joining.Place | None:
+    """The place that the flags describe, if they do; some of them without the rest raise."""
     flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in flags.items() if value is None]
     if len(missing) == len(flags):
-        return False
+        return None
     if coordinator is None or processes is None or process is None:
         raise ConfigError(
             f"missing {' and '.join(missing)}; a run of many processes needs --coordinator, "
@@ -147,7 +140,7 @@ def _explicit(coordinator: str | None, processes: int | None, process: int | Non
             f"--process={process} of --processes={processes}; expected 0 <= process < processes"
         )
     joining.check_address(coordinator, here=process == 0)
-    return True
+    return joining.Place(coordinator, processes, process)
 
 
 def _emulate(devices: int) -> None:

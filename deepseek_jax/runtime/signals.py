@@ -55,6 +55,7 @@ class _State:
         self.first = 0.0  # when the first signal came
         self.since = 0.0  # when the main thread last had to answer it
         self.answered = False
+        self.end_code = 0
 
 
 _state = _State()
@@ -117,14 +118,14 @@ def steps_are_over(stopped: bool) -> None:
         raise Stopped(_state.heard)
 
 
-def ended() -> None:
+def ended(code: int) -> None:
     """From now on the exit code is known, and signals change nothing."""
-    _state.phase = Phase.ENDED
+    _state.phase, _state.end_code = Phase.ENDED, code
 
 
-def has_ended() -> bool:
-    """Whether the exit code is known, and the command's line has been said."""
-    return _state.phase is Phase.ENDED
+def end_code() -> int | None:
+    """The exit code, once it is known and the command's line has been said."""
+    return _state.end_code if _state.phase is Phase.ENDED else None
 
 
 def heard() -> int | None:

@@ -27,7 +27,7 @@ from deepseek_jax.model import execution, least_memory
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.axes import Layout
 from deepseek_jax.parallel.pipeline import stage_assignment
-from deepseek_jax.runtime import processes
+from deepseek_jax.runtime import processes, progress
 from deepseek_jax.runtime.agreement import raise_together
 from deepseek_jax.train import (
     batches,
@@ -36,6 +36,7 @@ from deepseek_jax.train import (
     profiling,
     starting,
     state,
+    survival,
     system_metrics,
     token_schedule,
     workdir,
@@ -75,10 +76,15 @@ def train(
         above those before, and `anomaly.rule` is "stop" or has been of no avail.
       RunError: the workdir is full or was removed, or another reason outside the config.
     """
-    config = check_devices(config)
-    if profile_steps is not None:
-        profiling.check(config, profile_steps)
-    with lock.held(directory) as own:
+    where = directory, directory / workdir.CHECKPOINTS
+    with (
+        survival.watched(config, directory),
+        lock.held(directory) as own,
+        survival.surviving(config, *where),
+    ):
+        config = check_devices(config)
+        if profile_steps is not None:
+            profiling.check(config, profile_steps)
         raise_together(lambda: workdir.check(directory, config))
         primary = processes.is_primary()
         report = Report(
@@ -99,7 +105,11 @@ def _train(
     mesh, layout = meshes.build(config.mesh), meshes.layout(config)
     kernels = execution.kernels_of(config.precision)
     kept = config.checkpoint.keep
-    with Store(own.directory / workdir.CHECKPOINTS, keep=kept, check=own.check) as store:
+    checkpoints = own.directory / workdir.CHECKPOINTS
+    with (
+        Store(checkpoints, keep=kept, check=own.check) as store,
+        survival.naming_the_lost(),
+    ):
         meta = store.newest_meta()
         raise_together(lambda: workdir.check_library(config, meta))
         loader.import_reader()
@@ -116,6 +126,7 @@ def _train(
             with contextlib.closing(profiler):
                 summary = run.to_the_end(profiler)
             if not summary["stopped"] and text is not None:
+                progress.current.enter("evaluation")
                 report.say("scoring held-out text")
                 report.load_plots()
                 summary |= last_score.scores(programs.score.result, run.state, text)
@@ -210,7 +221,8 @@ class Run:
                     following, inputs = None, None if stopped else self.data()
             taken = following
         summary = self._system.summary()
-        self._store.settle()
+        with progress.current.inside("save"):
+            self._store.settle()
         stopped = stopped and self.tokens < self._config.schedule.tokens
         self._stop.steps_are_over(stopped)
         ended = {"step": self.steps, "tokens": self.tokens, "stopped": stopped}
@@ -246,7 +258,7 @@ class Run:
         )
         if self._compiled_step is None:
             self._report.say("compiling the training step")
-            with self._system.compiling():
+            with self._system.compiling(), progress.current.inside("compile"):
                 self._compile()
             self._stop.install()  # before this step there is nothing to save
         if before and jax.default_backend() == "cpu":
@@ -262,6 +274,7 @@ class Run:
         self.state = dataclasses.replace(moved, ema=ema)
         tokens = inputs.count * token_schedule.tokens_per_micro_batch(self._config.batch)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        progress.current.dispatched(self.steps)
         self._system.dispatched(tokens, self._completions.expect(metrics))
         return Taken(self.steps, self.tokens, inputs, metrics)
 
@@ -273,6 +286,7 @@ class Run:
         """
         np.asarray(taken.metrics["loss"])  # waits
         self._system.done()
+        progress.current.done()
         return self._rule.look(taken)
 
     def rewind(self, found: Anomaly, taken: Taken, following: Taken | None) -> None:
@@ -335,7 +349,8 @@ class Run:
         meta |= workdir.of_this_python(self._config)
         self._wait_among_several()
         try:
-            self._saving.save(taken.number, state.to_dict(taken.copy or self.state), meta, last)
+            with progress.current.inside("save"):
+                self._saving.save(taken.number, state.to_dict(taken.copy or self.state), meta, last)
         except manifest.NotFiniteLeaves as error:
             return self._rule.not_finite(taken, str(error))
         return None

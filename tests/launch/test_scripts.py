@@ -40,6 +40,7 @@ class Script:
         path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, "PATH": path} | {
             "NOTES": str(self.notes),
+            "RESTARTS": "0",
             "TMPDIR": str(self.logs),
         }
 
@@ -111,6 +112,33 @@ def test_a_killed_process_counts_as_failed(script):
     assert (script.notes / "0.signal").read_text() == "TERM\n"
 
 
+FAILS_TWICE = "touch $NOTES/$rank.$$; [[ $(ls $NOTES/$rank.*[0-9] | wc -l) -gt 2 ]] || "
+
+
+@pytest.mark.parametrize("end", ["kill -9 $$", "exit 76"])
+def test_after_a_lost_or_a_hanging_process_all_start_again(script, end):
+    code, out, err = script.run("2", PEER_1=FAILS_TWICE + end, RESTARTS="5")
+    assert code == 0
+    assert out.count("process 0 speaking") == 3
+    assert err.count("all start again") == 2
+    assert list(script.logs.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [1, 2, 130])
+def test_other_ends_start_nothing_again(script, code):
+    found, out, err = script.run("2", PEER_1=f"exit {code}", RESTARTS="5")
+    assert found == code
+    assert out.count("process 0 speaking") == 1 and "start again" not in err
+
+
+def test_starts_are_not_endless_and_each_has_a_port_of_its_own(script):
+    keep = "cp $NOTES/0.args $NOTES/$$.port; exit 76"
+    code, out, _ = script.run("1", PEER_0=keep, RESTARTS="2")
+    assert (code, out.count("speaking")) == (76, 3)
+    ports = {re.search(r"--coordinator=\S+", p.read_text())[0] for p in script.notes.glob("*.port")}
+    assert len(ports) == 3
+
+
 @pytest.mark.parametrize("name, code", [("TERM", 0), ("INT", 0), ("TERM", 75), ("INT", 130)])
 def test_signals_reach_all_and_a_clean_stop_is_no_failure(script, name, code):
     forever = "touch $NOTES/$rank.ready; while :; do sleep 0.05; done"
@@ -159,12 +187,18 @@ def test_slurm_options_come_before_the_first_command():
     assert not any(line.startswith("#SBATCH") for line in lines[first:])
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
-def test_slurm_puts_a_stopped_run_back_in_the_queue(tmp_path, code, requeued):
-    for name, body in {"srun": f'echo "$@"; exit {code}', "scontrol": 'echo "$@"'}.items():
+@pytest.mark.parametrize(
+    ("code", "starts", "requeued"),
+    [(0, 0, False), (75, 0, True), (76, 3, True), (137, 0, True), (1, 0, False), (2, 0, False),
+     (76, 100, False)],
+)  # fmt: skip
+def test_slurm_puts_a_stopped_or_lost_run_back_in_the_queue(tmp_path, code, starts, requeued):
+    fake_srun = f'echo "$@"; echo port $JAX_COORDINATOR_PORT; exit {code}'
+    for name, body in {"srun": fake_srun, "scontrol": 'echo "$@"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "42"}
+    slurm |= {"SLURM_RESTART_COUNT": str(starts)} if starts else {}
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     job = subprocess.run(
         ["bash", str(LAUNCH / "slurm.sbatch"), "--config=x"],
@@ -173,6 +207,9 @@ def test_slurm_puts_a_stopped_run_back_in_the_queue(tmp_path, code, requeued):
         text=True,
     )
     assert job.returncode == code
-    started, *queue = job.stdout.splitlines()
-    assert started == "--kill-on-bad-exit=1 python -m deepseek_jax.main --stop_code=75 --config=x"
+    started, port, *queue = job.stdout.splitlines()
+    command = "python -m deepseek_jax.main --stop_code=75 --config=x"
+    assert started == f"--kill-on-bad-exit=0 --wait=90 {command}"
+    assert port == f"port {20000 + 42 * 101 + starts}"
     assert queue == (["requeue 42"] if requeued else [])
+    assert ("MAX_REQUEUES" in job.stderr) == (starts == 100)

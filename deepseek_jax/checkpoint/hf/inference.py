@@ -17,6 +17,7 @@ from deepseek_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DeadlineConfig,
     EvaluationConfig,
     LayoutConfig,
     LogConfig,
@@ -89,9 +90,12 @@ def inference_config(model: ModelConfig, recipe: str, scales: str) -> Config:
         data=DataConfig(
             path="", tokenizer="byte", text_key="text", cache="", fim_rate=0.0, held_out=0.5
         ),
-        checkpoint=CheckpointConfig(every_steps=1, keep=1, on_failure="stop"),
+        checkpoint=CheckpointConfig(every_steps=1, keep=1, on_failure="stop", restarts=0),
         anomaly=AnomalyConfig(
             rule="stop", window=8, loss_score=0.0, grad_norm_score=0.0, most=1
+        ),
+        deadlines=DeadlineConfig(
+            join=1, start=1, compile=1, first_step=1, step=0, save=1, evaluation=1, end=1
         ),
         log=LogConfig(every_steps=1),
         evaluation=EvaluationConfig(tokens=0),

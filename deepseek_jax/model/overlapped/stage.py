@@ -12,12 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.overlapped.layer_pass import (
-    LayerKind,
-    LayerPass,
-    block_modules,
-    layer_weights,
-)
+from deepseek_jax.model.overlapped.layer_modules import LayerKind, block_modules, layer_weights
+from deepseek_jax.model.overlapped.layer_pass import LayerPass
 from deepseek_jax.model.overlapped.residuals import Residuals, deferred_gradients
 from deepseek_jax.parallel.overlap import Steps, side_by_side, with_scope
 from deepseek_jax.precision import weight_gradients

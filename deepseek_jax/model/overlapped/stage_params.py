@@ -12,7 +12,7 @@ from jax import lax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
-from deepseek_jax.model.overlapped.layer_pass import LayerKind
+from deepseek_jax.model.overlapped.layer_modules import LayerKind
 from deepseek_jax.model.overlapped.stage import LayerSlot
 from deepseek_jax.model.transformer import abstract_model
 from deepseek_jax.parallel.axes import Layout

@@ -7,12 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.execution import Execution
-from deepseek_jax.model.overlapped.layer_pass import (
-    LayerPass,
-    block_modules,
-    hops_of,
-    layer_weights,
-)
+from deepseek_jax.model.overlapped.layer_modules import block_modules, layer_weights
+from deepseek_jax.model.overlapped.layer_pass import LayerPass, hops_of
 from deepseek_jax.model.router import Routing, joined
 from deepseek_jax.parallel.overlap import interleave, side_by_side, with_scope
 from deepseek_jax.precision import weight_gradients

@@ -1,0 +1,93 @@
+"""Output of C++ libraries: into a file instead of onto the screen, in a run of several processes.
+
+Gloo writes a line per process to file descriptor 1. XLA writes its errors to file descriptor 2,
+and, where a process is lost, a page with a stack. Both descriptors are pointed at one file, which
+`keep` moves into the workdir, and Python's streams at copies of the old ones.
+"""
+
+import atexit
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from absl import logging
+
+FOLDER = "logs"
+
+_LONGEST_TAIL = 1 << 14  # bytes
+
+_log: Path | None = None  # the file of now
+_stderr = 2
+
+
+def stderr() -> int:
+    """File descriptor of the command's own standard error."""
+    return _stderr
+
+
+def divert() -> None:
+    """Diverts what C++ writes into a temporary file; called once."""
+    global _log, _stderr
+    if _log is not None:
+        return
+    try:
+        number, name = tempfile.mkstemp(prefix="deepseek_jax_", suffix=".log")
+    except OSError:
+        number, name = os.open(os.devnull, os.O_WRONLY), os.devnull
+    _log = Path(name)
+    for stream in ("stdout", "stderr"):
+        try:
+            old = getattr(sys, stream)
+            old.flush()
+            ours = os.dup(old.fileno())
+        except (AttributeError, OSError, ValueError):  # no such stream, or one that is no file
+            continue
+        os.dup2(number, old.fileno())
+        setattr(sys, stream, os.fdopen(ours, "w", buffering=1, errors="backslashreplace"))
+        if stream == "stderr":
+            _stderr = ours
+            logging.get_absl_handler().python_handler.stream = sys.stderr
+    os.close(number)
+    atexit.register(remove)
+
+
+def keep(workdir: Path, process: int) -> None:
+    """Moves the file into the workdir, to which C++ appends from now on."""
+    global _log
+    if _log is None:
+        return
+    path = workdir / FOLDER / f"process_{process}.log"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        with (
+            contextlib.suppress(OSError),
+            _log.open("rb") as before,
+            os.fdopen(os.dup(file), "ab") as after,
+        ):
+            shutil.copyfileobj(before, after)
+        for number in (1, 2):
+            os.dup2(file, number)
+        os.close(file)
+        remove()
+        _log = path
+
+
+def tail() -> str:
+    """The end of what C++ has written."""
+    if _log is None:
+        return ""
+    with contextlib.suppress(OSError), _log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LONGEST_TAIL))
+        return file.read().decode(errors="replace")
+    return ""
+
+
+def remove() -> None:
+    """Removes the file, if it is a temporary one."""
+    if _log is not None and _log.parent == Path(tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            _log.unlink()
