@@ -151,7 +151,7 @@ def planned_bytes(config: Config, execution: str) -> int:
 
 
 def _least_bytes(layouts: Iterable[Config], floor: MemoryFloor, execution: str) -> int:
-    """Bytes of the layout that needs the least; in the order of lower bounds, until none is less."""
+    """Bytes of the layout that needs the least, in the order of lower bounds until none is less."""
     least = sys.maxsize
     for bound, _, each in sorted((floor.bytes(each), n, each) for n, each in enumerate(layouts)):
         if bound >= least:
