@@ -1,8 +1,9 @@
 """Weights in and out: python -m deepseek_jax.convert --source=DIR --target=DIR.
 
 A Hugging Face directory becomes a workdir on which `main` trains on, with the training recipe of
---config (by default that of configs/v3_tiny.py). A workdir becomes a Hugging Face directory. With
---format, a Hugging Face directory becomes another one.
+--config (by default that of configs/v3_tiny.py); where that has V3.2's indexers and the directory
+none, they are made with random weights, for `schedule.index_phase=warm_up`. A workdir becomes a
+Hugging Face directory. With --format, a Hugging Face directory becomes another one.
 """
 
 from pathlib import Path
@@ -53,6 +54,8 @@ def _convert(source: Path, target: Path) -> None:
         config = conversion.to_run(checkpoint, target, base)
         if config.schedule.bias_speed != base.schedule.bias_speed:
             print("schedule.bias_speed is 0 there: the published form has no router biases")
+        if config.model.index_heads and not checkpoint.model.index_heads:
+            print("model.index_heads: indexers with random weights were added; train them first")
         print(
             f"{target} is a workdir; python -m deepseek_jax.main --config={target}/config.py "
             f"--workdir={target} trains on"

@@ -99,7 +99,7 @@ def test_every_layer(tiny, expected):
                 centroids = block.feed.router.centroids[...]
                 logits = FLOAT32.einsum("BSD,DE->BSE", entered, centroids)
                 found[f"router_logits_{layer}"] = logits
-            x, _ = block(x, how)
+            x, *_ = block(x, how)
             found[f"hidden_{layer + 1}"] = x
         return found
 

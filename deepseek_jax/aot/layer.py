@@ -44,7 +44,7 @@ def lower(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     def local(weights, rest, x):
         def total(weights, x):
             block: Any = nnx.merge(graph, weights, rest)
-            out, _ = how.remat.layer(lambda block, x: block(x, how))(block, x)
+            out, *_ = how.remat.layer(lambda block, x: block(x, how))(block, x)
             # A nonlinear loss makes backward depend on forward, as the loss of a model does.
             return jnp.sum(jnp.square(out.astype(jnp.float32)))
 

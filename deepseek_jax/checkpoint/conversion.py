@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax import config as configs
-from deepseek_jax.checkpoint import carried, load, new_folder
+from deepseek_jax.checkpoint import carried, fresh_indexers, load, new_folder
 from deepseek_jax.checkpoint.hf import (
     chat_template,
     config_json,
@@ -58,7 +58,7 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
       source: a published checkpoint.
       target: a folder that does not exist, or is empty.
       base: the training recipe; its model is replaced by the checkpoint's, and its tokenizer too
-        if the checkpoint has one.
+        if the checkpoint has one. Where it has indexers and the checkpoint none, new ones are made.
 
     Raises:
       ConfigError: values that loading refuses, or a target that cannot be written.
@@ -72,7 +72,7 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
     beside = carried.files(source.directory, is_run=False)
     config = _run_config(found, target, base, own_tokenizer="tokenizer.json" in beside)
     configs.check(config)
-    like = load.leaves_of(found.config)
+    like = load.leaves_of(config.model)
     scales = {name: each for name, each in found.tensors.items() if name.endswith(names.SCALE)}
     raw = {carried.SCALES: scales, carried.OTHERS: found.others}
     masters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in like.values())
@@ -85,6 +85,8 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
             if tensors:
                 safetensors.write_raw(folder / carried.KEPT / name, tensors)
         read, store = reader.parts_of(found), Store(folder / "checkpoints", keep=1)
+        if config.model != found.config:
+            read = fresh_indexers.reading(read, config.model.init_std)
         try:
             store.save_parts(0, like, lambda name, part: read(like[name], part), WEIGHTS_ONLY)
         except ConfigError:
@@ -119,7 +121,11 @@ def _run_config(found: reader.Published, target: Path, base: Config, own_tokeniz
         data = dataclasses.replace(data, tokenizer=str(target.absolute() / "tokenizer.json"))
     if not found.biased:  # the way back has no place for biases that are not zero
         schedule = dataclasses.replace(schedule, bias_speed=0.0)
-    return dataclasses.replace(base, model=found.config, data=data, schedule=schedule)
+    model = found.config
+    if base.model.index_heads and not model.index_heads:
+        keys = ("index_heads", "index_width", "index_top_k")
+        model = dataclasses.replace(model, **{key: getattr(base.model, key) for key in keys})
+    return dataclasses.replace(base, model=model, data=data, schedule=schedule)
 
 
 def to_published(

@@ -58,14 +58,14 @@ class Latents:
     Attributes:
       latent: LBT..., normalised latents as `payload` encodes them.
       key_rope: LBTR, rotated keys.
-      index_key: LBT..., keys of the indexer as `payload` encodes them; empty without an indexer.
       payload: Encoding of the latents and of the indexer's keys.
+      index_key: LBT..., keys of the indexer as `payload` encodes them; empty without an indexer.
     """
 
     latent: tuple[jax.Array, ...]
     key_rope: jax.Array
-    index_key: tuple[jax.Array, ...]
     payload: Payload = dataclasses.field(metadata=dict(static=True))
+    index_key: tuple[jax.Array, ...] = ()
 
     @property
     def length(self) -> int:
@@ -223,9 +223,9 @@ def make(
         latent = payload.encode(jnp.zeros((*shape, config.kv_latent), dtype))
         key_rope = jnp.zeros((*shape, config.d_rope), dtype)
         if not config.index_heads:
-            return Latents(latent, key_rope, (), payload)
+            return Latents(latent, key_rope, payload)
         index_key = payload.encode(jnp.zeros((*shape, config.index_width), dtype))
-        return Latents(latent, key_rope, index_key, payload)
+        return Latents(latent, key_rope, payload, index_key)
 
     modules = config.mtp_depth if mtp else 0
     return PerStack(stack(config.dense_layers), stack(config.moe_layers), stack(modules))

@@ -34,7 +34,7 @@ def pulled(how, sizes, length):
     _, _, model = variant("v4_values")  # whose clamp every round and pass needs
 
     def fn(block, x):
-        out, routing = block(x, how)
+        out, routing, _ = block(x, how)
         return out + routing.balance
 
     x, pull = (inputs(seed, length) for seed in (0, 1))
