@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from equations import checkpoints
+from serve import rename_kimi
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -34,7 +35,7 @@ def main() -> None:
     logging.disable_progress_bar()
     base = configs.parse(v3_tiny.get_config())
     wrong = 0
-    for variant in checkpoints.OF_TRANSFORMERS:
+    for variant in sys.argv[1:] or checkpoints.OF_TRANSFORMERS:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             found, weights = checkpoints.make(variant)
@@ -45,6 +46,7 @@ def main() -> None:
                 conversion.to_published(
                     open_checkpoint(root / "run"), root / form, form, SHARD_BYTES
                 )
+                rename_kimi(root / form)
                 difference, same = compare(root / form, tokens)
                 files = len(list((root / form).glob("*.safetensors")))
                 fine = difference < TOLERANCE and same
