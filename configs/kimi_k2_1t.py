@@ -4,7 +4,7 @@ Sources: [CONFIG], the released config.json of Kimi-K2-Instruct, also as MaxText
 (`kimi-k2-1t.yml`, commit 7c7f628), and [REPORT], the Kimi K2 report (arXiv 2507.20534; sections
 2.1, 2.4 and 2.5), and [MUON], arXiv 2502.16982. Kimi K2 was trained with MuonClip; this config has
 Muon without the clip of queries and keys. The layout has the report's sizes and its pipeline without the interleaving. `plan`
-computes 131 GiB of a device for it: the report stores activations in FP8 and moves the rest to host
+computes 130 GiB of a device for it: the report stores activations in FP8 and moves the rest to host
 memory, which is not here. Weights of Kimi K2 Thinking and of K2.5 and later are published in INT4,
 which is not read.
 """

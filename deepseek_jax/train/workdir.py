@@ -47,10 +47,10 @@ def check(directory: Path, config: Config) -> None:
         return
     before = _kept(kept)
     now = json.loads(config.to_json())
-    fixed = [
-        key for key in FIXED if key != "data.tokenizer" or not _may_set_tokenizer(directory, before)
-    ]
-    for key in fixed:
+    free = {"data.tokenizer"} if _may_set_tokenizer(directory, before) else set()
+    if _holds_weights_alone(directory):
+        free |= {key for key in FIXED if key.startswith("optimizer.")}
+    for key in (key for key in FIXED if key not in free):
         for name, was, is_now in _differences(_at(before, key), _at(now, key), key):
             kept_value, new_value = shown(was, _LONGEST), shown(is_now, _LONGEST)
             raise ConfigError(
@@ -149,6 +149,12 @@ def _may_set_tokenizer(directory: Path, before: Any) -> bool:
     """Whether a workdir of `convert` waits for a tokenizer that the weights came without."""
     waits = _at(before, "data.tokenizer") in carried.MADE_ANEW
     return waits and carried.began_from_weights(directory)
+
+
+def _holds_weights_alone(directory: Path) -> bool:
+    """Whether `convert` made the workdir and no run has saved a step: it has no moments then."""
+    steps = [path.name for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit()]
+    return steps == ["0"]
 
 
 def _at(values: Any, key: str) -> Any:

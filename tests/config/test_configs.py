@@ -33,6 +33,7 @@ def test_it_is_valid_and_its_parameters_follow_the_formula(name):
         ("moonlight_16b", 15.960, 2.579),
         ("v3_671b", 671.026, 36.626),
         ("v3_2_671b", 671.878, 37.477),
+        ("kimi_k2_1t", 1026.408, 31.687),
     ],
 )
 def test_published_sizes_in_billions(name, total, activated):

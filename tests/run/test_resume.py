@@ -135,3 +135,18 @@ def test_a_checkpoint_goes_on_on_another_mesh(whole, text, tmp_path):
     np.testing.assert_allclose(got[kept:, :2], want[kept:, :2], rtol=1e-5)
     ours, theirs = (runs.rows(folder)[kept:] for folder in (run, whole[0]))
     assert [row["expert_load"] for row in ours] == [row["expert_load"] for row in theirs]
+
+
+@pytest.mark.slow
+def test_muon_goes_on_with_its_momentum(text, tmp_path, one_device):
+    config = runs.tiny(text, optimizer={"name": "muon"})
+    loop.train(config, tmp_path / "whole", screen=False)
+    run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    kept, *later = runs.checkpoints(run)
+    for step in later:
+        shutil.rmtree(run / "checkpoints" / str(step))
+    loop.train(config, run, screen=False)
+    assert kept < len(runs.losses(run)) - 5
+    np.testing.assert_array_equal(runs.losses(run), runs.losses(tmp_path / "whole"))
+    assert runs.bits(run) == runs.bits(tmp_path / "whole")
+    assert runs.losses(run)[-1, 0] < runs.losses(run)[0, 0] - 1

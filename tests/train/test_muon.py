@@ -186,9 +186,13 @@ def test_a_checkpoint_holds_the_momentum():
 
 
 def test_a_run_does_not_change_its_optimizer_on_the_way(tmp_path):
-    (tmp_path / "config.json").write_text(small.config().to_json())
+    config = small.config(data_tokenizer="deepseek")
+    (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "checkpoints" / "0").mkdir(parents=True)  # converted weights, without moments
+    workdir.check(tmp_path, small.config(optimizer_name="muon", data_tokenizer="deepseek"))
+    (tmp_path / "checkpoints" / "4").mkdir()
     with pytest.raises(ConfigError, match=r"run with optimizer\.name='adamw', and this config"):
-        workdir.check(tmp_path, small.config(optimizer_name="muon"))
+        workdir.check(tmp_path, small.config(optimizer_name="muon", data_tokenizer="deepseek"))
 
 
 def test_every_roles_is_a_matrix():

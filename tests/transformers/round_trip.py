@@ -4,7 +4,8 @@
 
 For every kind of model: a published checkpoint is converted into a workdir and from there into each
 format; what `transformers` computes from that folder is compared with what we do. Not part of CI,
-where torch is not installed. Prints a line for each, and fails where one differs.
+where torch is not installed. Prints a line for each, and fails where one differs. Names of variants
+as arguments choose some.
 """
 
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from equations import checkpoints
+from serve import rename_kimi
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -41,16 +43,20 @@ def main() -> None:
             checkpoints.write(root / "published", found, weights)
             conversion.to_run(open_checkpoint(root / "published"), root / "run", base)
             tokens = checkpoints.tokens(found)
-            for form in export.FORMATS:
-                conversion.to_published(
-                    open_checkpoint(root / "run"), root / form, form, SHARD_BYTES
-                )
-                difference, same = compare(root / form, tokens)
-                files = len(list((root / form).glob("*.safetensors")))
+            kinds = [(form, "kept") for form in export.FORMATS]
+            kinds += [("fp8", scales) for scales in export.SCALES[1:] if variant == "v3"]
+            for form, scales in kinds:
+                out = root / f"{form}_{scales}"
+                run = open_checkpoint(root / "run")
+                conversion.to_published(run, out, form, SHARD_BYTES, scales=scales)
+                rename_kimi(out)
+                difference, same = compare(out, tokens)
+                files = len(list(out.glob("*.safetensors")))
                 fine = difference < TOLERANCE and same
                 wrong += not fine
+                name = form if scales == "kept" else f"{form}, {scales}"
                 print(
-                    f"{variant:12} {form:9} {files} files: logits differ by {difference:.1e}, "
+                    f"{variant:12} {name:17} {files} files: logits differ by {difference:.1e}, "
                     f"{GREEDY} greedy tokens {'equal' if same else 'DIFFER'}"
                     f"{'' if fine else '  <-- WRONG'}",
                     flush=True,

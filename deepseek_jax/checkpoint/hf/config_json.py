@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek_jax.checkpoint.hf import language_part
+from deepseek_jax.checkpoint.hf import language_part, neighbours
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.config.hints import shown
 from deepseek_jax.precision.fp8_tiles import BLOCK
@@ -54,6 +54,7 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
     Raises:
       ConfigError: a key that is missing, or has a value that this model does not compute.
     """
+    neighbours.refuse(settings, source)
     language_part.check(settings, source)
     path = f"{language_part.KEY}." if language_part.is_wrapped(settings) else ""
     settings = language_part.of(settings)

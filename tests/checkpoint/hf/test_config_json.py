@@ -7,12 +7,13 @@ import pytest
 from equations import checkpoints, rotary
 
 from deepseek_jax.checkpoint import conversion
-from deepseek_jax.checkpoint.hf import config_json
+from deepseek_jax.checkpoint.hf import config_json, neighbours
 from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model.rotary import frequencies
 
 FILE = Path("folder/config.json")
+PAGE = Path(__file__).parents[3] / "docs/neighbours.md"
 YARN = {
     "type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64, "beta_fast": 1.0,
     "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -86,6 +87,15 @@ def test_what_cannot_be_computed_is_refused_in_a_line(changes, words):
     with pytest.raises(ConfigError, match=words) as error:
         config_of(**changes)
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("kind", neighbours.NEIGHBOURS)
+def test_a_model_of_another_family_is_refused_with_what_it_needs(kind):
+    with pytest.raises(ConfigError, match=rf"json: model_type is '{kind}', another model: ") as got:
+        config_of(model_type=kind)
+    message = str(got.value)
+    assert neighbours.NEIGHBOURS[kind] in message and len(message) < 300
+    assert f"`{kind}`" in PAGE.read_text()
 
 
 def test_unknown_keys_of_the_quantisation_are_kept_while_the_format_stays():
