@@ -41,11 +41,11 @@ def damages(size: int) -> Iterator[tuple[str, Callable[[Path], None]]]:
             yield f"cut to {length} of {size} bytes", cut(length)
 
 
-def all_flips(size: int) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    """Every byte inverted, and every seventh length."""
-    for at in range(size):
+def many_flips(size: int) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Every third byte inverted, and every twenty-first length."""
+    for at in range(0, size, 3):
         yield f"byte {at} of {size} inverted", flipped(at, 0xFF)
-    for length in range(0, size, 7):
+    for length in range(0, size, 21):
         yield f"cut to {length} of {size} bytes", cut(length)
 
 

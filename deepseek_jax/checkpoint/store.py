@@ -32,10 +32,11 @@ from deepseek_jax.checkpoint.chunks import Leaves
 from deepseek_jax.checkpoint.failed_save import failed_save
 from deepseek_jax.checkpoint.quiet import silence
 from deepseek_jax.checkpoint.reading import is_being_read, kept_for_reading
+from deepseek_jax.checkpoint.tidy import check_writable, remove_leftovers
 from deepseek_jax.config import ConfigError
 from deepseek_jax.errors import LostPeer, RunError
 from deepseek_jax.runtime.agreement import all_true, from_primary, raise_together
-from deepseek_jax.runtime.background import in_background
+from deepseek_jax.runtime.background import in_background, leave_behind
 
 PyTree = Any
 T = TypeVar("T")
@@ -378,6 +379,7 @@ class Store:
         Args:
           begun: whether processes may be writing.
         """
+        leave_behind()
         try:
             self._check()
         except RunError as gone:
@@ -388,7 +390,7 @@ class Store:
         newest, alone = self.newest if there else None, jax.process_count() == 1 or not begun
         failed = failed_save(error, step, self._bytes, newest, alone=alone)
         if jax.process_count() == 1:  # other processes may still be writing
-            self._remove_leftovers()
+            remove_leftovers(self._directory)
         return failed
 
     def _take_back(self) -> None:
@@ -413,18 +415,13 @@ class Store:
         """Renames damaged steps and removes the leftovers of killed processes, before a save."""
         if not self._held:  # else the directory is there, or was removed and is not made again
             self._directory.mkdir(parents=True, exist_ok=True)
-        os.scandir(self._directory).close()  # raises where it is no directory
-        self._remove_leftovers()
+        remove_leftovers(self._directory)
+        check_writable(self._directory)
         for step in self._broken:
             path, aside = self._path(step), self._directory / f"{step}.broken"
             if path.exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-
-    def _remove_leftovers(self) -> None:
-        for path in self._directory.glob("*.*"):
-            if path.suffix == ".deleted" or ".orbax-checkpoint-tmp" in path.name:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _raise(error: Exception | None) -> None:

@@ -44,8 +44,13 @@ def waiting() -> Iterator[None]:
         _waiting.discard(own)
 
 
+def leave_behind() -> None:
+    """Notes that a library failed, and may have threads that wait for ever."""
+    _waiting.add(0)
+
+
 def is_busy() -> bool:
-    """Whether a thread of `in_background` is at work, or one is in `waiting`.
+    """Whether a thread of `in_background` is at work, or one is in `waiting`, or left behind.
 
     One that returns from C++ code while the interpreter ends aborts the process.
     """

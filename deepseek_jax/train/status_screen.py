@@ -1,4 +1,4 @@
-"""One screen on a run, of any size, from the object of `run_files.status`."""
+"""Screen on a run of any size, from the object of `run_files.status`."""
 
 import itertools
 from collections.abc import Iterable

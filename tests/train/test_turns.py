@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import runs
 
-from deepseek_jax.train import loop, profiling, state, system_metrics
+from deepseek_jax.train import loop, profiling, starting, state, system_metrics
 from deepseek_jax.train.anomaly_rule import AnomalyRule
 from deepseek_jax.train.saving import Saving
 
@@ -200,6 +200,58 @@ def test_a_step_that_is_not_finite_leaves_no_row_and_no_checkpoint(monkeypatch):
         run.to_the_end()
     assert "step 4" in run.events and "step 5" not in run.events
     assert [event.split()[1] for event in run.events if event[:3] in ("row", "sav")] == list("1122")
+
+
+def rewinding(monkeypatch, **how):
+    """A run of six steps that saves each second one, and whose fifth is bad once."""
+    run = Emulated(monkeypatch, steps=6, every=2, anomaly={"rule": "rewind"}, **how)
+
+    def save(step, values, meta):
+        run.run._store.newest = step
+        run.spend(0, f"save {step}")
+
+    def start(*_, position):
+        step = run.run._store.newest
+        run.nan = 0
+        run.events.append(f"back to {step}, data after {position['consumed']}")
+        return starting.Beginning(
+            state.TrainState(step, {}, {}, (), None), step, step * TOKENS, None
+        )
+
+    run.run._store.save = save
+    run.run._programs = SimpleNamespace(places=None, adam=None)
+    monkeypatch.setattr(starting, "start", start)
+    return run
+
+
+def test_a_rewind_drops_the_step_in_flight_and_goes_on_from_the_checkpoint(monkeypatch):
+    run = rewinding(monkeypatch, nan=5)
+    summary = run.to_the_end()
+    after = run.events.index("step 5")
+    assert run.events[after:] == [
+        "step 5", "data 6", "read 4", "row 4", "save 4",
+        "step 6", "read 5",  # the sixth is dropped
+        "back to 4, data after 5", "not finite rewound to step 4", "data 7",
+        "step 5", "data 8",
+        "step 6", "row 5",
+        "read 6", "row 6", "save 6",
+    ]  # fmt: skip
+    assert (summary["step"], summary["tokens"], summary["rewinds"]) == (6, 6 * TOKENS, 1)
+    assert run.run._rule.undone == 1  # so that numbers of turns, which all processes count, rise
+
+
+def test_a_signal_at_an_anomaly_ends_the_run_at_the_checkpoint(monkeypatch):
+    run = rewinding(monkeypatch, nan=5)
+    heard = run.run._store.save
+
+    def save(step, *rest):
+        heard(step, *rest)
+        run.run._stop.request()
+
+    run.run._store.save = lambda step, *rest: save(step, *rest) if step == 4 else heard(step, *rest)
+    summary = run.to_the_end()
+    assert "step 6" not in run.events and run.events[-1] == "not finite rewound to step 4"
+    assert (summary["step"], summary["stopped"]) == (4, True)
 
 
 def test_a_signal_ends_the_run_after_the_step_in_flight(monkeypatch):
