@@ -101,7 +101,11 @@ def flags(text: Path, workdir: Path, **changed: object) -> list[str]:
 
 
 def environment(fault: Fault | None, note: Path) -> dict[str, str]:
-    path = [str(runs.ROOT / "tests" / "survival" / "injected"), str(runs.ROOT), str(runs.ROOT / "tests")]
+    path = [
+        str(runs.ROOT / "tests" / "survival" / "injected"),
+        str(runs.ROOT),
+        str(runs.ROOT / "tests"),
+    ]
     made = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "XLA_FLAGS": XLA_FLAGS}
     made["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if fault and fault.signal:
