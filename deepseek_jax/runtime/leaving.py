@@ -27,7 +27,7 @@ def warn(line: str) -> None:
 
 def claim() -> None:
     """Returns to the first thread that ends this process; others wait until it has done so."""
-    if not _first.acquire(blocking=False):
+    if may_leave() and not _first.acquire(blocking=False):
         time.sleep(_LONGEST_WAIT)
 
 

@@ -39,6 +39,7 @@ FOLDER = "progress"
 # In the order in which a run meets them; `save` comes between steps.
 SECTIONS = ("join", "start", "compile", "first_step", "save", "step", "evaluation", "end", "ended")
 
+_PATIENCE = 5.0  # seconds
 _KEPT_STEPS = 100  # whose durations have their median taken
 
 
@@ -93,6 +94,7 @@ class Publisher:
         self._last_step: float | None = None  # when the step before was done
         self._waits = threading.Event()  # set where the file is behind
         self._folder: Path | None = None
+        self._thread: threading.Thread | None = None
         self._end = threading.Event()
 
     @property
@@ -150,7 +152,8 @@ class Publisher:
         self._end.clear()
         with contextlib.suppress(OSError):
             self.write()
-        threading.Thread(target=self._publish, daemon=True, name="progress").start()
+        self._thread = threading.Thread(target=self._publish, daemon=True, name="progress")
+        self._thread.start()
 
     def ended(self, code: int, reason: str = "") -> None:
         """Says that this process ends by itself; the file is written before this returns."""
@@ -162,10 +165,12 @@ class Publisher:
             self.write()
 
     def close(self) -> None:
-        """Stops writing."""
+        """Stops writing; waits for a write that has begun, unless its file system hangs."""
         self._end.set()
         self._waits.set()
         self._folder = None
+        if self._thread:
+            self._thread.join(timeout=_PATIENCE)
 
     def write(self) -> None:
         """Writes the file; raises OSError where it cannot be written."""

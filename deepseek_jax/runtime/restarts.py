@@ -49,7 +49,7 @@ def begin(workdir: Path, step: int, most: int) -> Start:
     Raises:
       ConfigError: there were more; the code of this error stops launch scripts.
     """
-    before = _last(workdir)
+    before = last(workdir)
     start = Start(0, step, 0, time.time())
     if before is not None:
         failed = before.code != 0 and before.step == step
@@ -75,9 +75,17 @@ def ended(workdir: Path, start: Start, code: int, reason: str) -> None:
         _write(workdir, dataclasses.replace(start, time=time.time(), code=code, reason=reason))
 
 
-def forget(workdir: Path) -> None:
-    """Removes what a start has written to a workdir in which it has not begun."""
+def forget(workdir: Path, before: Start | None) -> None:
+    """Takes back what a start has written, where bad input has ended it.
+
+    Args:
+      before: the start before, of `last`; None without one.
+    """
     folder = workdir / progress.FOLDER
+    if before is not None:
+        with contextlib.suppress(OSError):
+            _write(workdir, before)
+        return
     for path in [*folder.glob("process_*.json"), folder / NAME]:
         with contextlib.suppress(OSError):
             path.unlink()
@@ -85,7 +93,8 @@ def forget(workdir: Path) -> None:
         folder.rmdir()
 
 
-def _last(workdir: Path) -> Start | None:
+def last(workdir: Path) -> Start | None:
+    """The last start that was counted in a workdir; None without one."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Start(**json.loads((workdir / progress.FOLDER / NAME).read_text()))
     return None

@@ -12,7 +12,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data.corpus import Corpus
 from deepseek_jax.data.scoring import HeldOut, held_out, trained
 from deepseek_jax.errors import RunError, reason
-from deepseek_jax.train import evaluation, state
+from deepseek_jax.train import evaluation, state, survival
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def scores(
     The run is trained by now: its summary, pictures and checkpoint are not lost with them.
     """
     try:
-        return _scored(make_score(), now, text)
+        with survival.naming_the_lost():
+            return _scored(make_score(), now, text)
     except RunError:
         raise
     except Exception as error:

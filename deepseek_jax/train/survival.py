@@ -46,6 +46,7 @@ def surviving(config: Config, workdir: Path, checkpoints: Path) -> Iterator[None
             return None
         return restarts.begin(workdir, _newest(checkpoints), config.checkpoint.restarts)
 
+    before = restarts.last(workdir) if processes.is_primary() else None
     start = raise_together(counted)
     mine.attach(workdir, from_primary(start.attempt if start else 0))
     native_output.keep(workdir, mine.now.process)
@@ -69,20 +70,20 @@ def surviving(config: Config, workdir: Path, checkpoints: Path) -> Iterator[None
     finally:
         mine.ended(code, why)
         mine.close()
-        if start:
+        if start and code == 2:
+            restarts.forget(workdir, before)
+        elif start:
             restarts.ended(workdir, start, _counted(code, why), why)
-        if code == 2 and not (workdir / "config.json").exists():
-            restarts.forget(workdir)
 
 
 def _counted(code: int, why: str) -> int:
-    """The code that counts against restarts: 0 for bad input, and for a user's own signal.
+    """The code that counts against restarts: 0 for a user's own signal.
 
     SIGTERM counts: launch scripts send it to the others where one process has failed.
     """
     by_hand = why in {signals.told(signal.SIGINT), signals.told(signal.SIGHUP)}
     by_script = why == signals.told(signal.SIGTERM)
-    return 0 if code == 2 or by_hand else code or (143 if by_script else 0)
+    return 0 if by_hand else code or (143 if by_script else 0)
 
 
 def _newest(checkpoints: Path) -> int:

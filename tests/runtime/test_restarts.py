@@ -54,8 +54,14 @@ def test_a_record_that_cannot_be_read_counts_nothing(tmp_path):
 
 def test_a_start_that_never_began_leaves_nothing(tmp_path):
     restarts.begin(tmp_path, 0, most=1)
-    restarts.forget(tmp_path)
+    restarts.forget(tmp_path, None)
     assert list(tmp_path.iterdir()) == []
+    first = restarts.begin(tmp_path, 3, most=1)
+    before = restarts.last(tmp_path)
+    assert before == first
+    restarts.begin(tmp_path, 3, most=1)
+    restarts.forget(tmp_path, before)
+    assert restarts.last(tmp_path) == first
 
 
 def test_the_record_is_what_the_docstring_says(tmp_path):
