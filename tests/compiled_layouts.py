@@ -4,7 +4,7 @@ PYTHONPATH=tests:. .venv/bin/python tests/compiled_layouts.py            prints 
 PYTHONPATH=tests:. .venv/bin/python tests/compiled_layouts.py compile    compiles all again: 10 min
 
 The small config is `moonlight_16b` with two layers on two nodes. Its layouts are drawn by seed from
-those that `plan --search` considers in its recipe, one for each of seven meshes and schedules. Each
+those that `plan --search` considers in its recipe, one for each of eight meshes and schedules. Each
 is compiled for virtual H100s. Memory is what `memory_analysis()` reports. Seconds are those of the
 compiled schedule at the assumed rates of `aot/cost_model.py`: the entry, and the body of its loop
 over micro-batches or ticks as many times as the program runs it. Overflow rounds do not run.
@@ -30,7 +30,7 @@ from deepseek_jax.table import text
 from deepseek_jax.train import step
 
 FILE = pathlib.Path(__file__).parents[1] / "docs/data/compiled_layouts.json"
-DEVICES, COUNT = 16, 7
+DEVICES, COUNT = 16, 8
 H800 = machine_lookup.find("h800")  # compiled as an H100; the links are the H800's
 
 
