@@ -92,13 +92,12 @@ def test_the_losses_are_apart(phase):
         assert (np.any(output), np.any(loss)) == (not own, own), jax.tree_util.keystr(path)
 
 
+PIPELINE = dict(mesh_pipe=2, mesh_gpu=2, mesh_tensor=2, layout_zero=1, layout_recompute="full")
 LAYOUTS = {
-    "a pipeline of tensor ranks": dict(
-        mesh_pipe=2, mesh_gpu=2, mesh_tensor=2, layout_zero=1, layout_recompute="full"
-    ),
+    "ZeRO-3 with tensor ranks": dict(mesh_gpu=2, mesh_tensor=2, layout_zero=3),
 }
-SLOW = {
-    "ZeRO-3": dict(mesh_node=2, mesh_gpu=2, mesh_tensor=2, layout_zero=3),
+SLOW = {  # run these with: pytest -m slow tests/train/test_index_training.py
+    "a pipeline of tensor ranks": PIPELINE,
     "two in flight": dict(
         mesh_gpu=2, layout_dispatch="flat", layout_micro_batches_in_flight=2, batch_sequences=16
     ),
@@ -121,7 +120,7 @@ def test_a_layout_changes_nothing(layout):
 @pytest.mark.slow
 def test_a_layout_changes_no_warm_up():
     _, want, want_params = alone("warm_up")
-    trainer = Trainer(config("warm_up", **LAYOUTS["a pipeline of tensor ranks"]))
+    trainer = Trainer(config("warm_up", **PIPELINE))
     got = trainer.run(3)
     np.testing.assert_allclose(
         [m["index_loss"] for m in got], [m["index_loss"] for m in want], rtol=1e-5
