@@ -35,6 +35,7 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Config:
         together; every message names the key.
     """
     values = config.to_dict() if isinstance(config, ConfigDict) else config
+    _check_names(values)
     parsed = _build(Config, values, "")
     check(parsed)
     return parsed
@@ -100,6 +101,15 @@ def check(config: Config) -> None:
     check_pipeline(config)
 
 
+def _check_names(values: Any) -> None:
+    """Refuses renamed keys, which a config has that lacks added keys of other sections, too."""
+    sections = values.items() if isinstance(values, Mapping) else ()
+    for section, held in sections:
+        for key in held if isinstance(held, Mapping) else ():
+            if message := renamed(f"{section}.{key}"):
+                raise ConfigError(f"{message}; docs/config.md lists renamed keys")
+
+
 def _build(cls: type, values: Any, path: str) -> Any:
     """Frozen dataclass `cls` from a dictionary with exactly its keys; `path` is its dotted key."""
     if not isinstance(values, Mapping):
@@ -108,8 +118,6 @@ def _build(cls: type, values: Any, path: str) -> Any:
     dot = f"{path}." if path else ""
     for key in values:
         if key not in fields:
-            if message := renamed(dot + str(key)):
-                raise ConfigError(f"{message}; docs/config.md lists renamed keys")
             name = name_shown(key)
             near = difflib.get_close_matches(name, fields, n=1)
             hint = (
