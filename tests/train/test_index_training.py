@@ -42,9 +42,9 @@ def test_loss_and_output_follow_the_equations(phase):
     np.testing.assert_allclose(loss, indexer.loss(softmax, scores, seen), rtol=2e-5)
 
 
-def config(phase="sparse", **changes):
+def config(phase="sparse", depth=0, **changes):
     return small.config(
-        model_mtp_depth=1,
+        model_mtp_depth=depth,
         batch_length=32,
         layout_attention_block=16,
         **small.indexer(6, index_phase=phase, warmup_steps=1),
@@ -53,9 +53,9 @@ def config(phase="sparse", **changes):
 
 
 @functools.cache
-def alone(phase):
-    """Metrics of three steps on one device, and the weights after them."""
-    trainer = Trainer(config(phase))
+def alone(phase, depth=0):
+    """Metrics of three steps on one device, and the weights before and after them."""
+    trainer = Trainer(config(phase, depth))
     before = trainer.params()
     return before, trainer.run(3), trainer.params()
 
@@ -92,40 +92,32 @@ def test_the_losses_are_apart(phase):
         assert (np.any(output), np.any(loss)) == (not own, own), jax.tree_util.keystr(path)
 
 
+PIPELINE = dict(mesh_pipe=2, mesh_gpu=2, mesh_tensor=2, layout_zero=1, layout_recompute="full")
 LAYOUTS = {
-    "a pipeline of tensor ranks": dict(
-        mesh_pipe=2, mesh_gpu=2, mesh_tensor=2, layout_zero=1, layout_recompute="full"
-    ),
+    "ZeRO-3 with tensor ranks": dict(mesh_gpu=2, mesh_tensor=2, layout_zero=3),
 }
-SLOW = {
-    "ZeRO-3": dict(mesh_node=2, mesh_gpu=2, mesh_tensor=2, layout_zero=3),
+SLOW = {  # run these with: pytest -m slow tests/train/test_index_training.py
+    "a pipeline of tensor ranks": PIPELINE,
     "two in flight": dict(
         mesh_gpu=2, layout_dispatch="flat", layout_micro_batches_in_flight=2, batch_sequences=16
     ),
     "a pipeline, deferred": dict(mesh_pipe=2, layout_defer_weight_gradients=True),
 }
-CASES = [pytest.param(layout, id=name) for name, layout in LAYOUTS.items()]
-CASES += [pytest.param(one, id=name, marks=pytest.mark.slow) for name, one in SLOW.items()]
+CASES = [pytest.param("sparse", 0, layout, id=name) for name, layout in LAYOUTS.items()]
+CASES += [
+    pytest.param("sparse", 1, layout, id=f"{name}, MTP", marks=pytest.mark.slow)
+    for name, layout in (SLOW | LAYOUTS).items()
+]
+CASES += [pytest.param("warm_up", 1, PIPELINE, id="warm-up, MTP", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("layout", CASES)
-def test_a_layout_changes_nothing(layout):
-    _, want, want_params = alone("sparse")
-    trainer = Trainer(config(**layout))
+@pytest.mark.parametrize("phase, depth, layout", CASES)
+def test_a_layout_changes_nothing(phase, depth, layout):
+    _, want, want_params = alone(phase, depth)
+    trainer = Trainer(config(phase, depth, **layout))
     got = trainer.run(3)
     for name in ("loss", "mtp_loss", "index_loss", "grad_norm"):
         np.testing.assert_allclose([m[name] for m in got], [m[name] for m in want], rtol=1e-5)
-    small.assert_close(trainer.params(), want_params, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_a_layout_changes_no_warm_up():
-    _, want, want_params = alone("warm_up")
-    trainer = Trainer(config("warm_up", **LAYOUTS["a pipeline of tensor ranks"]))
-    got = trainer.run(3)
-    np.testing.assert_allclose(
-        [m["index_loss"] for m in got], [m["index_loss"] for m in want], rtol=1e-5
-    )
     small.assert_close(trainer.params(), want_params, rtol=1e-4)
 
 
