@@ -250,8 +250,8 @@ class Store:
 
     @property
     def writing(self) -> int | None:
-        """The step that this process is writing in the background."""
-        return None if self.done(0.0) else self._writing
+        """The step whose write in the background was not waited for yet."""
+        return None if self._pending is None else self._writing
 
     def done(self, seconds: float) -> bool:
         """Whether the write in the background ends within so many seconds, or there is none."""

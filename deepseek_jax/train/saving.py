@@ -34,11 +34,12 @@ class Saving:
           RunError: it cannot be written, or the one before could not, and the run stops.
           manifest.NotFiniteLeaves: a leaf holds NaN or infinite values.
         """
-        waits, before = last or not self._goes_on, self._store.writing
-        if before is not None and not self._store.done(SLOW_SECONDS if waits else 0.0):
-            what = "training waits for it" if waits else f"step {step} is not saved"
-            self._report.say(f"the checkpoint of step {before} is still being written; {what}")
-        if not waits and not all_true(self._store.done(0.0)):
+        slow = f"the checkpoint of step {self._store.writing} is still being written"
+        if last or not self._goes_on:
+            if not self._store.done(SLOW_SECONDS):
+                self._report.say(f"{slow}; training waits for it")
+        elif not all_true(self._store.done(0.0)):
+            self._report.say(f"{slow}; step {step} is not saved")
             return
         try:
             self._store.save(step, values, meta)

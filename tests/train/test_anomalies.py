@@ -11,8 +11,10 @@ from reports import SUMMARY, row
 from trainer import Trainer, with_schedule
 
 from deepseek_jax.config import AnomalyConfig
+from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.train import plots, token_schedule
 from deepseek_jax.train.anomalies import AnomalyFile, History, Limits, read_anomalies
+from deepseek_jax.train.step import abstract_arguments
 
 MOST = Limits().loss
 
@@ -74,6 +76,13 @@ def test_kinds_of_anomalies(loss, norm, kind):
     told(history, [2.0] * 12, [1.0] * 12)
     assert told(history, [loss], [norm], 13) == [kind]
     assert history.streak == bool(kind)
+
+
+def test_the_program_that_skips_has_the_last_word():
+    history = History(config())
+    assert history.judge(1, 2.0, 1.0, True)[0] == "gradient norm spike"
+    assert history.judge(2, 2.0, 1.0, False)[0] == ""
+    assert history.streak == 1
 
 
 def test_scores_of_zero_leave_only_what_is_not_finite():
@@ -153,6 +162,15 @@ def test_the_loss_picture_marks_anomalies():
     loss, _ = plots._losses([row(step) for step in (1, 2, 3)], SUMMARY, [line(2, 15)]).axes
     marks = [drawn for drawn in loss.lines if drawn.get_label() == "anomalies (1)"]
     assert [mark.get_xdata()[0] for mark in marks] == [200]
+
+
+def test_a_program_that_never_skips_knows_no_limits():
+    counts = {}
+    for rule in ("stop", "rewind", "skip"):
+        changed = small.config(anomaly_rule=rule)
+        mesh = small.mesh_of({})
+        counts[rule] = len(abstract_arguments(changed, meshes.layout(changed), mesh))
+    assert counts == {"stop": 3, "rewind": 3, "skip": 4}
 
 
 LAYOUTS = {
