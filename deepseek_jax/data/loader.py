@@ -30,6 +30,15 @@ _KEYS = {
 }
 
 
+def load_grain() -> None:
+    """Imports grain, before another thread imports anything.
+
+    While grain is imported, etils replaces Python's `__import__` in all threads, and what one of
+    them imports meanwhile may be broken (seen with grain 0.2.18: a module of JAX, traced then).
+    """
+    import grain  # noqa: F401
+
+
 class TrainData:
     """Endless iterator over micro-batches.
 

@@ -19,7 +19,7 @@ from deepseek_jax import config as configs
 from deepseek_jax.checkpoint import conversion, manifest
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config
-from deepseek_jax.data.loader import TrainData
+from deepseek_jax.data.loader import TrainData, load_grain
 from deepseek_jax.errors import RunError
 from deepseek_jax.hardware import xla_options
 from deepseek_jax.model import execution, least_memory
@@ -109,6 +109,7 @@ def _train(
     ):
         meta = store.newest_meta()
         raise_together(lambda: workdir.check_library(config, meta))
+        load_grain()
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             opening = pool.submit(_open_data, config, layout, mesh, report, meta)
             programs = RunPrograms(config, layout, mesh)
