@@ -1,5 +1,6 @@
-"""Processes that meet: all come, some do not, one is lost, and what is left of an earlier attempt."""
+"""Processes that meet: all come, some do not, one is lost, one is of an earlier attempt."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -37,10 +38,8 @@ def hello(address: str, process: int, processes: int) -> socket.socket:
     host, port = address.split(":")
     there = None
     while there is None:
-        try:
+        with contextlib.suppress(ConnectionRefusedError):
             there = socket.create_connection((host, int(port)))
-        except ConnectionRefusedError:
-            pass
     me = {"process": process, "processes": processes, "attempt": "", "host": "node7"}
     there.sendall(json.dumps(me).encode() + b"\n")
     return there
@@ -65,11 +64,13 @@ def test_process_0_that_never_comes_is_named(address):
         come(address, 1, 2, timeout=1.0).result(timeout=30)
 
 
-def test_process_0_that_hangs_is_named(address, monkeypatch):
+def test_process_0_that_hangs_is_named(address):
     """The kernel takes the connection of a stopped process, which then says nothing."""
-    with socket.create_server(("", int(address.split(":")[1]))):
-        with pytest.raises(rendezvous.Failed, match="process 0 did not answer"):
-            come(address, 1, 2, timeout=1.0).result(timeout=30)
+    with (
+        socket.create_server(("", int(address.split(":")[1]))),
+        pytest.raises(rendezvous.Failed, match="process 0 did not answer"),
+    ):
+        come(address, 1, 2, timeout=1.0).result(timeout=30)
 
 
 def test_a_process_that_is_killed_while_others_join_is_named(address):
@@ -120,10 +121,8 @@ def test_noise_at_the_port_is_no_process(address):
         port = int(address.split(":")[1])
         there = None
         while there is None:
-            try:
+            with contextlib.suppress(ConnectionRefusedError):
                 there = socket.create_connection(("localhost", port))
-            except ConnectionRefusedError:
-                pass
         with there:
             there.sendall(noise)
     assert come(address, 1, 2).result(timeout=30) is None

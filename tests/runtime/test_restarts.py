@@ -16,7 +16,7 @@ def test_starts_without_progress_are_stopped(tmp_path):
         assert (start.attempt, start.without_progress) == (number, number)
         restarts.ended(tmp_path, start, AGAIN, "process 3 is gone")
     with pytest.raises(
-        ConfigError, match="3 starts in a row .* after step 40, .* process 3 is gone"
+        ConfigError, match=r"3 starts in a row .* after step 40, .* process 3 is gone"
     ):
         restarts.begin(tmp_path, 40, most=2)
     assert restarts.begin(tmp_path, 40, most=0).attempt == 3
@@ -41,7 +41,7 @@ def test_a_start_that_was_killed_counts_and_another_process_says_why(tmp_path):
     )
     file = tmp_path / progress.FOLDER / "process_1.json"
     progress.replace(file, dataclasses.asdict(told))
-    with pytest.raises(ConfigError, match="2 starts in a row .* The last one: process 0 is gone"):
+    with pytest.raises(ConfigError, match=r"2 starts in a row .* The last one: process 0 is gone"):
         restarts.begin(tmp_path, 0, most=1)
 
 
