@@ -124,9 +124,14 @@ def _build(cls: type, values: Any, path: str) -> Any:
                 f"did you mean {dot}{near[0]}?" if near else f"{path or 'a config'} has no such key"
             )
             raise ConfigError(f"unknown key {dot}{name}; {hint}")
+    held = {
+        key: _value(field.type, values[key], dot + key)
+        for key, field in fields.items()
+        if key in values
+    }  # before a missing section, so that a renamed key in another one is told
     if missing := [key for key in fields if key not in values]:
         raise ConfigError(f"missing key {dot}{missing[0]}; configs/v3_671b.py has every key")
-    return cls(**{key: _value(fields[key].type, values[key], dot + key) for key in fields})
+    return cls(**held)
 
 
 def _value(kind: Any, value: Any, key: str) -> Any:

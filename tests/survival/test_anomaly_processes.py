@@ -58,7 +58,7 @@ def go(count, rule, workdir, text):
         for rank in range(count)
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=250) for process in started]
+        told = [process.communicate(timeout=550) for process in started]
     finally:
         for process in started:
             process.kill()
