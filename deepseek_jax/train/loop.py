@@ -297,11 +297,12 @@ class Run:
         """
         if following:
             self._system.done()
-        self._wait_among_several()
-        self._store.settle()
-        self._rule.choose_checkpoint()
-        self.state = None  # type: ignore[assignment]  # its memory is needed
-        self._rule.rewound(found, self._take_up(position=taken.inputs.position))
+        with progress.current.inside("start"):
+            self._wait_among_several()
+            self._store.settle()
+            self._rule.choose_checkpoint()
+            self.state = None  # type: ignore[assignment]  # its memory is needed
+            self._rule.rewound(found, self._take_up(position=taken.inputs.position))
 
     def watch(self, taken: Taken) -> None:
         """Looks for a save that failed, and for a workdir that is gone where a row is due.
