@@ -42,7 +42,7 @@ def reading(read: Read, init_std: float) -> Read:
 
 
 def _layer(weight: Weight, number: int, init_std: float) -> np.ndarray:
-    """Weights of one layer of an indexer, drawn as at the start of training; float32."""
+    """Values of one layer of a parameter of an indexer, float32."""
     shape = weight.shape[1:]
     if weight.path.endswith((".scale", ".bias")):
         return np.full(shape, weight.path.endswith(".scale"), np.float32)
