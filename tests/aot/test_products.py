@@ -152,20 +152,17 @@ LAYOUTS = {
 @pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_step_of_every_layout_multiplies_by_kernels(changes):
     fp8 = dict(precision_recipe="fp8", precision_dispatch="fp8", optimizer_moments="bfloat16")
-    sizes = dict(model_d_expert=128, model_layers=4, batch_micro_sequences=4)
+    # Gate and up of a narrower network would cut blocks, which the portable form multiplies.
+    sizes = dict(model_d_expert=128, model_d_dense=128, model_layers=4, batch_micro_sequences=4)
     config = small.config(**fp8, **sizes, **changes)
     mesh = cluster.mesh(config.mesh)
     program = compiled.read(cluster.compile_for(step.lower(config, mesh)), mesh, layer.KERNELS)
-    found = collections.Counter(
-        (each.kind, each.in_fp8, each.kernel)
-        for each in products.products(program.module, layer.KERNELS)
-    )
-    forward, d_input, d_weight = (
-        found.pop((kind, True, OUTER if kind == WEIGHT_GRADIENT else PRODUCT)) for kind in PRODUCTS
-    )
-    assert {(kind, in_fp8) for kind, in_fp8, _ in found} == {(products.OTHER, False)}
+    found = list(products.products(program.module, layer.KERNELS))
+    assert {each.kernel for each in found if each.in_fp8} == {PRODUCT, OUTER}
+    assert {each.kind for each in found if not each.in_fp8} == {products.OTHER}
+    by_kernel = collections.Counter(each.kernel for each in found if each.in_fp8)
     counts = products.kernel_counts(program.module)
-    assert (counts[PRODUCT], counts[OUTER]) == (forward + d_input, d_weight)
-    # A stage's linear layers, at least: a loop over layers has each once.
-    assert forward >= LINEAR and d_input >= LINEAR and d_weight >= LINEAR
+    assert {kernel: counts[kernel] for kernel in by_kernel} == by_kernel
+    # The linear layers of a stage, at least: a loop over layers has each once.
+    assert by_kernel[PRODUCT] >= 2 * LINEAR and by_kernel[OUTER] >= LINEAR
     assert counts[QUANTISE] > 2 * LINEAR and list(products.fp8_casts(program.module)) == []
