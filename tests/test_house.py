@@ -2,7 +2,11 @@
 
 import ast
 import collections
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 LONG_FUNCTION, LONG_FILE = 70, 450
@@ -82,3 +86,14 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
                 if words and words[0].strip("`,.:;") in bad:
                     found.append(f"{path}:{getattr(node, 'lineno', 1)} {' '.join(words[:5])}")
     assert found == []
+
+
+@pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="no clone of git"
+)
+def test_no_link_is_committed():
+    """A link names a path of one machine, and a checkout deletes the folder that it replaces."""
+    command = ["git", "ls-files", "--stage"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert listed
+    assert [line for line in listed.splitlines() if line.startswith("120000")] == []

@@ -58,9 +58,9 @@ def _backward(axis: int, limit: float, saved: _Operands, d_out: jax.Array) -> _O
     d_product = d_out * jnp.expand_dims(scale, axis)
     d_gate = d_product * up * (sigmoid + silu * (1 - sigmoid))  # silu' = s + g s (1 - s)
     d_up = d_product * silu
-    if limit:  # what was clamped has no gradient
-        d_gate = jnp.where(raw[0] <= limit, d_gate, 0.0)
-        d_up = jnp.where(jnp.abs(raw[1]) <= limit, d_up, 0.0)
+    if limit:  # what was clamped has no gradient; NaN was not
+        d_gate = jnp.where(raw[0] > limit, 0.0, d_gate)
+        d_up = jnp.where(jnp.abs(raw[1]) > limit, 0.0, d_up)
     d_gate_up = jnp.concatenate([d_gate, d_up], axis)
     return d_gate_up.astype(gate_up.dtype), d_scale
 

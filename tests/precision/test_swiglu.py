@@ -31,6 +31,18 @@ def test_values_and_gradients_are_those_of_the_formula(axis, limit):
         np.testing.assert_allclose(mine, autodiff, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("place", [0, 2], ids=["gate", "up"])
+def test_a_clamp_takes_no_gradient_of_what_is_no_number(place):
+    """NaN is not above the limit: it must reach the norm of gradients, which stops the run."""
+    gate_up = jnp.ones((1, 4)).at[0, place].set(jnp.nan)
+
+    def gradient(limit):
+        return jax.vjp(lambda x: swiglu(x, limit=limit), gate_up)[1](jnp.ones((1, 2)))[0]
+
+    assert jnp.isnan(gradient(2.5)[0, 0])
+    np.testing.assert_array_equal(gradient(2.5), gradient(0.0))
+
+
 def test_without_a_scale_it_is_one():
     gate_up = jax.random.normal(jax.random.key(0), (5, 8), jnp.bfloat16)
     got, want = swiglu(gate_up), swiglu(gate_up, jnp.ones(5))
