@@ -49,7 +49,7 @@ def check(directory: Path, config: Config) -> None:
     now = json.loads(config.to_json())
     free = {"data.tokenizer"} if _may_set_tokenizer(directory, before) else set()
     if _holds_weights_alone(directory):
-        free |= {key for key in FIXED if key.startswith("optimizer.")}
+        free |= set(FIXED) - {"seed", "model", "data.tokenizer"}  # and no text was read
     for key in (key for key in FIXED if key not in free):
         for name, was, is_now in _differences(_at(before, key), _at(now, key), key):
             kept_value, new_value = shown(was, _LONGEST), shown(is_now, _LONGEST)

@@ -190,6 +190,8 @@ def test_a_run_does_not_change_its_optimizer_on_the_way(tmp_path):
     (tmp_path / "config.json").write_text(config.to_json())
     (tmp_path / "checkpoints" / "0").mkdir(parents=True)  # converted weights, without moments
     workdir.check(tmp_path, small.config(optimizer_name="muon", data_tokenizer="deepseek"))
+    other = {"data_fim_rate": 0.5, "data_held_out": 0.25, "batch_length": 24}  # no text read
+    workdir.check(tmp_path, small.config(data_tokenizer="deepseek", **other))
     (tmp_path / "checkpoints" / "4").mkdir()
     with pytest.raises(ConfigError, match=r"run with optimizer\.name='adamw', and this config"):
         workdir.check(tmp_path, small.config(optimizer_name="muon", data_tokenizer="deepseek"))

@@ -34,6 +34,7 @@ _INDEXER = {
     "index_n_heads": "index_heads", "index_head_dim": "index_width", "index_topk": "index_top_k",
 }  # fmt: skip
 _NO_INDEXER = {"index_heads": 0, "index_width": 128, "index_top_k": 2048}
+_KINDS = "mlp_layer_types"  # of V3.2 in transformers 5: "dense" or "sparse" for each layer
 # Keys with the only value that this model computes; absent means that value.
 _FIXED = {
     "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu",
@@ -70,6 +71,8 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
     sizes |= {ours: found.count(key, least=0, absent=0) for key, ours in _OPTIONAL.items()}
     indexed = family == "deepseek_v32"
     sizes |= {k: found.count(key) for key, k in _INDEXER.items()} if indexed else _NO_INDEXER
+    if indexed and settings.get(_KINDS) is not None:
+        sizes["dense_layers"] = _dense_layers(found, sizes["layers"])
     heads = sizes["heads"]
     found.need("num_key_value_heads", heads, default=heads)
     method = found.one_of("topk_method", _GROUP_SCORE, default=topk_method(settings))
@@ -225,6 +228,16 @@ def topk_method(settings: Mapping[str, Any]) -> str:
     settings = language_part.of(settings)
     v3 = settings.get("model_type") != "deepseek_v2"
     return settings.get("topk_method") or ("noaux_tc" if v3 else "greedy")
+
+
+def _dense_layers(found: "_Settings", layers: int) -> int:
+    """Number of dense layers by the list of kinds, which `transformers` follows where it is."""
+    kinds = found.values[_KINDS]
+    own = kinds[:layers] if isinstance(kinds, list) else []
+    dense = own.count("dense")
+    if len(own) < layers or own != ["dense"] * dense + ["sparse"] * (layers - dense):
+        found.refuse(_KINDS, f"dense layers, then sparse ones: {layers} in all")
+    return dense
 
 
 def _check_relations(config: ModelConfig, found: "_Settings") -> None:

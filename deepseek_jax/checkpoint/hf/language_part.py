@@ -5,6 +5,7 @@ under `language_model.`. Only the text model is computed. Settings and tensors o
 are carried along as they are, and come back beside the text model when it is written.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,13 +77,17 @@ def split(
     """Tensors of the text model under their own names, and those of the other parts."""
     if not is_wrapped(settings):
         return dict(tensors), {}
-    text = {
-        name.removeprefix(PREFIX): value
-        for name, value in tensors.items()
-        if name.startswith(PREFIX)
-    }
+    text = {_own(name): value for name, value in tensors.items() if name.startswith(PREFIX)}
     others = {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
     return text, others
+
+
+def _own(name: str) -> str:
+    """Name of a text model's tensor without the prefix.
+
+    `transformers` 5.24 saves layers as "blocks": it undoes a renaming of the vision tower on all.
+    """
+    return re.sub(r"^model\.blocks\.", "model.layers.", name.removeprefix(PREFIX))
 
 
 def prefix(settings: Mapping[str, Any]) -> str:

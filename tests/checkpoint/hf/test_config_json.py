@@ -120,3 +120,22 @@ def test_values_of_v4_are_kept_and_told_apart(tmp_path):
     with pytest.warns(UserWarning, match="has swiglu_limit and scoring_func, which other readers"):
         conversion.to_published(source, tmp_path / "out", "float32", 10**9)
     assert open_checkpoint(tmp_path / "out").model == source.model
+
+
+def test_kinds_of_layers_decide_where_v32_lists_them():
+    """As `transformers` does: it writes the list, and passes `first_k_dense_replace` over."""
+    settings = checkpoints.make("v32")[0] | {"first_k_dense_replace": 9}
+    for dense in range(4):
+        kinds = ["dense"] * dense + ["sparse"] * (3 - dense)
+        for more in ([], ["sparse"]):  # the list may hold MTP layers, too
+            found = config_json.model_config(
+                settings | {"mlp_layer_types": kinds + more}, source=FILE
+            )
+            assert found.dense_layers == dense
+
+
+@pytest.mark.parametrize("kinds", ["dense", [], ["sparse", "dense", "sparse"], ["dense", 1, {}]])
+def test_kinds_of_layers_in_another_order_are_refused(kinds):
+    settings = checkpoints.make("v32")[0] | {"mlp_layer_types": kinds}
+    with pytest.raises(ConfigError, match=r"mlp_layer_types is .*dense layers, then sparse ones"):
+        config_json.model_config(settings, source=FILE)

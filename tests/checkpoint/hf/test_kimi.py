@@ -177,3 +177,16 @@ def test_a_damaged_name_is_not_taken_for_another_part(folder, kimi, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"lm_head\.weight \(found nothing, expected a float"):
         load.load(tmp_path)
+
+
+def test_layers_that_transformers_names_blocks_are_read(folder, kimi, tmp_path):
+    """transformers 5.24 renames them as it saves a whole Kimi K2.5, and reads them back."""
+    weights = {n.replace("language_model.model.layers.", "language_model.model.blocks."): v
+               for n, v in inside(kimi[1]).items()}  # fmt: skip
+    assert len(weights) == len(inside(kimi[1])) and any(".model.blocks." in n for n in weights)
+    (tmp_path / "config.json").write_text(json.dumps(around(kimi[0])))
+    save_file(weights, tmp_path / "model.safetensors")
+    want, got = (open_checkpoint(path).published for path in (folder / "k25", tmp_path))
+    assert got.tensors.keys() == want.tensors.keys() and got.others.keys() == TOWER.keys()
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert np.array_equal(got.read(name), want.read(name))
