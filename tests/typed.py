@@ -30,7 +30,7 @@ def typed(monkeypatch, capsys):
         module = f"deepseek_jax.{name}"
         monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        monkeypatch.setattr(command, "start_processes", lambda: None)  # pytest keeps its devices
+        monkeypatch.setattr(command, "start_processes", lambda *_: None)  # pytest keeps its devices
         monkeypatch.setattr(app, "run", lambda run, flags_parser: run(flags_parser(sys.argv)))
         monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back later
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)

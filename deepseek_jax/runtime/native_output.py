@@ -7,13 +7,15 @@ and, where a process is lost, a page with a stack. Both descriptors are pointed 
 
 import atexit
 import contextlib
+import logging
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TextIO
 
-from absl import logging
+import absl.logging
 
 FOLDER = "logs"
 
@@ -46,12 +48,22 @@ def divert() -> None:
         except (AttributeError, OSError, ValueError):  # no such stream, or one that is no file
             continue
         os.dup2(number, old.fileno())
-        setattr(sys, stream, os.fdopen(ours, "w", buffering=1, errors="backslashreplace"))
+        new = os.fdopen(ours, "w", buffering=1, errors="backslashreplace")
+        setattr(sys, stream, new)
+        _move_handlers(old, new)
         if stream == "stderr":
             _stderr = ours
-            logging.get_absl_handler().python_handler.stream = sys.stderr
+            absl.logging.get_absl_handler().python_handler.stream = new
     os.close(number)
     atexit.register(remove)
+
+
+def _move_handlers(old: TextIO, new: TextIO) -> None:
+    """Lets the handlers of all loggers that write to one stream write to another one."""
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):  # a placeholder has none
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.setStream(new)
 
 
 def keep(workdir: Path, process: int) -> None:

@@ -55,9 +55,9 @@ def test_bfloat16_stays_near_float32_and_routes_in_float32():
     # One dense layer, so that no expert is chosen otherwise: 8 bits of mantissa, a dozen products.
     got = low.embedding(tokens, how)
     first = jax.tree.map(lambda x: x[0], low.dense_layers)
-    got, _ = first(got, how)
+    got, *_ = first(got, how)
     full = jax.tree.map(lambda x: x[0], model.dense_layers)
-    want, _ = full(model.embedding(tokens, Execution()), Execution())
+    want, *_ = full(model.embedding(tokens, Execution()), Execution())
     assert got.dtype == jnp.bfloat16
     error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
     assert 1e-5 < float(error) < 0.02

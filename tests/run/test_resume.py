@@ -36,7 +36,7 @@ def test_a_run_leaves_what_it_promises(whole):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer.json",
-        "loss.png", "expert_load.png", "summary.json",
+        "loss.png", "expert_load.png", "summary.json", "progress",
     }  # fmt: skip
     rows = runs.rows(workdir)
     assert all(row.keys() >= KEYS for row in rows)

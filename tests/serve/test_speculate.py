@@ -98,7 +98,7 @@ def training_form(model, text, length, drafts):
             read = jax.lax.dynamic_update_index_in_dim(read, own, last, axis=1)
         own = min(number, depth)
         module = layer(model.mtp, own - 1)
-        state, out, _ = module(read, jnp.roll(embedded, -own, axis=1), serving.HOW)
+        state, out, *_ = module(read, jnp.roll(embedded, -own, axis=1), serving.HOW)
         outs.append(jax.lax.dynamic_index_in_dim(out, last, axis=1, keepdims=False))
     return model.head(jnp.stack(outs, axis=1))
 

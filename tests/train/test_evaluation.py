@@ -153,7 +153,7 @@ def test_one_device_is_not_for_several_processes(monkeypatch):
 )
 def test_a_checkpoint_is_scored_at_the_length_of_its_run(run, settings, length):
     made_by = None if run is None else SimpleNamespace(batch=SimpleNamespace(length=run))
-    assert evaluation.length_of(SimpleNamespace(run=made_by, settings=settings)) == length
+    assert evaluation.length_of(SimpleNamespace(run=made_by, text_settings=settings)) == length
 
 
 def test_a_perplexity_beyond_every_float_is_infinite():

@@ -21,7 +21,7 @@ def begun(folder, rule):
     said, warned = [], []
     report = SimpleNamespace(say=said.append, warn=warned.append)
     store = Store(folder, keep=3)
-    config = CheckpointConfig(every_steps=2, keep=3, on_failure=rule)
+    config = CheckpointConfig(every_steps=2, keep=3, on_failure=rule, restarts=0)
     return Saving(config, store, report), store, said, warned
 
 
