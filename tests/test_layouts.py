@@ -54,9 +54,10 @@ def alone(mtp):
     return trained({}, mtp)
 
 
-SMOKE = "experts over 8 gpus"
+# The V has a comparison of gradients with one device, too (`train/test_pipeline_step.py`).
+MARKS = {"experts over 8 gpus": pytest.mark.smoke, "a pipeline in a V, MTP": pytest.mark.slow}
 CASES = [
-    pytest.param(layout, id=name, marks=[pytest.mark.smoke] if name == SMOKE else [])
+    pytest.param(layout, id=name, marks=[MARKS[name]] if name in MARKS else [])
     for name, layout in LAYOUTS.items()
 ]
 

@@ -126,6 +126,7 @@ def tiny_search(tmp_path, name="h800"):
     return search.search(runs.tiny(documents, batch=batch), 8, machine_lookup.find(name))
 
 
+@pytest.mark.slow
 def test_the_first_proposal_trains(tmp_path):
     row = tiny_search(tmp_path, "a100")["proposed"][0]
     first, second = two_steps(row, tmp_path)

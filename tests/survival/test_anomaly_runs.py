@@ -74,6 +74,7 @@ def test_stop_names_step_data_and_checkpoint_and_draws_the_run(
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_skipped_steps_change_nothing_and_resume_to_the_bit(
     text, tmp_path, monkeypatch, one_device
 ):
