@@ -10,7 +10,6 @@ from deepseek_jax.aot import cluster, compiled, cost_model, hlo, layer, products
 from deepseek_jax.kernels.kernel_names import OUTER, PRODUCT, QUANTISE
 from deepseek_jax.precision.recipes import BFLOAT16, Fp8Recipe
 from deepseek_jax.precision.scopes import PRODUCTS, WEIGHT_GRADIENT
-from deepseek_jax.train import step
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "")
 
@@ -137,32 +136,3 @@ def test_a_linear_in_bfloat16_is_seen(monkeypatch):
     monkeypatch.setattr(Fp8Recipe, "einsum", product)
     linear = {(kind, True): LINEAR - 1 for kind in PRODUCTS}
     assert counted() == {**linear, (products.OTHER, False): OTHERS + len(PRODUCTS)}
-
-
-LAYOUTS = {
-    "two in flight": dict(mesh_node=2, mesh_gpu=2, layout_micro_batches_in_flight=2),
-    "ZeRO-3": dict(mesh_replica=2, mesh_node=2, layout_zero=3),
-    "DualPipe": dict(mesh_pipe=2, mesh_node=2, layout_zero=1),
-    "deferred": dict(mesh_pipe=2, mesh_node=2, layout_defer_weight_gradients=True),
-    "1F1B": dict(mesh_pipe=2, mesh_node=2, layout_pipeline="1f1b"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_step_of_every_layout_multiplies_by_kernels(changes):
-    fp8 = dict(precision_recipe="fp8", precision_dispatch="fp8", optimizer_moments="bfloat16")
-    # Gate and up of a narrower network would cut blocks, which the portable form multiplies.
-    sizes = dict(model_d_expert=128, model_d_dense=128, model_layers=4, batch_micro_sequences=4)
-    config = small.config(**fp8, **sizes, **changes)
-    mesh = cluster.mesh(config.mesh)
-    program = compiled.read(cluster.compile_for(step.lower(config, mesh)), mesh, layer.KERNELS)
-    found = list(products.products(program.module, layer.KERNELS))
-    assert {each.kernel for each in found if each.in_fp8} == {PRODUCT, OUTER}
-    assert {each.kind for each in found if not each.in_fp8} == {products.OTHER}
-    by_kernel = collections.Counter(each.kernel for each in found if each.in_fp8)
-    counts = products.kernel_counts(program.module)
-    assert {kernel: counts[kernel] for kernel in by_kernel} == by_kernel
-    # The linear layers of a stage, at least: a loop over layers has each once.
-    assert by_kernel[PRODUCT] >= 2 * LINEAR and by_kernel[OUTER] >= LINEAR
-    assert counts[QUANTISE] > 2 * LINEAR and list(products.fp8_casts(program.module)) == []
