@@ -25,6 +25,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from deepseek_jax.runtime import background  # noqa: E402
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -34,3 +36,10 @@ def strict_dtypes():
     """No silent mixing of dtypes, for model and precision code."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """A failed save marks its process, whose other tests it does not concern."""
+    yield
+    background._waiting.discard(0)
