@@ -26,7 +26,7 @@ from deepseek_jax.config import AnomalyConfig
 from deepseek_jax.data import files
 from deepseek_jax.errors import RunError
 from deepseek_jax.train.append import AppendedFile
-from deepseek_jax.train.metrics import Row, plain
+from deepseek_jax.train.metrics import Row, json_objects, plain
 
 ANOMALIES = "anomalies.jsonl"
 
@@ -239,17 +239,8 @@ class AnomalyFile:
 
 def read_anomalies(path: Path) -> list[Row]:
     """The rows of an `anomalies.jsonl`; a line that is not whole is left out."""
-    rows: list[Row] = []
-    if not path.is_file():
-        return rows
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.keys() >= {"step", "tokens", "sequences", "kind"}:
-            rows.append(row)
-    return rows
+    keys = {"step", "tokens", "sequences", "kind"}
+    return [row for row in json_objects(path) if row.keys() >= keys]
 
 
 def _line(row: Row) -> str:

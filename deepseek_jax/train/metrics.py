@@ -5,6 +5,7 @@ A row that cannot be written, as on a full disk, is kept in memory and written w
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,17 +55,22 @@ def read_metrics(path: Path) -> list[Row]:
     A line that is no JSON object with a step is left out: the process was killed while it wrote it.
     """
     rows: list[Row] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        whole = isinstance(row, dict) and isinstance(row.get("step"), int)
-        if whole and (not rows or row["step"] > rows[-1]["step"]):
+    for row in json_objects(path):
+        if isinstance(row.get("step"), int) and (not rows or row["step"] > rows[-1]["step"]):
             rows.append(row)
     return rows
+
+
+def json_objects(path: Path) -> Iterator[Row]:
+    """Yields the objects of a file of JSON lines; none without a file. Other lines are left out."""
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
 
 
 class MetricsFile:

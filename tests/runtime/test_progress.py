@@ -83,7 +83,10 @@ def test_a_folder_that_cannot_be_written_stops_nothing(publisher, tmp_path):
     (tmp_path / "progress").write_text("a file")
     publisher.attach(tmp_path, 0)
     publisher.enter("save")
+    assert publisher.now.section == "save"
     publisher.ended(1, "x")
+    assert (publisher.now.code, publisher.now.reason) == (1, "x")
+    assert (tmp_path / "progress").read_text() == "a file"
 
 
 def test_writes_of_a_large_run_are_few():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import small
 from equations import checkpoints
+from same_bytes import assert_same_bytes, tensors_of
 
 from deepseek_jax.checkpoint import carried, conversion, load
 from deepseek_jax.checkpoint.hf import fp8_blocks, names, safetensors
@@ -14,17 +15,6 @@ from deepseek_jax.precision.fp8_tiles import E4M3, spread
 
 EXPERT = "model.layers.2.mlp.experts.7.up_proj.weight"
 ANY = 10**9  # bytes of a file
-
-
-def tensors_of(folder):
-    return {name: tensor.array for name, tensor in safetensors.open_folder(folder).items()}
-
-
-def assert_same_bytes(got, want):
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        assert got[name].dtype == value.dtype, name
-        assert got[name].tobytes() == np.ascontiguousarray(value).tobytes(), name
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import small
 from equations import checkpoints
 from safetensors.numpy import save_file
+from same_bytes import assert_same_bytes, tensors_of
 
 import deepseek_jax
 from deepseek_jax.checkpoint import carried, conversion, load
@@ -42,17 +43,6 @@ def inside(weights):
     return {language_part.PREFIX + name: value for name, value in weights.items()} | TOWER
 
 
-def stored(folder):
-    return {name: t.array for name, t in safetensors.open_folder(folder).items()}
-
-
-def assert_same_bytes(got, want):
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        assert got[name].dtype == value.dtype, name
-        assert got[name].tobytes() == np.ascontiguousarray(value).tobytes(), name
-
-
 @pytest.fixture(scope="module")
 def kimi():
     return checkpoints.make("kimi_k2")
@@ -83,7 +73,7 @@ def test_no_tensor_is_lost_on_the_way_back(folder, kimi, tmp_path):
     settings, weights = around(kimi[0]), inside(kimi[1])
     for name in ("run", "k25"):
         conversion.to_published(open_checkpoint(folder / name), tmp_path / name, "float32", SHARD)
-        assert_same_bytes(stored(tmp_path / name), weights)
+        assert_same_bytes(tensors_of(tmp_path / name), weights)
         written = json.loads((tmp_path / name / "config.json").read_text())
         inner = settings["text_config"] | {"torch_dtype": "float32"}
         assert written == settings | {"text_config": inner}
@@ -91,12 +81,12 @@ def test_no_tensor_is_lost_on_the_way_back(folder, kimi, tmp_path):
         assert index["metadata"]["total_size"] == sum(value.nbytes for value in weights.values())
         assert (tmp_path / name / "preprocessor_config.json").is_file()
     deepseek_jax.load(folder / "k25").save(tmp_path / "saved")
-    assert_same_bytes(stored(tmp_path / "saved"), weights)
+    assert_same_bytes(tensors_of(tmp_path / "saved"), weights)
 
 
 def test_other_parts_stay_as_they_are_in_other_formats(folder, tmp_path):
     conversion.to_published(open_checkpoint(folder / "run"), tmp_path / "fp8", "fp8", SHARD)
-    got = stored(tmp_path / "fp8")
+    got = tensors_of(tmp_path / "fp8")
     assert_same_bytes({name: got[name] for name in TOWER}, TOWER)
     assert any(value.dtype == safetensors.E4M3 for value in got.values())
     quantised = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
