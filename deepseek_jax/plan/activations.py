@@ -212,7 +212,9 @@ def _closed_form(
     routed = staged or not dense
     if policy.names:
         kept[STREAM] *= 2  # and the stream after attention
-        kept[LATENTS] = size * tokens * (model.q_latent + model.kv_latent + model.d_rope)
+        kept[LATENTS] = size * tokens * model.q_latent
+        if Saved.KV_LATENT in policy.names:
+            kept[LATENTS] += size * tokens * (model.kv_latent + model.d_rope)
         if Saved.ATTENTION in policy.names:
             kept[ATTENTION] = _attention_bytes(shapes)
         if policy.keep_scores and not shapes.attention_kernel:

@@ -239,7 +239,8 @@ def _attention(shape: DeviceShare) -> Part:
         again = [(k, n) for name, k, n in named if name in ("kv_b", "q_b", "index_q")]
         backward += PartWork(_three(again, t)[FORWARD], 0.0, 0.0, norms / 2)
     if policy == "attention":
-        backward += PartWork((), forward_core)
+        down = [(d, model.kv_latent + model.d_rope)] if shape.attention == "mla" else []
+        backward += PartWork(_three(down, t)[FORWARD], forward_core)
     return {
         FORWARD: PartWork(products[FORWARD], forward_core, tiles[FORWARD], norms + heads_bytes),
         INPUTS: backward,

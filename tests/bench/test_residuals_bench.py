@@ -7,9 +7,9 @@ from deepseek_jax import config as configs
 from deepseek_jax.bench import residuals
 
 
-def kept(recipe, dispatch):
+def kept(recipe, dispatch, recompute="report"):
     config = v3_671b.get_config()
-    config.layout.recompute = "report"
+    config.layout.recompute = recompute
     config.precision.update(recipe=recipe, dispatch=dispatch)
     config.mesh.update(pipe=1, replica=1, node=1, gpu=1)
     found = residuals.kept_bytes(configs.parse(config))
@@ -24,3 +24,9 @@ def test_fp8_keeps_a_byte_and_a_scale_for_each_number(dispatch):
     swiglu, heads = 8 * 4096 + 4096, 128 * 128
     bfloat16, fp8 = kept("bfloat16", dispatch), kept("fp8", dispatch)
     assert bfloat16 - fp8 == swiglu * (2 - 1 - scale) + heads * (2 - 1.5 - scale)
+
+
+def test_the_published_model_in_fp8_keeps_half_of_bfloat16_or_less():
+    """BF16 with the report's recomputation, and FP8 with that of the config."""
+    policy = v3_671b.get_config().layout.recompute
+    assert kept("fp8", "fp8", policy) <= kept("bfloat16", "compute") / 2
