@@ -83,16 +83,24 @@ def wait_for(process, workdir, step, saved=0):
         time.sleep(0.002)
 
 
-def test_killed_again_and_again_it_ends_the_same(whole, text, tmp_path):
-    """kill -9 right after a logged step, which at every fourth is while it is being saved; and
-    the newest checkpoint is lost."""
-    flags = runs.arguments(runs.tiny(text), tmp_path / "run")
-    for step, saved in ((5, 0), (12, 2)):
-        process = runs.start_main(flags)
-        wait_for(process, tmp_path / "run", step, saved)
-        process.kill()
-        process.communicate()
-    newest = tmp_path / "run" / "checkpoints" / str(runs.checkpoints(tmp_path / "run")[-1])
+def test_killed_and_stopped_it_ends_the_same(whole, text, tmp_path):
+    """kill -9 right after a step, which as the fourth is being saved; SIGTERM, which saves; and
+    that newest checkpoint is damaged."""
+    workdir = tmp_path / "run"
+    flags = runs.arguments(runs.tiny(text), workdir)
+    process = runs.start_main(flags)
+    wait_for(process, workdir, 9, 1)
+    process.kill()
+    process.communicate()
+    process = runs.start_main([*flags, "--stop_code=75"])
+    wait_for(process, workdir, 14, 2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    reached = len(runs.rows(workdir))
+    assert (process.returncode, err) == (75, "") and f"stopped after step {reached}" in out
+    assert "resumed from step" in out
+    assert runs.checkpoints(workdir)[-1] == reached < len(runs.losses(whole[0]))
+    newest = workdir / "checkpoints" / str(reached)
     (newest / "state" / "_METADATA").unlink()
     process = runs.start_main(flags)
     out, err = process.communicate(timeout=120)
@@ -100,23 +108,6 @@ def test_killed_again_and_again_it_ends_the_same(whole, text, tmp_path):
     [said] = err.splitlines()
     assert f"{newest} cannot be read, trying an older one" in said
     assert "resumed from step" in out
-    np.testing.assert_array_equal(runs.losses(tmp_path / "run"), runs.losses(whole[0]))
-    assert runs.bits(tmp_path / "run") == runs.bits(whole[0])
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(whole, text, tmp_path):
-    workdir = tmp_path / "run"
-    flags = runs.arguments(runs.tiny(text, checkpoint={"every_steps": 1000}), workdir)
-    process = runs.start_main([*flags, "--stop_code=75"])
-    wait_for(process, workdir, 3)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    reached = len(runs.rows(workdir))
-    assert (process.returncode, err) == (75, "") and f"stopped after step {reached}" in out
-    assert runs.checkpoints(workdir) == [reached] and reached < len(runs.losses(whole[0]))
-    process = runs.start_main(flags)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "") and f"resumed from step {reached}" in out
     np.testing.assert_array_equal(runs.losses(workdir), runs.losses(whole[0]))
     assert runs.bits(workdir) == runs.bits(whole[0])
 
