@@ -3,9 +3,11 @@
 The previous stage waits for input gradients; only the optimiser needs weight gradients. `split`
 traces a pass that makes both, runs the equations that the input gradients depend on, and returns
 the remaining ones with the arrays that they read: for a matmul, its input and the gradient of its
-output. Nothing is computed twice.
+output. Nothing is computed twice, and every equation keeps its named scopes, by which profiles and
+compiled programs tell the products of a layer apart.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -97,7 +99,9 @@ def _inline(jaxpr: Any, consts: Iterable[Any], arguments: Iterable[Any]) -> list
         else:
             inner, inner_consts = getattr(called, "jaxpr", called), getattr(called, "consts", ())
             inputs = [_value(env, v) for v in eqn.invars]
-            env.update(zip(eqn.outvars, _inline(inner, inner_consts, inputs), strict=True))
+            with _scopes(eqn):
+                results = _inline(inner, inner_consts, inputs)
+            env.update(zip(eqn.outvars, results, strict=True))
     return [_value(env, v) for v in jaxpr.outvars]
 
 
@@ -108,8 +112,15 @@ def _called(eqn: Any) -> Any:
 
 def _run(eqns: Iterable[Any], env: dict[Any, Any]) -> None:
     for eqn in eqns:
-        out = eqn.primitive.bind(*(_value(env, v) for v in eqn.invars), **eqn.params)
+        with _scopes(eqn):
+            out = eqn.primitive.bind(*(_value(env, v) for v in eqn.invars), **eqn.params)
         env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
+
+
+def _scopes(eqn: Any) -> contextlib.AbstractContextManager[Any]:
+    """Named scopes of an equation, inside those that are active."""
+    names = str(eqn.source_info.name_stack)
+    return jax.named_scope(names) if names else contextlib.nullcontext()
 
 
 def _value(env: dict[Any, Any], v: Any) -> Any:

@@ -58,3 +58,37 @@ def test_what_waits_is_inputs_and_gradients_not_weights():
     later, _ = split_backward.split(lambda: jax.vjp(plain, W, X)[1](PULL))
     assert not {leaf.shape for leaf in later.arrays} & {w.shape for w in W}
     assert len(later.arrays) == 4
+
+
+def test_both_halves_keep_their_scopes():
+    """In a call, and in a backward rule of its own."""
+
+    @jax.custom_vjp
+    def product(w, x):
+        return x @ w
+
+    @jax.named_scope("of_product")
+    def backward(kept, pull):
+        w, x = kept
+        return x.T @ pull, pull @ w.T
+
+    product.defvjp(lambda w, x: (product(w, x), (w, x)), backward)
+
+    @jax.named_scope("outer")
+    def fn(w, x):
+        return jax.checkpoint(product)(w, jnp.tanh(x))
+
+    def halves(w, x, pull):
+        later, now = split_backward.split(lambda: jax.vjp(fn, w, x)[1](pull))
+        with jax.named_scope("later"):
+            return later.make(), now
+
+    program = jax.jit(halves).lower(W[0], X, X @ W[0]).compile().as_text()
+    scopes = {
+        line.split('op_name="')[1].split('"')[0]
+        for line in program.splitlines()
+        if " dot(" in line and "op_name" in line
+    }
+    assert len(scopes) == 2, scopes
+    assert all("outer" in scope and "of_product" in scope for scope in scopes), scopes
+    assert sum("later" in scope for scope in scopes) == 1, scopes
