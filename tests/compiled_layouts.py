@@ -13,6 +13,7 @@ Compiling needs the CUDA plugin (`pip install -e ".[cluster]"`).
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 import random
@@ -34,6 +35,7 @@ DEVICES, COUNT = 16, 8
 H800 = machine_lookup.find("h800")  # compiled as an H100; the links are the H800's
 
 
+@functools.cache
 def base():
     """The small config."""
     config = load("moonlight_16b")

@@ -36,6 +36,7 @@ from deepseek_jax.plan import (
     ablations_text,
     compare_schedules,
     device_memory,
+    fits,
     layout_report,
     machine_lookup,
     measured,
@@ -138,8 +139,9 @@ def plan_config() -> None:
     """Prints the plan of a config, and draws its memory if --picture names a file."""
     config = layout_report.resolved(command.read_config(CONFIG), DEVICES.value)
     held = device_memory.device_memory(config)
-    planned = {**layout_report.plan(config), "memory": memory_text.row(held)}
-    shown = memory_text.text(held) + "\n"
+    room = fits.report(config, machine_lookup.find(HARDWARE.value or "h100").chip)
+    planned = {**layout_report.plan(config), "memory": memory_text.row(held), "fits": room}
+    shown = f"{memory_text.text(held)}\n{fits.text(room)}\n"
     if HARDWARE.value is not None:
         timed, times = _timed(config)
         planned, shown = {**planned, **timed}, f"{shown}\n{times}"

@@ -17,6 +17,16 @@ CASES = {
     "attention, fp8, two hops": ("attention", "fp8", "fp8", EIGHT, {}),
     "report, bf16, flat": ("report", "bfloat16", "fp8", EIGHT, dict(dispatch="flat")),
     "full": ("full", "bfloat16", "compute", EIGHT, {}),
+    "report, fp8, two in flight": (
+        "report", "fp8", "fp8", EIGHT, dict(micro_batches_in_flight=2, capacity_factor=1.25),
+    ),
+    "attention, two in flight, flat": (
+        "attention", "bfloat16", "compute", EIGHT,
+        dict(micro_batches_in_flight=2, dispatch="flat"),
+    ),
+    "full, two in flight": (
+        "full", "bfloat16", "fp8", dict(node=2, gpu=2), dict(micro_batches_in_flight=2),
+    ),
     "none with zero 3": ("none", "bfloat16", "compute", EIGHT, dict(zero=3)),
     "report, fp8, a stage": ("report", "fp8", "fp8", STAGED, {}),
     "attention, bf16, a stage": ("attention", "bfloat16", "compute", STAGED, {}),
@@ -33,7 +43,8 @@ def small(recompute, recipe, dispatch, mesh, layout, **batch):
     config.mesh.update(**{"gpu": 1, **mesh})
     config.layout.update(recompute=recompute, **layout)
     config.precision.update(recipe=recipe, dispatch=dispatch)
-    config.batch.update(**batch)
+    sequences = 8 * config.layout.micro_batches_in_flight
+    config.batch.update(**{"sequences": sequences, "ramp_sequences": sequences, **batch})
     return configs.parse(config)
 
 

@@ -68,7 +68,7 @@ def test_the_command():
         (("--hardware=h100", "--imbalance=0.5"), "imbalance"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message):
-    done = plan("--config=configs/v3_671b.py", *arguments)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert done.stdout == ""
+def test_bad_input_is_one_line(arguments, message, typed):
+    code, out, err = typed("plan.__main__", f"--config={ROOT / 'configs/v3_671b.py'}", *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+    assert out == ""
