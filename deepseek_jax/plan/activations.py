@@ -179,7 +179,9 @@ def layer_residuals(config: Config, *, dense: bool = False) -> Mapping[str, int]
     if many == 1:
         return _closed_form(shapes, policy, dense=dense, staged=staged)
     kept = _closed_form(shapes, policy, dense=dense, staged=staged, passes=True)
-    return {kind: size * (1 if kind == OTHER else many) for kind, size in kept.items()}
+    frequencies, biases = FLOAT32 * (shapes.model.d_rope // 2), FLOAT32 * shapes.model.experts
+    constants = frequencies if dense else many * frequencies + biases
+    return {kind: many * size for kind, size in kept.items()} | {OTHER: constants}
 
 
 def _shape_keys(config: Config) -> Config:

@@ -11,6 +11,8 @@ from deepseek_jax.plan import activations, residual_trace
 EIGHT = dict(node=2, gpu=2, tensor=2)
 STAGED = dict(pipe=2, node=2, gpu=2)
 
+TWO_FULL, TWO_FLAT = "full, two in flight", "attention, two in flight, flat"
+
 # recompute policy, recipe, payload, mesh and other values of the layout
 CASES = {
     "report, one device": ("report", "float32", "compute", dict(gpu=1), {}),
@@ -20,11 +22,11 @@ CASES = {
     "report, fp8, two in flight": (
         "report", "fp8", "fp8", EIGHT, dict(micro_batches_in_flight=2, capacity_factor=1.25),
     ),
-    "attention, two in flight, flat": (
+    TWO_FLAT: (
         "attention", "bfloat16", "compute", EIGHT,
         dict(micro_batches_in_flight=2, dispatch="flat"),
     ),
-    "full, two in flight": (
+    TWO_FULL: (
         "full", "bfloat16", "fp8", dict(node=2, gpu=2), dict(micro_batches_in_flight=2),
     ),
     "none with zero 3": ("none", "bfloat16", "compute", EIGHT, dict(zero=3)),
@@ -56,7 +58,10 @@ def traced(leaves):
     return sum(map(residual_trace.nbytes, leaves))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in (TWO_FULL, TWO_FLAT))) for n in CASES],
+)
 def test_the_closed_form_counts_what_a_trace_finds(name):
     config = small(*CASES[name])
     if config.mesh.pipe > 1:
