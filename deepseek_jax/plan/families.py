@@ -14,7 +14,7 @@ from deepseek_jax.config import Config
 
 
 class Family(NamedTuple):
-    """What the layouts of a family have in common."""
+    """Mesh and schedule that the layouts of a family have in common."""
 
     mesh: tuple[int, ...]
     pipeline: str
