@@ -134,6 +134,7 @@ def compared():
                 "layout": " ".join(flag.removeprefix("--config.") for flag in row["flags"]),
                 "planned_GiB": peak / 2**30,
                 "compiled_GiB": row["peak_bytes"] / 2**30,
+                "error": peak / row["peak_bytes"] - 1,
                 "planned_s": estimated,
                 "compiled_s": row["seconds"],
             }

@@ -19,6 +19,7 @@ python -m deepseek_jax.plan step --config=FILE [--costs=costs.pbtxt] [--json]
 """
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,6 +126,9 @@ def main(name: str = "") -> None:
         {"schedule": schedule, "step": step}[name]()
         return
     jax.config.update("jax_platforms", "cpu")  # shapes only: never take an accelerator's memory
+    for flag in (PRICE, IMBALANCE):
+        if flag.value is not None and not math.isfinite(flag.value):
+            raise ConfigError(f"--{flag.name}={flag.value}: give a number that is finite")
     if COMPARE.value:
         compare()
     elif SEARCH.value:

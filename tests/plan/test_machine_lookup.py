@@ -66,6 +66,8 @@ def test_the_command():
         (("--hardware=no/such.toml",), "no/such.toml cannot be read"),
         (("--price=2",), "--price goes with --hardware"),
         (("--hardware=h100", "--imbalance=0.5"), "imbalance"),
+        (("--hardware=h100", "--imbalance=nan"), "--imbalance=nan: give a number that is finite"),
+        (("--hardware=h100", "--price=inf"), "--price=inf: give a number that is finite"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, typed):
