@@ -41,6 +41,7 @@ from deepseek_jax.plan import (
     layout_report,
     machine_lookup,
     measured,
+    memory_errors,
     memory_plot,
     memory_text,
     published_steps,
@@ -145,7 +146,7 @@ def plan_config() -> None:
     held = device_memory.device_memory(config)
     room = fits.report(config, machine_lookup.find(HARDWARE.value or "h100").chip)
     planned = {**layout_report.plan(config), "memory": memory_text.row(held), "fits": room}
-    shown = f"{memory_text.text(held)}\n{fits.text(room)}\n"
+    shown = f"{memory_text.text(held, memory_errors.kind_of(config))}\n{fits.text(room)}\n"
     if HARDWARE.value is not None:
         timed, times = _timed(config)
         planned, shown = {**planned, **timed}, f"{shown}\n{times}"
