@@ -13,6 +13,7 @@ Compiling needs the CUDA plugin (`pip install -e ".[cluster]"`).
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 import random
@@ -34,6 +35,7 @@ DEVICES, COUNT = 16, 8
 H800 = machine_lookup.find("h800")  # compiled as an H100; the links are the H800's
 
 
+@functools.cache
 def base():
     """The small config."""
     config = load("moonlight_16b")
@@ -132,6 +134,7 @@ def compared():
                 "layout": " ".join(flag.removeprefix("--config.") for flag in row["flags"]),
                 "planned_GiB": peak / 2**30,
                 "compiled_GiB": row["peak_bytes"] / 2**30,
+                "error": peak / row["peak_bytes"] - 1,
                 "planned_s": estimated,
                 "compiled_s": row["seconds"],
             }

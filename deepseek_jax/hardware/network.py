@@ -14,6 +14,10 @@ all-to-all traffic, which a plan should use. Sources of the numbers:
 - [EP2] DeepEP, README.md (commit 0297fc8): 8,192 tokens, the second version's kernels.
 - [HEP] DeepEP, docs/README_Hybrid-EP.md (commit 41cad94): 4,096 tokens, BF16 both ways, uniform
   router, the "torch API" columns.
+- [NCCL] deepseek-ai/DeepEP issue 59 (March 2025), Megatron's MoE layers of V3 on 8 nodes of H100:
+  an all-to-all of NCCL takes 13 ms, and DeepEP's combine of the same tokens 5 ms. Five milliseconds
+  are 41 GB/s for 4,096 tokens, as [HEP] measured, so NCCL's 4,096 x 7 copies that leave the node
+  travel at 31.6 GB/s.
 - Datasheets of the A100, HGX B200, GB200 NVL72 and MI300X; 400 Gb/s NICs beside all of them but the
   A100, whose DGX has 200 Gb/s. NVIDIA's NIC is taken to reach as much as beside the H800.
 """
@@ -133,6 +137,11 @@ H100 = dataclasses.replace(
     ),
 )
 H200 = dataclasses.replace(H100, name="h200")
+
+# The H100's links under NCCL's flat all-to-alls: 4,096 tokens x 8 copies x 7/8 x 14,336 B, 13 ms.
+H100_NCCL = dataclasses.replace(
+    H100, infiniband_effective_bytes_per_s=4096 * 7 * 14_336 / 13e-3, all_to_all=()
+)
 
 # NVLink 5: 1.8 TB/s both ways.
 B200 = dataclasses.replace(

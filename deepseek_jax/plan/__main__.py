@@ -19,6 +19,7 @@ python -m deepseek_jax.plan step --config=FILE [--costs=costs.pbtxt] [--json]
 """
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,9 +37,11 @@ from deepseek_jax.plan import (
     ablations_text,
     compare_schedules,
     device_memory,
+    fits,
     layout_report,
     machine_lookup,
     measured,
+    memory_errors,
     memory_plot,
     memory_text,
     published_steps,
@@ -124,6 +127,9 @@ def main(name: str = "") -> None:
         {"schedule": schedule, "step": step}[name]()
         return
     jax.config.update("jax_platforms", "cpu")  # shapes only: never take an accelerator's memory
+    for flag in (PRICE, IMBALANCE):
+        if flag.value is not None and not math.isfinite(flag.value):
+            raise ConfigError(f"--{flag.name}={flag.value}: give a number that is finite")
     if COMPARE.value:
         compare()
     elif SEARCH.value:
@@ -138,8 +144,9 @@ def plan_config() -> None:
     """Prints the plan of a config, and draws its memory if --picture names a file."""
     config = layout_report.resolved(command.read_config(CONFIG), DEVICES.value)
     held = device_memory.device_memory(config)
-    planned = {**layout_report.plan(config), "memory": memory_text.row(held)}
-    shown = memory_text.text(held) + "\n"
+    room = fits.report(config, machine_lookup.find(HARDWARE.value or "h100").chip)
+    planned = {**layout_report.plan(config), "memory": memory_text.row(held), "fits": room}
+    shown = f"{memory_text.text(held, memory_errors.kind_of(config))}\n{fits.text(room)}\n"
     if HARDWARE.value is not None:
         timed, times = _timed(config)
         planned, shown = {**planned, **timed}, f"{shown}\n{times}"

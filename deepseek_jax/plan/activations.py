@@ -158,12 +158,12 @@ def _data_parts(layout: Layout, axis: str) -> int:
 
 
 def layer_residuals(config: Config, *, dense: bool = False) -> Mapping[str, int]:
-    """Bytes that a layer keeps of one micro-batch on one device, by `KINDS`.
+    """Bytes that a layer keeps of the micro-batches in flight on one device, by `KINDS`.
 
     With a pipeline a layer slot that may have a dense layer keeps what an MoE layer keeps, but for
     the input of the shared experts' SwiGLU. Closed form for the policies that
-    save names; traced, and then remembered, for others: `recompute=none` without a pipeline, two
-    micro-batches in flight, and `dispatch=reference`.
+    save names; traced, and then remembered, for others: `recompute=none` without a pipeline, and
+    `dispatch=reference`.
 
     Args:
       config: Config of the run, whose mesh has no -1.
@@ -172,10 +172,16 @@ def layer_residuals(config: Config, *, dense: bool = False) -> Mapping[str, int]
     staged = config.mesh.pipe > 1
     policy = remat.BY_NAME[config.layout.recompute]
     named = not policy.matmuls or config.layout.zero == 3
-    many = config.layout.micro_batches_in_flight > 1 and not staged
-    if config.layout.dispatch == "reference" or many or not (staged or named):
+    many = config.layout.micro_batches_in_flight if not staged else 1
+    if config.layout.dispatch == "reference" or not (staged or named):
         return _traced(_shape_keys(config), dense and not staged)
-    return _closed_form(device_shapes(config), policy, dense=dense, staged=staged)
+    shapes = device_shapes(config)
+    if many == 1:
+        return _closed_form(shapes, policy, dense=dense, staged=staged)
+    kept = _closed_form(shapes, policy, dense=dense, staged=staged, passes=True)
+    frequencies, biases = FLOAT32 * (shapes.model.d_rope // 2), FLOAT32 * shapes.model.experts
+    constants = frequencies if dense else many * frequencies + biases
+    return {kind: many * size for kind, size in kept.items()} | {OTHER: constants}
 
 
 def _shape_keys(config: Config) -> Config:
@@ -204,9 +210,13 @@ def _traced(config: Config, dense: bool) -> Mapping[str, int]:
 
 
 def _closed_form(
-    shapes: DeviceShapes, policy: remat.Remat, *, dense: bool, staged: bool
+    shapes: DeviceShapes, policy: remat.Remat, *, dense: bool, staged: bool, passes: bool = False
 ) -> Mapping[str, int]:
-    """Bytes of the residuals that a policy names, and in a stage those that a `LayerPass` needs."""
+    """Bytes of the residuals that a policy names, and in a stage those that a `LayerPass` needs.
+
+    Args:
+      passes: Whether a `LayerPass` runs the layer, as in a stage, and its routing is kept whole.
+    """
     model, tokens, size = shapes.model, shapes.tokens, shapes.activation
     kept = {STREAM: size * tokens * model.d_model}  # the layer's input
     routed = staged or not dense
@@ -236,7 +246,7 @@ def _closed_form(
     else:
         kept[ROWS] = shapes.slots * shapes.payload
     kept[ROWS] += FLOAT32 * shapes.slots  # routing weights
-    kept[ROUTING] = _routing_bytes(shapes, policy, staged=staged)
+    kept[ROUTING] = _routing_bytes(shapes, policy, whole=staged or passes)
     return kept
 
 
@@ -270,7 +280,7 @@ def _scores_bytes(shapes: DeviceShapes) -> int:
     return FLOAT32 * shapes.sequences * shapes.heads * scores
 
 
-def _routing_bytes(shapes: DeviceShapes, policy: remat.Remat, *, staged: bool) -> int:
+def _routing_bytes(shapes: DeviceShapes, policy: remat.Remat, *, whole: bool) -> int:
     """Bytes of the chosen experts and of the slots of their copies on every hop."""
     top_k, tokens = shapes.model.top_k, shapes.tokens
     rows, total = tokens, INT32 * shapes.experts  # rows of each local expert
@@ -281,6 +291,6 @@ def _routing_bytes(shapes: DeviceShapes, policy: remat.Remat, *, staged: bool) -
         rows = slots
     choices = tokens * top_k
     total += INT32 * choices if policy.names else 0  # chosen, that a second gate weighs again
-    if staged:  # weights, chosen, what is left, number of rounds
+    if whole:  # weights, chosen, what is left, number of rounds
         return total + (2 * INT32 + 1) * choices + FLOAT32
     return total + (0 if shapes.complete else choices)

@@ -5,6 +5,12 @@ stage has them. Alone, a chunk waits for its messages. In a pair its messages tr
 other chunk's work, except for what exceeds it, and for the synchronisation of each message, which
 no work can hide: the peers of a message are late by as much as their own work differs, which is
 taken to grow with their tokens.
+
+Of F&B, a message can hide under one part of the other chunk only (figure 4 of the report, and the
+same order in Megatron's `model_chunk_schedule_plan.py`):
+
+    messages   combine of B    dispatches of F and of B            combine of F
+    work       attention F     experts B, their W, and experts F   attention B and W
 """
 
 import dataclasses
@@ -18,6 +24,8 @@ from deepseek_jax.plan.messages import Message, width_messages
 
 FORWARD, INPUTS, WEIGHTS = Work.FORWARD, Work.INPUT_GRAD, Work.WEIGHT_GRAD
 PHASES = (FORWARD, INPUTS, WEIGHTS)
+# Name of a message -> position of the work that it hides under, see above.
+SLOTS = {"combine backward": 0, "dispatch": 1, "dispatch backward": 1, "combine": 2}
 TRACE_TOKENS = 4096  # of a device in the trace that `synchronisation_s` is fitted to
 
 
@@ -29,6 +37,7 @@ class Chunk:
       attention, feed, ends: Work of attention, feed-forward networks, and embedding and heads.
       messages: Payload seconds of each message, alone on the links.
       busy: The same beside other messages and matmuls.
+      slots: The same by position in F&B.
       tensor: Messages between ranks that share a width, which nothing hides.
       waits: Messages that need synchronisation.
       concurrent: Part of W on a second stream in a pair.
@@ -39,6 +48,7 @@ class Chunk:
     ends: Mapping[Work, Seconds]
     messages: Mapping[Work, float]
     busy: Mapping[Work, float]
+    slots: Mapping[Work, tuple[float, ...]]
     tensor: Mapping[Work, float]
     waits: Mapping[Work, float]
     concurrent: float
@@ -88,8 +98,17 @@ def overlapped(parts: Iterable[tuple[Chunk, Work]]) -> OverlappedPair:
 
 
 def forward_and_backward(forward: Chunk, backward: Chunk) -> OverlappedPair:
-    """F&B of DualPipe."""
-    return overlapped([(forward, FORWARD), (backward, INPUTS), (backward, WEIGHTS)])
+    """F&B of DualPipe: messages hide under the work beside them; see the head of this file."""
+    pair = overlapped([(forward, FORWARD), (backward, INPUTS), (backward, WEIGHTS)])
+    experts = forward.feed[FORWARD].total - backward.concurrent
+    work = (
+        forward.attention[FORWARD].total,
+        experts + backward.feed[INPUTS].total + backward.feed[WEIGHTS].total,
+        backward.attention[INPUTS].total + backward.attention[WEIGHTS].total,
+    )
+    sent = map(sum, zip(forward.slots[FORWARD], backward.slots[INPUTS], strict=True))
+    exposed = sum(max(0.0, each - under) for each, under in zip(sent, work, strict=True))
+    return dataclasses.replace(pair, exposed=exposed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +142,7 @@ class ChunkTimes:
             ends=self._ends(ends),
             messages=self._messages(works, counts, overlapped=False),
             busy=self._messages(works, counts, overlapped=True),
+            slots={p: self._slots(works, counts, p) for p in PHASES},
             tensor={p: self._tensor(works, counts, ends, p) for p in PHASES},
             waits={p: self._waits(works, counts, p) for p in PHASES},
             concurrent=self._concurrent(works, counts),
@@ -155,6 +175,15 @@ class ChunkTimes:
         return sum(
             count * seconds(self._placed(message), overlapped=overlapped) for message, count in sent
         )
+
+    def _slots(self, works: list[LayerWork], counts, phase: Work) -> tuple[float, ...]:
+        found = [0.0] * 3
+        for work, count in zip(works, counts, strict=True):
+            for message in work.messages[phase]:
+                placed = self._placed(message)
+                seconds = self.machine.message_seconds(placed, overlapped=True)
+                found[SLOTS[message.name]] += count * seconds
+        return tuple(found)
 
     def _placed(self, message: Message) -> Message:
         """The message on the machine's links; its nodes may differ from the mesh's."""

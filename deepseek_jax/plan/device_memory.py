@@ -91,11 +91,17 @@ def device_memory(config: Config) -> DeviceMemory:
     return DeviceMemory(
         items={key: {**state, **items}.get(key, 0) for key in ITEMS},
         moment=name,
-        kept_per_layer=layer_residuals(config),
+        kept_per_layer=_of_one(config, layer_residuals(config)),
         held=held,
         layers_held=layers,
         ema_host=fixed.ema_host,
     )
+
+
+def _of_one(config: Config, kept: Mapping[str, int]) -> Mapping[str, int]:
+    """Bytes of one of the micro-batches in flight."""
+    many = 1 if config.mesh.pipe > 1 else config.layout.micro_batches_in_flight
+    return {kind: size // many for kind, size in kept.items()}
 
 
 def _held(config: Config) -> tuple[int, int]:

@@ -101,6 +101,8 @@ class DeviceShare:
         gathers them (Megatron's sequence parallelism); this project's programs have 1.
       shared_widths: Whether data-parallel devices share widths as `layout.rules` says; otherwise
         each device computes its own tokens, as published systems are assumed to.
+      each_expert: Whether a flat all-to-all sends a copy of a token for each of its experts, as
+        NCCL's of permuted rows does; otherwise one for each GPU.
     """
 
     config: Config
@@ -109,6 +111,7 @@ class DeviceShare:
     imbalance: float = 1.0
     sequence_ranks: int = 1
     shared_widths: bool = True
+    each_expert: bool = False
 
     @property
     def fp8(self) -> bool:
@@ -146,7 +149,7 @@ def _exchanges(shape: DeviceShare) -> dict[Work, tuple[Message, ...]]:
     slow, fast = shape.imbalance if flat else 1.0, shape.imbalance
     return {
         phase: tuple(Message(m.name, slow * m.slow_bytes, fast * m.fast_bytes) for m in sent)
-        for phase, sent in exchanges(shape.config, shape.tokens).items()
+        for phase, sent in exchanges(shape.config, shape.tokens, shape.each_expert).items()
     }
 
 

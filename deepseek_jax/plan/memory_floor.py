@@ -7,13 +7,7 @@ import dataclasses
 from typing import Any
 
 from deepseek_jax.config import Config
-from deepseek_jax.plan.device_memory import (
-    ACTIVATIONS,
-    MESSAGES,
-    TEMPORARIES,
-    DeviceMemory,
-    device_memory,
-)
+from deepseek_jax.plan.device_memory import ACTIVATIONS, DeviceMemory, device_memory
 from deepseek_jax.plan.memory import Memory, memory
 
 
@@ -26,8 +20,8 @@ class MemoryFloor:
     def bytes(self, config: Config) -> int:
         """Bytes that a device needs at least: state, weights and gradients, and what layers keep.
 
-        Two micro-batches in flight keep twice as much as one, and keeping all keeps no less than
-        the report's recomputation; where there is no pipeline both are taken from there.
+        Keeping all keeps no less than the report's recomputation; where there is no pipeline it is
+        taken from there.
         """
         layout = config.layout
         key = (config.mesh, layout.pipeline, layout.zero, config.precision.recipe)
@@ -36,31 +30,26 @@ class MemoryFloor:
         used = self._used[key]
         if config.mesh.pipe > 1:
             return used.state + used.compute_weights + used.gradients
-        kept = layout.micro_batches_in_flight * _closed_form(config).items[ACTIVATIONS]
-        return used.state + used.compute_weights + kept
+        return used.state + used.compute_weights + _closed_form(config).items[ACTIVATIONS]
 
 
 def closed_form_bytes(config: Config) -> int:
     """Peak bytes of a layout whose estimate needs a trace, without one.
 
-    Two micro-batches in flight take twice the activations and temporaries of one; what is kept
-    without recomputation beyond the report's is left out.
+    What is kept without recomputation beyond the report's is left out.
     """
-    found = _closed_form(config)
-    again = sum(found.items[item] for item in (ACTIVATIONS, MESSAGES, TEMPORARIES))
-    return found.peak + (config.layout.micro_batches_in_flight - 1) * again
+    return _closed_form(config).peak
 
 
 def _closed_form(config: Config) -> DeviceMemory:
     layout = config.layout
     policy = "report" if layout.recompute == "none" else layout.recompute
-    one = dataclasses.replace(layout, micro_batches_in_flight=1, recompute=policy)
-    return device_memory(dataclasses.replace(config, layout=one))
+    changed = dataclasses.replace(layout, recompute=policy)
+    return device_memory(dataclasses.replace(config, layout=changed))
 
 
 def is_traced(config: Config) -> bool:
     """Whether the estimate of a layout needs a trace."""
     layout = config.layout
     keeps_all = layout.recompute == "none" and layout.zero < 3
-    many = layout.micro_batches_in_flight > 1
-    return config.mesh.pipe == 1 and (keeps_all or many or layout.dispatch == "reference")
+    return config.mesh.pipe == 1 and (keeps_all or layout.dispatch == "reference")

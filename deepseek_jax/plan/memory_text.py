@@ -3,12 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from deepseek_jax.plan import memory_errors
 from deepseek_jax.plan.device_memory import GIB, ITEMS, DeviceMemory
-
-ERROR = (
-    "Estimated: within 5 % of 23 of 27 programs compiled for virtual H100s, up to 25 % low for V3 "
-    "in BF16\n(docs/performance.md). cuDNN's workspace and NCCL's buffers come on top."
-)
 
 
 def row(memory: DeviceMemory) -> dict[str, Any]:
@@ -25,8 +21,8 @@ def row(memory: DeviceMemory) -> dict[str, Any]:
     }
 
 
-def text(memory: DeviceMemory) -> str:
-    """Table of the items, the largest of them marked."""
+def text(memory: DeviceMemory, kind: str) -> str:
+    """Table of the items, the largest of them marked, and errors of such estimates by kind."""
     lines = [f"Device memory at the worst moment, {memory.moment}:"]
     for name, size in memory.items.items():
         mark = "  <- largest" if name == memory.largest else ""
@@ -36,7 +32,8 @@ def text(memory: DeviceMemory) -> str:
         f"  {'= peak':28}{memory.peak / GIB:>10.2f} GiB",
         f"Activations: {memory.held} micro-batches x {memory.layers_held} layers held; an MoE "
         f"layer keeps {kept / 1e6:,.0f} MB of each.",
-        ERROR,
+        "Estimated; cuDNN's workspace and NCCL's buffers come on top.",
+        memory_errors.text(kind),
     ]
     return "\n".join(lines)
 

@@ -35,10 +35,14 @@ class Message:
     fast_bytes: float
 
 
-def copies(config: Config) -> tuple[float, float]:
+def copies(config: Config, each_expert: bool = False) -> tuple[float, float]:
     """Mean copies of a token that leave the node, and that reach another GPU over NVLink.
 
     Experts of a token lie in `top_groups` of `groups` groups, each as likely as any other.
+
+    Args:
+      config: Config of the run.
+      each_expert: Whether a flat all-to-all sends a copy for each expert and not for each GPU.
     """
     model, mesh = config.model, config.mesh
     over = config.layout.rules.get("experts", ())
@@ -57,6 +61,7 @@ def copies(config: Config) -> tuple[float, float]:
     if config.layout.dispatch == "two_hop":
         return remote, gpus_chosen * (gpus - 1) / gpus
     total = nodes * gpus
+    gpus_chosen = model.top_k if each_expert else gpus_chosen
     return gpus_chosen * (nodes - 1) / nodes, gpus_chosen * (gpus - 1) / total
 
 
@@ -69,17 +74,20 @@ def _distinct(places: int, items: int, chosen: int) -> float:
     return places * (1 - missed)
 
 
-def exchanges(config: Config, tokens: int) -> dict[Work, tuple[Message, ...]]:
+def exchanges(
+    config: Config, tokens: int, each_expert: bool = False
+) -> dict[Work, tuple[Message, ...]]:
     """Messages of an MoE layer's phases: tokens of mean copies, without padding.
 
     Tokens and gradients of results travel in `precision.dispatch`, all else in 16 bits
-    (section 3.3.3). Full recomputation dispatches tokens again in backward.
+    (section 3.3.3). Full recomputation dispatches tokens again in backward. `each_expert`: as in
+    `copies`.
     """
     over = config.layout.rules.get("experts", ())
     devices = math.prod(getattr(config.mesh, axis) for axis in over)
     if devices == 1 or config.layout.dispatch == "reference":
         return {FORWARD: (), INPUTS: (), WEIGHTS: ()}
-    slow, fast = copies(config)
+    slow, fast = copies(config, each_expert)
     out = sum(_payload(config).bytes_out(config.model.d_model, jnp.bfloat16))
     back = config.model.d_model * _itemsize(config)
 

@@ -40,5 +40,5 @@ def held(config: Config, found: DeviceMemory, execution: str) -> int:
 
 
 def room_bytes(chip: Chip) -> int:
-    """Bytes of a device that a training program may use."""
-    return chip.hbm_bytes - RESERVE_BYTES
+    """Bytes of a device that a training program may use; 0 where less than the reserve is there."""
+    return max(0, chip.hbm_bytes - RESERVE_BYTES)

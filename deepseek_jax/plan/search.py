@@ -4,20 +4,19 @@ Best-first: every candidate enters a queue with a lower bound of its time. The o
 is taken out; its bound is raised by the optimizer, its memory estimated, and where it fits its time
 planned, each when it comes to the front again. What comes out with a planned time is therefore
 faster than all that is left. Layouts of one mesh and schedule are one family, of which the best is
-shown.
+shown, and which is left out as a whole where its smallest layout does not fit.
 """
 
 import dataclasses
 import heapq
 import itertools
 import math
-import sys
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from deepseek_jax.config import Config, ConfigError
-from deepseek_jax.plan import machine_lookup, step_time
+from deepseek_jax.plan import fits, machine_lookup, step_time
 from deepseek_jax.plan.candidates import candidates, overrides
+from deepseek_jax.plan.families import Family, Smallest, family_of
 from deepseek_jax.plan.machine import Machine
 from deepseek_jax.plan.memory_floor import MemoryFloor, closed_form_bytes, is_traced
 from deepseek_jax.plan.peak import RESERVE_BYTES, peak_bytes, room_bytes
@@ -29,21 +28,14 @@ EXECUTIONS = ("lockstep", "asynchronous")
 SLOWER, TOO_LARGE = 5, 4  # rows of layouts that lose
 
 
-class Family(NamedTuple):
-    """Layouts that differ in micro-batches, recomputation, ZeRO and precision alone."""
-
-    mesh: tuple[int, ...]
-    pipeline: str
-
-
 @dataclasses.dataclass
 class Found:
     """Outcome of a search.
 
     Attributes:
       ranked: Best layout of each family that fits, with step and bytes; the fastest first.
-      too_large: Layouts of a family that do not fit and are faster than the last of `ranked`, with
-        bytes or a lower bound of them; the one of a family that needs the least.
+      too_large: Layouts that do not fit, with bytes or a lower bound of them, of families that may
+        be faster than the last of `ranked`; the one of a family that needs the least.
       tried: Number of candidates.
     """
 
@@ -104,20 +96,25 @@ def _find(config: Config, devices: int, machine: Machine, count: int, execution:
     """Best-first search; see the head of this file. `count` layouts are proposed, and more lose."""
     bound, room, order = TimeBound(machine, execution), room_bytes(machine.chip), itertools.count()
     queue: list[tuple[float, int, int, Config, StepTime | None]] = []
-    for each in candidates(config, devices, machine):
-        queue.append((bound.seconds(each), next(order), 0, each, None))
-    if not queue:
+    layouts = list(candidates(config, devices, machine))
+    if not layouts:
         raise ConfigError(_no_layout(config, devices))
+    smallest = Smallest(layouts, lambda each: planned_bytes(each, execution))
+    for each in layouts:
+        queue.append((bound.seconds(each), next(order), 0, each, None))
     found = Found([], {}, len(queue))
     heapq.heapify(queue)
     done: set[Family] = set()
     floor = MemoryFloor()
-    while queue and len(done) < count + SLOWER:
+    while queue and len(found.ranked) < count + SLOWER:
         seconds, number, stage, each, step = heapq.heappop(queue)
         family = family_of(each)
         if family in done:
             continue
-        if stage == 0 and (size := floor.bytes(each)) <= room:
+        if (least := smallest.of(family))[1] > room:
+            done.add(family)
+            found.too_large[family] = least
+        elif stage == 0 and (size := floor.bytes(each)) <= room:
             heapq.heappush(queue, (seconds + _outside(each, machine), number, 1, each, None))
         elif stage == 1 and (size := planned_bytes(each, execution)) <= room:
             planned = _step(each, machine, execution)
@@ -128,19 +125,8 @@ def _find(config: Config, devices: int, machine: Machine, count: int, execution:
         else:
             _note(found.too_large, family, each, size)
     if not found.ranked:
-        least = _least_bytes(candidates(config, devices, machine), floor, execution)
-        raise ConfigError(
-            f"no layout of {devices} devices fits: the smallest needs {least / 2**30:.1f} GiB "
-            f"of a device, and a program may use {room / 2**30:.1f} GiB of {machine.chip.name}; "
-            "use more devices"
-        )
+        raise ConfigError(fits.nothing_fits(*smallest.least(), machine.chip, devices))
     return found
-
-
-def family_of(config: Config) -> Family:
-    """Family of a layout."""
-    pipeline = config.layout.pipeline if config.mesh.pipe > 1 else ""
-    return Family(dataclasses.astuple(config.mesh), pipeline)
 
 
 def planned_bytes(config: Config, execution: str) -> int:
@@ -148,16 +134,6 @@ def planned_bytes(config: Config, execution: str) -> int:
     if not is_traced(config):
         return peak_bytes(config, execution)
     return closed_form_bytes(config)
-
-
-def _least_bytes(layouts: Iterable[Config], floor: MemoryFloor, execution: str) -> int:
-    """Bytes of the layout that needs the least, in the order of lower bounds until none is less."""
-    least = sys.maxsize
-    for bound, _, each in sorted((floor.bytes(each), n, each) for n, each in enumerate(layouts)):
-        if bound >= least:
-            break
-        least = min(least, planned_bytes(each, execution))
-    return least
 
 
 def _outside(config: Config, machine: Machine) -> float:

@@ -58,14 +58,20 @@ def messages(shapes: DeviceShapes) -> int:
 
 
 def of_layer(config: Config, shapes: DeviceShapes) -> int:
-    """Bytes of the temporaries in backward of a stack of layers, messages included."""
+    """Bytes of the temporaries in backward of a stack of layers, messages included.
+
+    Of two micro-batches in flight one is at its experts at a time, while the tokens of the other
+    travel: of the second one only the tokens' arrays are live as well (compiled, three layouts of
+    `moonlight_16b` with overflow rounds; not compiled without).
+    """
     model, size = shapes.model, shapes.activation
     counts = _counts(shapes)
     total = _at_experts(config, shapes, counts)
     if model.dense_layers:
         total += counts.dense * shapes.dense_tokens * 2 * shapes.dense_width * size
     total += table_gradient(shapes)
-    return int(total * config.layout.micro_batches_in_flight)
+    others = config.layout.micro_batches_in_flight - 1
+    return int(total + others * _of_tokens(shapes, counts))
 
 
 def _counts(shapes: DeviceShapes) -> LiveArrays:
@@ -76,10 +82,8 @@ def _counts(shapes: DeviceShapes) -> LiveArrays:
 def _at_experts(config: Config, shapes: DeviceShapes, counts: LiveArrays) -> float:
     """Bytes of the rows and tokens of a layer in backward, at its experts."""
     model = shapes.model
-    heads = 2 * shapes.heads * (model.d_nope + model.d_rope + model.d_value)
     rows = counts.rows * model.d_model + counts.hidden * 2 * shapes.expert_width
-    tokens = counts.stream * model.d_model + counts.heads * heads
-    total = shapes.activation * (shapes.slots * rows + shapes.tokens * tokens)
+    total = shapes.activation * shapes.slots * rows + _of_tokens(shapes, counts)
     if not shapes.attention_kernel:  # scores of a block of queries, and their gradient
         block = min(shapes.attention_block, shapes.length)
         scored = shapes.heads + 2 * bool(model.index_heads)  # the indexer's head by head, and all
@@ -87,6 +91,14 @@ def _at_experts(config: Config, shapes: DeviceShapes, counts: LiveArrays) -> flo
     if keeps_all(config):  # nothing is computed again: half, fitted to v3_small
         total /= 2
     return total if shapes.complete else total + FLOAT32 * expert_weights(shapes)
+
+
+def _of_tokens(shapes: DeviceShapes, counts: LiveArrays) -> float:
+    """Bytes of the residual stream, and of queries, keys, values and outputs of the heads."""
+    model = shapes.model
+    heads = 2 * shapes.heads * (model.d_nope + model.d_rope + model.d_value)
+    tokens = counts.stream * model.d_model + counts.heads * heads
+    return shapes.activation * shapes.tokens * tokens
 
 
 def table_gradient(shapes: DeviceShapes) -> int:

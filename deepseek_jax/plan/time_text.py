@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from deepseek_jax.hardware.efficiency import SOURCES
-from deepseek_jax.plan.published_steps import PublishedStep
+from deepseek_jax.plan.published_steps import CORRECTED, PublishedStep
 from deepseek_jax.plan.published_trace import FITTED, Compared
 from deepseek_jax.plan.time_report import CATEGORIES
 
@@ -37,6 +37,7 @@ def error_text(steps: Sequence[PublishedStep], trace: Sequence[Compared]) -> str
     lines = [
         "Error of this plan on published systems; nothing is fitted to these steps:",
         shown,
+        CORRECTED,
         f"Largest error of a step: {100 * worst:.0f} %. Assumed where a source is silent:",
         *(f"  {step.name}: {step.assumed}." for step in steps),
         "",

@@ -26,20 +26,38 @@ def test_every_idea_has_a_row_on_each_machine(compared):
 
 
 @pytest.mark.parametrize(
-    ("instead", "time", "memory"),
+    ("instead", "time", "memory", "exposed"),
     [
-        ("MHA", 1, 1), ("GQA, 8 key heads", -1, 1), ("any node", 1, 1), ("flat", 1, 1),
-        ("one node", None, 1), ("4 ranks", None, -1), ("1F1B", 1, -1), ("zero bubble", 1, -1),
-        ("BF16", 1, 1), ("none", -1, 1), ("full", 1, -1), ("FP32", 1, 1), ("skewed 2 x", 1, 1),
-        ("off", -1, -1),
+        ("MHA", 1, 1, 0), ("GQA, 8 key heads", -1, 1, 0), ("any node", 1, 1, 1),
+        ("flat", 1, 1, 1), ("one node", None, 1, -1), ("4 ranks", None, -1, 1),
+        ("1F1B", 1, -1, 1), ("zero bubble", 1, -1, 1), ("BF16", 1, 1, 1), ("none", -1, 1, 0),
+        ("full", 1, -1, 1), ("FP32", 1, 1, 0), ("skewed 2 x", 1, 1, None), ("off", -1, -1, None),
     ],
 )  # fmt: skip
-def test_signs(compared, instead, time, memory):
-    """Each change has the sign that its cause has; one node trades messages for weights."""
+def test_signs(compared, instead, time, memory, exposed):
+    """Each change has the sign that its cause has.
+
+    One node trades messages for weights; tensor parallelism trades gathers of sequences, which
+    nothing hides, for those of the vocabulary. A skewed router leaves more work to hide messages
+    under, and the heads of MTP gather the vocabulary again.
+    """
     for chip in compared["machines"]:
-        found = row(compared, instead, chip)
+        found, base = row(compared, instead, chip), compared["rows"][0]["chips"][chip]
         assert time is None or time * found["change"] > 0
         assert memory * found["peak_change"] > 0
+        more = found["exposed"] - base["exposed"]
+        assert exposed is None or (exposed * more > 0 if exposed else more == pytest.approx(0))
+
+
+@pytest.mark.parametrize(("chip", "milliseconds"), [("h800", 1.376), ("h100", 0.612)])
+def test_sequences_are_gathered_five_times_a_layer(chip, milliseconds):
+    """Two gathers or scatters forward and three backward, of three other ranks' 1,024 tokens."""
+    tensor = next(each for each in ablations.ABLATIONS if each.instead == "4 ranks")
+    machine = machine_lookup.find(chip)
+    layer = ablations._chunks(tensor, tensor.change(load("v3_671b")), machine).layer(dense=False)
+    size = 5 * 3 * 1024 * 7168 * 2
+    assert 1e3 * sum(layer.tensor.values()) == pytest.approx(milliseconds, abs=0.001)
+    assert sum(layer.tensor.values()) == pytest.approx(size / machine.network.inside_bytes_per_s)
 
 
 def test_tensor_parallelism_is_dearer_where_nvlink_is_cut(compared):

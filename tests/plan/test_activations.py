@@ -11,12 +11,24 @@ from deepseek_jax.plan import activations, residual_trace
 EIGHT = dict(node=2, gpu=2, tensor=2)
 STAGED = dict(pipe=2, node=2, gpu=2)
 
+TWO_FULL, TWO_FLAT = "full, two in flight", "attention, two in flight, flat"
+
 # recompute policy, recipe, payload, mesh and other values of the layout
 CASES = {
     "report, one device": ("report", "float32", "compute", dict(gpu=1), {}),
     "attention, fp8, two hops": ("attention", "fp8", "fp8", EIGHT, {}),
     "report, bf16, flat": ("report", "bfloat16", "fp8", EIGHT, dict(dispatch="flat")),
     "full": ("full", "bfloat16", "compute", EIGHT, {}),
+    "report, fp8, two in flight": (
+        "report", "fp8", "fp8", EIGHT, dict(micro_batches_in_flight=2, capacity_factor=1.25),
+    ),
+    TWO_FLAT: (
+        "attention", "bfloat16", "compute", EIGHT,
+        dict(micro_batches_in_flight=2, dispatch="flat"),
+    ),
+    TWO_FULL: (
+        "full", "bfloat16", "fp8", dict(node=2, gpu=2), dict(micro_batches_in_flight=2),
+    ),
     "none with zero 3": ("none", "bfloat16", "compute", EIGHT, dict(zero=3)),
     "report, fp8, a stage": ("report", "fp8", "fp8", STAGED, {}),
     "attention, bf16, a stage": ("attention", "bfloat16", "compute", STAGED, {}),
@@ -33,7 +45,8 @@ def small(recompute, recipe, dispatch, mesh, layout, **batch):
     config.mesh.update(**{"gpu": 1, **mesh})
     config.layout.update(recompute=recompute, **layout)
     config.precision.update(recipe=recipe, dispatch=dispatch)
-    config.batch.update(**batch)
+    sequences = 8 * config.layout.micro_batches_in_flight
+    config.batch.update(**{"sequences": sequences, "ramp_sequences": sequences, **batch})
     return configs.parse(config)
 
 
@@ -45,7 +58,10 @@ def traced(leaves):
     return sum(map(residual_trace.nbytes, leaves))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in (TWO_FULL, TWO_FLAT))) for n in CASES],
+)
 def test_the_closed_form_counts_what_a_trace_finds(name):
     config = small(*CASES[name])
     if config.mesh.pipe > 1:

@@ -1,10 +1,7 @@
 """`plan schedule`: drawing, table, plot and errors."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import matplotlib.image
 import pytest
@@ -13,23 +10,17 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.plan import compare_schedules, schedule_plot
 
 ROOT = pathlib.Path(__file__).parents[2]
+TINY = f"--config={ROOT / 'configs/v3_tiny.py'}"
 FIGURE = (ROOT / "tests/parallel/pipeline/dualpipe_8_20.txt").read_text()
 
 
-def plan(*arguments, cwd=ROOT):
-    command = [sys.executable, "-m", "deepseek_jax.plan", *arguments]
-    environment = os.environ | {"GLIBC_TUNABLES": ""}  # start once: there is nothing to compute
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
-    )
-
-
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, typed, monkeypatch):
     """Prints JSON, and draws to the default path."""
+    monkeypatch.chdir(tmp_path)
     arguments = ("--pipe=2", "--micro_batches=4", "--kind=dualpipev", "--json")
-    done = plan("schedule", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    code, out, err = typed("plan.__main__", "schedule", *arguments)
+    assert code == 0, err
+    found = json.loads(out)
     assert list(found) == [
         "kind", "ranks", "stages", "micro_batches", "drawing", "schedules", "picture",
     ]  # fmt: skip
@@ -98,12 +89,11 @@ def test_pictures_that_cannot_be(name, tmp_path):
     [
         (("figure",), "there is no 'figure'; name one of schedule, step"),
         (("schedule", "--pipe=7", "--micro_batches=20"), "mesh.pipe=6 or mesh.pipe=8"),
-        (("--config=configs/v3_tiny.py", "--pipe=8"), "--pipe does not go with plan"),
-        (("step", "--config=configs/v3_tiny.py", "--devices=8"), "--devices does not go with plan"),
+        ((TINY, "--pipe=8"), "--pipe does not go with plan"),
+        (("step", TINY, "--devices=8"), "--devices does not go with plan"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message):
-    done = plan(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and message in done.stderr
-    assert done.stderr.count("\n") == 1 and done.stdout == ""
+def test_bad_input_is_one_line(arguments, message, typed):
+    code, out, err = typed("plan.__main__", *arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1

@@ -1,5 +1,6 @@
 """Peak memory of a step: beside what the compiler reports, and as its sizes change."""
 
+import collections
 import dataclasses
 import json
 
@@ -19,6 +20,7 @@ from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.parallel.pipeline import schedule
 from deepseek_jax.parallel.pipeline.lockstep import lockstep
 from deepseek_jax.plan import device_memory as planned
+from deepseek_jax.plan import memory_errors
 from deepseek_jax.plan.device_memory import device_memory
 from deepseek_jax.plan.memory import memory
 from deepseek_jax.plan.memory_errors import errors
@@ -50,6 +52,18 @@ def test_what_was_not_fitted_is_predicted():
     assert len(held_out) >= 8 and sum(bool(row["outside"]) for row in held_out) <= 1
     sizes = [row["peak_bytes"] for row in each if not row["outside"]]
     assert len(sizes) >= 12 and max(sizes) > 8 * min(sizes)
+
+
+def test_errors_by_kind_are_those_of_the_rows():
+    """What the command prints, against the file: whole percent, and the number of rows."""
+    found = collections.defaultdict(list)
+    for row in REPORTED.values():
+        config = load(row["config"], row["overrides"])
+        error = 100 * (device_memory(config).peak / row["peak_bytes"] - 1)
+        found[memory_errors.kind_of(config)].append(error)
+    rounded = {kind: (round(min(e)), round(max(e)), len(e)) for kind, e in found.items()}
+    assert rounded == memory_errors.BY_KIND
+    assert memory_errors.text(memory_errors.TWO).count("<- this layout") == 1
 
 
 def test_errors_are_shares_of_what_was_reported(tmp_path):

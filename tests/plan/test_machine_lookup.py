@@ -55,7 +55,7 @@ def test_the_command():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["time"]["steps"]) == {"lockstep", "asynchronous"}
-    assert len(found["errors"]["steps"]) == 5 and found["errors"]["trace"]
+    assert len(found["errors"]["steps"]) == 6 and found["errors"]["trace"]
     assert len(found["time"]["steps"]["asynchronous"]["ranks"]) == 16
 
 
@@ -66,9 +66,11 @@ def test_the_command():
         (("--hardware=no/such.toml",), "no/such.toml cannot be read"),
         (("--price=2",), "--price goes with --hardware"),
         (("--hardware=h100", "--imbalance=0.5"), "imbalance"),
+        (("--hardware=h100", "--imbalance=nan"), "--imbalance=nan: give a number that is finite"),
+        (("--hardware=h100", "--price=inf"), "--price=inf: give a number that is finite"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message):
-    done = plan("--config=configs/v3_671b.py", *arguments)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert done.stdout == ""
+def test_bad_input_is_one_line(arguments, message, typed):
+    code, out, err = typed("plan.__main__", f"--config={ROOT / 'configs/v3_671b.py'}", *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+    assert out == ""

@@ -20,10 +20,12 @@ from deepseek_jax.precision.recipes import recipe
 from deepseek_jax.train import optimizer, state
 from deepseek_jax.train.step import make_gradients, tokens_spec
 
+BUILT = "zero1 bf16 moments, by a program"  # weights drawn by the program of a real run
 LAYOUTS = {
     "zero0": dict(zero=0, replica=2, node=2, gpu=2, tensor=1),
     "zero1": dict(zero=1, replica=1, node=2, gpu=4, tensor=1),
     "zero1 bf16 moments": dict(zero=1, replica=2, node=1, gpu=4, tensor=1, moments="bfloat16"),
+    BUILT: dict(zero=1, replica=2, node=1, gpu=4, tensor=1, moments="bfloat16"),
     "zero3 bf16": dict(zero=3, replica=2, node=2, gpu=2, tensor=1, recipe="bfloat16"),
     "zero3 tensor, no EMA": dict(zero=3, replica=1, node=2, gpu=2, tensor=2, ema=0.0),
     "zero1 tensor bf16": dict(zero=1, replica=2, node=1, gpu=2, tensor=2, recipe="bfloat16"),
@@ -31,7 +33,10 @@ LAYOUTS = {
     "zero0 bf16": dict(zero=0, replica=1, node=1, gpu=8, tensor=1, recipe="bfloat16"),
 }
 
-BUILT = "zero1 bf16 moments"  # the one whose weights are drawn by the program of a real run
+
+def some_slow(names, *slow):
+    """Parameters of a test, of which some run with the slow tests."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in slow else []) for n in names]
 
 
 def small(
@@ -62,7 +67,7 @@ def moments_of(opt_state):
     return [part.mu for part in parts], [part.nu for part in parts if hasattr(part, "nu")]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", some_slow(LAYOUTS, BUILT))
 def test_predicted_bytes_are_what_is_allocated(name):
     config = small(**LAYOUTS[name])
     got, mesh, layout = memory(config), meshes.build(config.mesh), meshes.layout(config)
@@ -136,7 +141,7 @@ def held(leaves):
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", some_slow(PIPELINES, "2 ranks", "4 ranks, whole masters"))
 def test_a_pipeline_s_bytes_are_those_of_its_program(name, monkeypatch):
     """State as allocated; weights and gradients as the step returns them, traced."""
     config = small(**PIPELINES[name])

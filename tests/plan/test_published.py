@@ -4,7 +4,9 @@ import pytest
 from all_configs import load
 
 from deepseek_jax.hardware import chips, network
+from deepseek_jax.parallel.pipeline.schedule import Work
 from deepseek_jax.plan import published_steps, published_trace
+from deepseek_jax.plan.chunk_time import forward_and_backward
 from deepseek_jax.plan.layer_work import Matmul
 from deepseek_jax.plan.machine import Machine
 
@@ -42,25 +44,68 @@ def test_no_step_is_fitted(steps):
     assert found == {
         "DeepSeek, 2,048 H800, FP8": -7.6,
         "Megatron-Bridge, 1,024 H100, BF16": -4.0,
-        "NeMo, 1,024 H100, FP8": -15.1,
-        "NeMo 25.04, 1,024 H100, BF16, 16 ranks": -24.9,
+        "NeMo, 1,024 H100, FP8": -6.9,
+        "NeMo 25.04, 1,024 H100, BF16, 16 ranks": -7.0,
+        "NeMo 25.04, 512 H100, BF16, 8 ranks": -1.6,
         "Megatron-Bridge, Moonlight 16B, 16 H100, BF16": 8.1,
     }
 
 
-def test_rows_outside_ten_percent_and_what_would_move_them(steps):
-    """docs/cluster.md: messages that hide nothing or all, and copies to nodes or to GPUs."""
-    outside = [step.name for step in steps if abs(step.seconds.error) > 0.10]
-    assert outside == ["NeMo, 1,024 H100, FP8", "NeMo 25.04, 1,024 H100, BF16, 16 ranks"]
+def test_terms_of_the_corrected_rows(steps):
+    """docs/cluster.md: messages that hide nothing or all bound NeMo's FP8 step."""
     fp8 = published_steps.megatron_fp8_times(load("v3_671b"))
     exposed, hidden = (published_steps.interleaved(fp8, overlap=each) for each in (False, True))
-    assert hidden < 25.88 < exposed and exposed == pytest.approx(31.7, abs=0.05)
-    assert (exposed - 25.88) / (exposed - hidden) == pytest.approx(0.6, abs=0.01)
-    flat, hops = (
-        published_steps.nemo_one_chunk(load("v3_671b"), way).seconds.predicted
-        for way in ("flat", "two_hop")
-    )
-    assert (flat, hops) == pytest.approx((39.1, 30.2), abs=0.05)
+    assert hidden < 25.88 < exposed
+    assert (hidden, exposed) == pytest.approx((24.1, 30.9), abs=0.1)
+    layer = fp8.layer(dense=False)
+    pair = forward_and_backward(layer, layer)
+    late = layer.slots[Work.INPUT_GRAD][0] - layer.attention[Work.FORWARD].total
+    assert pair.exposed == pytest.approx(late) and late > 1e-3  # combines of B under attention F
+
+
+@pytest.mark.parametrize("pair", [12.0, 9.0, 8.0])
+def test_interleaved_pairs_leave_a_warm_up(pair):
+    """Megatron's schedule of three ranks with two chunks, its dependences simulated."""
+    ranks, chunks, many, forward, backward = 3, 2, 12, 4.0, 8.0
+    alone, steps = forward + backward, many * chunks
+    found = simulated(ranks, chunks, many, {"F": forward, "B": backward, "FB": pair})
+    late = published_steps.unpaired(ranks, chunks) * (alone - pair)
+    assert found == pytest.approx(steps * pair + (ranks - 1) * alone + late)
+
+
+def simulated(ranks, chunks, many, seconds):
+    """Seconds of interleaved 1F1B; rank r has 2 (ranks - r - 1) + (chunks - 1) ranks + 1 ahead."""
+    order = [
+        (chunk, batch)
+        for first in range(0, many, ranks)
+        for chunk in range(chunks)
+        for batch in range(first, first + ranks)
+    ]
+    done, clock, waiting = {}, [0.0] * ranks, []
+    for rank in range(ranks):
+        ahead = 2 * (ranks - rank - 1) + (chunks - 1) * ranks + 1
+        forwards = [("F", chunk * ranks + rank, batch) for chunk, batch in order]
+        last = chunks * ranks - 1
+        backwards = [("B", last - (chunk + 1) * ranks + 1 + rank, batch) for chunk, batch in order]
+        paired = list(zip(forwards[ahead:], backwards, strict=False))
+        alone = forwards[:ahead], backwards[len(paired) :]
+        waiting.append([(f,) for f in alone[0]] + paired + [(b,) for b in alone[1]])
+    last = chunks * ranks - 1
+    while any(waiting):
+        for rank, steps in enumerate(waiting):
+            needed = [before(*task, last) for task in (steps[0] if steps else ())]
+            if steps and all(each is None or each in done for each in needed):
+                start = max([clock[rank], *(done[each] for each in needed if each)])
+                clock[rank] = start + seconds["".join(kind for kind, *_ in steps[0])]
+                done |= dict.fromkeys(steps.pop(0), clock[rank])
+    return max(clock)
+
+
+def before(kind, stage, batch, last):
+    """The task that another one waits for, or None."""
+    if kind == "F":
+        return ("F", stage - 1, batch) if stage else None
+    return ("B", stage + 1, batch) if stage < last else ("F", last, batch)
 
 
 def test_parts_of_the_published_step(steps):
