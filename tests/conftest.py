@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import runs  # noqa: E402
 
 from deepseek_jax.runtime import background  # noqa: E402
 
@@ -36,6 +37,18 @@ def strict_dtypes():
     """No silent mixing of dtypes, for model and precision code."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder of thirty documents, to train on."""
+    return runs.documents(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Limits a run to one of the eight devices; the others stay idle."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 @pytest.fixture(autouse=True)

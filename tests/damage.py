@@ -1,7 +1,7 @@
 """Damage to files: flipped bytes, lost ends, lost files."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 FLIPS = (0.0, 0.02, 0.3, 0.5, 0.77, 0.98, 1.0)  # places in a file
@@ -29,16 +29,23 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def damages(size: int) -> Iterator[tuple[str, Callable[[Path], None]]]:
+def damages(
+    size: int, flips: Collection[float] = FLIPS, ends: Collection[float] = ENDS
+) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """Name and act of some kinds of damage to a file of this size."""
     yield "lost", Path.unlink
     if size:
-        for share in FLIPS:
+        for share in flips:
             at = min(int(share * size), size - 1)
             yield f"bit of byte {at} of {size} flipped", flipped(at, 1 << at % 8)
             yield f"byte {at} of {size} inverted", flipped(at, 0xFF)
-        for length in sorted({min(int(share * size), size - 1) for share in ENDS}):
+        for length in sorted({min(int(share * size), size - 1) for share in ends}):
             yield f"cut to {length} of {size} bytes", cut(length)
+
+
+def few_damages(size: int) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Less than half of `damages`, of every kind."""
+    return damages(size, flips=(0.0, 0.5, 0.98), ends=(0.0, 1.0))
 
 
 def many_flips(size: int) -> Iterator[tuple[str, Callable[[Path], None]]]:

@@ -46,13 +46,13 @@ def arguments(config: Config, workdir: Path) -> list[str]:
     return out
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    """A command in a process of its own."""
+def start(command: list[str], **variables: str) -> subprocess.Popen:
+    """A command in a process of its own, with more variables in its environment."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

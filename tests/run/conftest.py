@@ -1,18 +1,3 @@
-"""Fixtures: text to train on, and a run on one of the eight devices."""
+"""Fixture of the tests of commands."""
 
-import jax
-import pytest
-import runs
 from typed import typed  # noqa: F401
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A folder of thirty documents."""
-    return runs.documents(tmp_path_factory.mktemp("corpus") / "text")
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Limits a run to one device; the other seven stay idle."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)

@@ -21,11 +21,7 @@ TINY = Path(__file__).parents[1] / "fixtures" / "hf_tiny"
 MESH = {"replica": 2, "node": 2, "gpu": 2}
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return runs.documents(tmp_path_factory.mktemp("corpus") / "text")
-
-
+@pytest.mark.slow
 def test_two_processes_are_one(text, tmp_path, monkeypatch, capsys):
     """A run of two processes, stopped by SIGTERM and ended on one device, equals a run on one."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -58,11 +54,11 @@ def test_two_processes_are_one(text, tmp_path, monkeypatch, capsys):
 
 
 def pair(command, *flags):
-    """(exit code, stdout, stderr) of both processes of a command, of four devices each."""
+    """(exit code, stdout, stderr) of both processes of a command, of two devices each."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
-    common = ["--config=configs/v3_tiny.py", "--emulate_devices=4"]
+    common = ["--config=configs/v3_tiny.py", "--emulate_devices=2"]
     common += [
         "--config.layout.unroll=1",
         "--config.layout.capacity_factor=100",
@@ -80,16 +76,16 @@ def pair(command, *flags):
 
 def test_generation_and_scoring_by_two_processes(tmp_path):
     """Both processes call the programs and one prints; values are those of the fixture."""
-    common = [f"--checkpoint={TINY}", "--mesh=node:2,gpu:4", "--json"]
+    common = [f"--checkpoint={TINY}", "--mesh=node:2,gpu:2", "--json"]
     with np.load(TINY / "expected.npz") as expected:
         prompts, tokens = expected["gen_prompt"], expected["gen_tokens"]
         np.save(tmp_path / "ids.npy", expected["input_ids"])
         loss = float(expected["loss"])
     flags = [f"--prompt_tokens={','.join(map(str, prompt))}" for prompt in prompts]
-    first, second = pair("generate", *common, *flags, "--max_tokens=24", "--temperature=0")
+    first, second = pair("generate", *common, *flags, "--max_tokens=8", "--temperature=0")
     assert second == (0, "", "") and (first[0], first[2]) == (0, "")
     found = json.loads(first[1])
-    np.testing.assert_array_equal([r["tokens"] for r in found["requests"]], tokens)
+    np.testing.assert_array_equal([r["tokens"] for r in found["requests"]], tokens[:, :8])
 
     data = f"--data={tmp_path / 'ids.npy'}"
     first, second = pair("evaluate", *common, data, "--dtype=float32")
@@ -104,7 +100,7 @@ def test_what_one_process_cannot_read_ends_both(tmp_path):
     weights[name][0, 0] = np.nan
     save_file(weights, tmp_path / "model.safetensors")
     shutil.copyfile(TINY / "config.json", tmp_path / "config.json")
-    flags = [f"--checkpoint={tmp_path}", "--prompt_tokens=1,2", "--mesh=node:2,gpu:4"]
+    flags = [f"--checkpoint={tmp_path}", "--prompt_tokens=1,2", "--mesh=node:2,gpu:2"]
     for code, out, err in pair("generate", *flags):
         assert (code, out) == (2, "")
         assert f"error: {tmp_path}/model.safetensors: {name} holds 1 values of" in err, err

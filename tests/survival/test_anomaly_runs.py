@@ -19,12 +19,14 @@ def after(*steps):
     return {ROWS * step for step in steps}
 
 
-def tiny(text, rule, **anomaly):
-    """Limits of a window of eight steps; the run has twenty."""
+def tiny(text, rule, steps=20, **anomaly):
+    """Limits of a window of eight steps, in a run of so many steps."""
     return runs.tiny(
         text,
+        model={"layers": 1, "dense_layers": 1},  # quick to compile
+        optimizer={"ema_decay": 0.0},
         batch={"sequences": ROWS, "ramp_sequences": ROWS, "micro_sequences": ROWS},
-        schedule={"tokens": 20 * ROWS * 32},
+        schedule={"tokens": steps * ROWS * 32},
         evaluation={"tokens": 0},
         anomaly={"rule": rule, "window": 8, "most": 4, "grad_norm_score": 0.0, **anomaly},
     )
@@ -104,14 +106,14 @@ def test_a_rewind_leaves_out_the_batches_since_the_checkpoint(
 ):
     with monkeypatch.context() as patch:
         poison(patch, nan=after(7))
-        config = tiny(text, "rewind")
+        config = tiny(text, "rewind", steps=10)
         summary = go(config, tmp_path / "run")
-    assert summary["rewinds"] == 1 and summary["step"] == 20
+    assert summary["rewinds"] == 1 and summary["step"] == 10
     [found] = logged(tmp_path / "run")
     assert found == (7, [48, 55], "not finite", "rewound to step 4")
     steps = [row["step"] for row in runs.rows(tmp_path / "run")]
-    assert steps == list(range(1, 21))  # those of the steps that were undone are gone
-    assert [row["rewinds"] for row in runs.rows(tmp_path / "run")] == [0] * 4 + [1] * 16
+    assert steps == list(range(1, 11))  # those of the steps that were undone are gone
+    assert [row["rewinds"] for row in runs.rows(tmp_path / "run")] == [0] * 4 + [1] * 6
 
     # The same as a run whose data lacks what the first four steps have left of the bad batch.
     take, skipped = loop.batches.take, []

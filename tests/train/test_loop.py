@@ -16,11 +16,6 @@ from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.train import lock, loop, optimizer, starting, state
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return runs.documents(tmp_path_factory.mktemp("corpus") / "text")
-
-
 def test_a_second_run_is_refused_before_it_opens_its_data(text, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(loop, "TrainData", lambda *_, **__: pytest.fail("opened the data"))
