@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.checkpoint.hf import config_json, export
+from deepseek_jax.checkpoint.hf.names import V3_LAYOUT
 from deepseek_jax.config import Config, OptimizerConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, build_model
@@ -50,7 +51,7 @@ def _export(model: Transformer, folder: Path) -> None:
     paths = [weight.path for weight in params.describe(model)]
     ours = dict(zip(paths, map(np.asarray, jax.tree.leaves(model)), strict=True))
     source = export.WeightSource(
-        model.config, True, lambda piece: piece.published(ours[piece.path][piece.index])
+        model.config, V3_LAYOUT, lambda piece: piece.published(ours[piece.path][piece.index])
     )
     export.write(folder, config_json.published(model.config), source, "float32", 1 << 40)
 

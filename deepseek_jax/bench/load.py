@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.checkpoint.hf import config_json, export
-from deepseek_jax.checkpoint.hf.names import Piece
+from deepseek_jax.checkpoint.hf.names import Piece, TensorLayout
 from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import abstract_model
@@ -157,7 +157,7 @@ def generate(model: ModelConfig, folder: Path) -> None:
         return np.resize(noise[start : start + size], piece.shape)
 
     described = config_json.in_format(config_json.published(model), "bfloat16")
-    source = export.WeightSource(model, biased=model.score != "softmax", read=read)
+    source = export.WeightSource(model, TensorLayout(biased=model.score != "softmax"), read)
     export.write(folder, described, source, "bfloat16", _FILE_BYTES)
 
 

@@ -69,8 +69,15 @@ def to_run(source: Checkpoint, target: Path, base: Config) -> Config:
             f"{source.directory} is a workdir already; expected a Hugging Face directory"
         )
     _check_place(source.directory, target)
+    if language_part.is_tied(source.settings):
+        warnings.warn(
+            f"{source.directory / 'config.json'}: tie_word_embeddings is true; embedding and head "
+            "are two matrices here, which training moves apart",
+            stacklevel=2,
+        )
     beside = carried.files(source.directory, is_run=False)
-    config = _run_config(found, target, base, own_tokenizer="tokenizer.json" in beside)
+    own_tokenizer, layout = "tokenizer.json" in beside, config_json.tensor_layout(source.settings)
+    config = _run_config(found, target, base, own_tokenizer, layout.biased)
     configs.check(config)
     like = load.leaves_of(config.model)
     scales = {name: each for name, each in found.tensors.items() if name.endswith(names.SCALE)}
@@ -114,12 +121,14 @@ def _fill_beside(
     _write_marks(folder, {key: source.text_settings.get(key) for key in _MARKS})
 
 
-def _run_config(found: reader.Published, target: Path, base: Config, own_tokenizer: bool) -> Config:
+def _run_config(
+    found: reader.Published, target: Path, base: Config, own_tokenizer: bool, biased: bool
+) -> Config:
     """The recipe `base` for a checkpoint's model and tokenizer."""
     data, schedule = base.data, base.schedule
     if own_tokenizer:
         data = dataclasses.replace(data, tokenizer=str(target.absolute() / "tokenizer.json"))
-    if not found.biased:  # the way back has no place for biases that are not zero
+    if not biased:  # the way back has no place for biases that are not zero
         schedule = dataclasses.replace(schedule, bias_speed=0.0)
     model = found.config
     if base.model.index_heads and not model.index_heads:
@@ -180,8 +189,7 @@ def to_published(
             (folder / name).write_text(text, encoding="utf-8")
         _write_marks(folder, marks)
         if weights is not None:
-            biased = config_json.topk_method(described) == "noaux_tc"
-            values = export.of_model(weights, biased)
+            values = export.of_model(weights, config_json.tensor_layout(described))
         elif source.published is not None:
             source.published.compare_copies()
             values = _of_folder(source.published)
@@ -236,11 +244,14 @@ def described_run(workdir: Path, model: ModelConfig) -> dict[str, Any]:
 
 
 def _described(settings: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """The same settings, with the number of MTP layers that the model has."""
-    key = "num_nextn_predict_layers"
-    if (language_part.of(settings).get(key) or 0) == model.mtp_depth:
-        return dict(settings)
-    return language_part.replaced(settings, {key: model.mtp_depth})
+    """The same settings, with the number of MTP layers that the model has, and a head apart."""
+    settings = language_part.untied(settings)
+    found, changes = language_part.of(settings), {}
+    if (found.get("num_nextn_predict_layers") or 0) != model.mtp_depth:
+        changes["num_nextn_predict_layers"] = model.mtp_depth
+    if model.mtp_depth and (found.get("first_k_dense_replace") or 0) > model.layers:
+        changes["first_k_dense_replace"] = model.layers  # MTP layers count on, and have experts
+    return language_part.replaced(settings, changes)
 
 
 def obstacle(workdir: Path, config: Config) -> str | None:
@@ -251,7 +262,7 @@ def obstacle(workdir: Path, config: Config) -> str | None:
         return f"this run will have no published form: {error}"
     schedule, model = config.schedule, config.model
     moves = schedule.bias_speed and schedule.bias_stop and model.moe_layers + model.mtp_depth
-    if moves and config_json.topk_method(described) != "noaux_tc":
+    if moves and not config_json.tensor_layout(described).biased:
         return (
             f"this run will have no published form: {described['model_type']} has no router "
             "biases; schedule.bias_speed=0 keeps them at zero"
@@ -328,14 +339,14 @@ def _of_folder(found: reader.Published) -> export.WeightSource:
         found.release(piece.name)
         return value
 
-    return export.WeightSource(found.config, found.biased, read, stored)
+    return export.WeightSource(found.config, found.layout, read, stored)
 
 
 def _of_run(workdir: Path, config: ModelConfig, described: dict[str, Any]) -> export.WeightSource:
     masters = load.open_run(workdir, config)
-    biased = config_json.topk_method(described) == "noaux_tc"
+    layout = config_json.tensor_layout(described)
     for weight in params.describe(abstract_model(config)):
-        if not weight.trained and not biased and masters(weight.path, ()).any():
+        if not weight.trained and not layout.biased and masters(weight.path, ()).any():
             raise ConfigError(
                 f"{workdir}: {weight.path} is not zero, and {described['model_type']} has no "
                 "router biases; train with schedule.bias_speed=0"
@@ -358,7 +369,7 @@ def _of_run(workdir: Path, config: ModelConfig, described: dict[str, Any]) -> ex
         table = scales.get(name + names.SCALE)
         return None if table is None else table.array.astype(np.float32)
 
-    return export.WeightSource(config, biased, read, former=former)
+    return export.WeightSource(config, layout, read, former=former)
 
 
 def _marks(source: Checkpoint, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,13 +30,20 @@ def frequencies(config: ModelConfig) -> np.ndarray:
 
     low = max(math.floor(pair_of_rotations(config.yarn_beta_fast)), 0)
     high = min(math.ceil(pair_of_rotations(config.yarn_beta_slow)), config.d_rope - 1)
-    ramp = np.clip((np.arange(pairs) - low) / max(high - low, 0.001), 0.0, 1.0)
+    ramp = np.clip((np.arange(pairs) - low) / ((high - low) or 0.001), 0.0, 1.0)
     return plain * (1 - ramp) + plain / config.yarn_factor * ramp
 
 
 def magnitude(factor: float, mscale: float) -> float:
     """Attention temperature of YaRN, sqrt(1/t): 0.1 * mscale * ln(factor) + 1; 1 if factor <= 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
+    """Factor of cosines and sines under YaRN, of which queries and keys get one each."""
+    if mscale and mscale_all_dim:
+        return magnitude(factor, mscale) / magnitude(factor, mscale_all_dim)
+    return magnitude(factor, 1.0)
 
 
 def cos_sin(
@@ -46,12 +53,7 @@ def cos_sin(
 
     The first `still` elements of a head have angle zero.
     """
-    if config.yarn_mscale and config.yarn_mscale_all_dim:
-        scale = magnitude(config.yarn_factor, config.yarn_mscale) / magnitude(
-            config.yarn_factor, config.yarn_mscale_all_dim
-        )
-    else:
-        scale = magnitude(config.yarn_factor, 1.0)
+    scale = attention_factor(config.yarn_factor, config.yarn_mscale, config.yarn_mscale_all_dim)
     speed = jnp.asarray(frequencies(config), jnp.float32)
     speed = speed.reshape((1,) * positions.ndim + speed.shape)
     angle = positions.astype(jnp.float32)[..., None] * speed

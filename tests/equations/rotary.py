@@ -42,7 +42,7 @@ def frequencies(settings: Mapping[str, Any]) -> np.ndarray:
     if yarn is None:
         return f
     low, high = correction_range(settings)
-    ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
+    ramp = np.clip((np.arange(width // 2) - low) / ((high - low) or 0.001), 0, 1)
     return f * (1 - ramp) + f / yarn["factor"] * ramp
 
 

@@ -77,6 +77,24 @@ def test_exactly_as_many_are_selected_as_top_k_does(length, count):
     np.testing.assert_array_equal(got, want)
 
 
+def test_equal_scores_fill_the_choice_with_positions_that_the_query_sees():
+    """With one head most scores are 0, as ReLU leaves them: before, at and after the query."""
+    length, count = 24, 7
+    random = np.random.default_rng(0)
+    scores = np.maximum(random.integers(-9, 3, (2, length, length)), -1).astype(np.float32)
+    seen = np.tri(length, dtype=bool)
+    masked = jnp.where(seen, jnp.asarray(scores), -jnp.inf)
+    among = np.asarray(jax.jit(among_the_largest, static_argnums=1)(masked, count)) & seen
+    np.testing.assert_array_equal(
+        among.sum(-1), np.broadcast_to(np.minimum(np.arange(length) + 1, count), (2, length))
+    )
+    positions = jnp.broadcast_to(jnp.arange(length), (2, length))
+    chosen = np.asarray(chosen_positions(jnp.asarray(scores), positions, count))
+    for batch, query in np.ndindex(2, length):
+        own = chosen[batch, query][chosen[batch, query] <= query]
+        assert sorted(own.tolist()) == np.flatnonzero(among[batch, query]).tolist()
+
+
 def test_no_position_after_the_query_is_chosen_before_those_that_it_sees():
     scores = jnp.asarray([[[3.0, 1.0, 2.0, 9.0], [3.0, 1.0, 2.0, 9.0]]])
     chosen = chosen_positions(scores, jnp.array([[1, 3]]), 3)

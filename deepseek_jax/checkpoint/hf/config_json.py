@@ -1,13 +1,16 @@
 """Model settings between the Hugging Face format, a checkpoint's config.json, and ours."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deepseek_jax.checkpoint.hf import language_part, neighbours
+from deepseek_jax.checkpoint.hf.names import TensorLayout
 from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.config.hints import shown
+from deepseek_jax.model import rotary
 from deepseek_jax.precision.fp8_tiles import BLOCK
 
 FAMILIES = {
@@ -37,11 +40,13 @@ _NO_INDEXER = {"index_heads": 0, "index_width": 128, "index_top_k": 2048}
 _KINDS = "mlp_layer_types"  # of V3.2 in transformers 5: "dense" or "sparse" for each layer
 # Keys with the only value that this model computes; absent means that value.
 _FIXED = {
-    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu",
-    "moe_layer_freq": 1, "rope_interleave": True,
+    "attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "moe_layer_freq": 1,
 }  # fmt: skip
+# Keys whose other value is read, and the value that our own models are written with.
+_WRITTEN = {"tie_word_embeddings": False, "rope_interleave": True}
 # Lists of modules that a quantization_config leaves as they are, by the names of its writers.
 UNQUANTISED = ("modules_to_not_convert", "ignored_layers", "ignore")
+_ROTARY_FORMS = ("deepseek_v3", "kimi_k2")  # families whose readers know rope_interleave=false
 _GROUP_SCORE = {"noaux_tc": "top2", "group_limited_greedy": "max", "greedy": "max"}
 
 
@@ -66,15 +71,21 @@ def model_config(settings: Mapping[str, Any], *, source: Path) -> ModelConfig:
         found.need("architectures", [FAMILIES[family]], default=None)
     for key, value in _FIXED.items():
         found.need(key, value, default=value)
+    found.flag("tie_word_embeddings", default=False)
+    if family in _ROTARY_FORMS:
+        found.flag("rope_interleave", default=True)
+    else:
+        found.need("rope_interleave", True, default=True)
 
     sizes = {ours: found.count(key) for key, ours in _COUNTS.items()}
     sizes |= {ours: found.count(key, least=0, absent=0) for key, ours in _OPTIONAL.items()}
     indexed = family == "deepseek_v32"
     sizes |= {k: found.count(key) for key, k in _INDEXER.items()} if indexed else _NO_INDEXER
+    sizes["dense_layers"] = min(sizes["dense_layers"], sizes["layers"])
     if indexed and settings.get(_KINDS) is not None:
         sizes["dense_layers"] = _dense_layers(found, sizes["layers"])
-    heads = sizes["heads"]
-    found.need("num_key_value_heads", heads, default=heads)
+    if settings.get("num_key_value_heads") is not None:
+        found.need("num_key_value_heads", sizes["heads"], default=None)
     method = found.one_of("topk_method", _GROUP_SCORE, default=topk_method(settings))
     greedy = method == "greedy"
     normalise = found.flag("norm_topk_prob", default=v3)
@@ -135,6 +146,7 @@ def published(config: ModelConfig) -> dict[str, Any]:
         "architectures": [FAMILIES[family]],
         "model_type": family,
         **_FIXED,
+        **_WRITTEN,
         **sizes,
         "q_lora_rank": config.q_latent or None,
         "num_key_value_heads": config.heads,
@@ -230,6 +242,23 @@ def topk_method(settings: Mapping[str, Any]) -> str:
     return settings.get("topk_method") or ("noaux_tc" if v3 else "greedy")
 
 
+def tensor_layout(settings: Mapping[str, Any]) -> TensorLayout:
+    """The form of the tensors beside these settings."""
+    halves = language_part.of(settings).get("rope_interleave") is False
+    return TensorLayout(biased=topk_method(settings) == "noaux_tc", half_split=halves)
+
+
+def check_mtp(settings: Mapping[str, Any], config: ModelConfig, source: Path) -> None:
+    """Raises ConfigError for MTP layers that have a dense network, as the settings count them."""
+    dense = language_part.of(settings).get("first_k_dense_replace") or 0
+    if config.mtp_depth and dense > config.layers:
+        raise ConfigError(
+            f"{source}: first_k_dense_replace is {dense}; expected at most num_hidden_layers="
+            f"{config.layers} beside MTP layers, which have experts here; "
+            "num_nextn_predict_layers=0 leaves them out"
+        )
+
+
 def _dense_layers(found: "_Settings", layers: int) -> int:
     """Number of dense layers by the list of kinds, which `transformers` follows where it is."""
     kinds = found.values[_KINDS]
@@ -241,8 +270,6 @@ def _dense_layers(found: "_Settings", layers: int) -> int:
 
 
 def _check_relations(config: ModelConfig, found: "_Settings") -> None:
-    if config.dense_layers > config.layers:
-        found.refuse("first_k_dense_replace", f"at most num_hidden_layers={config.layers}")
     if config.mtp_depth > 4:
         found.refuse("num_nextn_predict_layers", "from 0 to 4")
     if config.d_rope % 2:
@@ -282,7 +309,7 @@ def _rotary(found: "_Settings") -> dict[str, Any]:
     kind = "rope_type" if "rope_type" in rope.values else "type"
     yarn = rope.one_of(kind, ("default", "yarn"), default="default") == "yarn"
     values: dict[str, Any] = {
-        "rope_theta": theta.number("rope_theta"),
+        "rope_theta": theta.number("rope_theta", absent=10_000.0),  # as of the published code
         "yarn_factor": 1.0,  # off, which leaves the rest without effect
         "yarn_original": found.count("max_position_embeddings", absent=4096),
         "yarn_beta_fast": 32.0,
@@ -292,13 +319,12 @@ def _rotary(found: "_Settings") -> dict[str, Any]:
     }
     if not yarn:
         return values
-    rope.need("attention_factor", None, default=None)
     rope.need("truncate", True, default=True)
+    longest = values["yarn_original"]
+    original = rope.count("original_max_position_embeddings", absent=longest)
     values |= {  # defaults of the published code where a key is absent
-        "yarn_factor": rope.number("factor"),
-        "yarn_original": rope.count(
-            "original_max_position_embeddings", absent=values["yarn_original"]
-        ),
+        "yarn_factor": rope.number("factor", absent=longest / original),
+        "yarn_original": original,
         "yarn_beta_fast": rope.number("beta_fast", absent=32.0),
         "yarn_beta_slow": rope.number("beta_slow", absent=1.0),
         "yarn_mscale": rope.number("mscale", absent=1.0, zero=True),
@@ -310,6 +336,11 @@ def _rotary(found: "_Settings") -> dict[str, Any]:
         rope.refuse("beta_fast", f"at least beta_slow={values['yarn_beta_slow']}")
     if values["yarn_factor"] > 1 and values["rope_theta"] == 1:
         theta.refuse("rope_theta", "another number than 1, whose logarithm YaRN divides by")
+    if rope.values.get("attention_factor") is not None:
+        names = ("yarn_factor", "yarn_mscale", "yarn_mscale_all_dim")
+        computed = rotary.attention_factor(*(values[name] for name in names))
+        if not math.isclose(rope.number("attention_factor"), computed, rel_tol=1e-6):
+            rope.refuse("attention_factor", f"null, or {computed:.7g} as factor and mscale give")
     return values
 
 

@@ -14,6 +14,7 @@ of another kind are asked for (`SCALES`).
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import warnings
@@ -26,7 +27,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint.hf import fp8_blocks, language_part, safetensors
 from deepseek_jax.checkpoint.hf.config_json import UNQUANTISED
-from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces, to_published
+from deepseek_jax.checkpoint.hf.names import SCALE, Piece, TensorLayout, pieces, to_published
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model import params
 from deepseek_jax.model.transformer import Transformer, abstract_model
@@ -47,7 +48,7 @@ class WeightSource:
 
     Attributes:
       config: sizes and rules of the model.
-      biased: whether router biases are published.
+      layout: whether router biases are published, and the order of rotary rows.
       read: gives a published tensor, [out, in], in any float dtype but FP8.
       stored: gives the FP8 values and scales of a tensor that the source keeps in FP8, else None.
       former: gives the scales that a tensor had when it came in FP8, else None.
@@ -55,20 +56,16 @@ class WeightSource:
     """
 
     config: ModelConfig
-    biased: bool
+    layout: TensorLayout
     read: Read
     stored: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda name: None
     former: Callable[[str], np.ndarray | None] = lambda name: None
     others: Mapping[str, safetensors.Tensor] = dataclasses.field(default_factory=dict)
 
 
-def of_model(model: Transformer, biased: bool) -> WeightSource:
-    """The weights of a model on one device, in the dtypes that they have there.
-
-    Args:
-      biased: whether router biases are published.
-    """
-    found = to_published(model.config, model)
+def of_model(model: Transformer, layout: TensorLayout) -> WeightSource:
+    """The weights of a model on one device, in the dtypes that they have there."""
+    found = to_published(model.config, model, layout)
 
     def stored(name: str) -> tuple[np.ndarray, np.ndarray] | None:
         return (found[name], found[name + SCALE]) if name + SCALE in found else None
@@ -77,7 +74,7 @@ def of_model(model: Transformer, biased: bool) -> WeightSource:
         pair, value = stored(piece.name), found[piece.name]
         return value if pair is None else value.astype(np.float32) * spread(pair[1], value.shape)
 
-    return WeightSource(model.config, biased, read, stored)
+    return WeightSource(model.config, layout, read, stored)
 
 
 def write(
@@ -102,6 +99,7 @@ def write(
     scale_dtype = safetensors.E8M0 if scales == "e8m0" else FLOAT32
     groups = _groups(source, form, _unquantised(quantised), scale_dtype)
     shards = _shards(groups, shard_bytes)
+    _warn_of_parts_of_blocks(itertools.chain.from_iterable(shards))
     others = _shards_of_others(source.others, shard_bytes)
     blocks = _Blocks(source, quantised.get("scale_fmt") == "ue8m0", scales != "kept")
     count, before = len(shards) + len(others), language_part.prefix(settings)
@@ -127,6 +125,23 @@ def write(
             f"{len(blocks.again)} FP8 tensors had scales that are no powers of two, and were "
             f"quantised again, {blocks.again[0]} the first",
             stacklevel=2,
+        )
+
+
+def _warn_of_parts_of_blocks(groups: Iterable["_Group"]) -> None:
+    """Says so where `transformers`, which divides sizes by numbers of blocks, misreads FP8."""
+    cut = [
+        group
+        for group in groups
+        if group.tensors[group.name][0] == E4M3
+        and any(size > BLOCK and size % BLOCK for size in group.piece.shape)
+    ]
+    if cut:
+        warnings.warn(
+            f"{len(cut)} FP8 matrices end with a part of a block, {cut[0].name} "
+            f"{list(cut[0].piece.shape)} the first: transformers 5.24 misreads or refuses them; "
+            "export in bfloat16 for it (docs/serving.md)",
+            stacklevel=3,
         )
 
 
@@ -167,7 +182,7 @@ def _unquantised(settings: Mapping[str, Any]) -> tuple[str, ...]:
 def _groups(
     source: WeightSource, form: str, unquantised: tuple[str, ...], scale_dtype: np.dtype
 ) -> Iterator[_Group]:
-    for name, piece in _with_copies(source.config, source.biased):
+    for name, piece in _with_copies(source.config, source.layout):
         dtype = _dtype(piece, source, form)
         if dtype == E4M3 and any(f".{module}." in f".{name}" for module in unquantised):
             dtype = BF16
@@ -177,9 +192,9 @@ def _groups(
         yield _Group(name, piece, tensors)
 
 
-def _with_copies(config: ModelConfig, biased: bool) -> Iterator[tuple[str, Piece]]:
+def _with_copies(config: ModelConfig, layout: TensorLayout) -> Iterator[tuple[str, Piece]]:
     """Name and piece of every tensor, each MTP layer's copies of embedding and head included."""
-    everything = list(pieces(config, biased=biased))
+    everything = list(pieces(config, layout))
     shared = {
         "embed_tokens.weight": next(p for p in everything if p.path == "embedding.table"),
         "shared_head.head.weight": next(p for p in everything if p.path == "head.table"),

@@ -23,6 +23,8 @@ _SHARED = (
     "quantization_config", "torch_dtype", "dtype", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 
+_TIED = "tie_word_embeddings"
+
 T = TypeVar("T")
 
 
@@ -49,13 +51,29 @@ def check(settings: Mapping[str, Any], source: Path) -> None:
     if not isinstance(settings.get(KEY), dict):
         found = shown(settings[KEY]) if KEY in settings else "missing"
         raise ConfigError(f"{source}: {KEY} is {found}; expected the settings of the text model")
-    if settings.get("tie_word_embeddings"):
-        tied = shown(settings["tie_word_embeddings"])
-        raise ConfigError(f"{source}: tie_word_embeddings is {tied}; expected False")
+    if type(tied := settings.get(_TIED, False)) is not bool:
+        raise ConfigError(f"{source}: {_TIED} is {shown(tied)}; expected true or false")
     named = settings.get("architectures") or []
     known = WRAPPERS[settings["model_type"]]
     if not isinstance(named, list) or any(name not in known for name in named):
         raise ConfigError(f"{source}: architectures is {shown(named)}; expected {[known[0]]!r}")
+
+
+def is_tied(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings state one matrix for embedding and head, outside or in the text model.
+
+    `transformers` follows the outer statement, and writes it beside an inner one that is false.
+    """
+    return any(place.get(_TIED) for place in (settings, of(settings)))
+
+
+def untied(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the same model with an embedding and a head of its own."""
+    if not is_tied(settings):
+        return dict(settings)
+    if is_wrapped(settings):
+        settings = {**settings, KEY: {**settings[KEY], _TIED: False}}
+    return {**settings, _TIED: False}
 
 
 def replaced(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +123,8 @@ def leaving_others(settings: Mapping[str, Any], others: Iterable[str]) -> dict[s
     if not is_wrapped(settings) or not quantised:
         return dict(settings)
     key = "modules_to_not_convert"
-    own = sorted({name.split(".")[0] for name in others})
+    # `transformers` saves one of the projector's norms below `model.`, as if of the text model.
+    found = (re.match(r"(model\.)?[^.]+", name) for name in others)
+    own = sorted({module[0] for module in found if module})
     modules = dict.fromkeys([*(quantised.get(key) or ()), *own])
     return {**settings, "quantization_config": {**quantised, key: list(modules)}}

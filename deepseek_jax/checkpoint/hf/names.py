@@ -1,7 +1,11 @@
-"""Names and shapes of published tensors, and the parts of our parameters that they fill."""
+"""Names and shapes of published tensors, and the parts of our parameters that they fill.
+
+The rows of a head's rotary part come in pairs, (2j, 2j + 1) in ours and in most checkpoints. Where
+`rope_interleave` is false, published pairs are rows (j, j + R/2) of the R rows: the same rows in
+another order, in queries and keys alike, so that no product changes.
+"""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +18,24 @@ from deepseek_jax.model import params
 from deepseek_jax.precision.fp8_tiles import BLOCK
 from deepseek_jax.precision.fp8_weights import Fp8Weight
 
+BIAS = "e_score_correction_bias"  # of a router
 SCALE = "_scale_inv"  # suffix of an FP8 weight's scales; despite the name they are multiplied
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorLayout:
+    """Choices of a checkpoint's writer that sizes do not tell.
+
+    Attributes:
+      biased: whether routers have biases; V2 has none.
+      half_split: whether rotary pairs are rows (j, j + R/2).
+    """
+
+    biased: bool = True
+    half_split: bool = False
+
+
+V3_LAYOUT = TensorLayout()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +48,7 @@ class Piece:
       path: our parameter, as `params.describe` names it.
       index: index of the part: layer, then expert, then the half of `gate_up`.
       transposed: whether ours has the input in front (all but the embedding, which is looked up).
+      half_split: for rows whose rotary pairs are (j, j + R/2): rows of a head, and R, its last.
     """
 
     name: str
@@ -34,32 +56,45 @@ class Piece:
     path: str
     index: tuple[Any, ...]
     transposed: bool = True
+    half_split: tuple[int, int] | None = None
+
+    @property
+    def order(self) -> np.ndarray | None:
+        """The published row that each of our rows is; None where both orders are the same."""
+        if self.half_split is None:
+            return None
+        head, rotary = self.half_split
+        rows = np.arange(self.shape[0]).reshape(-1, head)
+        halves = rows[:, head - rotary :].reshape(len(rows), 2, rotary // 2)
+        rows[:, head - rotary :] = halves.swapaxes(1, 2).reshape(len(rows), rotary)
+        return rows.reshape(-1)
 
     @property
     def scales(self) -> "Piece":
         """The scales of this tensor's FP8 blocks, as a part of those of our parameter."""
         shape = tuple(-(-size // BLOCK) for size in self.shape)
-        return dataclasses.replace(self, name=self.name + SCALE, shape=shape)
+        return dataclasses.replace(self, name=self.name + SCALE, shape=shape, half_split=None)
 
     def published(self, part: np.ndarray) -> np.ndarray:
         """The part of our parameter in the published shape."""
-        return part.reshape(self.shape[::-1]).T if self.transposed else part
+        out = part.reshape(self.shape[::-1]).T if self.transposed else part
+        return out if self.order is None else out[np.argsort(self.order)]
 
 
-def pieces(config: ModelConfig, *, biased: bool = True) -> Iterator[Piece]:
-    """Pieces of the whole model; without router biases where `biased` is false (V2 has none)."""
+def pieces(config: ModelConfig, layout: TensorLayout = V3_LAYOUT) -> Iterator[Piece]:
+    """Pieces of the whole model."""
     table = (config.vocab, config.d_model)
     yield Piece("model.embed_tokens.weight", table, "embedding.table", (), transposed=False)
     blocks = (
         ("dense_layers.", config.dense_layers, _dense),
-        ("moe_layers.", config.moe_layers, functools.partial(_mixture, biased=biased)),
-        ("mtp.", config.mtp_depth, functools.partial(_mtp, biased=biased)),
+        ("moe_layers.", config.moe_layers, _mixture),
+        ("mtp.", config.mtp_depth, _mtp),
     )
     number = itertools.count()
     for stack, count, parts in blocks:
         for layer in range(count):
             prefix = f"model.layers.{next(number)}."
-            for part in parts(config):
+            for part in parts(config, layout):
                 yield dataclasses.replace(
                     part,
                     name=prefix + part.name,
@@ -70,17 +105,17 @@ def pieces(config: ModelConfig, *, biased: bool = True) -> Iterator[Piece]:
     yield Piece("lm_head.weight", table, "head.table", ())
 
 
-def _dense(config: ModelConfig) -> Iterator[Piece]:
-    yield from _attention_and_norms(config, "")
+def _dense(config: ModelConfig, layout: TensorLayout) -> Iterator[Piece]:
+    yield from _attention_and_norms(config, layout, "")
     yield from _swiglu("mlp.", (config.d_model, config.d_dense), "feed.")
 
 
-def _mixture(config: ModelConfig, *, biased: bool, block: str = "") -> Iterator[Piece]:
-    yield from _attention_and_norms(config, block)
+def _mixture(config: ModelConfig, layout: TensorLayout, block: str = "") -> Iterator[Piece]:
+    yield from _attention_and_norms(config, layout, block)
     gate, router = "mlp.gate.", f"{block}feed.router."
     yield Piece(f"{gate}weight", (config.experts, config.d_model), f"{router}centroids", ())
-    if biased:
-        yield Piece(f"{gate}e_score_correction_bias", (config.experts,), f"{router}bias", ())
+    if layout.biased:
+        yield Piece(gate + BIAS, (config.experts,), f"{router}bias", ())
     widths = (config.d_model, config.d_expert)
     for expert in range(config.experts):
         yield from _swiglu(f"mlp.experts.{expert}.", widths, f"{block}feed.experts.", expert)
@@ -89,8 +124,8 @@ def _mixture(config: ModelConfig, *, biased: bool, block: str = "") -> Iterator[
         yield from _swiglu("mlp.shared_experts.", widths, f"{block}feed.shared.")
 
 
-def _mtp(config: ModelConfig, *, biased: bool) -> Iterator[Piece]:
-    yield from _mixture(config, biased=biased, block="block.")
+def _mtp(config: ModelConfig, layout: TensorLayout) -> Iterator[Piece]:
+    yield from _mixture(config, layout, block="block.")
     width = (config.d_model,)
     yield Piece("enorm.weight", width, "embedding_norm.scale", ())
     yield Piece("hnorm.weight", width, "hidden_norm.scale", ())
@@ -99,7 +134,7 @@ def _mtp(config: ModelConfig, *, biased: bool) -> Iterator[Piece]:
     yield Piece("eh_proj.weight", halves, "project", ())
 
 
-def _attention_and_norms(config: ModelConfig, block: str) -> Iterator[Piece]:
+def _attention_and_norms(config: ModelConfig, layout: TensorLayout, block: str) -> Iterator[Piece]:
     d, heads = config.d_model, config.heads
     q_latent, kv_latent = config.q_latent, config.kv_latent
     yield Piece("input_layernorm.weight", (d,), f"{block}attention_norm.scale", ())
@@ -120,8 +155,15 @@ def _attention_and_norms(config: ModelConfig, block: str) -> Iterator[Piece]:
         ]
     else:
         rows += [("q_proj", (query, d), "query")]
+    halves: dict[str, tuple[int, int]] = {}
+    if layout.half_split:
+        halves["q_b_proj"] = halves["q_proj"] = config.d_nope + config.d_rope, config.d_rope
+        halves["kv_a_proj_with_mqa"] = kv_latent + config.d_rope, config.d_rope
     for name, shape, path in rows:
-        yield Piece(f"self_attn.{name}.weight", shape, f"{block}attention.{path}", ())
+        yield Piece(
+            f"self_attn.{name}.weight", shape, f"{block}attention.{path}", (),
+            half_split=halves.get(name),
+        )  # fmt: skip
     if config.index_heads:
         yield from _indexer(config, block)
 
@@ -146,7 +188,9 @@ def _swiglu(name: str, widths: tuple[int, int], path: str, *expert: int) -> Iter
     yield Piece(f"{name}down_proj.weight", (d, f), f"{path}down", expert)
 
 
-def to_published(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
+def to_published(
+    config: ModelConfig, tree: Any, layout: TensorLayout = V3_LAYOUT
+) -> dict[str, np.ndarray]:
     """Published name -> [out, in] array, a view where it can be.
 
     Args:
@@ -158,7 +202,7 @@ def to_published(config: ModelConfig, tree: Any) -> dict[str, np.ndarray]:
     variables = jax.tree.leaves(tree, is_leaf=params.is_variable)
     ours = {path: variable[...] for path, variable in zip(paths, variables, strict=True)}
     found: dict[str, np.ndarray] = {}
-    for piece in pieces(config):
+    for piece in pieces(config, layout):
         value = ours.get(piece.path)
         if isinstance(value, Fp8Weight):
             table = piece.scales

@@ -130,7 +130,12 @@ def _part(piece: Piece, dims: Sequence[tuple[int, slice]], source: TensorReader)
         shape += [first.stop - first.start, *inner]
         kept += [slice(None), *(span for _, span in run[1:])]
     index = tuple(reversed(read)) if piece.transposed else tuple(read)
-    values = source.read(piece.name, index)
+    order = piece.order
+    if order is None:
+        values = source.read(piece.name, index)
+    else:  # rows in another order: all are read
+        whole = slice(0, piece.shape[0])
+        values = source.read(piece.name, (whole, *index[1:]))[order[index[0]]]
     values = values.T if piece.transposed else values
     return values.reshape(shape + [1] * len(left))[tuple(kept)]
 

@@ -6,7 +6,9 @@ of a published matrix is a reshape of ours.
 
 Two kinds of tensors are checked and not used: an MTP layer's copies of embedding and head (all
 depths share the main model's, so a copy that differs is refused), and tables of rotary frequencies,
-which follow from the settings. MTP layers beyond those that the settings count are left out.
+which follow from the settings. MTP layers beyond those that the settings count are left out, and so
+are tensors without values. Where `tie_word_embeddings` is true and one of embedding and head is not
+stored, the other is read in its place; our model has two parameters.
 """
 
 import dataclasses
@@ -23,8 +25,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from deepseek_jax.checkpoint.hf import language_part, safetensors, stacked
-from deepseek_jax.checkpoint.hf.config_json import model_config, topk_method
-from deepseek_jax.checkpoint.hf.names import SCALE, Piece, pieces
+from deepseek_jax.checkpoint.hf.config_json import check_mtp, model_config, tensor_layout
+from deepseek_jax.checkpoint.hf.names import BIAS, SCALE, Piece, TensorLayout, pieces
 from deepseek_jax.checkpoint.hf.parts import BF16, Slices, fill, placed
 from deepseek_jax.checkpoint.hf.safetensors import Tensor
 from deepseek_jax.config import ConfigError, ModelConfig
@@ -49,14 +51,15 @@ class Published:
 
     Attributes:
       config: sizes and rules of the model.
-      biased: whether routers have biases; those of V2 have none, and ours are then zero.
+      layout: whether routers have biases (those of V2 have none, and ours are then zero), and the
+        order of rotary rows.
       pieces: the part of our parameters that each published tensor is.
       tensors: place in a file, dtype and shape of each tensor, by published name.
       others: tensors of parts beside the text model, which is the only one that is computed.
     """
 
     config: ModelConfig
-    biased: bool
+    layout: TensorLayout
     pieces: Sequence[Piece]
     tensors: Mapping[str, Tensor]
     others: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -165,16 +168,43 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> Published:
     everything = safetensors.open_folder(folder)
     config = model_config(settings, source=folder / "config.json")
     tensors, others = language_part.split(settings, everything)
+    tensors = _untied(settings, {n: t for n, t in tensors.items() if t.nbytes})
     if not any(name.startswith(f"model.layers.{config.layers}.") for name in tensors):
         config = dataclasses.replace(config, mtp_depth=0)  # left out when it was saved
+    check_mtp(settings, config, folder / "config.json")
     tensors = stacked.single_experts(
         folder, config, _without_uncounted_mtp(folder, config, tensors)
     )
     _check_count(folder, config, len(tensors))
-    biased = topk_method(settings) == "noaux_tc"
-    table = tuple(pieces(config, biased=biased))
+    layout = _layout(folder, settings, tensors)
+    table = tuple(pieces(config, layout))
     _check_tensors(folder, config, tensors, table)
-    return Published(config, biased, table, tensors, others)
+    return Published(config, layout, table, tensors, others)
+
+
+def _layout(
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> TensorLayout:
+    """The form of the tensors; a model whose routers all lack a bias was made without them."""
+    layout = tensor_layout(settings)
+    routers = [name for name in tensors if name.endswith(".mlp.gate.weight")]
+    if not layout.biased or not routers or any(name.endswith(BIAS) for name in tensors):
+        return layout
+    if jax.process_index() == 0:
+        warnings.warn(
+            f"{folder} holds no router biases ({BIAS}) for its {len(routers)} routers; they are 0",
+            stacklevel=2,
+        )
+    return dataclasses.replace(layout, biased=False)
+
+
+def _untied(settings: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with an embedding and a head, which are one matrix where it is stored so."""
+    names = COPIES.values()
+    stored = next((tensors[name] for name in names if name in tensors), None)
+    if stored is None or not language_part.is_tied(settings):
+        return tensors
+    return {**dict.fromkeys(names, stored), **tensors}
 
 
 def _without_uncounted_mtp(
@@ -250,8 +280,8 @@ def blocks(source: Published, recipe: Recipe) -> frozenset[str]:
 
     These are weights of linear layers all of whose tensors are FP8. A matrix of ours is one
     published tensor, transposed, so that its blocks are those of the tensor whatever its sizes. If
-    only some tensors of a parameter are FP8, such as those of some layers, it is read as floats, of
-    which `prepare` makes other blocks; a warning says so.
+    only some tensors of a parameter are FP8, such as those of some layers, or if its rows change
+    places, it is read as floats, of which `prepare` makes other blocks; a warning says so.
     """
     if not recipe.keeps_blocks:
         return frozenset()
@@ -259,12 +289,14 @@ def blocks(source: Published, recipe: Recipe) -> frozenset[str]:
     for weight in params.describe(abstract_model(source.config)):
         own = parts.get(weight.path, []) if weight.roles is not None else []
         narrow = sum(source.tensors[piece.name].dtype == E4M3 for piece in own)
-        if own and narrow == len(own):
+        moved = any(piece.half_split for piece in own)
+        if own and narrow == len(own) and not moved:
             kept.add(weight.path)
         elif narrow and jax.process_index() == 0:
             warnings.warn(
-                f"{narrow} of the {len(own)} tensors of {weight.path} are FP8; all of them are "
-                "quantised again",
+                f"{narrow} of the {len(own)} tensors of {weight.path} are FP8"
+                f"{', with rotary rows in halves' if moved else ''}; all of them are quantised "
+                "again",
                 stacklevel=2,
             )
     return frozenset(kept)

@@ -60,9 +60,25 @@ def test_yarn_without_an_original_length_takes_that_of_the_model():
     assert config_of(rope_scaling=yarn, max_position_embeddings=256).yarn_original == 256
 
 
+def test_what_transformers_leaves_out_has_the_values_that_it_takes():
+    settings = checkpoints.make("v3")[0]
+    del settings["rope_theta"]
+    settings |= {"num_key_value_heads": None, "rope_parameters": {"rope_type": "default"}}
+    assert config_json.model_config(settings, source=FILE) == config_of()
+    stated = {"attention_factor": 1.0} | YARN  # what equal mscales give
+    ratio = {key: value for key, value in stated.items() if key != "factor"}
+    for yarn in (stated, ratio):
+        found = config_of(rope_scaling=yarn, max_position_embeddings=2048)
+        assert found == config_of(rope_scaling=YARN, max_position_embeddings=2048)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
+        (
+            {"rope_scaling": YARN | {"attention_factor": 2}},
+            r"attention_factor is 2; expected null, or 1 as factor and mscale give",
+        ),
         ({"rope_scaling": YARN | {"beta_fast": 0.5}}, r"beta_fast is 0.5; expected at least beta_"),
         ({"rope_scaling": YARN, "rope_theta": 1}, r"rope_theta is 1; expected another number"),
         ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 10{47}\.{3}0{8}; expected a number from"),

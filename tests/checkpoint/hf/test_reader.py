@@ -114,10 +114,10 @@ def test_a_training_run_is_loaded(tmp_path):
     "change, words",
     [
         ({"attention_bias": True}, ("attention_bias is True", "expected False")),
-        ({"tie_word_embeddings": True}, ("tie_word_embeddings is True",)),
+        ({"tie_word_embeddings": 1}, ("tie_word_embeddings is 1", "true or false")),
         ({"hidden_act": "gelu"}, ("hidden_act is 'gelu'", "'silu'")),
         ({"moe_layer_freq": 2}, ("moe_layer_freq is 2", "expected 1")),
-        ({"rope_interleave": False}, ("rope_interleave is False",)),
+        ({"rope_interleave": None}, ("rope_interleave is None", "true or false")),
         ({"model_type": "llama"}, ("model_type is 'llama'", "deepseek_v3")),
         ({"architectures": ["LlamaForCausalLM"]}, ("architectures", "DeepseekV3ForCausalLM")),
         ({"topk_method": "random"}, ("topk_method is 'random'", "noaux_tc")),
