@@ -49,7 +49,9 @@ def test_all_products_of_linear_layers_are_kernels(layout):
     assert set(found) == {
         (FORWARD, PRODUCT), (INPUT_GRADIENT, PRODUCT), (WEIGHT_GRADIENT, OUTER)
     }  # fmt: skip
-    assert found[INPUT_GRADIENT, PRODUCT] == found[WEIGHT_GRADIENT, OUTER] > 0
+    # A deferred gradient is in the text twice, for each chunk of a rank; of these one runs.
+    again = found[WEIGHT_GRADIENT, OUTER] - found[INPUT_GRADIENT, PRODUCT]
+    assert again > 0 if config.layout.defer_weight_gradients else again == 0
     others = products.counts(program.module, pipelined_step.KERNELS)
     assert {kind for kind, in_fp8 in others if not in_fp8} == {products.OTHER}
     kernels = products.kernel_counts(program.module)
