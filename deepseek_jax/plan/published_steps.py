@@ -11,10 +11,10 @@ for because of that, and is read from sources other than these steps:
   NVIDIA/Megatron-LM pull request 3795, March 2026); each message hides under one part of the other
   micro-batch (`chunk_time.py`), and hides nowhere in the warm-up of the schedule; DeepEP has the 20
   SMs of Megatron's default then.
-- 25.04: token dropping, which NVIDIA-NeMo/NeMo scripts/performance/llm/pretrain_deepseek_v3.py
-  (7a8f1cc) switches on, works with the all-to-all of NCCL alone
-  (nemo/lightning/pytorch/callbacks/moe_token_drop.py), which sends a copy of a token for each of
-  its experts, at the bandwidth of `network.H100_NCCL`.
+- 25.04: token dropping, which NVIDIA/NeMo scripts/performance/llm/pretrain_deepseek_v3.py
+  (7a8f1cc) switches on, works with the all-to-all of NCCL alone (there,
+  nemo/lightning/pytorch/callbacks/moe_token_drop.py, 0067c7b). That sends a copy of a token for
+  each of its experts, at the bandwidth of `network.H100_NCCL`.
 
 The step on 512 GPUs was planned only after that.
 """
