@@ -127,9 +127,9 @@ def main(name: str = "") -> None:
         {"schedule": schedule, "step": step}[name]()
         return
     jax.config.update("jax_platforms", "cpu")  # shapes only: never take an accelerator's memory
-    for flag in (PRICE, IMBALANCE):
-        if flag.value is not None and not math.isfinite(flag.value):
-            raise ConfigError(f"--{flag.name}={flag.value}: give a number that is finite")
+    for number in (PRICE, IMBALANCE):
+        if number.value is not None and not math.isfinite(number.value):
+            raise ConfigError(f"--{number.name}={number.value}: give a number that is finite")
     if COMPARE.value:
         compare()
     elif SEARCH.value:

@@ -11,12 +11,13 @@ for because of that, and is read from sources other than these steps:
   NVIDIA/Megatron-LM pull request 3795, March 2026); each message hides under one part of the other
   micro-batch (`chunk_time.py`), and hides nowhere in the warm-up of the schedule; DeepEP has the 20
   SMs of Megatron's default then.
-- 25.04: token dropping, which NVIDIA-NeMo/NeMo scripts/performance/llm/pretrain_deepseek_v3.py
-  (7a8f1cc) switches on, works with the all-to-all of NCCL alone
-  (nemo/lightning/pytorch/callbacks/moe_token_drop.py), which sends a copy of a token for each of
-  its experts, at the bandwidth of `network.H100_NCCL`.
+- 25.04: token dropping, which NVIDIA/NeMo scripts/performance/llm/pretrain_deepseek_v3.py
+  (7a8f1cc) switches on, works with the all-to-all of NCCL alone (there,
+  nemo/lightning/pytorch/callbacks/moe_token_drop.py, 0067c7b). That sends a copy of a token for
+  each of its experts, at the bandwidth of `network.H100_NCCL`.
 
-The step on 512 GPUs was planned only after that.
+The steps on 512 GPUs and on GB200 were planned only after that. The latter is a failure, and says
+which term the plan lacks: time in which kernels wait for the host.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from typing import Any
 
 from deepseek_jax.config import Config
 from deepseek_jax.hardware import chips, network
-from deepseek_jax.hardware.efficiency import PUBLISHED
+from deepseek_jax.hardware.efficiency import PUBLISHED, efficiency
 from deepseek_jax.plan import step_time
 from deepseek_jax.plan.chunk_time import (
     FORWARD,
@@ -40,8 +41,8 @@ from deepseek_jax.plan.published_trace import H800_MACHINE, Compared, trace_conf
 from deepseek_jax.plan.update_time import update_seconds
 
 CORRECTED = (
-    "NeMo's rows were corrected after errors of -15 and -25 % had been seen, from sources other "
-    "than\nthese steps (plan/published_steps.py); that on 512 GPUs was planned only after that."
+    "NeMo's rows were corrected after errors of -15 and -25 % had been seen, from sources other\n"
+    "than these steps (plan/published_steps.py); those on 512 H100 and on GB200 were planned later."
 )
 
 
@@ -82,7 +83,7 @@ def published_steps(v3: Config, moonlight: Config) -> list[PublishedStep]:
     """
     rows = [deepseek(v3), megatron_bf16(v3), megatron_fp8(v3)]
     rows += [nemo_one_chunk(v3, 16, 52.04), nemo_one_chunk(v3, 8, 48.948)]
-    return [*rows, megatron_moonlight(moonlight)]
+    return [*rows, megatron_moonlight(moonlight), nemo_gb200(v3)]
 
 
 def deepseek(v3: Config) -> PublishedStep:
@@ -142,24 +143,56 @@ def megatron_fp8_times(v3: Config) -> ChunkTimes:
 
 def nemo_one_chunk(v3: Config, ranks: int, seconds: float) -> PublishedStep:
     """NeMo 25.04 on DGX Cloud: 1F1B of one chunk a rank, 64 GPUs each, messages not overlapped."""
-    layers, devices = 64 // ranks, 64 * ranks
-    config = _megatron(v3, recipe="bfloat16", sequences=8 * devices)
-    stages = (layers - 1, *(ranks - 2) * (layers,), layers - 2)
+    machine = Machine(chips.H100, network.H100_NCCL)
+    return PublishedStep(
+        f"NeMo 25.04, {64 * ranks:,} H100, BF16, {ranks} ranks",
+        DGX_CLOUD,
+        Compared("step, s", _one_chunk(_megatron_one_chunk(v3, ranks), machine), seconds),
+        (),
+        "all-to-alls of NCCL as another user of Megatron measured them (DeepEP issue 59); MTP",
+    )
+
+
+def nemo_gb200(v3: Config) -> PublishedStep:
+    """The same on 256 GB200, whose experts are in one rack; it computes the attention core again.
+
+    A failure of the plan. NeMo 25.11 trains 3.3 times as fast on the same chips (3,139 tokens/s
+    of a GPU against 958, docs/performance-summary.md), so most of this step is no work of the GPU.
+    """
+    config = _megatron_one_chunk(v3, 4)
     config = dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, node=1, gpu=64),
+        layout=dataclasses.replace(config.layout, recompute="attention"),
+    )
+    machine = Machine(chips.GB200, network.GB200, efficiency("gb200"))
+    return PublishedStep(
+        "NeMo 25.04, 256 GB200, BF16, 4 ranks",
+        DGX_CLOUD,
+        Compared("step, s", _one_chunk(config, machine), 34.194),
+        (),
+        "no kernel waits for the host, though NeMo 25.11 is 3.3 times as fast on these chips",
+    )
+
+
+def _megatron_one_chunk(v3: Config, ranks: int) -> Config:
+    """Layout of NeMo 25.04's rows: one chunk a rank, each rank 64 GPUs, TP 2, EP 64."""
+    layers = 64 // ranks
+    config = _megatron(v3, recipe="bfloat16", sequences=8 * 64 * ranks)
+    stages = (layers - 1, *(ranks - 2) * (layers,), layers - 2)
+    return dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, pipe=ranks, replica=1),
         layout=dataclasses.replace(config.layout, dispatch="flat", stage_layers=stages),
         batch=dataclasses.replace(config.batch, micro_sequences=32),
     )
-    times = _times(config, Machine(chips.H100, network.H100_NCCL), TENSOR)
-    times = dataclasses.replace(times, shape=dataclasses.replace(times.shape, each_expert=True))
-    return PublishedStep(
-        f"NeMo 25.04, {devices:,} H100, BF16, {ranks} ranks",
-        "NVIDIA/dgxc-benchmarking, deepseek_v3/pretraining/README.md and launch.sh (1f6d9f4)",
-        Compared("step, s", step_time.step_time(times).total, seconds),
-        (),
-        "all-to-alls of NCCL as another user of Megatron measured them (DeepEP issue 59); MTP",
-    )
+
+
+def _one_chunk(config: Config, machine: Machine) -> float:
+    """Seconds of a step in which a copy of a token is sent for each of its experts."""
+    times = _times(config, machine, TENSOR)
+    shape = dataclasses.replace(times.shape, each_expert=True)
+    return step_time.step_time(dataclasses.replace(times, shape=shape)).total
 
 
 def megatron_moonlight(moonlight: Config) -> PublishedStep:
@@ -185,6 +218,7 @@ def megatron_moonlight(moonlight: Config) -> PublishedStep:
     )
 
 
+DGX_CLOUD = "NVIDIA/dgxc-benchmarking, deepseek_v3/pretraining/README.md, launch.sh (1f6d9f4)"
 RANKS, VIRTUAL, TENSOR = 8, 4, 2
 
 

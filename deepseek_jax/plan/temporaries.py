@@ -61,7 +61,7 @@ def of_layer(config: Config, shapes: DeviceShapes) -> int:
     """Bytes of the temporaries in backward of a stack of layers, messages included.
 
     Of two micro-batches in flight one is at its experts at a time, while the tokens of the other
-    travel: of the second one only the tokens' arrays are live as well (compiled, three layouts of
+    travel: of the second one only the tokens' arrays are live as well (compiled, four layouts of
     `moonlight_16b` with overflow rounds; not compiled without).
     """
     model, size = shapes.model, shapes.activation

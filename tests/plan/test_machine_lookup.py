@@ -55,7 +55,7 @@ def test_the_command():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["time"]["steps"]) == {"lockstep", "asynchronous"}
-    assert len(found["errors"]["steps"]) == 6 and found["errors"]["trace"]
+    assert len(found["errors"]["steps"]) == 7 and found["errors"]["trace"]
     assert len(found["time"]["steps"]["asynchronous"]["ranks"]) == 16
 
 
