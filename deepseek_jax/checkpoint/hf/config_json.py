@@ -322,12 +322,12 @@ def _rotary(found: "_Settings") -> dict[str, Any]:
     rope.need("truncate", True, default=True)
     longest = values["yarn_original"]
     original = rope.count("original_max_position_embeddings", absent=longest)
-    values |= {  # defaults of the published code where a key is absent
+    values |= {  # defaults of `transformers` where a key is absent
         "yarn_factor": rope.number("factor", absent=longest / original),
         "yarn_original": original,
         "yarn_beta_fast": rope.number("beta_fast", absent=32.0),
         "yarn_beta_slow": rope.number("beta_slow", absent=1.0),
-        "yarn_mscale": rope.number("mscale", absent=1.0, zero=True),
+        "yarn_mscale": rope.number("mscale", absent=0.0, zero=True),
         "yarn_mscale_all_dim": rope.number("mscale_all_dim", absent=0.0, zero=True),
     }
     if values["yarn_factor"] < 1:
