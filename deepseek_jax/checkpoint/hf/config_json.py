@@ -250,7 +250,8 @@ def tensor_layout(settings: Mapping[str, Any]) -> TensorLayout:
 
 def check_mtp(settings: Mapping[str, Any], config: ModelConfig, source: Path) -> None:
     """Raises ConfigError for MTP layers that have a dense network, as the settings count them."""
-    dense = language_part.of(settings).get("first_k_dense_replace") or 0
+    text = language_part.of(settings)
+    dense = 0 if text.get(_KINDS) is not None else text.get("first_k_dense_replace") or 0
     if config.mtp_depth and dense > config.layers:
         raise ConfigError(
             f"{source}: first_k_dense_replace is {dense}; expected at most num_hidden_layers="

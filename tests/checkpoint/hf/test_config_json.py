@@ -152,7 +152,9 @@ def test_kinds_of_layers_decide_where_v32_lists_them():
             found = config_json.model_config(
                 settings | {"mlp_layer_types": kinds + more}, source=FILE
             )
-            assert found.dense_layers == dense
+            assert found.dense_layers == dense and found.mtp_depth == 1
+            listed = settings | {"mlp_layer_types": kinds}
+            config_json.check_mtp(listed, found, FILE)  # nor is it asked for MTP layers
 
 
 @pytest.mark.parametrize("kinds", ["dense", [], ["sparse", "dense", "sparse"], ["dense", 1, {}]])
