@@ -2,6 +2,6 @@
 
 NAMES = (
     "train", "profile", "moe", "memory", "residuals", "layer", "kernels", "grouped", "tiles",
-    "dispatch", "pipeline", "load", "decode", "speculate", "indexer", "kinds",
+    "dispatch", "pipeline", "load", "decode", "speculate", "indexer", "kinds", "cache_formats",
     "precision",
 )  # fmt: skip

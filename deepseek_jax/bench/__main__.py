@@ -1,10 +1,11 @@
 """Benchmarks: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
 NAME is train, profile, moe, memory, residuals, layer, kernels, grouped, tiles, dispatch, pipeline,
-load, decode, speculate, indexer, kinds or precision. The config gives the recipe, and the benchmark
-the sizes; kinds scores the run in the workdir of --checkpoint. kernels and layer print each row
-when it is measured (with --json to standard error), begin none after --budget seconds, and write or
-continue --out, a file of measured rates (`bench/measured_rates.py`).
+load, decode, speculate, indexer, kinds, cache_formats or precision. The config gives the recipe,
+and the benchmark the sizes; kinds and cache_formats read the run in the workdir of --checkpoint.
+kernels and layer print each row when it is measured (with --json to standard error), begin none
+after --budget seconds, and write or continue --out, a file of measured rates
+(`bench/measured_rates.py`).
 """
 
 import functools
@@ -34,8 +35,11 @@ BUDGET = flags.DEFINE_float(
     "budget", None, "Seconds after which no row begins; kernels: 480, layer: 240.", lower_bound=0.0
 )
 OUT = flags.DEFINE_string("out", None, "File of measured rates to write or continue.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/v3_tiny", "Workdir of a run; kinds.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "runs/v3_tiny", "Workdir of a run; kinds, cache_formats."
+)
 
+OF_A_CHECKPOINT = ("kinds", "cache_formats")
 PRINTED_AS_MEASURED = ("kernels", "layer")  # rows, of which a killed run leaves those that it has
 
 
@@ -69,7 +73,7 @@ def _given(name: str) -> dict[str, Any]:
     for flag in (BUDGET, OUT):
         if flag.value is not None:
             raise ConfigError(f"bench {name} has no --{flag.name}; leave it out")
-    return {"directory": command.folder(CHECKPOINT)} if name == "kinds" else {}
+    return {"directory": command.folder(CHECKPOINT)} if name in OF_A_CHECKPOINT else {}
 
 
 def _emulate(name: str) -> None:

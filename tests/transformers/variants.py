@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from indexer import top_k
@@ -162,6 +163,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
+    jax.config.update("jax_disable_most_optimizations", True)  # a program for each kind, run once
     names = sys.argv[1:]
     kinds = {name: KINDS[name] for name in names if name in KINDS}
     if names and names[0].isdigit():
@@ -227,7 +229,8 @@ def edit(folder: Path, edits: dict[str, Any]) -> None:
     """Changes keys of a config.json; None removes one."""
     file = folder / "config.json"
     settings = json.loads(file.read_text()) | edits
-    file.write_text(json.dumps({k: v for k, v in settings.items() if edits.get(k, v) is not None}))
+    removed = {key for key, value in edits.items() if value is None}
+    file.write_text(json.dumps({k: v for k, v in settings.items() if k not in removed}))
 
 
 def compare(kind: Kind, root: Path) -> str:

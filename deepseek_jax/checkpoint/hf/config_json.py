@@ -250,7 +250,8 @@ def tensor_layout(settings: Mapping[str, Any]) -> TensorLayout:
 
 def check_mtp(settings: Mapping[str, Any], config: ModelConfig, source: Path) -> None:
     """Raises ConfigError for MTP layers that have a dense network, as the settings count them."""
-    dense = language_part.of(settings).get("first_k_dense_replace") or 0
+    text = language_part.of(settings)
+    dense = 0 if text.get(_KINDS) is not None else text.get("first_k_dense_replace") or 0
     if config.mtp_depth and dense > config.layers:
         raise ConfigError(
             f"{source}: first_k_dense_replace is {dense}; expected at most num_hidden_layers="
@@ -322,12 +323,12 @@ def _rotary(found: "_Settings") -> dict[str, Any]:
     rope.need("truncate", True, default=True)
     longest = values["yarn_original"]
     original = rope.count("original_max_position_embeddings", absent=longest)
-    values |= {  # defaults of the published code where a key is absent
+    values |= {  # defaults of `transformers` where a key is absent
         "yarn_factor": rope.number("factor", absent=longest / original),
         "yarn_original": original,
         "yarn_beta_fast": rope.number("beta_fast", absent=32.0),
         "yarn_beta_slow": rope.number("beta_slow", absent=1.0),
-        "yarn_mscale": rope.number("mscale", absent=1.0, zero=True),
+        "yarn_mscale": rope.number("mscale", absent=0.0, zero=True),
         "yarn_mscale_all_dim": rope.number("mscale_all_dim", absent=0.0, zero=True),
     }
     if values["yarn_factor"] < 1:

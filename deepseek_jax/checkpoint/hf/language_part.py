@@ -23,6 +23,7 @@ _SHARED = (
     "quantization_config", "torch_dtype", "dtype", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 
+_INSIDE = "model.language_model."  # of the names that `transformers` has in memory
 _TIED = "tie_word_embeddings"
 
 T = TypeVar("T")
@@ -95,8 +96,15 @@ def split(
     """Tensors of the text model under their own names, and those of the other parts."""
     if not is_wrapped(settings):
         return dict(tensors), {}
-    text = {_own(name): value for name, value in tensors.items() if name.startswith(PREFIX)}
-    others = {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
+    text, others = {}, {}
+    inside = any(name.startswith(_INSIDE) for name in tensors)
+    for name, value in tensors.items():
+        if name.startswith(PREFIX):
+            text[_own(name)] = value
+        elif inside and name.startswith((_INSIDE, "lm_head.")):
+            text[name.replace(_INSIDE, "model.")] = value
+        else:
+            others[name] = value
     return text, others
 
 

@@ -1,5 +1,6 @@
 """Published settings that are unusual, and computed all the same."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from deepseek_jax.checkpoint import conversion
 from deepseek_jax.checkpoint.hf import config_json, neighbours
 from deepseek_jax.checkpoint.load import open_checkpoint
 from deepseek_jax.config import ConfigError
-from deepseek_jax.model.rotary import frequencies
+from deepseek_jax.model.rotary import attention_factor, frequencies
 
 FILE = Path("folder/config.json")
 PAGE = Path(__file__).parents[3] / "docs/neighbours.md"
@@ -70,6 +71,10 @@ def test_what_transformers_leaves_out_has_the_values_that_it_takes():
     for yarn in (stated, ratio):
         found = config_of(rope_scaling=yarn, max_position_embeddings=2048)
         assert found == config_of(rope_scaling=YARN, max_position_embeddings=2048)
+    alone = {key: value for key, value in YARN.items() if key != "mscale"}
+    found = config_of(rope_scaling=alone)  # the ratio of mscales is taken of two that are stated
+    factor = attention_factor(found.yarn_factor, found.yarn_mscale, found.yarn_mscale_all_dim)
+    assert factor == 0.1 * math.log(32) + 1
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,9 @@ def test_kinds_of_layers_decide_where_v32_lists_them():
             found = config_json.model_config(
                 settings | {"mlp_layer_types": kinds + more}, source=FILE
             )
-            assert found.dense_layers == dense
+            assert found.dense_layers == dense and found.mtp_depth == 1
+            listed = settings | {"mlp_layer_types": kinds}
+            config_json.check_mtp(listed, found, FILE)  # nor is it asked for MTP layers
 
 
 @pytest.mark.parametrize("kinds", ["dense", [], ["sparse", "dense", "sparse"], ["dense", 1, {}]])

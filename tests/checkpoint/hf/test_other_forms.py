@@ -176,7 +176,7 @@ def test_routers_without_any_bias_have_biases_of_zero(tmp_path):
     assert not source.load().moe_layers.feed.router.bias[...].any()
     config = conversion.to_run(source, tmp_path / "run", small.config())
     assert config.schedule.bias_speed == small.config().schedule.bias_speed > 0
-    zeros = {name: 0 * weights[name] for name in weights if name.endswith(names.BIAS)}
+    zeros = {n: np.zeros_like(weights[n]) for n in weights if n.endswith(names.BIAS)}
     for folder, more in (("run", zeros), ("in", {})):
         conversion.to_published(
             open_checkpoint(tmp_path / folder), tmp_path / f"{folder} out", "float32", ANY
