@@ -1,6 +1,7 @@
 """Seconds and memory that the commands of the plan take, each in a process of its own.
 
-PYTHONPATH=tests:. .venv/bin/python tests/plan_costs.py    prints a table; three minutes
+PYTHONPATH=tests:. .venv/bin/python tests/plan_costs.py            prints a table; three minutes
+PYTHONPATH=tests:. .venv/bin/python tests/plan_costs.py NAME...    the same for some commands
 
 `plan` of every config on H800s, `--compare` of V3, and `--search` of V3 and of V3 with sequences of
 128K tokens, of which no layout fits. Exit code 1 where one takes longer than its bound.
@@ -40,9 +41,10 @@ def run(name, arguments, folder):
     return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e6, process.returncode
 
 
-def main(folder):
+def main(folder, labels):
     rows, late = [], 0
-    for label, (name, arguments, bound) in COMMANDS.items():
+    for label in labels:
+        name, arguments, bound = COMMANDS[label]
         seconds, cpu, size, code = run(name, arguments, folder)
         row = {"command": label, "s": seconds, "bound_s": bound, "CPU_s": cpu, "GB": size}
         rows.append({**row, "exit": code})
@@ -56,4 +58,4 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as made:
-        sys.exit(main(made))
+        sys.exit(main(made, sys.argv[1:] or COMMANDS))
