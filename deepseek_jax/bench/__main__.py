@@ -1,10 +1,10 @@
 """Benchmarks: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
 NAME is train, profile, moe, memory, residuals, layer, kernels, grouped, tiles, dispatch, pipeline,
-load, decode, speculate, indexer, kinds or precision. The config gives the recipe, and the benchmark
-the sizes; kinds scores the run in the workdir of --checkpoint. kernels and layer print each row
-when it is measured (with --json to standard error), begin none after --budget seconds, and write or
-continue --out, a file of measured rates (`bench/measured_rates.py`).
+load, decode, speculate, indexer, kinds, precision or skip. The config gives the recipe, and the
+benchmark the sizes; kinds scores the run in the workdir of --checkpoint. kernels and layer print
+each row when it is measured (with --json to standard error), begin none after --budget seconds, and
+write or continue --out, a file of measured rates (`bench/measured_rates.py`).
 """
 
 import functools
