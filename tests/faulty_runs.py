@@ -7,7 +7,8 @@ the longest time from a fault (or from the deadline that finds it) to the end of
 Exit code 1 where a promise was not kept. Each fault adds a line to `matrix/faults.jsonl`, and those
 that are there already, of the same commit, are not run again: so the matrix can be run in parts of
 `--minutes` each. Compiled programs are kept in the folder, by undisturbed runs that come first;
-runs with a fault while they compile read none of them.
+runs with a fault while they compile read none of them. With `--fork` processes are forked after the
+imports, which take half of the time that a run of eight steps takes.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -28,9 +30,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import forked_main
 import runs
 
+INJECTED = Path(__file__).parent / "survival" / "injected"
 AGAIN, STOPPED = 76, 75
 SECTIONS = ("join", "start", "compile", "first_step", "step", "save", "evaluation", "end")
 SAVING = ("first_step", "step", "save")  # SIGTERM in these saves, and stops all processes
@@ -125,7 +130,7 @@ def environment(
       keep: whether the process writes there; else it reads alone.
     """
     tests = runs.ROOT / "tests"
-    path = [str(folder) for folder in (tests / "survival" / "injected", runs.ROOT, tests)]
+    path = [str(folder) for folder in (INJECTED, runs.ROOT, tests)]
     made = {"XLA_FLAGS": XLA_FLAGS, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
     made["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if fault and fault.signal:
@@ -141,20 +146,56 @@ def environment(
     return made
 
 
+class Forked:
+    """A process of a run, forked from a server that has imported what the command imports."""
+
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["forked_main"])
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], told: Path):
+        self._process = self.server.Process(
+            target=forked_main.run, args=(arguments, environment, str(told))
+        )
+        self._process.start()
+        self.kill = self._process.kill
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        self._process.join(seconds)
+        return self._process.exitcode
+
+
+def begin(arguments: list[str], environment: dict[str, str], told: Path, *, fork: bool) -> Any:
+    """Starts the command; its standard error goes to the file `told`."""
+    if fork:
+        return Forked(arguments, environment, told)
+    with told.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "deepseek_jax.main", *arguments],
+            env=environment, stdout=subprocess.DEVNULL, stderr=file, cwd=runs.ROOT,
+        )  # fmt: skip
+
+
 @contextlib.contextmanager
 def started(
-    flags: list[str], environment: dict[str, str], folder: Path, numbers: list[int], processes: int
-) -> Iterator[dict[int, subprocess.Popen]]:
+    flags: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    numbers: list[int],
+    processes: int,
+    *,
+    fork: bool = False,
+) -> Iterator[dict[int, Any]]:
     """Processes of these numbers, whose standard errors go to `folder/N.err`."""
     common = [*flags, f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
     made = {}
     try:
         for number in numbers:
-            with (folder / f"{number}.err").open("w") as file:
-                made[number] = subprocess.Popen(
-                    [sys.executable, "-m", "deepseek_jax.main", *common, f"--process={number}"],
-                    env=environment, stdout=subprocess.DEVNULL, stderr=file, cwd=runs.ROOT,
-                )  # fmt: skip
+            told = folder / f"{number}.err"
+            made[number] = begin([*common, f"--process={number}"], environment, told, fork=fork)
         yield made
     finally:
         for process in made.values():
@@ -162,14 +203,16 @@ def started(
             process.wait()
 
 
-def inject(fault: Fault, text: Path, folder: Path, programs: Path | None = None) -> Outcome:
+def inject(
+    fault: Fault, text: Path, folder: Path, programs: Path | None = None, *, fork: bool = False
+) -> Outcome:
     """Runs all processes, with the fault in one of them, until the others have ended."""
     workdir, note, began = folder / "run", folder / "note", time.time()
     scored = SCORED if fault.section == "evaluation" else {}
     numbers = [n for n in range(fault.processes) if fault.signal or n != fault.process]
     variables = environment(fault, note, programs)
     made = flags(text, workdir, **scored)
-    with started(made, variables, folder, numbers, fault.processes) as processes:
+    with started(made, variables, folder, numbers, fault.processes, fork=fork) as processes:
         others = [process for number, process in processes.items() if number != fault.process]
         until = time.monotonic() + 400
         while any(p.poll() is None for p in others) and time.monotonic() < until:
@@ -223,18 +266,19 @@ def allowed(fault: Fault) -> float:
 
 
 def try_out(
-    fault: Fault, text: Path, folder: Path, programs: Path | None = None
+    fault: Fault, text: Path, folder: Path, programs: Path | None = None, *, fork: bool = False
 ) -> tuple[list[str], Outcome]:
     folder.mkdir()
-    outcome = inject(fault, text, folder, programs)
+    outcome = inject(fault, text, folder, programs, fork=fork)
     return complaints(fault, outcome, folder), outcome
 
 
 class Matrix:
     """Faults that were tried, of one commit, in a folder that keeps them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, fork: bool):
         folder.mkdir(exist_ok=True)
+        self._fork = fork
         self._folder, self._file = folder, folder / "faults.jsonl"
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         said = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT)
@@ -264,10 +308,11 @@ class Matrix:
     def run(self, fault: Fault) -> None:
         """Tries a fault, and adds a row for it."""
         place = Path(tempfile.mkdtemp(prefix="fault_", dir=self._folder))
-        broken, outcome = try_out(fault, self._text, place / "it", self._programs)
+        broken, outcome = try_out(fault, self._text, place / "it", self._programs, fork=self._fork)
         late = outcome.seconds - (allowed(fault) - WITHIN)
         row = {
-            "commit": self._commit, "fault": dataclasses.asdict(fault), "broken": broken,
+            "commit": self._commit, "forked": self._fork, "fault": dataclasses.asdict(fault),
+            "broken": broken,
             "seconds": round(outcome.seconds, 1), "late": round(late, 1), "codes": outcome.codes,
             "said": [text[-1500:] for text in outcome.texts],
         }  # fmt: skip
@@ -310,13 +355,14 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="folder that keeps results; else a new one")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no fault after this time")
     parser.add_argument("--together", type=int, default=1, help="faults at one time")
+    parser.add_argument("--fork", action="store_true", help="fork processes after the imports")
     chosen = parser.parse_args()
     until = time.monotonic() + 60 * chosen.minutes
     counts = [int(count) for count in chosen.processes.split(",")]
     faults = [fault for count in counts for fault in all_faults(count)]
     faults = [fault for fault in faults if re.search(chosen.only, str(fault))]
     random.Random(0).shuffle(faults)  # those that compute beside those that wait
-    matrix = Matrix(chosen.folder or Path(tempfile.mkdtemp(prefix="faults_")))
+    matrix = Matrix(chosen.folder or Path(tempfile.mkdtemp(prefix="faults_")), fork=chosen.fork)
     for count in counts:
         matrix.prepare(count)
 

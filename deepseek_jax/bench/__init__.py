@@ -3,5 +3,5 @@
 NAMES = (
     "train", "profile", "moe", "memory", "residuals", "layer", "kernels", "grouped", "tiles",
     "dispatch", "pipeline", "load", "decode", "speculate", "indexer", "kinds", "cache_formats",
-    "precision",
+    "precision", "skip",
 )  # fmt: skip

@@ -1,10 +1,10 @@
 """Benchmarks: python -m deepseek_jax.bench NAME [--config=FILE] [--json].
 
 NAME is train, profile, moe, memory, residuals, layer, kernels, grouped, tiles, dispatch, pipeline,
-load, decode, speculate, indexer, kinds, cache_formats or precision. The config gives the recipe,
-and the benchmark the sizes; kinds and cache_formats read the run in the workdir of --checkpoint.
-kernels and layer print each row when it is measured (with --json to standard error), begin none
-after --budget seconds, and write or continue --out, a file of measured rates
+load, decode, speculate, indexer, kinds, cache_formats, precision or skip. The config gives the
+recipe, and the benchmark the sizes; kinds and cache_formats read the run in the workdir of
+--checkpoint. kernels and layer print each row when it is measured (with --json to standard error),
+begin none after --budget seconds, and write or continue --out, a file of measured rates
 (`bench/measured_rates.py`).
 """
 

@@ -23,6 +23,7 @@ from deepseek_jax.model.count import count
 from deepseek_jax.model.flops import training_flops_per_token
 from deepseek_jax.parallel import mesh as meshes
 from deepseek_jax.train import optimizer, state, token_schedule
+from deepseek_jax.train.anomalies import Limits
 from deepseek_jax.train.step import make_step, tokens_spec
 
 TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4}  # relative; the balance loss is in our norm alone
@@ -63,6 +64,7 @@ class Stepper:
       config: Config of the benchmark.
       step: Function that runs one step and returns its metrics.
       program: Text of the compiled step.
+      temporary_bytes: Bytes that the compiled step holds besides its arguments and results.
       build_seconds: Time of initialising the state.
       compile_seconds: Time of tracing and compiling the step.
     """
@@ -70,6 +72,7 @@ class Stepper:
     config: Config
     step: Callable[[], dict[str, jax.Array]]
     program: str
+    temporary_bytes: int
     build_seconds: float
     compile_seconds: float
 
@@ -86,17 +89,21 @@ class Stepper:
             place = NamedSharding(mesh, tokens_spec(layout))
             tokens = jax.device_put(batch(config)[None], place)
             hyper = jax.tree.map(np.float32, first_hyper(config))
+            given: tuple[Any, ...] = tokens, np.int32(1), hyper
+            if config.anomaly.rule == "skip":
+                given += (jax.tree.map(np.float32, Limits()),)
             step = jax.jit(make_step(config, layout, mesh, adam), donate_argnums=0)
             options = xla_options.options(jax.default_backend())
-            compiled = step.lower(now, tokens, np.int32(1), hyper).compile(options)
+            compiled = step.lower(now, *given).compile(options)
             compile_seconds = time.perf_counter() - built
 
         def one() -> dict[str, jax.Array]:
             nonlocal now
-            now, metrics = compiled(now, tokens, np.int32(1), hyper)
+            now, metrics = compiled(now, *given)
             return metrics
 
-        return cls(config, one, compiled.as_text() or "", built - start, compile_seconds)
+        text, held = compiled.as_text() or "", compiled.memory_analysis().temp_size_in_bytes
+        return cls(config, one, text, held, built - start, compile_seconds)
 
     def run(self) -> float:
         """Runs one step; returns its seconds."""

@@ -2,10 +2,10 @@
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import os
 import re
+import signal
 import socket
 import time
 from typing import Any, NamedTuple
@@ -21,13 +21,16 @@ _FIRST_WORD = 10.0  # seconds of silence before a process says that it waits
 _NEXT_WORD = 30.0
 _CONNECT_SECONDS = 60  # to the coordinator, after all processes have met
 _HEARTBEAT_SECONDS = 40  # of silence, until the coordinator gives up a process; JAX has 100
-_FROM_COORDINATOR = "Polled an error"  # in the log of XLA, where the coordinator lives
 _MOMENT = 5  # seconds in which an error of all processes reaches all of them
 _LONGEST_END = 24 * 3600  # seconds; the watchdog has a shorter deadline
+_STATUS = r"distributed service detected fatal errors.*?absl::Status: (.*?)(?:\*\*\*|$)"
 _JOIN_CURE = (
     "check its host, the port, a firewall, and that as many processes as --processes says run; "
     "--join_timeout sets the time"
 )
+
+# What XLA says when process 0, where the coordinator runs, does not answer.
+_COORDINATOR_LOST = r"Failed to send RPC to coordination service|CoordinationService/Heartbeat"
 
 # What a collective says when a process at its other end has gone.
 _LOST = (
@@ -97,7 +100,7 @@ def join(place: Place, attempt: str, timeout: int) -> None:
     """
     progress.begin(place.process, place.processes)
     native_output.divert()
-    _tell_at_terminate()
+    _tell_at_abort()
     said = _Said(place.process, timeout)
     try:
         rendezvous.meet(
@@ -106,9 +109,6 @@ def join(place: Place, attempt: str, timeout: int) -> None:
     except (rendezvous.Failed, OSError) as error:
         leaving.end(AGAIN, f"error: process {place.process} could not join: {error}; {_JOIN_CURE}")
     jax.config.update("jax_enable_preemption_service", False)  # `StopSignal` starts it
-    library, name = distributed._jax, "get_distributed_runtime_client"
-    client = getattr(library, name)
-    setattr(library, name, functools.partial(client, missed_heartbeat_callback=_end_alone))
     try:
         jax.distributed.initialize(
             coordinator_address=place.coordinator,
@@ -123,8 +123,6 @@ def join(place: Place, attempt: str, timeout: int) -> None:
         )
     except Exception as error:
         raise _cannot_join(error) from error
-    finally:
-        setattr(library, name, client)
     progress.current.enter("start")
 
 
@@ -205,34 +203,39 @@ def _whom(text: str) -> str:
     That is needed before a run has its workdir, in which processes show their progress.
     """
     own, processes = distributed.global_state.process_id, progress.current.now.processes
-    log = native_output.tail()
     numbers = re.findall(r"task:(\d+)", text)
-    for listed in re.findall(r"heartbeats\):\s*([\d,\s]+)", text + log):
+    for listed in re.findall(r"heartbeats\):\s*([\d,\s]+)", text + native_output.tail()):
         numbers += re.findall(r"\d+", listed)
     others = sorted(set(map(int, numbers)) - {own})
     if not others and processes == 2:
         others = [1 - own]
-    if not others and not text and own and _FROM_COORDINATOR not in log:
+    if not others and own and re.search(_COORDINATOR_LOST, text):
         others = [0]
     who = f"process {', '.join(map(str, others))}" if others else "another process"
     said = f" ({' '.join(text.split())[:120]})" if text else ""
     return f"{who} of this run is gone or does not answer{said}"
 
 
-def _end_alone(*status: Any) -> None:
-    """Called by XLA in place of an abort, when the coordination service has lost a process."""
+def _end_alone(status: str) -> None:
+    """Ends this process, whose coordination service has lost a process."""
     if (code := signals.end_code()) is not None:
         os._exit(code)
-    leaving.end(AGAIN, f"error: {_line(' '.join(str(part) for part in status))}")
+    leaving.end(AGAIN, f"error: {_line(status)}")
 
 
-_at_terminate = ctypes.CFUNCTYPE(None)(_end_alone)
+def _tell_at_abort() -> None:
+    """Ends this process in place of XLA, where that aborts because a process is lost.
 
-
-def _tell_at_terminate() -> None:
-    """Calls `_end_alone` where C++ would abort, too.
-
-    XLA cannot hand its status to a callback in Python (jaxlib 0.10.2: std::bad_cast), and aborts.
+    XLA writes its status into the log and aborts. It cannot hand the status to a callback in Python
+    (jaxlib 0.10.2 and 0.12: std::bad_cast). Any other abort goes on as it would.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_at_terminate)
+        handle = ctypes.CDLL(None).signal
+        handle.argtypes = [ctypes.c_int, type(_at_abort)]
+        handle(signal.SIGABRT, _at_abort)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _at_abort(number: int) -> None:
+    if status := re.findall(_STATUS, native_output.tail(), re.DOTALL):
+        _end_alone(status[-1])

@@ -22,6 +22,7 @@ FOLDER = "logs"
 _LONGEST_TAIL = 1 << 14  # bytes
 
 _log: Path | None = None  # the file of now
+_begin = 0  # bytes in it of earlier attempts
 _stderr = 2
 
 
@@ -68,13 +69,14 @@ def _move_handlers(old: TextIO, new: TextIO) -> None:
 
 def keep(workdir: Path, process: int) -> None:
     """Moves the file into the workdir, to which C++ appends from now on."""
-    global _log
+    global _log, _begin
     if _log is None:
         return
     path = workdir / FOLDER / f"process_{process}.log"
     with contextlib.suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        begin = os.fstat(file).st_size
         with (
             contextlib.suppress(OSError),
             _log.open("rb") as before,
@@ -85,15 +87,15 @@ def keep(workdir: Path, process: int) -> None:
             os.dup2(file, number)
         os.close(file)
         remove()
-        _log = path
+        _log, _begin = path, begin
 
 
 def tail() -> str:
-    """The end of what C++ has written."""
+    """The end of what C++ has written in this process."""
     if _log is None:
         return ""
     with contextlib.suppress(OSError), _log.open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _LONGEST_TAIL))
+        file.seek(max(_begin, os.fstat(file.fileno()).st_size - _LONGEST_TAIL))
         return file.read().decode(errors="replace")
     return ""
 

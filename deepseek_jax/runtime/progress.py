@@ -66,7 +66,8 @@ class Seen:
     """Progress of a process as another one found it.
 
     Attributes:
-      silent: seconds since its last write, by the clock of the file system.
+      silent: seconds since its last write, by the clock of the file system; longer where that clock
+        was set since then.
     """
 
     progress: ProcessProgress
@@ -225,8 +226,13 @@ def read(folder: Path, own: ProcessProgress) -> dict[int, Seen]:
     """Progress of the processes of this attempt that have written, by number.
 
     Ages are differences of the times at which files were written, by the file system's clock:
-    clocks of hosts differ.
+    clocks of hosts differ. They count from the reader's own file, which it writes first: the newest
+    may be that of a process that has hung since before the clock was set back.
     """
+    wrote = False
+    with contextlib.suppress(OSError):
+        current.write()
+        wrote = True
     found: dict[int, tuple[ProcessProgress, float]] = {}
     for number in range(own.processes):
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -235,8 +241,10 @@ def read(folder: Path, own: ProcessProgress) -> dict[int, Seen]:
                 told = ProcessProgress(**json.load(file))
             if told.attempt == own.attempt:
                 found[number] = told, written
-    newest = max((written for _, written in found.values()), default=0.0)
-    return {number: Seen(told, newest - written) for number, (told, written) in found.items()}
+    now = max((written for _, written in found.values()), default=0.0)
+    if wrote and own.process in found:
+        _, now = found[own.process]
+    return {number: Seen(told, abs(now - written)) for number, (told, written) in found.items()}
 
 
 def within(seconds: float, act: Callable[[], Any]) -> Any:

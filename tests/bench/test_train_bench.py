@@ -65,7 +65,8 @@ def test_rows(monkeypatch):
             time.sleep(0.01)
 
     metrics = {"loss": 4.0, "grad_norm": 2.0}
-    stepper = train.Stepper(config(), lambda: metrics, "", build_seconds=1.0, compile_seconds=2.0)
+    seconds = dict(build_seconds=1.0, compile_seconds=2.0)
+    stepper = train.Stepper(config(), lambda: metrics, "", 0, **seconds)
     monkeypatch.setattr(train, "sized", lambda _: config())
     monkeypatch.setattr(train.Stepper, "of", lambda _: stepper)
     monkeypatch.setattr(train, "matmul_flops_per_second", lambda: 1e9)

@@ -71,3 +71,41 @@ def test_errors_of_a_lost_process(monkeypatch, said, found):
     assert joining.lost(said) == ""  # of one process alone
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert joining.lost(said).startswith(found) and bool(joining.lost(said)) == bool(found)
+
+
+FATAL = (
+    "F1130 01:30:10.516356 323 client.h:80] Terminating process because the JAX distributed "
+    "service detected fatal errors. See the other task logs. absl::Status: {}\n"
+    "*** Check failure stack trace: ***\n"
+)
+
+
+@pytest.mark.parametrize(
+    "log, named",
+    [
+        (
+            FATAL.format("UNAVAILABLE: The following tasks are unhealthy (stopped sending "
+                         "heartbeats):\n2\nThe tasks have crashed."),
+            "process 2 of",
+        ),
+        (FATAL.format("UNAVAILABLE: Failed to send RPC to coordination service."), "process 0 of"),
+        (
+            FATAL.format("DEADLINE_EXCEEDED: x\n\nRPC: /xla.CoordinationService/Heartbeat"),
+            "process 0 of",
+        ),
+        ("free(): invalid pointer\n", None),
+    ],
+)  # fmt: skip
+def test_an_abort_of_xla_names_the_lost_and_another_abort_goes_on(monkeypatch, log, named):
+    """With the words of XLA (jaxlib 0.10.2 and 0.12), where no process has a workdir yet."""
+    ended = []
+    monkeypatch.setattr(joining.native_output, "tail", lambda: log)
+    monkeypatch.setattr(joining.leaving, "end", lambda code, line: ended.append((code, line)))
+    monkeypatch.setattr(joining.progress, "current", joining.progress.Publisher(1, 4))
+    monkeypatch.setattr(joining.distributed.global_state, "process_id", 1)
+    joining._at_abort(6)
+    if named is None:
+        assert not ended
+    else:
+        [(code, line)] = ended
+        assert code == 76 and line.startswith(f"error: {named} this run is gone or does not answer")

@@ -48,6 +48,24 @@ def test_a_process_that_writes_no_more_hangs(run):
     )
 
 
+def test_a_process_that_hangs_since_before_the_clock_was_set_back(run):
+    """Its file is newer than those of the processes that live."""
+    run(2, age=-3600)
+    run(1, age=0.5)
+    assert suspects.behind().startswith("process 2 (pid 1002 on node7) has shown no sign of life")
+    assert "process 1" not in suspects.behind() and "process 3" not in suspects.behind()
+
+
+def test_a_process_that_cannot_write_accuses_no_other(run, tmp_path, monkeypatch):
+    """Its own file is the oldest then."""
+    own = tmp_path / progress.FOLDER / "process_0.json"
+    progress.current.close()
+    os.utime(own, (time.time() - 60,) * 2)
+    progress.current._folder = tmp_path / progress.FOLDER
+    monkeypatch.setattr(progress, "replace", lambda *_: os.open("/", os.O_WRONLY))  # fails
+    assert suspects.behind() == ""
+
+
 def test_a_process_that_lives_and_is_behind(run):
     run(3, step=11)
     run(1, section="evaluation")
