@@ -12,10 +12,14 @@ import optax
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.data.loader import TrainData
-from deepseek_jax.train import state
+from deepseek_jax.train import index_training, state
 from deepseek_jax.train.programs import RunPrograms
 from deepseek_jax.train.report import Report
 
+UNIFORM = (
+    "the indexers start beside random weights, whose attention is nearly uniform, and may learn to "
+    "score all positions 0; V3.2 trains them after pre-training (docs/one_node.md)"
+)
 _GRACE = 0.3  # seconds in which most bad text is found
 
 
@@ -99,6 +103,8 @@ def start(
     if position is not None:
         data.restore(position)
     if restored is None:
+        if index_training.in_training(config).index_loss != "none":
+            report.say(UNIFORM)
         return Beginning(fresh or state.initialise(config, places, adam))
     step, values, meta = restored
     if meta.get("weights_only"):

@@ -1,6 +1,7 @@
 """Training of V3.2's indexers: equations 3 and 4, what moves in each phase, and layouts."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from trainer import Trainer
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model import params
 from deepseek_jax.model.execution import Execution
+from deepseek_jax.train import starting
 from deepseek_jax.train.index_training import is_of_indexer
 
 PHASES = ("warm_up", "sparse")
@@ -128,3 +130,12 @@ def test_a_warm_up_of_nothing_is_refused():
         small.config(**small.indexer(6), model_q_latent=0)
     with pytest.raises(ConfigError, match=r"model\.index_width=2 is less than model\.d_rope=4"):
         small.config(model_index_heads=4, model_index_width=2)
+
+
+@pytest.mark.parametrize("changes, said", [({}, True), ({"schedule_index_weight": 0.0}, False)])
+def test_indexers_beside_random_weights_are_warned_of(changes, said):
+    """Attention is nearly uniform then, which scores of 0 follow best: they have no gradient."""
+    report, store = mock.Mock(), mock.Mock(**{"restore.return_value": None})
+    given = small.config(**small.indexer(6) | changes)
+    starting.start(given, None, None, store, None, report, fresh=object())
+    assert report.say.call_args_list == [mock.call(starting.UNIFORM)] * said
