@@ -62,8 +62,8 @@ def _fault(name: str, check: Check, device: Any, seconds: float) -> str:
     if check.generation is not None and found.partition(".")[0] != str(check.generation):
         return f"it needs compute capability {check.generation}.x, and this device has {found}"
     try:
-        got, want = in_time(
-            lambda: (_arrays(check.kernel()), _arrays(check.portable())),
+        different, size = in_time(
+            lambda: _differences(_arrays(check.kernel()), _arrays(check.portable())),
             seconds,
             f"the kernel {name} has not ended its check in {seconds:.0f} s; "
             "set precision.kernels=portable",
@@ -72,9 +72,20 @@ def _fault(name: str, check: Check, device: Any, seconds: float) -> str:
         raise
     except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
-    different = sum(int((a != b).sum()) for a, b in zip(got, want, strict=True))
-    size = sum(b.size for b in want)
     return f"{different} of {size} numbers of its check are wrong" if different else ""
+
+
+def _differences(got: list[np.ndarray], want: list[np.ndarray]) -> tuple[int, int]:
+    """Numbers of `got` that are not those of `want`, and how many there are.
+
+    Raises:
+      ValueError: the arrays have other shapes.
+    """
+    shapes, wanted = ([array.shape for array in arrays] for arrays in (got, want))
+    if shapes != wanted:
+        raise ValueError(f"its check has arrays of {shapes}, and needs {wanted}")
+    different = sum(int((a != b).sum()) for a, b in zip(got, want, strict=True))
+    return different, sum(b.size for b in want)
 
 
 def _arrays(tree: Any) -> list[np.ndarray]:

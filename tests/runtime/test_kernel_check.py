@@ -24,6 +24,14 @@ def undefined():
     return jnp.arange(10), jnp.full(2, jnp.nan)
 
 
+def smaller():
+    return jnp.arange(1), jnp.ones(2)
+
+
+def fewer():
+    return (jnp.arange(10),)
+
+
 def broken():
     raise RuntimeError("no ptxas\nanywhere")
 
@@ -34,6 +42,8 @@ def broken():
         (right, None),
         (wrong, "1 of 12 numbers of its check are wrong"),
         (undefined, "2 of 12 numbers of its check are wrong"),
+        (smaller, "ValueError: its check has arrays of [(1,), (2,)], and needs [(10,), (2,)]"),
+        (fewer, "ValueError: its check has arrays of [(10,)], and needs [(10,), (2,)]"),
         (broken, "RuntimeError: no ptxas anywhere"),
     ],
 )

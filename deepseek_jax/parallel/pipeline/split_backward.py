@@ -4,12 +4,12 @@ The previous stage waits for input gradients; only the optimiser needs weight gr
 traces a pass that makes both, runs the equations that the input gradients depend on, and returns
 the remaining ones with the arrays that they read: for a matmul, its input and the gradient of its
 output. Nothing is computed twice, and every equation keeps its named scopes, by which profiles and
-compiled programs tell the products of a layer apart.
+compiled programs tell the products of a layer apart, and its context, such as XLA's metadata.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -93,34 +93,38 @@ def _inline(jaxpr: Any, consts: Iterable[Any], arguments: Iterable[Any]) -> list
     """Results of a jaxpr, with the bodies of its calls in their places."""
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
     for eqn in jaxpr.eqns:
-        called = _called(eqn) if eqn.primitive.name in _CALLS else None
+        called = _called(eqn)
         if called is None:
             _run([eqn], env)
         else:
             inner, inner_consts = getattr(called, "jaxpr", called), getattr(called, "consts", ())
             inputs = [_value(env, v) for v in eqn.invars]
-            with _scopes(eqn):
+            with _surroundings(eqn):
                 results = _inline(inner, inner_consts, inputs)
             env.update(zip(eqn.outvars, results, strict=True))
     return [_value(env, v) for v in jaxpr.outvars]
 
 
 def _called(eqn: Any) -> Any:
-    """Jaxpr that an equation calls."""
+    """Jaxpr that an equation calls; None for a call with metadata, which belong to it as a whole."""
+    if eqn.primitive.name not in _CALLS or eqn.ctx.xla_metadata:
+        return None
     return next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
 
 
 def _run(eqns: Iterable[Any], env: dict[Any, Any]) -> None:
     for eqn in eqns:
-        with _scopes(eqn):
+        with _surroundings(eqn):
             out = eqn.primitive.bind(*(_value(env, v) for v in eqn.invars), **eqn.params)
         env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
 
 
-def _scopes(eqn: Any) -> contextlib.AbstractContextManager[Any]:
-    """Named scopes of an equation, inside those that are active."""
+@contextlib.contextmanager
+def _surroundings(eqn: Any) -> Iterator[None]:
+    """Context of an equation, and its named scopes inside those that are active."""
     names = str(eqn.source_info.name_stack)
-    return jax.named_scope(names) if names else contextlib.nullcontext()
+    with eqn.ctx.manager, jax.named_scope(names) if names else contextlib.nullcontext():
+        yield
 
 
 def _value(env: dict[Any, Any], v: Any) -> Any:

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from deepseek_jax.parallel.pipeline import split_backward
+from deepseek_jax.precision.einsum import transposed
 
 W = [jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(16, 32), (32, 16)])]
 X, PULL = (jax.random.normal(jax.random.key(n), (8, 16)) for n in (2, 3))
@@ -92,3 +93,28 @@ def test_both_halves_keep_their_scopes():
     assert len(scopes) == 2, scopes
     assert all("outer" in scope and "of_product" in scope for scope in scopes), scopes
     assert sum("later" in scope for scope in scopes) == 1, scopes
+
+
+def test_metadata_stay_with_their_call():
+    """As those of a transpose that XLA for CPUs must not inline, in a backward rule."""
+
+    @jax.custom_vjp
+    def product(w, x):
+        return x @ w
+
+    def backward(kept, pull):
+        w, x = kept
+        return transposed("MD->DM", x) @ pull, pull @ transposed("DF->FD", w)
+
+    product.defvjp(lambda w, x: (product(w, x), (w, x)), backward)
+
+    def halves(w, x, pull):
+        later, now = split_backward.split(lambda: jax.vjp(product, w, x)[1](pull))
+        return later.make(), now
+
+    def whole(w, x, pull):
+        return jax.vjp(product, w, x)[1](pull)
+
+    texts = [jax.jit(fn).lower(W[0], X, X @ W[0]).as_text() for fn in (whole, halves)]
+    calls = [text.count("inlineable") for text in texts]
+    assert calls[0] == calls[1] >= 2, calls
