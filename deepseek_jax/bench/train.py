@@ -102,7 +102,9 @@ class Stepper:
             now, metrics = compiled(now, *given)
             return metrics
 
-        text, held = compiled.as_text() or "", compiled.memory_analysis().temp_size_in_bytes
+        analysis = compiled.memory_analysis()
+        assert analysis is not None, "a program of this process"
+        text, held = compiled.as_text() or "", analysis.temp_size_in_bytes
         return cls(config, one, text, held, built - start, compile_seconds)
 
     def run(self) -> float:
