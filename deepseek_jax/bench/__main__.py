@@ -10,6 +10,7 @@ continue --out, a file of measured rates (`bench/measured_rates.py`).
 import functools
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -63,6 +64,8 @@ def _given(name: str) -> dict[str, Any]:
     """Arguments of a benchmark besides the config."""
     if name in PRINTED_AS_MEASURED:
         stream = sys.stderr if JSON.value else sys.stdout
+        if BUDGET.value is not None and math.isnan(BUDGET.value):
+            raise ConfigError("--budget=nan is no number of seconds")
         out = None if OUT.value is None else command.path("out", OUT.value)
         say = functools.partial(print, file=stream, flush=True)
         return {"say": say, "budget": BUDGET.value, "out": out}
