@@ -11,6 +11,7 @@ begin none after --budget seconds, and write or continue --out, a file of measur
 import functools
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -67,6 +68,8 @@ def _given(name: str) -> dict[str, Any]:
     """Arguments of a benchmark besides the config."""
     if name in PRINTED_AS_MEASURED:
         stream = sys.stderr if JSON.value else sys.stdout
+        if BUDGET.value is not None and math.isnan(BUDGET.value):
+            raise ConfigError("--budget=nan is no number of seconds")
         out = None if OUT.value is None else command.path("out", OUT.value)
         say = functools.partial(print, file=stream, flush=True)
         return {"say": say, "budget": BUDGET.value, "out": out}

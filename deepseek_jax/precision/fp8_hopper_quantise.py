@@ -4,9 +4,9 @@ M rows, D columns, T tiles of an expert's tokens, E experts.
 
 A quantiser reads one of the sources of `fp8_sources.py` once, and returns tiles of 128 columns, of
 128 tokens, or both: those of `fp8_tiles.quantise_tiles` and `token_tiles.quantise_tokens` of
-`source.portable()`, bit for bit. Scales are powers of two. Free scales need a division, which XLA
-and a kernel may round differently on a GPU: they stay portable, as does what does not fit
-(`TileSource.fits`, `takes_weight`).
+`source.portable()`, bit for bit, but that a tile of NaN is NaN in its padding, too. Scales are
+powers of two. Free scales need a division, which XLA and a kernel may round differently on a GPU:
+they stay portable, as does what does not fit (`TileSource.fits`, `takes_weight`).
 """
 
 import dataclasses

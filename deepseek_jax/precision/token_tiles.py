@@ -25,7 +25,7 @@ class TokenTiles:
     """An operand of `kernels/fp8_outer.py`.
 
     Attributes:
-      values: D(128 T) float8_e4m3fn, zero where a tile is not full.
+      values: D(128 T) float8_e4m3fn; where a tile is not full, zero, or NaN as the rest of it.
       scales: TD float32.
     """
 

@@ -171,10 +171,17 @@ def test_a_layer_gets_the_rows_of_v3(tiny):
     assert {name: getattr(model, name) for name in v3_sizes.LAYER} == v3_sizes.LAYER
 
 
-def test_a_flag_of_another_benchmark():
-    command = [sys.executable, "-m", "deepseek_jax.bench", "memory", "--out=rates.json"]
+@pytest.mark.parametrize(
+    ("name", "flag", "words"),
+    [
+        ("memory", "--out=rates.json", "bench memory has no --out; leave it out"),
+        ("kernels", "--budget=nan", "--budget=nan is no number of seconds"),
+    ],
+)
+def test_flags_that_cannot_work(name, flag, words):
+    command = [sys.executable, "-m", "deepseek_jax.bench", name, flag]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (2, "error: bench memory has no --out; leave it out\n")
+    assert (done.returncode, done.stderr) == (2, f"error: {words}\n")
 
 
 def test_tiles_rows(tiny):

@@ -106,7 +106,7 @@ def _inline(jaxpr: Any, consts: Iterable[Any], arguments: Iterable[Any]) -> list
 
 
 def _called(eqn: Any) -> Any:
-    """Jaxpr that an equation calls; None for a call whose metadata belong to it as a whole."""
+    """Jaxpr that an equation calls; None for a call with metadata, which are those of the whole."""
     if eqn.primitive.name not in _CALLS or eqn.ctx.xla_metadata:
         return None
     return next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
