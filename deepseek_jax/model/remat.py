@@ -2,16 +2,18 @@
 
     layout.recompute       none               report             full
     layer                  everything [1]     names              input
-    step of a layer pass   matmuls, names     names              input
+    step of a layer pass   names, scores [4]  names              input
     attention scores       saved              recomputed         recomputed
     pipeline stage         as its steps       as its steps [2]   input, received tokens [2]
     MTP at the last stage  as its steps       as its steps [3]   as `report` [3]
 
-[1] With ZeRO-3 matmuls and names: everything would include each layer's gathered weights.
+[1] With ZeRO-3 as a step of a layer pass: everything would include each layer's gathered weights.
 [2] Tokens are saved as received over the slow hop; backward resends them over the fast hop alone.
     With `full` the `LayerPass` recomputes attention, too.
 [3] Residuals of MTP live within one tick, so recomputation would send messages twice for nothing:
     tokens are saved at their experts.
+[4] Linear layers have gradients of their own, into which policies of `jax.checkpoint` do not look:
+    their results are saved where they have a name, and the scores of attention everywhere.
 
 With `attention`, backward computes attention's output again, and the latents of keys and values
 from their projection W^DKV, the smallest one; the rest is as with `report`. A pipeline's stage
@@ -37,7 +39,8 @@ class Remat:
 
     Attributes:
       names: residuals that are saved.
-      matmuls: whether results of matmuls are saved too, and the scores of attention.
+      matmuls: whether results of matmuls outside of linear layers, such as the scores of attention,
+        are saved too; without layer passes and ZeRO-3, all results.
       resend: whether a pipeline stage saves tokens as received over the slow hop, before the fast
         hop copies each to its experts' devices, and resends them in backward.
     """

@@ -237,7 +237,7 @@ def _attention(shape: DeviceShare) -> Part:
     heads_bytes = BF16 * t * heads * (4 * model.d_rope + 2 * model.d_nope)
     products, tiles = _three(linears, t), _quantised(shape, linears, t)
     backward = PartWork(products[INPUTS], backward_core, tiles[INPUTS], 2 * (norms + heads_bytes))
-    policy = shape.config.layout.recompute
+    policy = _policy(shape.config)
     if policy in ("report", "attention"):
         again = [(k, n) for name, k, n in named if name in ("kv_b", "q_b", "index_q")]
         backward += PartWork(_three(again, t)[FORWARD], 0.0, 0.0, norms / 2)
@@ -249,6 +249,13 @@ def _attention(shape: DeviceShare) -> Part:
         INPUTS: backward,
         WEIGHTS: PartWork(products[WEIGHTS]),
     }
+
+
+def _policy(config: Config) -> str:
+    """The recompute policy by its work: in layer passes `none` saves what `report` saves."""
+    layout = config.layout
+    passes = config.mesh.pipe > 1 or layout.micro_batches_in_flight > 1 or layout.zero == 3
+    return "report" if layout.recompute == "none" and passes else layout.recompute
 
 
 def _dense(shape: DeviceShare) -> Part:
@@ -282,7 +289,7 @@ def _ffn(shape: DeviceShare, hidden: int, rows: float, groups: int) -> dict[Work
     permuted = (FP8 + FP8 if shape.fp8 else BF16 + BF16) * rows * d if groups > 1 else 0.0
     residual = BF16 * shape.tokens * 5 * d if groups == 1 else 0.0
     forward = PartWork(products[FORWARD], 0.0, tiles[FORWARD], swiglu + permuted + residual)
-    again = swiglu if shape.config.layout.recompute != "none" else 0.0
+    again = swiglu if _policy(shape.config) != "none" else 0.0
     backward = PartWork(
         products[INPUTS], 0.0, tiles[INPUTS], 2 * swiglu + again + permuted + residual
     )

@@ -36,7 +36,7 @@ def total(config, name="h800", execution="asynchronous", imbalance=1.0, **change
 
 def test_operations_of_a_layer_are_six_per_weight():
     """Products of the layer's three phases against its weights, counted by hand."""
-    share = DeviceShare(with_(V3, layout=dict(recompute="none")), 4096)
+    share = DeviceShare(with_(V3, layout=dict(recompute="none"), mesh=dict(pipe=1)), 4096)
     work = layer_work(share, dense=False)
     attention = 7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
     experts = 3 * 7168 * 2048 * 9
@@ -46,7 +46,7 @@ def test_operations_of_a_layer_are_six_per_weight():
 
 
 def test_attention_of_a_layer_is_half_of_all_scores():
-    share = DeviceShare(with_(V3, layout=dict(recompute="none")), 4096)
+    share = DeviceShare(with_(V3, layout=dict(recompute="none"), mesh=dict(pipe=1)), 4096)
     core = layer_work(share, dense=False).attention
     assert core[Work.FORWARD].core_flops == 2 * 4096 * 4096 * 128 * (192 + 128) / 2
     assert core[Work.INPUT_GRAD].core_flops == 2 * 4096 * 4096 * 128 * (3 * 192 + 2 * 128) / 2
