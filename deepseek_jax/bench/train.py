@@ -102,8 +102,9 @@ class Stepper:
             now, metrics = compiled(now, *given)
             return metrics
 
-        text, held = compiled.as_text() or "", compiled.memory_analysis().temp_size_in_bytes
-        return cls(config, one, text, held, built - start, compile_seconds)
+        memory = compiled.memory_analysis()
+        held = memory.temp_size_in_bytes if memory else 0
+        return cls(config, one, compiled.as_text() or "", held, built - start, compile_seconds)
 
     def run(self) -> float:
         """Runs one step; returns its seconds."""
