@@ -40,6 +40,7 @@ AGAIN, STOPPED = 76, 75
 SECTIONS = ("join", "start", "compile", "first_step", "step", "save", "evaluation", "end")
 SAVING = ("first_step", "step", "save")  # SIGTERM in these saves, and stops all processes
 SIGNALS = ("SIGKILL", "SIGSTOP", "SIGTERM")
+DID_NOT_HAPPEN = "the fault did not happen"  # as where a machine is too busy for the deadlines
 WITHIN = 60.0  # seconds from a fault, or a deadline, to the end of all processes
 
 # Seconds on two cores that other work shares. A stopped process falls silent before them.
@@ -233,7 +234,7 @@ def complaints(fault: Fault, outcome: Outcome, folder: Path) -> list[str]:
     """Promises that were not kept."""
     broken = []
     if fault.signal and not (folder / "note").exists():
-        return ["the fault did not happen"]
+        return [DID_NOT_HAPPEN]
     stacks = outcome.workdir / "stacks"
     saves = fault.signal == "SIGTERM" and fault.section in SAVING
     for number, (code, text) in enumerate(zip(outcome.codes, outcome.texts, strict=True)):
@@ -316,8 +317,9 @@ class Matrix:
             "seconds": round(outcome.seconds, 1), "late": round(late, 1), "codes": outcome.codes,
             "said": [text[-1500:] for text in outcome.texts],
         }  # fmt: skip
-        with self._file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if broken != [DID_NOT_HAPPEN]:
+            with self._file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         print(f"{'; '.join(broken) or 'kept'}: {fault}, {outcome.seconds:.1f} s", flush=True)
         for number, said in enumerate(row["said"] if broken else []):
             told = {"process": number, "code": outcome.codes[number], "said": said}

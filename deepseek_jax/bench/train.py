@@ -102,10 +102,9 @@ class Stepper:
             now, metrics = compiled(now, *given)
             return metrics
 
-        analysis = compiled.memory_analysis()
-        assert analysis is not None, "a program of this process"
-        text, held = compiled.as_text() or "", analysis.temp_size_in_bytes
-        return cls(config, one, text, held, built - start, compile_seconds)
+        memory = compiled.memory_analysis()
+        held = memory.temp_size_in_bytes if memory else 0
+        return cls(config, one, compiled.as_text() or "", held, built - start, compile_seconds)
 
     def run(self) -> float:
         """Runs one step; returns its seconds."""
