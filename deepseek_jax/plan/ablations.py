@@ -126,7 +126,7 @@ ABLATIONS = (
     SwitchedOff("DualPipe", "1F1B", "messages wait; all SMs for matmuls", _schedule("1f1b")),
     SwitchedOff("DualPipe", "zero bubble", "the same with fewer bubbles", _schedule("zb1p")),
     SwitchedOff("FP8", "BF16", "matmuls at half the peak, messages twice as long", _bfloat16),
-    SwitchedOff("recomputation", "none", "tokens kept at their experts, scores too", _recompute("none")),
+    SwitchedOff("recomputation", "none", "tokens kept at experts, and scores", _recompute("none")),
     SwitchedOff("recomputation", "full", "forward runs twice, with messages", _recompute("full")),
     SwitchedOff("BF16 moments", "FP32", "twice the bytes of Adam's moments", _moments),
     SwitchedOff(
