@@ -103,6 +103,8 @@ class DeviceShare:
         each device computes its own tokens, as published systems are assumed to.
       each_expert: Whether a flat all-to-all sends a copy of a token for each of its experts, as
         NCCL's of permuted rows does; otherwise one for each GPU.
+      keeps_all: Whether `recompute=none` keeps all in layer passes, too, as published systems do;
+        this project's passes keep what `report` keeps.
     """
 
     config: Config
@@ -112,6 +114,7 @@ class DeviceShare:
     sequence_ranks: int = 1
     shared_widths: bool = True
     each_expert: bool = False
+    keeps_all: bool = False
 
     @property
     def fp8(self) -> bool:
@@ -237,7 +240,7 @@ def _attention(shape: DeviceShare) -> Part:
     heads_bytes = BF16 * t * heads * (4 * model.d_rope + 2 * model.d_nope)
     products, tiles = _three(linears, t), _quantised(shape, linears, t)
     backward = PartWork(products[INPUTS], backward_core, tiles[INPUTS], 2 * (norms + heads_bytes))
-    policy = _policy(shape.config)
+    policy = _policy(shape)
     if policy in ("report", "attention"):
         again = [(k, n) for name, k, n in named if name in ("kv_b", "q_b", "index_q")]
         backward += PartWork(_three(again, t)[FORWARD], 0.0, 0.0, norms / 2)
@@ -251,11 +254,12 @@ def _attention(shape: DeviceShare) -> Part:
     }
 
 
-def _policy(config: Config) -> str:
+def _policy(shape: DeviceShare) -> str:
     """The recompute policy by its work: in layer passes `none` saves what `report` saves."""
-    layout = config.layout
-    passes = config.mesh.pipe > 1 or layout.micro_batches_in_flight > 1 or layout.zero == 3
-    return "report" if layout.recompute == "none" and passes else layout.recompute
+    mesh, layout = shape.config.mesh, shape.config.layout
+    passes = mesh.pipe > 1 or layout.micro_batches_in_flight > 1 or layout.zero == 3
+    limited = layout.recompute == "none" and passes and not shape.keeps_all
+    return "report" if limited else layout.recompute
 
 
 def _dense(shape: DeviceShare) -> Part:
@@ -289,7 +293,7 @@ def _ffn(shape: DeviceShare, hidden: int, rows: float, groups: int) -> dict[Work
     permuted = (FP8 + FP8 if shape.fp8 else BF16 + BF16) * rows * d if groups > 1 else 0.0
     residual = BF16 * shape.tokens * 5 * d if groups == 1 else 0.0
     forward = PartWork(products[FORWARD], 0.0, tiles[FORWARD], swiglu + permuted + residual)
-    again = swiglu if _policy(shape.config) != "none" else 0.0
+    again = swiglu if _policy(shape) != "none" else 0.0
     backward = PartWork(
         products[INPUTS], 0.0, tiles[INPUTS], 2 * swiglu + again + permuted + residual
     )

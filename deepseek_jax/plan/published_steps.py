@@ -235,7 +235,9 @@ def _megatron(v3: Config, *, recipe: str, sequences: int) -> Config:
 
 def _times(config: Config, machine: Machine, sequence_ranks: int = 1) -> ChunkTimes:
     found = step_time.times(config, machine)
-    share = dataclasses.replace(found.shape, sequence_ranks=sequence_ranks, shared_widths=False)
+    share = dataclasses.replace(
+        found.shape, sequence_ranks=sequence_ranks, shared_widths=False, keeps_all=True
+    )
     return dataclasses.replace(found, shape=share)
 
 
