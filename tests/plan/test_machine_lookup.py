@@ -73,7 +73,7 @@ def test_the_command():
         (("--hardware=h100", "--price=1e308"), "--price=1e+308: give dollars an hour"),
         (("--hardware=h100", "--imbalance=65"), "give 1 to 64"),
         (("--hardware=h800,h100",), "--compare takes several"),
-        (("--devices=7",), "use --devices=2048 in a plan"),
+        (("--devices=7",), "use --devices=2048 to plan"),
         (("--picture=no/such/memory.png",), "no/such is no folder; make it"),
     ],
 )
