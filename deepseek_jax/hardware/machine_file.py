@@ -92,7 +92,8 @@ def _machine(values: Mapping[str, Any], stem: str) -> MachineFile:
     if not isinstance(base, str) or base.lower() not in CHIPS:
         close = did_you_mean(str(base).lower(), CHIPS) or f"; known: {known}"
         raise ConfigError(f"base is {shown(base)}, which is not a known machine{close}")
-    need(isinstance(name, str) and name.strip() != "", f"name is {shown(name)}; expected a text")
+    good = isinstance(name, str) and name.strip() != "" and name.isprintable()
+    need(good, f"name is {shown(name)}; expected a text of printable characters")
     for key in _TABLES:
         table = values.get(key, {})
         need(isinstance(table, dict), f"{key} is {shown(table)}; expected a table, [{key}]")

@@ -28,7 +28,7 @@ def resolve(config: MeshConfig, devices: int) -> MeshConfig:
     elif fixed != devices:
         raise ConfigError(
             f"the mesh ({shape}) needs {fixed} devices and there are {devices}; change mesh.*, set "
-            f"one axis to -1, or use --emulate_devices={fixed} to try this layout on a CPU"
+            f"one axis to -1, or use --devices={fixed} to plan, --emulate_devices={fixed} on a CPU"
         )
     return MeshConfig(**sizes)
 

@@ -53,6 +53,7 @@ from deepseek_jax.plan import (
     time_text,
 )
 from deepseek_jax.plan.device_memory import DeviceMemory
+from deepseek_jax.plan.machine import Machine
 from deepseek_jax.table import text as aligned
 from deepseek_jax.train import step as train_step
 
@@ -75,7 +76,10 @@ HARDWARE = flags.DEFINE_string(
     "hardware", None, "Machine: h800, h100 and others, or a TOML file; adds times to the plan."
 )
 PRICE = flags.DEFINE_float(
-    "price", None, "Dollars of a GPU for an hour, with --hardware.", lower_bound=0.0
+    "price",
+    None,
+    "Dollars of a GPU for an hour, with --hardware, at most a million.",
+    lower_bound=0.0,
 )
 MEASURED = flags.DEFINE_string(
     "measured", None, "File of `bench layer --out` to take efficiencies from, with --hardware."
@@ -111,6 +115,8 @@ FLAGS_OF = {
     "schedule": ("pipe", "micro_batches", "kind", "picture"),
     "step": ("config", "costs"),
 }
+MOST_DOLLARS = 1_000_000
+MOST_CHUNKS = 50_000
 _WITH_HARDWARE = ("price", "measured", "imbalance")
 _NOT_WITH_COMPARE = ("measured", "imbalance", "search", "execution")
 _NOT_WITH_SEARCH = ("imbalance", "picture")
@@ -123,6 +129,7 @@ def main(name: str = "") -> None:
     for flag in sorted(known - set(FLAGS_OF[name])):
         if flags.FLAGS[flag].present:
             raise ConfigError(f"--{flag} does not go with plan {name}".rstrip())
+    _check_picture()
     if name:
         {"schedule": schedule, "step": step}[name]()
         return
@@ -130,6 +137,10 @@ def main(name: str = "") -> None:
     for number in (PRICE, IMBALANCE):
         if number.value is not None and not math.isfinite(number.value):
             raise ConfigError(f"--{number.name}={number.value}: give a number that is finite")
+    if (PRICE.value or 0.0) > MOST_DOLLARS:
+        raise ConfigError(
+            f"--price={PRICE.value:g}: give dollars an hour, at most {MOST_DOLLARS:,}"
+        )
     if COMPARE.value:
         compare()
     elif SEARCH.value:
@@ -142,16 +153,18 @@ def main(name: str = "") -> None:
 
 def plan_config() -> None:
     """Prints the plan of a config, and draws its memory if --picture names a file."""
+    alone = [name for name in _WITH_HARDWARE if flags.FLAGS[name].present]
+    if HARDWARE.value is None and alone:
+        raise ConfigError(f"--{alone[0]} goes with --hardware=h800 or another machine")
     config = layout_report.resolved(command.read_config(CONFIG), DEVICES.value)
+    machine, names = _machine(config) if HARDWARE.value is not None else (None, ())
     held = device_memory.device_memory(config)
     room = fits.report(config, machine_lookup.find(HARDWARE.value or "h100").chip)
     planned = {**layout_report.plan(config), "memory": memory_text.row(held), "fits": room}
     shown = f"{memory_text.text(held, memory_errors.kind_of(config))}\n{fits.text(room)}\n"
-    if HARDWARE.value is not None:
-        timed, times = _timed(config)
+    if machine is not None:
+        timed, times = _timed(config, machine, names)
         planned, shown = {**planned, **timed}, f"{shown}\n{times}"
-    elif alone := [name for name in _WITH_HARDWARE if flags.FLAGS[name].present]:
-        raise ConfigError(f"--{alone[0]} goes with --hardware=h800 or another machine")
     if PICTURE.value:
         found = device_memory.by_recipe(config)
         planned["memory_by_recipe"] = device_memory.rows(found)
@@ -206,13 +219,33 @@ def _refuse(mode: str, names: tuple[str, ...]) -> None:
             raise ConfigError(f"--{name} does not go with --{mode}")
 
 
-def _timed(config: Config) -> tuple[dict[str, Any], str]:
-    """Times of a config on --hardware, and the errors of such times, as dictionary and text."""
+def _check_picture() -> None:
+    """Refuses a --picture whose folder is not there, before anything is computed."""
+    folder = Path(PICTURE.value or "").parent
+    if PICTURE.value and not folder.is_dir():
+        raise ConfigError(
+            f"--picture={PICTURE.value}: {folder} is no folder; make it, or name another file"
+        )
+
+
+def _machine(config: Config) -> tuple[Machine, tuple[str, ...]]:
+    """Machine of --hardware, and the efficiencies that --measured sets; checks --imbalance."""
     machine = machine_lookup.find(str(HARDWARE.value), PRICE.value)
     machine = machine_lookup.with_messages(machine, config)
-    names: tuple[str, ...] = ()
-    if MEASURED.value is not None:
-        machine, names = measured.with_measured(machine, command.path("measured", MEASURED.value))
+    over = config.layout.rules.get("experts", ())
+    most = math.prod(getattr(config.mesh, axis) for axis in over)
+    if IMBALANCE.value > most:
+        raise ConfigError(
+            f"--imbalance={IMBALANCE.value:g}: where {most} devices share the experts, the fullest "
+            f"has at most {most} times the mean; give 1 to {most}"
+        )
+    if MEASURED.value is None:
+        return machine, ()
+    return measured.with_measured(machine, command.path("measured", MEASURED.value))
+
+
+def _timed(config: Config, machine: Machine, names: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """Times of a config on a machine, and the errors of such times, as dictionary and text."""
     timed = time_report.report(config, machine, imbalance=IMBALANCE.value, measured=names)
     folder = config_file.published()
     v3, moonlight = (
@@ -230,6 +263,11 @@ def schedule() -> None:
     if PIPE.value is None or MICRO.value is None:
         raise ConfigError(
             "schedule needs --pipe=RANKS and --micro_batches=NUMBER, such as 8 and 20"
+        )
+    if PIPE.value * MICRO.value > MOST_CHUNKS:
+        raise ConfigError(
+            f"--pipe={PIPE.value} x --micro_batches={MICRO.value} is above {MOST_CHUNKS:,} stages "
+            "of micro-batches; draw a smaller schedule"
         )
     built = compare_schedules.build(KIND.value, PIPE.value, MICRO.value)
     compared = compare_schedules.compare(built)

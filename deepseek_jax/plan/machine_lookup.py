@@ -14,7 +14,12 @@ from deepseek_jax.hardware.network import NETWORKS
 from deepseek_jax.plan.machine import Machine
 
 _SHARES = {field.name for field in dataclasses.fields(Efficiency)}
-_NO_SHARES = ("synchronisation_s", "half_contraction_fp8", "half_contraction_bf16")
+_SHARE = (1e-4, 1.0)
+_OTHERS = {
+    "synchronisation_s": (1e-12, 1.0),  # seconds
+    "half_contraction_fp8": (1e-3, 1e6),  # numbers that a product sums
+    "half_contraction_bf16": (1e-3, 1e6),
+}
 
 
 def find(name: str, price: float | None = None) -> Machine:
@@ -37,6 +42,10 @@ def find(name: str, price: float | None = None) -> Machine:
     else:
         key = name.lower()
         if key not in CHIPS:
+            if "," in name:
+                raise ConfigError(
+                    f"--hardware={name_shown(name)}: name one machine; --compare takes several"
+                )
             raise ConfigError(
                 f"--hardware={name_shown(name)} is not known{did_you_mean(key, CHIPS)}; name one "
                 f"of {', '.join(CHIPS)}, or a file such as docs/data/my_cluster.toml"
@@ -61,9 +70,10 @@ def _checked(table: Mapping[str, Any]) -> dict[str, float]:
         path = f"efficiency.{name_shown(key)}"
         need(key in _SHARES, f"unknown key {path}{did_you_mean(key, _SHARES)}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        most = 1e6 if key in _NO_SHARES else 1.0
+        least, most = _OTHERS.get(key, _SHARE)
         need(
-            number and 0 < value <= most,
-            f"{path}={shown(value)}; expected a number above 0, at most {most:g}",
+            number and least <= value <= most,
+            f"{path}={shown(value)}; expected a number above 0, at least {least:g} and "
+            f"at most {most:g}",
         )
     return {key: float(value) for key, value in table.items()}

@@ -20,6 +20,8 @@ from deepseek_jax.plan.machine import Machine
 
 RateKey = tuple[str, str, tuple[int, ...]]  # piece, recipe, shape
 Share = Callable[["Machine", "MeasuredRate"], float]  # value of an efficiency by one rate
+MOST = 10.0  # times the peak or bandwidth: small arrays in the L2 cache pass the memory's
+_SIZES = {"linear": 3, "experts": 4, "attention": 5}  # numbers in a shape, by a piece's first word
 FORWARD, INPUTS, WEIGHTS = "forward", "input gradient", "weight gradient"
 
 
@@ -80,7 +82,13 @@ def with_measured(machine: Machine, path: Path) -> tuple[Machine, tuple[str, ...
         values = [share(machine, rate) for rate in rates if rate.key[:2] in pieces]
         if values:
             found.append(name)
-            changed = dataclasses.replace(machine.efficiency, **{name: statistics.median(values)})
+            value = statistics.median(values)
+            if not 0 < value <= MOST:
+                raise ConfigError(
+                    f"--measured={path}: its rows give {name}={value:g}; expected above 0, at most "
+                    f"{MOST:g}; check seconds and bytes of the rows {sorted(pieces)[0][0]!r}"
+                )
+            changed = dataclasses.replace(machine.efficiency, **{name: value})
             machine = dataclasses.replace(machine, efficiency=changed)
     if not found:
         raise ConfigError(f"--measured={path} has no row that the plan knows")
@@ -91,6 +99,11 @@ def _rate(row: dict[str, Any]) -> MeasuredRate:
     rate = MeasuredRate(**{**row, "shape": tuple(map(int, row["shape"]))})
     if not (0 < rate.seconds < 1e6 and min(rate.shape, default=0) > 0):
         raise ValueError(f"seconds={rate.seconds}, shape={rate.shape}")
+    if not 0 <= rate.bytes < 1e18:
+        raise ValueError(f"bytes={rate.bytes}")
+    sizes = _SIZES.get(rate.piece.split(" ")[0])
+    if rate.key[:2] in _KNOWN and sizes is not None and len(rate.shape) != sizes:
+        raise ValueError(f"shape={rate.shape} of {rate.piece!r}, expected {sizes} numbers")
     return rate
 
 
@@ -166,3 +179,4 @@ _RULES: tuple[tuple[str, frozenset[tuple[str, str]], Share], ...] = (
     ("quantise_forward", _pieces("fp8", "quantise rows"), _bytes_share),
     ("quantise_backward", _pieces("fp8", "quantise tokens", "quantise both"), _bytes_share),
 )
+_KNOWN = frozenset().union(*(pieces for _, pieces, _ in _RULES))

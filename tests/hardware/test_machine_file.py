@@ -83,6 +83,7 @@ WRONG = {
     'base = "abacus"': "base is 'abacus', .*known: h100, h800",
     "base = 3": "base is 3, which",
     H + "name = 3": "name is 3; expected a text",
+    H + 'name = "\\u001b[31m"': "name is .*printable characters",
     H + "infinband_bytes_per_s = 5e10": "unknown key infinband_.*did you mean infiniband_bytes_",
     H + "all_to_all = 3": "unknown key all_to_all",
     H + '"a\\nb" = 3': r"unknown key 'a\\nb'",

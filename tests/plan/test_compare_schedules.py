@@ -89,6 +89,7 @@ def test_pictures_that_cannot_be(name, tmp_path):
     [
         (("figure",), "there is no 'figure'; name one of schedule, step"),
         (("schedule", "--pipe=7", "--micro_batches=20"), "mesh.pipe=6 or mesh.pipe=8"),
+        (("schedule", "--pipe=1000", "--micro_batches=51"), "draw a smaller schedule"),
         ((TINY, "--pipe=8"), "--pipe does not go with plan"),
         (("step", TINY, "--devices=8"), "--devices does not go with plan"),
     ],

@@ -39,6 +39,8 @@ def test_a_file(tmp_path):
         ("all_too_all = 0.9", "did you mean"),
         ("all_to_all = 1.5", "at most 1"),
         ("all_to_all = 0", "above 0"),
+        ("all_to_all = 1e-300", "at least 0.0001"),
+        ("synchronisation_s = 675", "at most 1"),  # seconds, not microseconds
         ('all_to_all = "fast"', "expected a number"),
     ],
 )
@@ -68,6 +70,11 @@ def test_the_command():
         (("--hardware=h100", "--imbalance=0.5"), "imbalance"),
         (("--hardware=h100", "--imbalance=nan"), "--imbalance=nan: give a number that is finite"),
         (("--hardware=h100", "--price=inf"), "--price=inf: give a number that is finite"),
+        (("--hardware=h100", "--price=1e308"), "--price=1e+308: give dollars an hour"),
+        (("--hardware=h100", "--imbalance=65"), "give 1 to 64"),
+        (("--hardware=h800,h100",), "--compare takes several"),
+        (("--devices=7",), "use --devices=2048 to plan"),
+        (("--picture=no/such/memory.png",), "no/such is no folder; make it"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, typed):

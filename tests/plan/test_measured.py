@@ -44,6 +44,24 @@ def test_a_measured_product_is_predicted(piece, shape, matmul, recipe, tmp_path)
     assert found.matmul_seconds(matmul, recipe) == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(
+    ("piece", "shape", "seconds", "size", "message"),
+    [
+        ("linear forward", (4096, 7168), 1e-4, 0, "expected 3 numbers"),
+        ("experts forward", (4096, 7168, 2112), 1e-4, 0, "expected 4 numbers"),
+        ("linear forward", (4096, 7168, 2112), 1e-9, 0, "matmul_fp8="),  # far above the peak
+        ("quantise rows", (4096, 7168), 1e-4, -5, "bytes=-5"),
+        ("quantise rows", (4096, 7168), 1e-4, "5", "measured rates"),
+        ("quantise rows", (4096, 7168), 1e-4, 0, "quantise_forward=0"),
+    ],
+)
+def test_rows_that_cannot_be(piece, shape, seconds, size, message, tmp_path):
+    path = write(tmp_path / "rates.json", [row(piece, shape, seconds, size=size)])
+    with pytest.raises(ConfigError, match=message) as error:
+        measured.with_measured(H800, path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_attention_and_quantisers(tmp_path):
     rows = [
         row("attention forward", (1, 4096, 128, 192, 128), 1.24e-3, "bfloat16"),
