@@ -60,8 +60,8 @@ CASES = {
             "layout_ramps": "skip",
         },
     ),
-    "1F1B, 3 ranks, 2 GPUs, uneven": (
-        {"pipe": 3, "gpu": 2},
+    "1F1B, 3 ranks, uneven": (
+        {"pipe": 3},
         {"model_layers": 4, "layout_pipeline": "1f1b", "layout_stage_layers": (1, 2, 1)},
     ),
     "uneven, tensor": (
