@@ -194,6 +194,8 @@ def drawn(count: int, seed: int = 0) -> list[tuple[str, Kind]]:
             changes |= kind.changes
         if family == "v32":
             changes |= {"rope_interleave": True, "q_lora_rank": 32}
+        groups = changes.get("n_group", SIZES["n_group"])
+        changes["topk_group"] = min(changes.get("topk_group", SIZES["topk_group"]), groups)
         outer = choose.choice(({}, {"tie_word_embeddings": False}))
         dtype, shard = choose.choice(("float32", "bfloat16")), choose.choice(("1GB", "40KB"))
         found.append(
