@@ -193,7 +193,9 @@ def drawn(count: int, seed: int = 0) -> list[tuple[str, Kind]]:
         for kind in choose.sample(pool, 5):
             changes |= kind.changes
         if family == "v32":
-            changes |= {"rope_interleave": True, "q_lora_rank": 32}
+            changes |= {"rope_interleave": True}
+        if family != "v3":  # transformers does not load what it saves of a K2.5 without one
+            changes |= {"q_lora_rank": 32}
         groups = changes.get("n_group", SIZES["n_group"])
         changes["topk_group"] = min(changes.get("topk_group", SIZES["topk_group"]), groups)
         outer = choose.choice(({}, {"tie_word_embeddings": False}))
