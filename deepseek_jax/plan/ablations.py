@@ -14,6 +14,7 @@ from typing import Any
 from deepseek_jax.config import Config, ConfigError, check
 from deepseek_jax.plan import machine_lookup, step_time
 from deepseek_jax.plan.attention_kinds import cache_bytes, extra_bytes
+from deepseek_jax.plan.changed_config import replace
 from deepseek_jax.plan.chunk_time import ChunkTimes
 from deepseek_jax.plan.cost import run_cost
 from deepseek_jax.plan.machine import Machine
@@ -46,12 +47,6 @@ class SwitchedOff:
     attention: str = "mla"
     imbalance: float = 1.0
     sequence_ranks: int = 1
-
-
-def replace(config: Config, section: str, **values: Any) -> Config:
-    """The config with some values of one section changed."""
-    changed = dataclasses.replace(getattr(config, section), **values)
-    return dataclasses.replace(config, **{section: changed})
 
 
 def _any_node(config: Config) -> Config:

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from deepseek_jax.config import Config, ConfigError, check, stage_count
+from deepseek_jax.config import Config, stage_count
 from deepseek_jax.config.schema import MeshConfig
 from deepseek_jax.hardware.chips import Chip
+from deepseek_jax.plan.changed_config import is_accepted
 from deepseek_jax.plan.machine import Machine
 
 POLICIES = ("none", "report", "attention", "full")
@@ -53,7 +54,7 @@ def candidates(config: Config, devices: int, machine: Machine) -> Iterator[Confi
             for layout in _layouts(config, mesh):
                 batch = dataclasses.replace(config.batch, micro_sequences=micro_sequences)
                 found = dataclasses.replace(config, mesh=mesh, batch=batch, layout=layout)
-                if not _accepted(found):
+                if not is_accepted(found):
                     continue
                 for recipe in recipes(config, machine.chip):
                     precision = dataclasses.replace(config.precision, recipe=recipe)
@@ -102,14 +103,6 @@ def _layouts(config: Config, mesh: MeshConfig) -> Iterator[Any]:
                     defer_weight_gradients=layout.defer_weight_gradients and kind != "1f1b",
                     communication_sms=layout.communication_sms if beside else 0,
                 )
-
-
-def _accepted(config: Config) -> bool:
-    try:
-        check(config)
-    except ConfigError:
-        return False
-    return True
 
 
 def divisors(number: int) -> list[int]:

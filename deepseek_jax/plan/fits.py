@@ -1,11 +1,12 @@
 """Whether a layout fits a chip, and the changes that make it fit, in words."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from deepseek_jax.config import Config, ConfigError, check
+from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.hardware.chips import Chip
+from deepseek_jax.plan.changed_config import is_accepted, replace
 from deepseek_jax.plan.device_memory import ACTIVATIONS, GIB, MESSAGES, TEMPORARIES, device_memory
 from deepseek_jax.plan.memory_floor import closed_form_bytes
 from deepseek_jax.plan.peak import RESERVE_BYTES, room_bytes
@@ -75,10 +76,10 @@ def nothing_fits(smallest: Config, size: int, chip: Chip, devices: int) -> str:
 
 def _remedies(config: Config, room: int) -> Iterator[str]:
     """Changes of recomputation and micro-batch, alone and together, then shorter sequences."""
-    full = _changed(config, "layout", recompute="full")
+    full = replace(config, "layout", recompute="full")
     parts = config.mesh.replica * config.mesh.node * config.mesh.gpu
-    fewest = _changed(config, "batch", micro_sequences=parts)
-    both = _changed(full, "batch", micro_sequences=parts)
+    fewest = replace(config, "batch", micro_sequences=parts)
+    both = replace(full, "batch", micro_sequences=parts)
     flags = {
         "--config.layout.recompute=full": full,
         f"--config.batch.micro_sequences={parts}": fewest,
@@ -87,7 +88,7 @@ def _remedies(config: Config, room: int) -> Iterator[str]:
     fits = False
     seen = [config]
     for line, changed in flags.items():
-        if changed in seen or not _accepted(changed):
+        if changed in seen or not is_accepted(changed):
             continue
         seen.append(changed)
         size = closed_form_bytes(changed)
@@ -95,7 +96,7 @@ def _remedies(config: Config, room: int) -> Iterator[str]:
         yield f"{line}: {size / GIB:.1f} GiB, {'fits' if size <= room else 'does not fit'}"
     if fits:
         return
-    smallest = both if _accepted(both) else full
+    smallest = both if is_accepted(both) else full
     found = device_memory(smallest)
     if found.largest not in OF_TOKENS:
         yield "More pipeline ranks, experts over more nodes, or more devices: see --search."
@@ -111,27 +112,8 @@ def _longest(config: Config, room: int) -> int:
     length = config.batch.length
     while length > 1:
         length = 1 << ((length - 1).bit_length() - 1)
-        shorter = _changed(config, "batch", length=length)
-        if _planned(shorter, closed_form_bytes) <= room:
-            return length
+        shorter = replace(config, "batch", length=length)
+        with contextlib.suppress(ConfigError):  # buffers without a slot
+            if closed_form_bytes(shorter) <= room:
+                return length
     return 0
-
-
-def _planned(config: Config, planned: Callable[[Config], int]) -> float:
-    try:
-        return planned(config)
-    except ConfigError:
-        return float("inf")
-
-
-def _changed(config: Config, section: str, **values: Any) -> Config:
-    changed = dataclasses.replace(getattr(config, section), **values)
-    return dataclasses.replace(config, **{section: changed})
-
-
-def _accepted(config: Config) -> bool:
-    try:
-        check(config)
-    except ConfigError:
-        return False
-    return True
