@@ -55,6 +55,8 @@ SETTINGS = {
     "schedule.tokens": 3000, "mesh.gpu": -1,
 }  # fmt: skip
 SCORED = {"evaluation__tokens": 256}
+# Steps for more than the second that processes take to agree on the step at which they stop.
+LONG = {"schedule__tokens": 16000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +211,10 @@ def inject(
 ) -> Outcome:
     """Runs all processes, with the fault in one of them, until the others have ended."""
     workdir, note, began = folder / "run", folder / "note", time.time()
-    scored = SCORED if fault.section == "evaluation" else {}
+    changed = SCORED if fault.section == "evaluation" else LONG if saves(fault) else {}
     numbers = [n for n in range(fault.processes) if fault.signal or n != fault.process]
     variables = environment(fault, note, programs)
-    made = flags(text, workdir, **scored)
+    made = flags(text, workdir, **changed)
     with started(made, variables, folder, numbers, fault.processes, fork=fork) as processes:
         others = [process for number, process in processes.items() if number != fault.process]
         until = time.monotonic() + 400
@@ -236,18 +238,17 @@ def complaints(fault: Fault, outcome: Outcome, folder: Path) -> list[str]:
     if fault.signal and not (folder / "note").exists():
         return [DID_NOT_HAPPEN]
     stacks = outcome.workdir / "stacks"
-    saves = fault.signal == "SIGTERM" and fault.section in SAVING
     for number, (code, text) in enumerate(zip(outcome.codes, outcome.texts, strict=True)):
         lines = [line for line in text.splitlines() if " waits for " not in line]
         if number == fault.process:
             expected = {"SIGKILL": -signal.SIGKILL, "SIGTERM": STOPPED}.get(fault.signal, code)
         else:
-            expected = STOPPED if saves else AGAIN
+            expected = STOPPED if saves(fault) else AGAIN
         if code != expected:
             broken.append(f"process {number} ended with {code} instead of {expected}")
         if len(lines) > 1:
             broken.append(f"process {number} said {len(lines)} lines")
-        if number != fault.process and not saves:
+        if number != fault.process and not saves(fault):
             named = lines and re.search(rf"process {fault.process}\b", lines[-1].split(": ", 1)[-1])
             if not named or not lines[-1].startswith("error: "):
                 broken.append(f"process {number} did not name process {fault.process}")
@@ -255,9 +256,14 @@ def complaints(fault: Fault, outcome: Outcome, folder: Path) -> list[str]:
                 broken.append(f"process {number} wrote no stacks")
     if outcome.seconds > allowed(fault):
         broken.append(f"it took {outcome.seconds:.0f} s, and {allowed(fault):.0f} are promised")
-    if saves and not runs.checkpoints(outcome.workdir):
+    if saves(fault) and not runs.checkpoints(outcome.workdir):
         broken.append("nothing was saved")
     return broken
+
+
+def saves(fault: Fault) -> bool:
+    """Whether all processes have to save and stop after the same step."""
+    return fault.signal == "SIGTERM" and fault.section in SAVING
 
 
 def allowed(fault: Fault) -> float:
