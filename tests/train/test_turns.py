@@ -20,6 +20,9 @@ class Metric:
     def __init__(self, emulated, number, ready, value):
         self.emulated, self.number, self.ready, self.value = emulated, number, ready, value
 
+    def is_ready(self):
+        return self.emulated.now >= self.ready
+
     def block_until_ready(self):
         self.emulated.now = max(self.emulated.now, self.ready)
         self.emulated.events.append(f"wait {self.number}")
@@ -48,11 +51,12 @@ class Emulated:
         every=1000,
         nan=0,
         backend="gpu",
+        blocks=False,
         anomaly=None,
     ):
         monkeypatch.setattr(loop.jax, "default_backend", lambda: backend)
         self.events, self.seen, self.now, self.free = [], set(), 0.0, 0.0
-        self.device, self.nan = device, nan
+        self.device, self.nan, self.blocks = device, nan, blocks
         self.config = runs.tiny(
             runs.TINY,
             schedule={"tokens": steps * TOKENS},
@@ -114,6 +118,8 @@ class Emulated:
     def step(self, now, *_):
         """The devices begin it once the step before is done."""
         self.free = max(self.now, self.free) + self.device
+        if self.blocks:  # until the step is done
+            self.now = self.free
         number = now.step + 1
         self.events.append(f"step {number}")
         loss = float("nan") if number == self.nan else 2.0
@@ -170,6 +176,12 @@ def test_nothing_is_taken_where_no_tokens_are_left(monkeypatch):
         "step": 4, "tokens": 4 * TOKENS, "stopped": False, "skipped_steps": 0, "rewinds": 0,
     }  # fmt: skip
     assert run.events == []
+
+
+def test_a_call_that_runs_its_step_is_not_idle(monkeypatch):
+    """On the CPUs of several processes; data and rows are then beside no step."""
+    summary = Emulated(monkeypatch, steps=4, blocks=True, data=0.5, backend="cpu").to_the_end()
+    assert (summary["step_seconds"], summary["idle_share"]) == (1.5, pytest.approx(1 / 3))
 
 
 @pytest.mark.parametrize(
