@@ -39,6 +39,8 @@ class Metric:
 class Emulated:
     """A `loop.Run` whose parts take seconds of a clock, and that notes what happens in order."""
 
+    blocks = False  # whether the call of a step returns when the step is done
+
     def __init__(
         self,
         monkeypatch,
@@ -51,12 +53,11 @@ class Emulated:
         every=1000,
         nan=0,
         backend="gpu",
-        blocks=False,
         anomaly=None,
     ):
         monkeypatch.setattr(loop.jax, "default_backend", lambda: backend)
         self.events, self.seen, self.now, self.free = [], set(), 0.0, 0.0
-        self.device, self.nan, self.blocks = device, nan, blocks
+        self.device, self.nan = device, nan
         self.config = runs.tiny(
             runs.TINY,
             schedule={"tokens": steps * TOKENS},
@@ -118,7 +119,7 @@ class Emulated:
     def step(self, now, *_):
         """The devices begin it once the step before is done."""
         self.free = max(self.now, self.free) + self.device
-        if self.blocks:  # until the step is done
+        if self.blocks:
             self.now = self.free
         number = now.step + 1
         self.events.append(f"step {number}")
@@ -180,7 +181,9 @@ def test_nothing_is_taken_where_no_tokens_are_left(monkeypatch):
 
 def test_a_call_that_runs_its_step_is_not_idle(monkeypatch):
     """On the CPUs of several processes; data and rows are then beside no step."""
-    summary = Emulated(monkeypatch, steps=4, blocks=True, data=0.5, backend="cpu").to_the_end()
+    run = Emulated(monkeypatch, steps=4, data=0.5, backend="cpu")
+    run.blocks = True
+    summary = run.to_the_end()
     assert (summary["step_seconds"], summary["idle_share"]) == (1.5, pytest.approx(1 / 3))
 
 
