@@ -268,10 +268,10 @@ class Run:
             before.copy = state.copy_to_host(self.state)
         with profiler.step(self.steps + 1), self._system.calling():
             moved, metrics = self._compiled_step(*arguments)  # which donates the state
-            ran = metrics["loss"].is_ready()
             skipped = [metrics["skipped"]] if self._rule.skips else []
             ema = self.state.ema
             ema = None if ema is None else self._move_ema(ema, moved.params, *skipped)
+            ran = metrics["loss"].is_ready()  # some backends block, at times in the second call
         self.state = dataclasses.replace(moved, ema=ema)
         tokens = inputs.count * token_schedule.tokens_per_micro_batch(self._config.batch)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
