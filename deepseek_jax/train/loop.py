@@ -271,12 +271,12 @@ class Run:
             skipped = [metrics["skipped"]] if self._rule.skips else []
             ema = self.state.ema
             ema = None if ema is None else self._move_ema(ema, moved.params, *skipped)
-            ran = metrics["loss"].is_ready()  # some backends block, at times in the second call
         self.state = dataclasses.replace(moved, ema=ema)
         tokens = inputs.count * token_schedule.tokens_per_micro_batch(self._config.batch)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         progress.current.dispatched(self.steps)
-        self._system.dispatched(tokens, self._completions.expect(metrics), ran=ran)
+        within = jax.default_backend() == "cpu"
+        self._system.dispatched(tokens, self._completions.expect(metrics), within=within)
         return Taken(self.steps, self.tokens, inputs, metrics)
 
     def check(self, taken: Taken) -> Anomaly | None:

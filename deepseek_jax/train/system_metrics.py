@@ -114,16 +114,16 @@ class SystemMetrics:
         self._called = self._clock()
         yield
 
-    def dispatched(self, tokens: int, ready: Future[float], *, ran: bool = False) -> None:
+    def dispatched(self, tokens: int, ready: Future[float], *, within: bool = False) -> None:
         """Counts a step that is in flight from now on.
 
         Args:
           tokens: of this step.
           ready: the time when it is done, of the same clock.
-          ran: whether it was done when its call returned, as JAX does it on the CPUs of several
-            processes; it was in flight from the beginning of the call, then.
+          within: whether its call may run it, or a part, as on the CPUs of several processes; it
+            was in flight from the beginning of the call, then.
         """
-        began = self._called if ran else self._clock()
+        began = self._called if within else self._clock()
         spent = Spent(waited=self._waited, steps=1, tokens=tokens)
         self._dispatched.append((began, spent, ready))
         self._waited = 0.0

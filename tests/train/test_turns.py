@@ -20,9 +20,6 @@ class Metric:
     def __init__(self, emulated, number, ready, value):
         self.emulated, self.number, self.ready, self.value = emulated, number, ready, value
 
-    def is_ready(self):
-        return self.emulated.now >= self.ready
-
     def block_until_ready(self):
         self.emulated.now = max(self.emulated.now, self.ready)
         self.emulated.events.append(f"wait {self.number}")
