@@ -1,7 +1,8 @@
 """Shows a run from its files: python -m deepseek_jax.watch --workdir=DIR.
 
 One screen, refreshed every two seconds, until Ctrl-C. --once prints it once, and --json one JSON
-object, for scripts. It reads, computes nothing, and disturbs no run.
+object, for scripts. Without a terminal one screen is printed, too; --prometheus goes on there. It
+reads, computes nothing, and disturbs no run.
 """
 
 import json
@@ -33,7 +34,7 @@ def main() -> None:
     if not 0.1 <= EVERY.value <= 86_400:
         raise ConfigError(f"--every={EVERY.value}; expected 0.1 to 86,400 seconds")
     workdir = command.folder(WORKDIR)
-    target = command.path("prometheus", PROMETHEUS.value) if PROMETHEUS.value else None
+    target = _gauges()
     found = _look(workdir, target)
     if JSON.value:
         print(json.dumps(found, allow_nan=False))
@@ -41,19 +42,38 @@ def main() -> None:
     from rich.console import Console
 
     console = Console()
-    if ONCE.value or not (sys.stdout.isatty() and console.is_interactive):
+    terminal = sys.stdout.isatty() and console.is_interactive
+    if ONCE.value or not terminal:
         console.print(status_screen.screen(found, console.width))
+    if ONCE.value or not (terminal or target):
         return
     from rich.live import Live
 
     try:
+        while not terminal:  # a service, which writes the gauges
+            time.sleep(EVERY.value)
+            _look(workdir, target)
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 live.update(status_screen.screen(found, console.width), refresh=True)
                 time.sleep(EVERY.value)
                 found = _look(workdir, target)
     except (KeyboardInterrupt, signals.Stopped):
-        console.print(status_screen.screen(found, console.width))  # stays on the terminal
+        if terminal:
+            console.print(status_screen.screen(found, console.width))  # stays on the terminal
+
+
+def _gauges() -> Path | None:
+    """The file of --prometheus; ConfigError for a name that node exporter leaves out."""
+    if PROMETHEUS.value is None:
+        return None
+    target = command.path("prometheus", PROMETHEUS.value)
+    if target.suffix != ".prom":
+        raise ConfigError(
+            f"--prometheus={target}; expected a name that ends with .prom, since the textfile "
+            "collector reads no other"
+        )
+    return target
 
 
 def _look(workdir: Path, target: Path | None) -> Row:

@@ -92,13 +92,14 @@ def _slowest(own: ProcessProgress, found: dict[int, Seen]) -> list[str]:
 
 
 def _told_by_others(own: ProcessProgress, found: dict[int, Seen]) -> list[str]:
-    """Lines of processes that ended before this one because they waited, too."""
-    told = [seen.progress for number, seen in found.items() if number != own.process]
-    return [
-        f"process {other.process} ended, too: {other.reason}"
-        for other in told
-        if other.code == AGAIN and other.reason
-    ][:1]
+    """Line of a process that ended before this one because it waited, perhaps for this one."""
+    mine = f"process {own.process} (pid {own.pid} "
+    for number, seen in found.items():
+        why = seen.progress.reason.removeprefix(f"process {number}: ")
+        if number != own.process and seen.progress.code == AGAIN and why:
+            ended = "waited for this one and ended" if mine in why else "ended before this one"
+            return [f"process {number} {ended}: {why}"]
+    return []
 
 
 def _position(told: ProcessProgress) -> tuple[int, int, int]:

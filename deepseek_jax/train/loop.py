@@ -266,7 +266,7 @@ class Run:
             jax.block_until_ready(before.metrics)
         if before and self._saving.is_due(before.number):
             before.copy = state.copy_to_host(self.state)
-        with profiler.step(self.steps + 1):
+        with profiler.step(self.steps + 1), self._system.calling():
             moved, metrics = self._compiled_step(*arguments)  # which donates the state
             skipped = [metrics["skipped"]] if self._rule.skips else []
             ema = self.state.ema
@@ -275,7 +275,8 @@ class Run:
         tokens = inputs.count * token_schedule.tokens_per_micro_batch(self._config.batch)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         progress.current.dispatched(self.steps)
-        self._system.dispatched(tokens, self._completions.expect(metrics))
+        within = jax.default_backend() == "cpu"
+        self._system.dispatched(tokens, self._completions.expect(metrics), within=within)
         return Taken(self.steps, self.tokens, inputs, metrics)
 
     def check(self, taken: Taken) -> Anomaly | None:

@@ -8,6 +8,7 @@ from deepseek_jax.errors import reason
 from deepseek_jax.train.metrics import Row
 
 PREFIX = "deepseek_jax_"
+ALIVE = ("starting", "training")
 
 # Name of a gauge -> its help; values of `run_files.status` under the same name.
 GAUGES = {
@@ -41,7 +42,7 @@ def values(found: Row) -> dict[str, tuple[str, float]]:
     }
     kept, processes = found["checkpoint"], found["processes"]
     more = {
-        "running": ("Whether the run gives signs of life", float(found["state"] == "training")),
+        "running": ("Whether the run gives signs of life", float(found["state"] in ALIVE)),
         "checkpoint_step": ("Step of the newest checkpoint", kept["step"]),
         "checkpoint_age_seconds": ("Seconds since that checkpoint", kept["age_seconds"]),
         "processes_seen": ("Processes that tell of their progress", processes["seen"]),

@@ -29,7 +29,7 @@ def screen(found: Row, width: int = 80) -> Any:
     head.add_row(Text(found["workdir"], style="bold"), state)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True, min_width=NAMES)
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_column(overflow="fold")
     for name, text in lines(found, width):
         table.add_row(name, Text(text))
     bar = Table.grid(expand=True)  # a bar alone does not end its line

@@ -52,9 +52,10 @@ def surviving(config: Config, workdir: Path, checkpoints: Path) -> Iterator[None
     native_output.keep(workdir, mine.now.process)
     code, why = 0, ""
     try:
-        yield
-        mine.enter("end")
-        joining.wait_for_all()
+        with naming_the_lost():
+            yield
+            mine.enter("end")
+            joining.wait_for_all()
     except (signals.Stopped, KeyboardInterrupt):
         code, why = signals.code(), signals.told(signals.heard() or signal.SIGINT)
         raise
@@ -93,10 +94,13 @@ def _newest(checkpoints: Path) -> int:
 
 @contextlib.contextmanager
 def naming_the_lost() -> Iterator[None]:
-    """Turns the error of a collective whose other end is gone into `LostPeer`, which names it."""
+    """Turns the error of a collective whose other end is gone into `LostPeer`, which names it.
+
+    A ConfigError stays one, though it may hold the words of such an error: those of the last start.
+    """
     try:
         yield
-    except LostPeer:
+    except (LostPeer, ConfigError):
         raise
     except Exception as error:
         if line := joining.lost(reason(error) + str(error)):

@@ -72,6 +72,7 @@ class SystemMetrics:
         self._compile_seconds: float | None = None
         self._row, self._rows = Spent(), Spent()
         self._waited = 0.0  # for the data of the next step
+        self._called = 0.0  # when the last call that starts a step began
         self._dispatched: collections.deque[tuple[float, Spent, Future[float]]] = (
             collections.deque()
         )
@@ -107,15 +108,24 @@ class SystemMetrics:
         yield
         self._waited += self._clock() - before
 
-    def dispatched(self, tokens: int, ready: Future[float]) -> None:
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """The call that starts a step."""
+        self._called = self._clock()
+        yield
+
+    def dispatched(self, tokens: int, ready: Future[float], *, within: bool = False) -> None:
         """Counts a step that is in flight from now on.
 
         Args:
           tokens: of this step.
           ready: the time when it is done, of the same clock.
+          within: whether its call may run it, or a part, as on the CPUs of several processes; it
+            was in flight from the beginning of the call, then.
         """
+        began = self._called if within else self._clock()
         spent = Spent(waited=self._waited, steps=1, tokens=tokens)
-        self._dispatched.append((self._clock(), spent, ready))
+        self._dispatched.append((began, spent, ready))
         self._waited = 0.0
 
     def done(self) -> None:

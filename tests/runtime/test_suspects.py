@@ -100,10 +100,22 @@ def test_a_process_that_has_ended_for_a_reason_of_its_own(run):
 
 
 def test_a_process_that_waited_for_the_same_one_is_no_cause(run):
-    run(1, code=AGAIN, reason="process 2 is gone")
-    assert suspects.behind() == "process 1 ended, too: process 2 is gone"
+    run(1, code=AGAIN, reason="process 1: a step took long. process 2 is gone")
+    words = "process 1 ended before this one: a step took long. process 2 is gone"
+    assert suspects.behind() == words
     run(2, age=30)
     assert suspects.behind().startswith("process 2 (pid 1002 on node7) has shown no sign of life")
+
+
+def test_a_process_that_hung_and_goes_on_is_told_that_others_waited_for_it(run):
+    own = progress.current.now
+    reason = (
+        f"process 1: long. process {own.process} (pid {own.pid} on a) has shown no sign of life"
+    )
+    run(1, code=AGAIN, reason=reason)
+    assert suspects.behind().startswith(
+        "process 1 waited for this one and ended: long. process 0 ("
+    )
 
 
 def test_processes_of_an_earlier_attempt_do_not_count(run):

@@ -115,6 +115,24 @@ def test_words_for_a_run(workdir):
     assert dict(status_screen.lines(run_files.status(workdir, NOW)))["held-out"].startswith("2.5")
 
 
+def test_a_run_that_compiles_has_no_row(workdir):
+    write(workdir / "metrics.jsonl", "", age=3.0)
+    found = run_files.status(workdir, NOW)
+    assert (found["state"], found["row_age_seconds"]) == ("starting", None)
+    assert dict(status_screen.lines(found))["last row"] == "none yet"
+    assert status_metrics.values(found)["running"][1] == 1
+
+
+def test_the_screen_cuts_no_line(workdir, capsys):
+    from rich.console import Console
+
+    found = run_files.status(workdir, NOW)
+    Console(width=60).print(status_screen.screen(found, 60))
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in ("processes", "anomalies", "checkpoint"):
+        assert dict(status_screen.lines(found, 60))[name] in shown
+
+
 def test_nothing_and_damage_are_told(tmp_path, workdir):
     empty = run_files.status(tmp_path, NOW)
     assert empty["state"] == "empty" and empty["step"] is None and empty["restarts"] is None
@@ -151,6 +169,27 @@ def test_gauges_for_prometheus(workdir, tmp_path):
     values = {sample.name.removeprefix("deepseek_jax_"): sample.value for sample in samples}
     assert values["step"] == 40 and values["running"] == 1 and values["checkpoint_step"] == 20
     assert values["slowest_seconds"] == 50 and "mfu" not in values
+
+
+def test_without_a_terminal_gauges_are_written_until_a_signal(workdir, tmp_path):
+    pytest.importorskip("prometheus_client")
+    file = tmp_path / "run.prom"
+    watch = [sys.executable, "-m", "deepseek_jax.watch", f"--workdir={workdir}", "--every=0.1"]
+    service = subprocess.Popen(
+        [*watch, f"--prometheus={file}"], cwd=runs.ROOT, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    for _ in range(3):
+        while not file.exists():
+            assert service.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        file.unlink()
+    service.terminate()
+    assert service.communicate(timeout=20)[0].count("last row") == 1
+    refused = subprocess.run(
+        [*watch, f"--prometheus={tmp_path}/run.txt"], cwd=runs.ROOT, capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "ends with .prom" in refused.stderr
 
 
 def test_the_command_begins_soon_and_without_jax(workdir):

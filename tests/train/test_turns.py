@@ -36,6 +36,8 @@ class Metric:
 class Emulated:
     """A `loop.Run` whose parts take seconds of a clock, and that notes what happens in order."""
 
+    blocks = False  # whether the call of a step returns when the step is done
+
     def __init__(
         self,
         monkeypatch,
@@ -114,6 +116,8 @@ class Emulated:
     def step(self, now, *_):
         """The devices begin it once the step before is done."""
         self.free = max(self.now, self.free) + self.device
+        if self.blocks:
+            self.now = self.free
         number = now.step + 1
         self.events.append(f"step {number}")
         loss = float("nan") if number == self.nan else 2.0
@@ -170,6 +174,14 @@ def test_nothing_is_taken_where_no_tokens_are_left(monkeypatch):
         "step": 4, "tokens": 4 * TOKENS, "stopped": False, "skipped_steps": 0, "rewinds": 0,
     }  # fmt: skip
     assert run.events == []
+
+
+def test_a_call_that_runs_its_step_is_not_idle(monkeypatch):
+    """On the CPUs of several processes; data and rows are then beside no step."""
+    run = Emulated(monkeypatch, steps=4, data=0.5, backend="cpu")
+    run.blocks = True
+    summary = run.to_the_end()
+    assert (summary["step_seconds"], summary["idle_share"]) == (1.5, pytest.approx(1 / 3))
 
 
 @pytest.mark.parametrize(
