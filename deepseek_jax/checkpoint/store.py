@@ -245,7 +245,7 @@ class Store:
     def steps(self) -> list[int]:
         """Numbers of the steps on disk, oldest first, without those found damaged."""
         paths = self._directory.glob("*")
-        found = {int(path.name) for path in paths if path.name.isdigit() and path.is_dir()}
+        found = {int(path.name) for path in paths if path.name.isdecimal() and path.is_dir()}
         return sorted(found - self._broken)
 
     @property
