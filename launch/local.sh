@@ -24,7 +24,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 logs=$(mktemp -d "${TMPDIR:-/tmp}/deepseek_jax.XXXXXX") || exit 1
 
 alive=()
-stopping= # set once a signal has asked all processes to stop
+stopping=0 # 1 once a signal has asked all processes to stop
 send() { # SIGNAL: to every process that still runs
   ((${#alive[@]})) && kill -s "$1" "${alive[@]}" 2>/dev/null
 }
@@ -53,7 +53,7 @@ start() { # ARGUMENTS: starts all processes
 
 code=0
 end() { # waits until all have ended; the exit code of the first that failed is in `code`
-  local deadline='' still pid
+  local deadline='' patience still pid
   code=0
   while ((${#alive[@]})); do
     still=()
@@ -66,9 +66,11 @@ end() { # waits until all have ended; the exit code of the first that failed is 
       fi
     done
     alive=(${still[@]+"${still[@]}"})
-    if ((code && ${#alive[@]})) && [[ -z $stopping ]]; then
-      # The others see it and say whom they miss; one that hangs does not react to SIGTERM.
-      [[ -n $deadline ]] || deadline=$((SECONDS + 5))
+    if ((${#alive[@]} && (code || stopping && ${#alive[@]} < count))); then
+      # The others see a failure and say whom they miss; after a signal all save and end together.
+      # One that hangs or was stopped does neither, and does not react to SIGTERM.
+      patience=$((stopping && code != lost ? 90 : 5))
+      [[ -n $deadline ]] || deadline=$((SECONDS + patience))
       ((SECONDS < deadline)) || { send TERM && send CONT; }
       ((SECONDS < deadline + 10)) || send KILL
     fi
@@ -77,7 +79,7 @@ end() { # waits until all have ended; the exit code of the first that failed is 
 }
 
 again() { # whether the run starts again: one process was killed, or others say that one hangs
-  [[ -z $stopping ]] && ((code == lost || code > 128 && code != 130)) && ((restarts-- > 0))
+  ((! stopping)) && ((code == lost || code > 128 && code != 130)) && ((restarts-- > 0))
 }
 
 attempt=0
@@ -91,7 +93,7 @@ while again; do
   end
 done
 
-if ((code)) && [[ -z $stopping ]]; then
+if ((code)) && ((! stopping)); then
   for log in "$logs"/*.log; do
     [[ -s $log ]] && printf -- '--- process %s, last lines of %s\n' "$(basename "$log" .log)" \
       "$log" && tail -n 20 "$log"

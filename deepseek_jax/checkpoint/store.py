@@ -41,6 +41,7 @@ from deepseek_jax.runtime.background import in_background, leave_behind
 PyTree = Any
 T = TypeVar("T")
 _PATIENCE_SECONDS = 10.0
+_LOOK_SECONDS = 1.0  # between two looks at the folder, while a write goes on
 
 _log = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ class Store:
     def steps(self) -> list[int]:
         """Numbers of the steps on disk, oldest first, without those found damaged."""
         paths = self._directory.glob("*")
-        found = {int(path.name) for path in paths if path.name.isdigit() and path.is_dir()}
+        found = {int(path.name) for path in paths if path.name.isdecimal() and path.is_dir()}
         return sorted(found - self._broken)
 
     @property
@@ -277,16 +278,22 @@ class Store:
                 raise self._failed(error) from error
 
     def settle(self) -> None:
-        """Waits in all processes; RunError in all of them as soon as the write failed in one.
-
-        The others cannot know: they would wait in orbax for the one that failed.
-        """
+        """Waits in all processes; RunError in all of them as soon as the write failed in one."""
         if jax.process_count() == 1:
             self.wait()
             return
+        looked = time.monotonic()
+
+        def look() -> None:
+            nonlocal looked
+            if failed := self.failure():
+                raise failed
+            if (now := time.monotonic()) - looked > _LOOK_SECONDS:
+                looked = now
+                self._check()  # where the folder is gone, orbax may wait for ever
+
         while True:
-            failed = self.failure()
-            raise_together(functools.partial(_raise, failed))
+            raise_together(look)  # the others would wait in orbax for the one that failed
             if all_true(self._pending is None):
                 return
             time.sleep(0.01)
@@ -422,11 +429,6 @@ class Store:
             if path.exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-
-
-def _raise(error: Exception | None) -> None:
-    if error:
-        raise error
 
 
 @contextlib.contextmanager

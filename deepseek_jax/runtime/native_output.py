@@ -22,6 +22,7 @@ FOLDER = "logs"
 _LONGEST_TAIL = 1 << 14  # bytes
 
 _log: Path | None = None  # the file of now
+_file: int | None = None  # the same, open, for it may be removed
 _begin = 0  # bytes in it of earlier attempts
 _stderr = 2
 
@@ -33,7 +34,7 @@ def stderr() -> int:
 
 def divert() -> None:
     """Diverts what C++ writes into a temporary file; called once."""
-    global _log, _stderr
+    global _log, _file, _stderr
     if _log is not None:
         return
     try:
@@ -55,7 +56,7 @@ def divert() -> None:
         if stream == "stderr":
             _stderr = ours
             absl.logging.get_absl_handler().python_handler.stream = new
-    os.close(number)
+    _file = number
     atexit.register(remove)
 
 
@@ -69,13 +70,13 @@ def _move_handlers(old: TextIO, new: TextIO) -> None:
 
 def keep(workdir: Path, process: int) -> None:
     """Moves the file into the workdir, to which C++ appends from now on."""
-    global _log, _begin
+    global _log, _file, _begin
     if _log is None:
         return
     path = workdir / FOLDER / f"process_{process}.log"
     with contextlib.suppress(OSError):
         path.parent.mkdir(exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         begin = os.fstat(file).st_size
         with (
             contextlib.suppress(OSError),
@@ -85,18 +86,19 @@ def keep(workdir: Path, process: int) -> None:
             shutil.copyfileobj(before, after)
         for number in (1, 2):
             os.dup2(file, number)
-        os.close(file)
         remove()
-        _log, _begin = path, begin
+        before_it, _file, _log, _begin = _file, file, path, begin
+        if before_it is not None:
+            os.close(before_it)
 
 
 def tail() -> str:
     """The end of what C++ has written in this process."""
-    if _log is None:
+    if _file is None:
         return ""
-    with contextlib.suppress(OSError), _log.open("rb") as file:
-        file.seek(max(_begin, os.fstat(file.fileno()).st_size - _LONGEST_TAIL))
-        return file.read().decode(errors="replace")
+    with contextlib.suppress(OSError):
+        begin = max(_begin, os.fstat(_file).st_size - _LONGEST_TAIL)
+        return os.pread(_file, _LONGEST_TAIL, begin).decode(errors="replace")
     return ""
 
 

@@ -108,6 +108,11 @@ class Publisher:
         """Seconds since section or step last changed."""
         return time.monotonic() - self._changed
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes time in which the whole process was stopped out of `seconds`."""
+        with self._lock:
+            self._changed = min(self._changed + seconds, time.monotonic())
+
     @property
     def folder(self) -> Path | None:
         """Folder of the files; None before `attach` and after `close`."""

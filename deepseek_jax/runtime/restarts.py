@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.errors import reason
 from deepseek_jax.runtime import progress
 
 NAME = "restarts.json"
@@ -65,7 +66,14 @@ def begin(workdir: Path, step: int, most: int) -> Start:
                 f"{_why(workdir, before)}. The folders progress, stacks and logs there tell more. "
                 "Mend the cause and start once with --config.checkpoint.restarts=0"
             )
-    _write(workdir, start)
+    try:
+        _write(workdir, start)
+    except OSError as error:
+        folder = workdir / progress.FOLDER
+        raise ConfigError(
+            f"--workdir={workdir}: {folder} cannot be written ({reason(error)}); make it a folder "
+            "that can be written, with room, or remove it"
+        ) from error
     return start
 
 
@@ -94,9 +102,12 @@ def forget(workdir: Path, before: Start | None) -> None:
 
 
 def last(workdir: Path) -> Start | None:
-    """The last start that was counted in a workdir; None without one."""
+    """The last start that was counted in a workdir; None without one, or where it is damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Start(**json.loads((workdir / progress.FOLDER / NAME).read_text()))
+        found = Start(**json.loads((workdir / progress.FOLDER / NAME).read_text()))
+        counts = found.attempt, found.step, found.without_progress
+        if all(type(count) is int for count in counts):
+            return dataclasses.replace(found, reason=str(found.reason))
     return None
 
 

@@ -5,12 +5,16 @@ looks at this process's own `progress`: where that stands still past its deadlin
 the process behind, from the files of all processes, writes the stacks of all threads into the
 workdir, and ends the process with a code at which launch scripts start the run again. It asks
 neither the coordinator nor any other process, since each of them may be the one that hangs.
+
+Time in which this whole process stood still, after Ctrl-Z or SIGSTOP, or in a suspended job or a
+paused container, does not count against its deadline: the thread has not run in it, either.
 """
 
 import contextlib
 import dataclasses
 import faulthandler
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -29,6 +33,7 @@ STACKS = "stacks"
 LEARNT_MEDIANS, LEAST_SECONDS = 10.0, 180.0
 
 _LOOK_SECONDS = 0.5
+_STOOD_STILL_SECONDS = 2.0  # without a look, after which the process has been stopped
 _TOGETHER_SECONDS = 3.0  # in which the others reach their deadlines, too, before this one is gone
 _LONGEST_END_SECONDS = 45.0  # for naming, stacks and the line
 _SLACK_SECONDS = 30.0  # after the deadline, until C code ends a process whose Python is locked
@@ -60,27 +65,43 @@ def watching(deadlines: DeadlineConfig, workdir: Path) -> Iterator[None]:
         yield
     finally:
         end.set()
-        if leaving.may_leave():
-            faulthandler.cancel_dump_traceback_later()
+        _end_by_signal_in(0)
 
 
 def _watch(deadlines: DeadlineConfig, workdir: Path, end: threading.Event) -> None:
-    mine, armed = progress.current, 0.0
+    mine, armed, looked = progress.current, 0.0, time.monotonic()
     while not end.wait(_LOOK_SECONDS):
+        before, looked = looked, time.monotonic()
+        if looked - before > _LOOK_SECONDS + _STOOD_STILL_SECONDS:
+            mine.leave_out(looked - before - _LOOK_SECONDS)
         now, spent = mine.now, mine.seconds
         allowed = limit(deadlines, now)
         if spent > allowed:
             _end(now, allowed, workdir)
-        if leaving.may_leave() and time.monotonic() - armed > _SLACK_SECONDS / 3:
-            # Where a thread keeps Python's lock, none of this runs any more.
-            armed = time.monotonic()
-            faulthandler.dump_traceback_later(allowed - spent + _SLACK_SECONDS, exit=True, file=2)
+        if now.processes > 1 and looked - armed > _SLACK_SECONDS / 3:
+            armed = looked
+            _end_by_signal_in(allowed - spent + _SLACK_SECONDS)
+    _end_by_signal_in(0)
+
+
+def _end_by_signal_in(seconds: float) -> None:
+    """Ends this process by SIGALRM, and writes its stacks, even where Python's lock is kept.
+
+    No thread of Python runs then. The clock goes on while a process is stopped, so a lone run,
+    which somebody may stop by hand and continue, is not ended like this.
+
+    Args:
+      seconds: from now on, and no more after the next call; 0 for never.
+    """
+    if leaving.may_leave():
+        if seconds:
+            faulthandler.register(signal.SIGALRM, file=2, all_threads=True, chain=True)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _end(now: progress.ProcessProgress, allowed: float, workdir: Path) -> None:
     """Says who is behind, writes the stacks, and ends this process if it is a command."""
-    if leaving.may_leave():
-        faulthandler.dump_traceback_later(_LONGEST_END_SECONDS, exit=True, file=2)
+    _end_by_signal_in(_LONGEST_END_SECONDS)
     own = f"section {now.section}, step {now.step}, took more than {allowed:.0f} s"
     stacks = progress.within(10, lambda: _dump(workdir, now)) or "nowhere"
     named = suspects.behind() if now.processes > 1 else ""

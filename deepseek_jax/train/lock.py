@@ -27,6 +27,7 @@ from deepseek_jax.runtime.agreement import raise_together
 
 NAME = ".lock"
 BEAT_SECONDS, STALE_SECONDS = 20.0, 120.0
+_TRIES = 100
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -64,15 +65,20 @@ class Lock:
 
     def take(self) -> None:
         """Takes the lock at once, or raises ConfigError with the name of its holder."""
-        try:
-            self._make_folders()
-            while self._file is None:
+        tries = 0
+        while self._file is None:
+            try:
+                self._make_folders()
                 self._file = self._try()
-        except OSError as error:
-            raise ConfigError(
-                f"--workdir={self.directory} cannot be written ({reason(error)}); "
-                "give another folder"
-            ) from error
+            except OSError as error:
+                tries += 1
+                # A run that ends with nothing written removes the folders that it made.
+                if isinstance(error, FileNotFoundError) and tries < _TRIES:
+                    continue
+                raise ConfigError(
+                    f"--workdir={self.directory} cannot be written ({reason(error)}); "
+                    "give another folder"
+                ) from error
 
     def check(self) -> None:
         """Raises RunError where the workdir was removed, renamed or replaced since `take`."""

@@ -46,6 +46,8 @@ def plain(value: Any) -> Any:
         value = np.asarray(value).tolist()
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -65,12 +67,17 @@ def json_objects(path: Path) -> Iterator[Row]:
     """Yields the objects of a file of JSON lines; none without a file. Other lines are left out."""
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
+            if row := json_object(line):
                 yield row
+
+
+def json_object(text: str | bytes) -> Row:
+    """The JSON object of a text, with None for NaN and infinity; empty where it is none."""
+    try:
+        found = json.loads(text, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class MetricsFile:

@@ -2,11 +2,12 @@
 
 Nothing here imports JAX, waits for the run, locks or changes a file. Only the end of
 `metrics.jsonl` is read, since a row of V3 takes 150 KB. Any file may be absent, or be replaced
-meanwhile. `progress/process_N.json` is described in `runtime/progress.py`.
+meanwhile, or hold what is no number where one belongs, which counts as not known.
+`progress/process_N.json` is described in `runtime/progress.py`.
 """
 
 import contextlib
-import json
+import math
 import os
 import socket
 import statistics
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.train.anomalies import ANOMALIES, read_anomalies
-from deepseek_jax.train.metrics import METRICS, SUMMARY, Row
+from deepseek_jax.train.metrics import METRICS, SUMMARY, Row, json_object, plain
 
 TAIL_BYTES = 1 << 22
 LOSSES = 80  # last rows whose losses are told
@@ -40,8 +41,8 @@ def status(workdir: Path, now: float | None = None) -> Row:
     rows = tail(workdir / METRICS)
     row = rows[-1] if rows else {}
     found: Row = {"workdir": str(workdir), "time": now}
-    found |= {key: row.get(key) for key in _FROM_ROW}
-    found["losses"] = [[each["step"], each.get("loss")] for each in rows[-LOSSES:]]
+    found |= {key: _number(row.get(key)) for key in _FROM_ROW}
+    found["losses"] = [[each["step"], _number(each.get("loss"))] for each in rows[-LOSSES:]]
     written = _age(workdir / METRICS, now)  # a run makes the file before its first row
     found["row_age_seconds"] = written if rows else None
     found |= _remaining(config, row)
@@ -49,19 +50,20 @@ def status(workdir: Path, now: float | None = None) -> Row:
     found["processes"] = processes = _processes(workdir / "progress", now)
     found["checkpoint"] = _checkpoint(workdir / "checkpoints", config, now)
     found["restarts"] = _restarts(workdir, row)
-    anomalies = read_anomalies(workdir / ANOMALIES)
+    anomalies = [row for row in _anomalies(workdir) if _number(row["step"]) is not None]
     found["anomalies"] = len(anomalies)
     found["last_anomaly"] = anomalies[-1] if anomalies else None
-    found["faults"] = sorted(path.name for path in workdir.glob("fault-*.log"))
-    found |= {key: summary.get(key) for key in _FROM_SUMMARY}
+    names = _names(workdir)
+    found["faults"] = [name for name in names if name[:6] + name[-4:] == "fault-.log"]
+    found |= {key: _number(summary.get(key)) for key in _FROM_SUMMARY}
     holder = _object(workdir / ".lock")
     found["holder"] = {key: holder.get(key) for key in ("host", "pid", "since")} if holder else None
     quiet = [written, processes["newest_beat_seconds"]]
     signs = [age for age in quiet if age is not None]
-    rest = 20 * (row.get("step_seconds") or 0) * config.get("log", {}).get("every_steps", 1)
-    patience = max(SILENT_SECONDS, rest)
+    every = _number(_section(config, "log").get("every_steps")) or 1
+    patience = max(SILENT_SECONDS, 20 * (found["step_seconds"] or 0) * every)
     found["state"] = _state(holder, summary, row, min(signs, default=None), patience)
-    return found
+    return plain(found)
 
 
 def _state(holder: Row, summary: Row, row: Row, quiet: float | None, patience: float) -> str:
@@ -72,7 +74,7 @@ def _state(holder: Row, summary: Row, row: Row, quiet: float | None, patience: f
         if quiet is not None and quiet > patience:
             return "silent"
         return "training" if row else "starting"
-    if summary and (summary.get("step") or 0) >= (row.get("step") or 0):
+    if summary and (_number(summary.get("step")) or 0) >= (row.get("step") or 0):
         return "finished"
     return "stopped" if row else "empty"
 
@@ -98,20 +100,41 @@ def tail(path: Path, size: int = TAIL_BYTES) -> list[Row]:
         return []
     rows: list[Row] = []
     for line in lines[1:] if start else lines:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
+        row = json_object(line)
+        if isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
 def _object(path: Path) -> dict[str, Any]:
     """The JSON object of a small file; empty where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(errors="replace"))
-        if isinstance(found, dict):
-            return found
+    with contextlib.suppress(OSError):
+        return json_object(path.read_text(errors="replace"))
     return {}
+
+
+def _number(value: Any) -> Any:
+    """A finite number, or None for anything else."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if known and abs(value) < math.inf else None
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _names(folder: Path) -> list[str]:
+    """Names in a folder, which may go away at any moment, in order."""
+    with contextlib.suppress(OSError):
+        return sorted(os.listdir(folder))
+    return []
+
+
+def _anomalies(workdir: Path) -> list[Row]:
+    with contextlib.suppress(OSError):
+        return read_anomalies(workdir / ANOMALIES)
+    return []
 
 
 def _age(path: Path, now: float) -> float | None:
@@ -121,8 +144,8 @@ def _age(path: Path, now: float) -> float | None:
 
 
 def _remaining(config: dict[str, Any], row: Row) -> Row:
-    total = config.get("schedule", {}).get("tokens")
-    tokens, rate = row.get("tokens") or 0, row.get("tokens_per_second")
+    total = _number(_section(config, "schedule").get("tokens"))
+    tokens, rate = _number(row.get("tokens")) or 0, _number(row.get("tokens_per_second"))
     left = None if not total or not rate else max(total - tokens, 0) / rate
     share = min(tokens / total, 1.0) if total else None
     return {"total_tokens": total, "share": share, "seconds_left": left}
@@ -130,19 +153,18 @@ def _remaining(config: dict[str, Any], row: Row) -> Row:
 
 def _experts(rows: list[Row]) -> Row:
     """Load of the experts in the last row that has it."""
-    row = next((each for each in reversed(rows) if each.get("expert_load")), {})
-    layers = [
-        [0.0 if share is None else share for share in layer] for layer in row.get("expert_load", [])
-    ]
+    row = next((each for each in reversed(rows) if _lists(each.get("expert_load"))), {})
+    layers = [[_number(x) or 0.0 for x in layer] for layer in _lists(row.get("expert_load"))]
     means = [sum(layer) / len(layer) for layer in layers]
     relative = [
         [share / mean if mean else 0.0 for share in layer]
         for layer, mean in zip(layers, means, strict=True)
     ]
     worst = max(range(len(relative)), key=lambda n: max(relative[n]), default=None)
-    rounds = [each for each in row.get("dispatch_rounds", []) if each is not None]
+    [rounds] = _lists([row.get("dispatch_rounds")]) or [[]]
+    rounds = [each for each in rounds if _number(each) is not None]
     return {
-        "max_violation": row.get("max_violation"),
+        "max_violation": _number(row.get("max_violation")),
         "worst_layer": worst,
         "worst_layer_load": [] if worst is None else [round(x, 3) for x in relative[worst]],
         "idle_experts": sum(x < IDLE_SHARE for layer in relative for x in layer),
@@ -151,9 +173,20 @@ def _experts(rows: list[Row]) -> Row:
     }
 
 
+def _lists(value: Any) -> list[list[Any]]:
+    """The lists in a list, without empty ones."""
+    found = value if isinstance(value, list) else []
+    return [each for each in found if isinstance(each, list) and each]
+
+
 def _processes(folder: Path, now: float) -> Row:
     """Processes that have told of their progress, and the one that is furthest behind."""
-    found = [each for path in folder.glob("process_*.json") if "process" in (each := _object(path))]
+    texts, found = ("host", "section"), []
+    for name in _names(folder):
+        ours = name.startswith("process_") and name.endswith(".json")
+        told = _object(folder / name) if ours else {}
+        if _number(told.get("process")) is not None:
+            found.append({k: v if k in texts else _number(v) for k, v in told.items()})
     newest = max((each.get("attempt") or 0 for each in found), default=0)
     found = [each for each in found if (each.get("attempt") or 0) == newest]
     medians = [each["median_step_seconds"] for each in found if each.get("median_step_seconds")]
@@ -174,14 +207,14 @@ def _processes(folder: Path, now: float) -> Row:
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], now: float) -> Row:
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    step = max(steps, default=None)
-    settings = config.get("checkpoint", {})
+    names = _names(folder)
+    step = max((int(name) for name in names if name.isdecimal()), default=None)
+    settings = _section(config, "checkpoint")
     return {
         "step": step,
         "age_seconds": None if step is None else _age(folder / str(step), now),
-        "every_steps": settings.get("every_steps"),
-        "set_aside": sorted(path.name for path in folder.glob("*.broken")),
+        "every_steps": _number(settings.get("every_steps")),
+        "set_aside": [name for name in names if name.endswith(".broken")],
     }
 
 
@@ -190,5 +223,5 @@ def _restarts(workdir: Path, row: Row) -> int | None:
     told = _object(workdir / "progress" / "restarts.json").get("attempt")
     if isinstance(told, int):
         return told
-    begun = len(list((workdir / "tensorboard").glob("events.out.tfevents.*")))
-    return max(0, begun - 1 - (row.get("rewinds") or 0)) if begun else None
+    begun = sum(name.startswith("events.out.tfevents.") for name in _names(workdir / "tensorboard"))
+    return max(0, begun - 1 - (_number(row.get("rewinds")) or 0)) if begun else None

@@ -89,7 +89,7 @@ def _counted(code: int, why: str) -> int:
 
 def _newest(checkpoints: Path) -> int:
     """The newest checkpoint, whether it can be read or not; 0 without one."""
-    return max((int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()), default=0)
+    return max((int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal()), default=0)
 
 
 @contextlib.contextmanager

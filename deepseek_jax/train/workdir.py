@@ -39,7 +39,7 @@ def check(directory: Path, config: Config) -> None:
     carried.check_tokenizer(directory, config.data)
     kept = directory / "config.json"
     if not kept.exists():
-        if any(path.name.isdigit() for path in (directory / CHECKPOINTS).glob("*")):
+        if any(path.name.isdecimal() for path in (directory / CHECKPOINTS).glob("*")):
             raise ConfigError(
                 f"--workdir={directory} holds checkpoints but no config.json to tell whose they "
                 "are; give another folder"
@@ -153,7 +153,7 @@ def _may_set_tokenizer(directory: Path, before: Any) -> bool:
 
 def _holds_weights_alone(directory: Path) -> bool:
     """Whether `convert` made the workdir and no run has saved a step: it has no moments then."""
-    steps = [path.name for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit()]
+    steps = [path.name for path in (directory / CHECKPOINTS).glob("*") if path.name.isdecimal()]
     return steps == ["0"]
 
 

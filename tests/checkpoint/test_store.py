@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from stored import META, abstract, assert_same, example, reopened, value_of, written
 
+from deepseek_jax.checkpoint import store as stores
 from deepseek_jax.checkpoint.store import Store
 from deepseek_jax.config import ConfigError
 from deepseek_jax.errors import RunError
@@ -240,3 +241,19 @@ def test_a_step_that_ends_in_a_removed_workdir_is_taken_back(tmp_path, monkeypat
     with pytest.raises(RunError, match=r"^the workdir was removed$"):
         store.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_never_ends_ends_where_the_folder_is_gone(tmp_path, monkeypatch):
+    """As of several processes, whose orbax waits for ever after the removal of its folder."""
+
+    def gone():
+        raise RunError("the folder is gone")
+
+    store = Store(tmp_path / "run", keep=1, check=gone)
+    store._pending = futures.Future()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(stores, "raise_together", lambda attempt: attempt())
+    monkeypatch.setattr(stores, "all_true", lambda fine: fine)
+    monkeypatch.setattr(stores, "_LOOK_SECONDS", 0.1)
+    with pytest.raises(RunError, match="the folder is gone"):
+        store.settle()

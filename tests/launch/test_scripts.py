@@ -153,6 +153,22 @@ def test_signals_reach_all_and_a_clean_stop_is_no_failure(script, name, code):
     assert [(script.notes / f"{rank}.signal").read_text() for rank in (0, 1)] == [f"{name}\n"] * 2
 
 
+@pytest.mark.parametrize("code", [76, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_stands_still_does_not_keep_a_signal_waiting(script, code):
+    """The others end with 76 where they miss it in a step, with 0 where nothing is saved yet."""
+    forever = "touch $NOTES/$rank.ready; while :; do sleep 0.05; done"
+    stands = "touch $NOTES/$rank.ready; kill -STOP $$"
+    running = script.start("2", PEER_0=forever, PEER_1=stands, ENDS_WITH=str(code))
+    deadline = time.monotonic() + 20
+    while len(list(script.notes.glob("*.ready"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=20 if code else 120)
+    assert running.returncode == code
+    assert (script.notes / "1.signal").read_text() == "TERM\n"
+
+
 def installed(command: str) -> str:
     """The linter beside this Python or on the PATH."""
     beside = Path(sys.executable).with_name(command)

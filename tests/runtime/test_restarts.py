@@ -47,9 +47,16 @@ def test_a_start_that_was_killed_counts_and_another_process_says_why(tmp_path):
 
 def test_a_record_that_cannot_be_read_counts_nothing(tmp_path):
     (tmp_path / progress.FOLDER).mkdir()
-    for text in ("", "[]", '{"attempt": 3}'):
+    odd = dataclasses.asdict(restarts.Start(0, 0, 0, 0.0)) | {"attempt": None, "step": "a"}
+    for text in ("", "[]", '{"attempt": 3}', json.dumps(odd)):
         (tmp_path / progress.FOLDER / restarts.NAME).write_text(text)
         assert restarts.begin(tmp_path, 0, most=1).attempt == 0
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / progress.FOLDER).touch()
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/progress cannot be written \(File exists"):
+        restarts.begin(tmp_path, 0, most=1)
 
 
 def test_a_start_that_never_began_leaves_nothing(tmp_path):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,7 @@ from deepseek_jax.runtime import progress, signals, watchdog
 signals.take_over(143)
 watchdog._SLACK_SECONDS = 1.0
 limits = DeadlineConfig(
-    join=1, start=1, compile=9, first_step=9, step=9, save=9, evaluation=9, end=9
+    join=1, start={deadline}, compile=9, first_step=9, step=9, save=9, evaluation=9, end=9
 )
 mine = progress.begin(0, {processes})
 mine.enter("start")
@@ -52,14 +54,18 @@ def hang_here():
     ctypes.{library}("libc.so.6").sleep(60)
 with watchdog.watching(limits, pathlib.Path(sys.argv[1])):
     time.sleep({first})
-    hang_here()
+    {act}
 """
 
 
+def script(**how: object) -> str:
+    usual = {"processes": 1, "library": "CDLL", "first": 0, "deadline": 1, "act": "hang_here()"}
+    return HANGS.format(**usual | how)
+
+
 def hang(folder: Path, **how: object) -> subprocess.CompletedProcess:
-    script = HANGS.format(**{"processes": 1, "library": "CDLL", "first": 0} | how)
     return subprocess.run(
-        [sys.executable, "-c", script, str(folder)],
+        [sys.executable, "-c", script(**how), str(folder)],
         capture_output=True,
         text=True,
         timeout=50,
@@ -85,6 +91,25 @@ def test_the_process_that_is_missing_is_named(tmp_path):
 
 def test_a_call_that_keeps_the_lock_is_ended_with_its_stack(tmp_path):
     """No thread of Python runs while it hangs; PyDLL keeps Python's lock."""
-    done = hang(tmp_path, library="PyDLL", first=0.8)
-    assert done.returncode == 1
+    done = hang(tmp_path, library="PyDLL", first=0.8, processes=2)
+    assert done.returncode == -signal.SIGALRM
     assert "in hang_here" in done.stderr
+
+
+def test_time_in_which_a_lone_process_is_stopped_does_not_count(tmp_path):
+    """As after Ctrl-Z and `fg`, past the deadline and the time in which C code may keep a lock."""
+    act = "print('here', flush=True); sys.stdin.read(1); time.sleep(1.5)"
+    run = subprocess.Popen(
+        [sys.executable, "-c", script(deadline=3, act=act), str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        assert run.stdout.readline() == "here\n"
+        run.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        run.send_signal(signal.SIGCONT)
+        _, err = run.communicate("x", timeout=20)
+    finally:
+        run.kill()
+    assert (run.returncode, err) == (0, "")
+    assert not (tmp_path / "stacks").exists()

@@ -49,6 +49,22 @@ def test_a_second_run_is_refused_and_told_who_has_the_workdir(tmp_path, kind):
     assert list(tmp_path.iterdir()) == []  # no run was begun, so nothing is left
 
 
+def test_folders_that_another_run_removes_at_its_end_are_made_again(tmp_path, monkeypatch):
+    """It ends with nothing written, between the look at the folder and the lock in it."""
+    run, try_once, tries = tmp_path / "runs" / "one", lock.Lock._try, []
+
+    def without_folder(own):
+        tries.append(run.is_dir())
+        if len(tries) == 1:
+            shutil.rmtree(run.parent)
+        return try_once(own)
+
+    monkeypatch.setattr(lock.Lock, "_try", without_folder)
+    with lock.held(run):
+        assert (run / ".lock").is_file() and tries == [True, True]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_workdir_that_holds_a_run_stays(tmp_path):
     with lock.held(tmp_path / "run") as own:
         (own.directory / "config.json").touch()

@@ -145,6 +145,34 @@ def test_nothing_and_damage_are_told(tmp_path, workdir):
     assert list(status_screen.lines(damaged))
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("metrics.jsonl", '{"step": 1, "tokens": NaN, "loss": NaN, "tokens_per_second": 1e999}'),
+        ("metrics.jsonl", '{"step": 1, "loss": "a", "expert_load": [["a"], []], "rewinds": {}}'),
+        ("metrics.jsonl", '{"step": 1, "expert_load": [[NaN, 0.5]], "dispatch_rounds": [NaN]}'),
+        ("metrics.jsonl", '{"step": 1, "expert_load": 3, "dispatch_rounds": 3, "mfu": true}'),
+        ("config.json", '{"schedule": null, "log": [], "checkpoint": {"every_steps": "a"}}'),
+        ("progress/process_9.json", '{"process": 9, "attempt": 3, "beat": NaN, "time": "a"}'),
+        ("progress/restarts.json", '{"attempt": NaN}'),
+        ("anomalies.jsonl", '{"step": 1, "tokens": 2, "sequences": [], "kind": 3, "loss": NaN}'),
+        ("anomalies.jsonl", '{"step": null, "tokens": 2, "sequences": [], "kind": "a"}'),
+        ("summary.json", '{"step": "a", "held_out_bits_per_byte": NaN}'),
+        (".lock", '{"pid": NaN}'),
+        ("metrics.jsonl", "[" * 2000),
+        ("checkpoints/\u00b2/file", ""),
+    ],
+)
+def test_what_is_no_number_is_told_as_not_known(workdir, name, text):
+    whole = run_files.status(workdir, NOW)
+    write(workdir / name, text + "\n")
+    found = run_files.status(workdir, NOW)
+    assert found.keys() == whole.keys()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert dict(status_screen.lines(found))["checkpoint"].startswith("step 20, ")
+    assert status_metrics.values(found)["checkpoint_step"][1] == 20
+
+
 def test_only_the_end_of_the_rows_is_read(workdir, monkeypatch):
     whole = run_files.tail(workdir / "metrics.jsonl")
     some = run_files.tail(workdir / "metrics.jsonl", 3000)
