@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "deepseek_jax"
 
 FLOORS = (
-    ("config", "errors", "table"),
+    ("config", "errors", "table", "host_cpu"),
     ("hardware", "kernels", "data", "runtime"),
     ("precision",),
     ("parallel",),

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from deepseek_jax import host_cpu
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config.hints import name_shown
 
@@ -19,17 +20,19 @@ OPTIONS: Mapping[str, Any] = {
     "xla_gpu_memory_limit_slop_factor": 160,
     "xla_gpu_enable_command_buffer": "",
 }
-# Matmuls by Eigen in place of YNNPACK, which computes the batched products of attention on one
-# core in jax 0.10. Reductions stay with YNNPACK. Measured on two cores with AVX-512: steps take 4
-# to 8 % less. In jax 0.12 the default uses all cores, and this option one.
+# Library of matmuls on a CPU, in jax 0.10. YNNPACK, the default, computes a step of `bench train`
+# in 0.89 of Eigen's time on a CPU with AVX2 alone, and takes 4 to 8 % more on one with AVX-512
+# (measured on two machines of two cores). Reductions stay with YNNPACK. In jax 0.12 the default is
+# good on both, and the option confines batched products to one core.
 MATMULS_ON_CPU = "xla_cpu_experimental_ynn_fusion_type"
+_EIGEN = {MATMULS_ON_CPU: "LIBRARY_FUSION_TYPE_REDUCE"}
 _LEVEL = "xla_backend_optimization_level"
 _BEFORE_0_11 = jax.__version_info__ < (0, 11)
 # LLVM's level 2 compiles the step of `v3_tiny` in 11.9 s of processor time, and level 3, which is
 # the default, in 14.0 s; steps took 128.7 and 130.0 ms, and 112 losses were equal (measured once).
 CPU_OPTIONS: Mapping[str, Any] = {
     _LEVEL: 2,
-    **({MATMULS_ON_CPU: "LIBRARY_FUSION_TYPE_REDUCE"} if _BEFORE_0_11 else {}),
+    **(_EIGEN if _BEFORE_0_11 and host_cpu.has("avx512f") else {}),
 }
 # For a program that runs once. On a CPU, optimised code may round the last, incomplete vector of a
 # loop in another way, and its length depends on the layout: unoptimised code gives the same numbers

@@ -25,6 +25,7 @@ import jax
 from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
+from deepseek_jax import host_cpu
 from deepseek_jax.config.hints import one_line
 from deepseek_jax.errors import reason
 
@@ -40,9 +41,6 @@ _SETTINGS = {
     # XLA would write its own files of autotuning there, with neither hash nor bound.
     "jax_persistent_cache_enable_xla_caches": "none",
 }
-# Lines of /proc/cpuinfo that tell one kind of CPU from another, on x86 and on Arm.
-_CPU = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features",
-        "CPU implementer", "CPU architecture", "CPU variant", "CPU part")  # fmt: skip
 
 
 def keep(folder: str | None) -> None:
@@ -202,7 +200,7 @@ def _machine() -> bytes:
     """
     said = [str(FORMAT), jax.__version__, sys.platform, platform.machine()]
     said += [str(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ""]
-    said += _lines_of_one_cpu()
+    said += host_cpu.lines()
     for folder in sys.path:
         with contextlib.suppress(OSError):
             said += sorted(
@@ -215,18 +213,6 @@ def _machine() -> bytes:
     if flags and not flags.startswith("-"):  # the name of a file of flags
         said += [_text(flags)]
     return "\n".join(said).encode(errors="surrogateescape")
-
-
-def _lines_of_one_cpu() -> list[str]:
-    """Lines of /proc/cpuinfo on the kind of the first CPU."""
-    found = []
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as stream:
-        for line in stream:
-            if not line.strip():
-                break
-            if line.partition(":")[0].strip() in _CPU:
-                found.append(line)
-    return found
 
 
 def _text(file: str) -> str:

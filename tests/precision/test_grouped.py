@@ -18,9 +18,9 @@ from deepseek_jax.precision import grouped
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 ROWS, WIDE, NARROW, EXPERTS = 300, 8, 12, 4
-LOOP_ONLY, FEW, SMALL_SHARE, WHOLE = 1, 20, 96, 2 * ROWS  # values of `likely`
-PATHS = [(likely, "float32") for likely in (FEW, SMALL_SHARE, WHOLE)]
-PATHS += [(SMALL_SHARE, "bfloat16")]
+ONE, FEW, SOME, WHOLE = 1, 20, 96, 2 * ROWS  # values of `likely`
+PATHS = [(likely, "float32") for likely in (FEW, SOME, WHOLE)]
+PATHS += [(SOME, "bfloat16")]
 
 
 def integers(*shape, seed):
@@ -40,7 +40,7 @@ CORNERS = [
     [ROWS, 0, 0, 0],
     [0, 0, 0, ROWS],
     [75, 75, 75, 75],
-    [32, 0, 32, 33],  # one row beyond a share
+    [32, 0, 32, 33],  # one row beyond a block
     [1, 0, 299, 0],
     [0, 128, 1, 129],
 ]
@@ -71,9 +71,8 @@ def truth():
 
 
 @functools.cache
-def blocks(share):
-    block = grouped.BLOCK_ROWS
-    return jax.jit(lambda sizes: grouped._overflow_blocks(sizes, share, block, ROWS)), block
+def blocks(block):
+    return jax.jit(lambda sizes: grouped._blocks(sizes, block, ROWS))
 
 
 @pytest.mark.parametrize("likely, dtype", PATHS)
@@ -92,63 +91,48 @@ def test_any_sizes_give_the_masked_einsum(likely, dtype, sizes):
     assert not np.any(out[used:]) and not np.any(d_rows[used:])
 
 
-@pytest.mark.parametrize("share", [0, 32, 88])
+@pytest.mark.parametrize("block", [1, 32, 128])
 @settings(max_examples=40, deadline=None, derandomize=True)
 @with_corners
 @given(sizes=sizes_of_all)
-def test_blocks_cover_what_is_beyond_the_shares_once(share, sizes):
-    find, block = blocks(share)
-    count, experts, starts = (np.asarray(part) for part in find(np.array(sizes, np.int32)))
-    assert count <= len(experts)
-    ends = np.cumsum(sizes)
+def test_blocks_cover_every_row_once(block, sizes):
+    count, *found = (np.asarray(part) for part in blocks(block)(np.array(sizes, np.int32)))
+    assert count <= len(found[0])
     walked = [
         (row, expert)
-        for expert, start in zip(experts[:count], starts[:count], strict=True)
-        for row in range(start, min(start + block, ends[expert]))
+        for expert, first, end in zip(*(part[:count] for part in found), strict=True)
+        for row in range(first, min(first + block, end))
     ]
-    beyond = [
-        (row, expert)
-        for expert, (end, size) in enumerate(zip(ends, sizes, strict=True))
-        for row in range(end - size + share, end)
-    ]
-    assert walked == beyond
+    experts = np.repeat(np.arange(EXPERTS), sizes)
+    assert walked == list(enumerate(experts))
 
 
 @pytest.mark.parametrize(
-    "likely, share, block",
-    [
-        (0, 0, 1),
-        (LOOP_ONLY, 0, 1),
-        (FEW, 8, 8),
-        (SMALL_SHARE, 32, 128),
-        (WHOLE, 88, 128),
-        (ROWS, 88, 128),
-    ],
+    "likely, block",
+    [(0, 1), (ONE, 1), (FEW, 8), (SOME, 28), (WHOLE, 88), (ROWS, 88), (4 * 320, 180)],
 )
-def test_likely_sets_the_share(monkeypatch, likely, share, block):
-    """A little over the even share, in eights; below FEW_ROWS in fours; none for a row or less."""
+def test_likely_sets_the_block(monkeypatch, likely, block):
+    """A little over the even number of rows, in fours, or a part of it; one for a row or less."""
     seen = []
     monkeypatch.setattr(grouped, "_grouped", lambda *arguments: seen.append(arguments[3]))
-    grouped.grouped_matmul(X, WEIGHT, np.zeros(EXPERTS, np.int32), likely=likely)
-    (plan,) = seen
-    assert (plan.share, plan.block) == (share, block)
+    rows = np.zeros((max(ROWS, likely), WIDE), np.float32)
+    given = rows[:ROWS] if likely <= WHOLE else rows
+    grouped.grouped_matmul(given, WEIGHT, np.zeros(EXPERTS, np.int32), likely=likely)
+    assert seen[0].block == block
 
 
 @pytest.mark.parametrize(
-    "share, sizes, count",
+    "block, sizes, count",
     [
-        (0, [24, 24, 24, 24], 4),  # no share: a block per expert
-        (32, [24, 24, 24, 24], 0),  # balanced: no loop
-        (32, [32, 32, 32, 32], 0),
-        (32, [33, 32, 32, 32], 1),
-        (32, [0, ROWS, 0, 0], 3),  # 268 rows in blocks of 128
-        (88, [75, 75, 75, 75], 0),
-        (32, [0, 0, 0, 0], 0),
+        (28, [24, 24, 24, 24], 4),  # balanced: a block per expert
+        (28, [28, 28, 28, 28], 4),
+        (28, [29, 28, 28, 28], 5),
+        (28, [0, 284, 0, 0], 11),
+        (28, [0, 0, 0, 0], 0),
     ],
 )
-def test_only_what_is_there_is_walked(share, sizes, count):
-    find, _ = blocks(share)
-    assert find(np.array(sizes, np.int32))[0] == count
+def test_only_what_is_there_is_walked(block, sizes, count):
+    assert blocks(block)(np.array(sizes, np.int32))[0] == count
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 9])

@@ -17,6 +17,7 @@ import pytest
 from jax._src import compilation_cache, monitoring
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deepseek_jax import host_cpu
 from deepseek_jax.runtime import compiled_programs
 from deepseek_jax.runtime.compiled_programs import Programs
 
@@ -143,7 +144,7 @@ def test_a_file_under_another_name_is_refused(programs):
     "name, value",
     [
         ("__version__", "0.10.99"),
-        ("_lines_of_one_cpu", lambda: ["flags : sse2\n"]),
+        ("lines", lambda: ["flags : sse2\n"]),
         ("sched_getaffinity", lambda _: range(96)),
         ("XLA_FLAGS", "flags.txt"),
         ("path", ["site-packages"]),
@@ -158,8 +159,8 @@ def test_another_machine_reads_none_of_it(programs, tmp_path, monkeypatch, name,
     if name == "XLA_FLAGS":
         monkeypatch.setenv(name, value)
     else:
-        owner = {"__version__": jax, "sched_getaffinity": os, "path": sys}
-        monkeypatch.setattr(owner.get(name, compiled_programs), name, value)
+        owner = {"__version__": jax, "sched_getaffinity": os, "path": sys, "lines": host_cpu}
+        monkeypatch.setattr(owner[name], name, value)
     other = Programs(programs._path, 1000)
     assert other.get(KEY) is None
     monkeypatch.undo()
