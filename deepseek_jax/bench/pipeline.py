@@ -218,8 +218,15 @@ def _sized(config: Config, ranks: int, micro_batches: int) -> Config:
 
 
 def _halves(config: Config, recompute: str) -> dict[str, Any]:
-    """Row of table `halves`: an MoE layer on one device, without overflow rounds."""
+    """Row of table `halves`: an MoE layer on one device, without overflow rounds.
+
+    It has one expert, as wide as those of a token, whose rows are one block of the grouped matmul:
+    XLA counts the body of a loop once, however often it runs.
+    """
     sized = _sized(config, 1, 1)
+    width = sized.model.top_k * sized.model.d_expert
+    one: dict[str, Any] = dict(experts=1, top_k=1, groups=1, top_groups=1, d_expert=width)
+    sized = dataclasses.replace(sized, model=dataclasses.replace(sized.model, **one))
     options = dataclasses.replace(sized.layout, recompute=recompute, capacity_factor=100.0)
     sized = dataclasses.replace(sized, layout=options)
     how, on = execution.of(sized), jnp.bool_(True)
