@@ -22,8 +22,8 @@ OPTIONS: Mapping[str, Any] = {
 }
 # Library of matmuls on a CPU, in jax 0.10. YNNPACK, the default, computes a step of `bench train`
 # in 0.89 of Eigen's time on a CPU with AVX2 alone, and takes 4 to 8 % more on one with AVX-512
-# (measured on two machines of two cores). Reductions stay with YNNPACK. In jax 0.12 the default is
-# good on both, and the option confines batched products to one core.
+# (measured on two machines of two cores). Reductions stay with YNNPACK. In jax 0.12 the option
+# confines batched products to one core, and is left out.
 MATMULS_ON_CPU = "xla_cpu_experimental_ynn_fusion_type"
 _EIGEN = {MATMULS_ON_CPU: "LIBRARY_FUSION_TYPE_REDUCE"}
 _LEVEL = "xla_backend_optimization_level"

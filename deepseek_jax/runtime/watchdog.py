@@ -65,7 +65,7 @@ def watching(deadlines: DeadlineConfig, workdir: Path) -> Iterator[None]:
         yield
     finally:
         end.set()
-        _end_by_signal_in(0)
+        _disarm()
 
 
 def _watch(deadlines: DeadlineConfig, workdir: Path, end: threading.Event) -> None:
@@ -78,25 +78,39 @@ def _watch(deadlines: DeadlineConfig, workdir: Path, end: threading.Event) -> No
         allowed = limit(deadlines, now)
         if spent > allowed:
             _end(now, allowed, workdir)
-        if now.processes > 1 and looked - armed > _SLACK_SECONDS / 3:
+        if looked - armed > _SLACK_SECONDS / 3:
             armed = looked
-            _end_by_signal_in(allowed - spent + _SLACK_SECONDS)
-    _end_by_signal_in(0)
+            _arm(allowed - spent + _SLACK_SECONDS, now.processes)
+    _disarm()
+
+
+def _arm(seconds: float, processes: int) -> None:
+    """Has C code act after a time, unless a thread of Python arms it anew before that.
+
+    Of several processes it ends this one. The clock goes on while a process is stopped, so a lone
+    run, which somebody may stop by hand and continue, writes its stacks and is not ended.
+    """
+    if processes > 1:
+        _end_by_signal_in(seconds)
+    elif leaving.may_leave():
+        faulthandler.dump_traceback_later(seconds, file=2)
 
 
 def _end_by_signal_in(seconds: float) -> None:
     """Ends this process by SIGALRM, and writes its stacks, even where Python's lock is kept.
 
-    No thread of Python runs then. The clock goes on while a process is stopped, so a lone run,
-    which somebody may stop by hand and continue, is not ended like this.
-
     Args:
-      seconds: from now on, and no more after the next call; 0 for never.
+      seconds: from now on, and no more after the next call.
     """
     if leaving.may_leave():
-        if seconds:
-            faulthandler.register(signal.SIGALRM, file=2, all_threads=True, chain=True)
+        faulthandler.register(signal.SIGALRM, file=2, all_threads=True, chain=True)
         signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _disarm() -> None:
+    if leaving.may_leave():
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _end(now: progress.ProcessProgress, allowed: float, workdir: Path) -> None:

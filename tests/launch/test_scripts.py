@@ -55,6 +55,15 @@ class Script:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
+    def start_two(self, peer_0: str, peer_1: str, code: int) -> subprocess.Popen:
+        """Processes that end with a code after a signal; both are ready once this returns."""
+        running = self.start("2", PEER_0=peer_0, PEER_1=peer_1, ENDS_WITH=str(code))
+        deadline = time.monotonic() + 20
+        while len(list(self.notes.glob("*.ready"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return running
+
     def run(self, *arguments: str, **peers: str) -> tuple[int, str, str]:
         script = self.start(*arguments, **peers)
         out, err = script.communicate(timeout=30)
@@ -142,11 +151,7 @@ def test_starts_are_not_endless_and_each_has_a_port_of_its_own(script):
 @pytest.mark.parametrize("name, code", [("TERM", 0), ("INT", 0), ("TERM", 75), ("INT", 130)])
 def test_signals_reach_all_and_a_clean_stop_is_no_failure(script, name, code):
     forever = "touch $NOTES/$rank.ready; while :; do sleep 0.05; done"
-    running = script.start("2", PEER_0=forever, PEER_1=forever, ENDS_WITH=str(code))
-    deadline = time.monotonic() + 20
-    while len(list(script.notes.glob("*.ready"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    running = script.start_two(forever, forever, code)
     running.send_signal(signal.Signals[f"SIG{name}"])
     _, err = running.communicate(timeout=20)
     assert (running.returncode, err) == (code, "")
@@ -158,11 +163,7 @@ def test_a_process_that_stands_still_does_not_keep_a_signal_waiting(script, code
     """The others end with 76 where they miss it in a step, with 0 where nothing is saved yet."""
     forever = "touch $NOTES/$rank.ready; while :; do sleep 0.05; done"
     stands = "touch $NOTES/$rank.ready; kill -STOP $$"
-    running = script.start("2", PEER_0=forever, PEER_1=stands, ENDS_WITH=str(code))
-    deadline = time.monotonic() + 20
-    while len(list(script.notes.glob("*.ready"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    running = script.start_two(forever, stands, code)
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=20 if code else 120)
     assert running.returncode == code
