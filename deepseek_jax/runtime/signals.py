@@ -80,7 +80,7 @@ def take_over(code_of_sigterm: int) -> None:
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(woken,), daemon=True, name="signals").start()
     sys.unraisablehook = _end_if_swallowed
-    atexit.register(_ignore)  # first, and so called last: nothing of a library runs after it
+    atexit.register(_end)  # first, and so called last: nothing of a library runs after it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -199,13 +199,19 @@ def _end_if_swallowed(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def _ignore() -> None:
-    """Ignores signals while the interpreter ends.
+def _end() -> None:
+    """Ends the process with its exit code, where that is known, before the interpreter is freed.
 
-    It would give them their default effect back, and with it another exit code.
+    Freeing a run's programs and traces took 0.7 s (measured with `v3_tiny`). Signals are ignored:
+    the interpreter gives them their default effect back, and with it another exit code.
     """
     for number in _state.ours:
         signal.signal(number, signal.SIG_IGN)
+    if _state.phase is Phase.ENDED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(_state.end_code)
 
 
 def quiet_pipe() -> None:

@@ -114,6 +114,25 @@ def test_a_signal_in_the_last_step_ends_the_command_after_it():
     assert (process.returncode, out, err) == (130, "saved\n", "stopped by Ctrl-C\n")
 
 
+def test_an_ended_command_frees_nothing_and_loses_no_output():
+    text = """
+import atexit
+class Freed:
+    def __del__(self):
+        print("freed", flush=True)
+held = Freed()
+atexit.register(print, "at exit", flush=False)
+print("said", flush=False)
+"""
+    for end, code, said in [
+        ("signals.ended(7); sys.exit(7)", 7, "said\nat exit\n"),
+        ("signals.ended(0)", 0, "said\nat exit\n"),
+        ("", 0, "said\nat exit\nfreed\n"),  # a session of Python, which is no command's end
+    ]:
+        done = subprocess.run([*FAST, BEGIN + text + end], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
+
+
 def test_signals_that_wait_over_an_exec_are_heard():
     text = "import os\nif len(sys.argv) == 1: pass\n"
     first = f"{BEGIN.split('signals.take_over')[0]}{text}"
