@@ -14,9 +14,9 @@ def get_config() -> ConfigDict:
     """Config of a DeepSeek-V3 for a laptop."""
     config = v3_671b.get_config()
     config.model.update(
-        vocab=4096, layers=2, dense_layers=1, d_model=96, d_dense=256, heads=4,
-        q_latent=64, kv_latent=32, d_nope=32, d_rope=16, d_value=32,
-        experts=16, top_k=4, groups=4, top_groups=2, d_expert=64, init_std=0.052,
+        vocab=4096, layers=2, dense_layers=1, d_model=96, d_dense=384, heads=4,
+        q_latent=32, kv_latent=32, d_nope=16, d_rope=8, d_value=16,
+        experts=16, top_k=4, groups=4, top_groups=2, d_expert=32, init_std=0.052,
     )  # fmt: skip
     config.mesh.update(pipe=1, replica=1, node=1, gpu=-1, tensor=1)
     config.layout.update(
