@@ -150,7 +150,7 @@ def leave(code: int, line: str = "", *, at_once: bool = False) -> None:
         pass
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(line, file=sys.stderr, end="\n" if line else "", flush=True)
-    signals.ended(code)  # which a closed pipe has changed
+    signals.ended(code)  # again: output that cannot be written changes the code
     if at_once:
         os._exit(code)
     if code:

@@ -158,6 +158,27 @@ def test_a_closed_pipe_ends_a_command_quietly():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_output_that_cannot_be_flushed_is_in_the_exit_code():
+    text = """
+from deepseek_jax.runtime import signals
+signals.take_over(143)
+from deepseek_jax import endings
+import sys
+sys.stdout = open(1, "w", buffering=4096, closefd=False)  # whatever PYTHONUNBUFFERED says
+print("still in the buffer")
+endings.leave(0)
+"""
+    ours, closed = os.pipe()
+    os.close(ours)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for output, code, said in [(closed, 141, ""), (full, 1, "standard output cannot be written")]:
+        done = subprocess.run(
+            [*FAST, text], stdout=output, stderr=subprocess.PIPE, cwd=ROOT, text=True
+        )
+        os.close(output)
+        assert done.returncode == code and said in done.stderr and done.stderr.count("\n") < 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, code, line",
