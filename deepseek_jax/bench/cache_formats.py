@@ -117,10 +117,8 @@ def _texts(checkpoint: Checkpoint, count: int, length: int) -> np.ndarray:
         random = np.random.default_rng(0)
         return random.integers(0, checkpoint.model.vocab, (count, length), np.int32)
     documents = prepare(run.data, vocab=run.model.vocab, say=lambda text: None)
-    tokens = max(run.evaluation.tokens, count * length)  # a run may score no text itself
-    held = scoring.held_out(documents, length=length, tokens=tokens)
-    chosen = np.linspace(0, len(held.sequences) - 1, count).astype(int)
-    return np.asarray(held.sequences)[chosen, :length].astype(np.int32)
+    tokens = run.evaluation.tokens
+    return scoring.held_out_prompts(documents, count=count, length=length, tokens=tokens)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

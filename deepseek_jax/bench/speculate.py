@@ -73,11 +73,9 @@ def _trained(config: Config, depth: int, workdir: Path) -> Config:
 def _prefixes(config: Config, count: int) -> list[tuple[int, ...]]:
     """Prompts of PROMPT tokens from held-out text."""
     documents = corpus.prepare(config.data, vocab=config.model.vocab, say=lambda text: None)
-    length = PROMPT + TOKENS
-    tokens = max(config.evaluation.tokens, count * length)  # a run may score no text itself
-    held = scoring.held_out(documents, length=length, tokens=tokens)
-    chosen = np.linspace(0, len(held.sequences) - 1, count).astype(int)
-    return [tuple(map(int, held.sequences[row][:PROMPT])) for row in chosen]
+    sizes = dict(count=count, length=PROMPT + TOKENS, tokens=config.evaluation.tokens)
+    sequences = scoring.held_out_prompts(documents, **sizes)
+    return [tuple(map(int, row[:PROMPT])) for row in sequences]
 
 
 def _rows(

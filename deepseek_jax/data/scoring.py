@@ -51,6 +51,20 @@ def held_out(corpus: Corpus, *, length: int, tokens: int) -> HeldOut:
     return lay_out(corpus, corpus.held_out, length=length, tokens=tokens)
 
 
+def held_out_prompts(corpus: Corpus, *, count: int, length: int, tokens: int) -> np.ndarray:
+    """Sequences of held-out text to decode, [count, length] int32, evenly spaced.
+
+    They come from the first `tokens` targets of `held_out`, or from as many as `count` sequences
+    have: a run with `evaluation.tokens=0` scores none, and can still be decoded.
+
+    Raises:
+      ConfigError: A corpus without held-out documents.
+    """
+    sequences = held_out(corpus, length=length, tokens=max(tokens, count * length)).sequences
+    chosen = np.linspace(0, len(sequences) - 1, count).astype(int)
+    return sequences[chosen, :length]
+
+
 def trained(corpus: Corpus, *, length: int, tokens: int) -> HeldOut:
     """Packs training documents in a shuffled order, the same in every run, as `held_out` does."""
     order = np.random.default_rng(_SEED).permutation(corpus.training)
